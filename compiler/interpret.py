@@ -1,0 +1,100 @@
+"""The reference interpreter: a graph's meaning in NumPy, node by node."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jisu.compiler.errors import InputError
+from jisu.compiler.graph import CONSTANT, INPUT, WEIGHT, Graph, Node
+from jisu.compiler.types import Dim, TensorType, numpy_dtype, substitute
+
+
+def bind_symbols(graph: Graph, shapes: Sequence[Sequence[int]]) -> dict[str, int]:
+    """The value of every symbol, solved from the inputs' concrete shapes.
+
+    Raises InputError naming the input, what was expected and what came, also for values outside the declared ranges.
+    """
+    env: dict[str, int] = {}
+    if len(shapes) != len(graph.inputs):
+        raise InputError(f"expected {len(graph.inputs)} inputs, got {len(shapes)}")
+    pending: list[tuple[Node, Dim, int]] = []
+    for node, shape in zip(graph.inputs, shapes, strict=True):
+        if len(shape) != node.rank:
+            raise InputError(f"input {node.name!r}: expected rank {node.rank}, {node.type}, got shape {tuple(shape)}")
+        for want, have in zip(node.shape, shape, strict=True):
+            if not isinstance(want, int) and want.is_Symbol and want.name not in env:
+                env[want.name] = int(have)
+            pending.append((node, want, int(have)))
+    for node, want, have in pending:
+        value = substitute(want, env)
+        if value != have:
+            raise InputError(f"input {node.name!r}: expected {node.type}, got a dimension of {have} where {want} = {value}")
+    for name, value in env.items():
+        low, high = graph.ranges.get(name, (1, None))
+        if value < low or (high is not None and value > high):
+            shown = f"[{low}, {high}]" if high is not None else f"at least {low}"
+            raise InputError(f"dimension {name!r} must be in {shown}, got {value}")
+    return env
+
+
+def _widen(array: np.ndarray) -> np.ndarray:
+    return array.astype(np.float64) if array.dtype.kind == "f" or array.dtype.name == "bfloat16" else array
+
+
+def evaluate_node(node: Node, operands: Sequence[Any], env: Mapping[str, int], float64: bool = False) -> Any:
+    """The value of one node on concrete operands."""
+    assert node.op.meaning is not None, node.op.name
+    attributes = {k: substitute(v, env) for k, v in node.attributes.items()}
+    if float64 and attributes.get("dtype") in ("float16", "bfloat16", "float32"):
+        attributes["dtype"] = "float64"
+    with np.errstate(all="ignore"):
+        return node.op.meaning(*operands, **attributes)
+
+
+def interpret(
+    graph: Graph, inputs: Sequence[np.ndarray], *, float64: bool = False, keep: bool = False
+) -> tuple[np.ndarray, ...] | dict[Node, Any]:
+    """The outputs of `graph` on `inputs` (arrays in the graph's order).
+
+    `float64` computes every floating-point value in float64, as a yardstick for rounding. `keep` returns the value of
+    every node instead. Raises InputError where inputs don't fit.
+    """
+    arrays = [np.asarray(a) for a in inputs]
+    env = bind_symbols(graph, [a.shape for a in arrays])
+    values: dict[Node, Any] = {}
+    for node, array in zip(graph.inputs, arrays, strict=True):
+        if array.dtype != numpy_dtype(node.dtype):
+            raise InputError(f"input {node.name!r}: expected {node.dtype}, got {array.dtype}")
+        values[node] = _widen(array) if float64 else array
+    left = {node: len(users) for node, users in graph.users.items()}
+    wanted = set(graph.outputs)
+    for node in graph.nodes:
+        if node.op is INPUT:
+            continue
+        if node.op is CONSTANT:
+            values[node] = _widen(node.value.array) if float64 else node.value.array
+        elif node.op is WEIGHT:
+            array = graph.weights[node.name].numpy()
+            values[node] = _widen(array) if float64 else array
+        else:
+            operands = [values[o] if o is not None else None for o in node.operands]
+            values[node] = _settled(node, evaluate_node(node, operands, env, float64), float64)
+        for parent in node.parents:
+            left[parent] -= 1
+            if not left[parent] and not keep and parent not in wanted:
+                del values[parent]
+    return values if keep else tuple(values[o] for o in graph.outputs)
+
+
+def _settled(node: Node, value: Any, float64: bool) -> Any:
+    """`value` in the dtype that the type promises (NumPy widens some results)."""
+    if not isinstance(node.type, TensorType):
+        return tuple(np.asarray(v) for v in value)
+    value = np.asarray(value)
+    want = numpy_dtype(node.dtype)
+    if float64 and (want.kind == "f" or want.name == "bfloat16"):
+        want = np.dtype(np.float64)
+    return value if value.dtype == want else value.astype(want)

@@ -1,0 +1,116 @@
+"""Every op of the IR. The signature is the schema, the notation or body the type rule, `meaning` the truth.
+
+`OPS` maps names to ops. Modules by family: elementwise, shape, index, reduce, contract, nn.
+"""
+
+from jisu.compiler.graph import CONSTANT, INPUT, WEIGHT, Op
+from jisu.compiler.ops import contract, elementwise, index, nn, reduce, shape
+from jisu.compiler.ops.contract import ACTIVATIONS, conv, gated_linear, linear, matmul
+from jisu.compiler.ops.elementwise import (
+    abs_,
+    acos,
+    acosh,
+    add,
+    asin,
+    asinh,
+    atan,
+    atan2,
+    atanh,
+    bit_and,
+    bit_not,
+    bit_or,
+    bit_xor,
+    cast,
+    ceil,
+    copysign,
+    cos,
+    cosh,
+    div,
+    eq,
+    erf,
+    exp,
+    exp2,
+    expm1,
+    floor,
+    floor_div,
+    fmod,
+    ge,
+    gelu,
+    gt,
+    isnan,
+    le,
+    log,
+    log1p,
+    log2,
+    log10,
+    logical_and,
+    logical_not,
+    logical_or,
+    logical_xor,
+    lt,
+    maximum,
+    minimum,
+    mul,
+    ne,
+    neg,
+    pow_,
+    reciprocal,
+    relu,
+    remainder,
+    round_,
+    rsqrt,
+    shift_left,
+    shift_right,
+    sigmoid,
+    sign,
+    silu,
+    sin,
+    sinh,
+    sqrt,
+    square,
+    sub,
+    tan,
+    tanh,
+    trunc,
+    trunc_div,
+    where,
+)
+from jisu.compiler.ops.index import gather, scatter, sort, take
+from jisu.compiler.ops.nn import attention, attention_cached, cache_append, experts, layer_norm, rms_norm, rotary
+from jisu.compiler.ops.reduce import all_, any_, argmax, argmin, prod, reduce_max, reduce_min, scan, softmax, sum_
+from jisu.compiler.ops.shape import (
+    broadcast_to,
+    concat,
+    dim_value,
+    flip,
+    get,
+    iota,
+    pad,
+    reshape,
+    slice_,
+    transpose,
+    windows,
+)
+
+OPS: dict[str, Op] = {
+    value.name: value
+    for module in (elementwise, shape, index, reduce, contract, nn)
+    for value in vars(module).values()
+    if isinstance(value, Op)
+} | {op.name: op for op in (INPUT, WEIGHT, CONSTANT)}
+"""All ops by name."""
+
+ELEMENTWISE: frozenset[Op] = frozenset(v for v in vars(elementwise).values() if isinstance(v, Op))
+"""Ops whose result index i reads operand index i alone (after broadcasting)."""
+
+__all__ = [
+    "ACTIVATIONS", "ELEMENTWISE", "OPS", "abs_", "acos", "acosh", "add", "all_", "any_", "argmax", "argmin", "asin",
+    "asinh", "atan", "atan2", "atanh", "attention", "attention_cached", "bit_and", "bit_not", "bit_or", "bit_xor",
+    "broadcast_to", "cache_append", "cast", "ceil", "concat", "conv", "copysign", "cos", "cosh", "dim_value", "div", "eq",
+    "erf", "exp", "exp2", "experts", "expm1", "flip", "floor", "floor_div", "fmod", "gated_linear", "gather", "ge", "gelu",
+    "get", "gt", "iota", "isnan", "layer_norm", "le", "linear", "log", "log10", "log1p", "log2", "logical_and",
+    "logical_not", "logical_or", "logical_xor", "lt", "matmul", "maximum", "minimum", "mul", "ne", "neg", "pad", "pow_",
+    "prod", "reciprocal", "reduce_max", "reduce_min", "relu", "remainder", "reshape", "rms_norm", "rotary", "round_",
+    "rsqrt", "scan", "scatter", "shift_left", "shift_right", "sigmoid", "sign", "silu", "sin", "sinh", "slice_", "softmax",
+    "sort", "sqrt", "square", "sub", "sum_", "take", "tan", "tanh", "transpose", "trunc", "trunc_div", "where", "windows",
+]  # fmt: skip
