@@ -325,9 +325,9 @@ def write_safetensors(
     """Write tensors `{name: (dtype, shape, producer)}` one at a time and return the number of bytes written.
 
     Each producer is called once, when its tensor's turn has come, and its array is dropped before the next is produced.
-    Every tensor begins at a multiple of ALIGNMENT from the file's start. Since the format allows no holes, tensors whose
-    size is a multiple of it come first (in the given order) and the rest is separated by small uint8 entries, which this
-    reader hides.
+    Every tensor begins at a multiple of ALIGNMENT from the file's start. Since the format allows no holes, tensors
+    whose size is a multiple of it come first (in the given order) and the rest is separated by small uint8 entries,
+    which this reader hides.
 
     Raises: InputError for a dtype the format lacks, a reserved name, or an array that isn't what was declared.
     """

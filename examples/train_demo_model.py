@@ -422,7 +422,11 @@ def replace_folder(new: Path, out: Path) -> None:
         return
     old = new.with_name(new.name + ".old")
     os.replace(out, old)
-    os.replace(new, out)
+    try:
+        os.replace(new, out)
+    except OSError:
+        os.replace(old, out)
+        raise
     shutil.rmtree(old)
 
 

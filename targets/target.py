@@ -204,7 +204,7 @@ def known_targets() -> tuple[str, ...]:
     plain = ["cpu", "cpu:generic"]
     if platform.machine() in ("x86_64", "AMD64"):
         plain += ["cpu:x86-64-v3", "cpu:x86-64-v4"]
-    return (*plain, "cuda", *(f for f in files if f.startswith("cuda")), *(f for f in files if f.startswith("tpu")))
+    return (*plain, *(n for kind in ("cuda", "tpu") for n in (kind, *(f for f in files if f.startswith(kind)))))
 
 
 @functools.cache

@@ -1,0 +1,425 @@
+"""Fusion by declared rules: from the spellings that real models use to the ops that targets have kernels for.
+
+Each group is a tuple of rules: linear layers and their epilogues, norms, rotary embedding, attention, gated MLPs. The
+test suite proves every rule on its own (`jisu.testing.check_rule`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import attrs
+
+from jisu.compiler import ops
+from jisu.compiler.graph import CONSTANT, WEIGHT, Graph, Node
+from jisu.compiler.rewrite import (
+    Guard,
+    Match,
+    Rule,
+    bind,
+    dtype_in,
+    either,
+    guard,
+    maybe,
+    rank_is,
+    rewrite,
+    scalar,
+    used_once,
+    variable,
+    variables,
+)
+from jisu.compiler.types import Dim, same_dim, same_shape
+
+x, w, b, r = variables("x w b r")
+eps, count = scalar("eps"), scalar("count")
+
+# --- Linear layers -------------------------------------------------------------------------------------------------
+
+_product = ops.linear(x, w)
+_biased = ops.linear(x, w, variable("b", optional=True))
+_full = ops.linear(x, w, variable("b", optional=True), activation=bind("act"))
+_weight_matrix = Guard(
+    "a matrix of weights",
+    lambda m: None if m["w"].rank == 2 and _from_weights(m["w"]) else "the right operand is no matrix of weights",
+)
+
+
+def _from_weights(node: Node) -> bool:
+    """Whether a value is a stored tensor, or a view of one."""
+    while node.op in (ops.transpose, ops.reshape, ops.cast) and node.operands[0] is not None:
+        node = node.operands[0]
+    return node.op is WEIGHT
+
+
+def _linear_of_product(m: Match) -> Node:
+    return ops.linear(m["x"], ops.transpose(m["w"], perm=(1, 0)))
+
+
+def _same_shapes(a: str, b: str) -> Guard:
+    return guard("operands of one shape", lambda m: same_shape(m[a].shape, m[b].shape))
+
+
+def _activated(name: str) -> Rule:
+    return Rule(
+        f"{name} joins linear",
+        _ACTIVATION_PATTERNS[name](_biased),
+        ops.linear(x, w, variable("b", optional=True), activation=name),
+        (used_once(_biased),),
+        {"x": "float[*b k]", "w": "float[n k]", "b": "float[n]"},
+    )
+
+
+_ACTIVATION_PATTERNS: dict[str, Any] = {
+    "relu": ops.relu,
+    "gelu": lambda p: ops.gelu(p, approximate="none"),
+    "gelu_tanh": lambda p: ops.gelu(p, approximate="tanh"),
+    "silu": ops.silu,
+    "sigmoid": ops.sigmoid,
+    "tanh": ops.tanh,
+}
+
+_LINEAR_TYPES = {"x": "float[*b k]", "w": "float[n k]"}
+_reshaped = ops.reshape(_full, shape=bind("shape"))
+
+PROJECTIONS: tuple[Rule, ...] = (
+    Rule(
+        "product with weights is linear",
+        ops.matmul(x, w),
+        _linear_of_product,
+        (_weight_matrix,),
+        {"x": "float[*b m k]", "w": "weight float[k n]"},
+    ),
+    Rule(
+        "bias joins linear",
+        ops.add(_product, b),
+        ops.linear(x, w, b),
+        # A shared product would be computed twice; a full-rank bias is a residual. Half precision rounds in between.
+        (used_once(_product), rank_is(b, 1), _same_shapes("b", "b"), dtype_in(x, "float32", "float64"),
+         guard("one bias per output", lambda m: same_dim(m["b"].shape[0], m["w"].shape[0]))),
+        {**_LINEAR_TYPES, "b": "float[n]"},
+    ),
+)  # fmt: skip
+
+EPILOGUES: tuple[Rule, ...] = (
+    *(_activated(name) for name in _ACTIVATION_PATTERNS),
+    Rule(
+        "residual joins linear",
+        ops.add(r, _full),
+        ops.linear(x, w, variable("b", optional=True), r, activation=bind("act")),
+        (used_once(_full), guard("a residual of the result's shape", lambda m: same_shape(m["r"].shape, m.root.shape)
+                                 and same_shape(m.at(_full).shape, m.root.shape) and m["r"].op is not CONSTANT)),
+        {**_LINEAR_TYPES, "b": "float[n]", "r": "float[*b n]"},
+        {"act": ("none", "relu")},
+    ),
+)  # fmt: skip
+
+# --- Gated MLP -----------------------------------------------------------------------------------------------------
+
+_gate, _up = variables("gate up")
+_gate_product = ops.linear(x, _gate, activation=bind("act"))
+_up_product = ops.linear(x, _up)
+
+GATED: tuple[Rule, ...] = (
+    Rule(
+        "gate and up projections are one",
+        ops.mul(_gate_product, _up_product),
+        ops.gated_linear(x, _gate, _up, activation=bind("act")),
+        (
+            used_once(_gate_product, _up_product),
+            guard("gate and up of one type", lambda m: m["gate"].type == m["up"].type),
+            guard("an activated gate", lambda m: m["act"] != "none"),
+        ),
+        {"x": "float[*b k]", "gate": "float[n k]", "up": "float[n k]"},
+        {"act": ("silu", "gelu_tanh")},
+    ),
+)
+
+
+def _split_gate(m: Match) -> Node | None:
+    """silu(y[..., :f]) * y[..., f:] of one product y is a gated product of the weight's halves, in either order."""
+    whole: Node = m.at(_fused_product)
+    low, high = m.root.operands
+    assert low is not None and high is not None
+    gate_slice = m.at(_gate_slice)
+    up_slice = m.at(_up_slice)
+    full: Dim = m["w"].shape[0]
+    if not isinstance(full, int) or full % 2:
+        return None
+    half = full // 2
+    halves = []
+    for part in (gate_slice, up_slice):
+        ends = {(s, e) for s, e, n in zip(part.starts[:-1], part.stops[:-1], whole.shape[:-1], strict=True) if s != 0 or not same_dim(e, n)}
+        if ends or set(part.steps) != {1} or part.stops[-1] - part.starts[-1] != half or part.starts[-1] not in (0, half):
+            return None
+        start = part.starts[-1]
+        columns = m["w"].shape[1]
+        halves.append(ops.slice_(m["w"], starts=(start, 0), stops=(start + half, columns), steps=(1, 1)))
+    name = m["act"] if "act" in m.bindings else "none"
+    return ops.gated_linear(m["x"], *halves, activation=name)
+
+
+_fused_product = ops.linear(x, w)
+_gate_slice = ops.slice_(_fused_product, starts=bind("gs"), stops=bind("ge"), steps=bind("gt"))
+_up_slice = ops.slice_(_fused_product, starts=bind("us"), stops=bind("ue"), steps=bind("ut"))
+
+
+def _split_rule(name: str) -> Rule:
+    def build(m: Match) -> Node | None:
+        bound = attrs.evolve(m, bindings={**m.bindings, "act": name})
+        return _split_gate(bound)
+
+    return Rule(
+        f"halves of one projection, gated by {name}",
+        ops.mul(_ACTIVATION_PATTERNS[name](_gate_slice), _up_slice),
+        build,
+        (used_once(_gate_slice, _up_slice),
+         Guard("a product used by its halves only", lambda m: None if m.uses(m.at(_fused_product)) == 2 else "the product has other users")),
+        {"x": "float[3 4]", "w": "float[6 4]"},
+        {"gs": ((0, 0),), "ge": ((3, 3),), "gt": ((1, 1),), "us": ((0, 3),), "ue": ((3, 6),), "ut": ((1, 1),)},
+    )  # fmt: skip
+
+
+GATED = (*GATED, *(_split_rule(name) for name in ("silu", "gelu", "gelu_tanh", "relu", "sigmoid")))
+
+# --- Norms ---------------------------------------------------------------------------------------------------------
+
+_wide = maybe(ops.cast, x, dtype="float32")
+_mean_square = ops.div(ops.sum_(ops.square(_wide), axes=bind("axes"), keepdims=True), count)
+_inverse = ops.rsqrt(ops.add(_mean_square, eps))
+_normed = ops.mul(_wide, _inverse)
+_rounded = ops.cast(_normed, dtype=bind("rounded"))
+
+
+def _last_axis(m: Match) -> bool:
+    rank = m["x"].rank
+    return bool(m["axes"] == (rank - 1,)) and same_dim(m["x"].shape[-1], int(m["count"]))
+
+
+_over_last = guard("the mean over the whole last axis", _last_axis)
+_gain = guard("a gain per channel", lambda m: m["w"].rank == 1 and m["w"].dtype == m["x"].dtype and m["w"].shape == m["x"].shape[-1:])
+_NORM_TYPES = {"x": "float32[*b 4]", "w": "float32[4]"}
+_NORM_ATTRIBUTES = {"axes": ((1,), (0,), (2,)), "count": (4.0,), "eps": (1e-6, 1e-2)}
+
+
+def _gained(offset: float, round_first: bool) -> Any:
+    return lambda m: ops.rms_norm(m["x"], m["w"], eps=m["eps"], offset=offset, round_first=round_first)
+
+
+def _bare_norm(m: Match) -> Node | None:
+    normed = ops.rms_norm(m["x"], eps=m["eps"])
+    return normed if normed.dtype == m.root.dtype else None
+
+
+NORMS: tuple[Rule, ...] = (
+    # The gain behind the rounding (in float32 there is none), the gain in float32 before it, and the same with 1 + w.
+    Rule("RMS norm, gain on the rounded value", ops.mul(w, either(_rounded, _normed)), _gained(0.0, True),
+         (_over_last, _gain, guard("the root in x's dtype", lambda m: m.root.dtype == m["x"].dtype)), _NORM_TYPES,
+         {**_NORM_ATTRIBUTES, "rounded": ("float32",)}),
+    Rule("RMS norm, gain in float32",
+         ops.cast(ops.mul(_normed, ops.cast(w, dtype="float32")), dtype=bind("rounded")), _gained(0.0, False),
+         (_over_last, _gain, guard("the root in x's dtype", lambda m: m.root.dtype == m["x"].dtype)),
+         {"x": "bfloat16[*b 4]", "w": "bfloat16[4]"}, {**_NORM_ATTRIBUTES, "rounded": ("bfloat16",)}),
+    Rule("RMS norm, gain of 1 + w",
+         either(ops.cast(ops.mul(_normed, ops.add(ops.cast(w, dtype="float32"), 1.0)), dtype=bind("rounded")),
+                ops.mul(_normed, ops.add(w, 1.0))), _gained(1.0, False),
+         (_over_last, _gain, guard("the root in x's dtype", lambda m: m.root.dtype == m["x"].dtype)), _NORM_TYPES,
+         {**_NORM_ATTRIBUTES, "rounded": ("float32",)}),
+)  # fmt: skip
+
+BARE_NORMS: tuple[Rule, ...] = (
+    # Behind the rules with a gain: those would never see the inner product again.
+    Rule("RMS norm without gain", either(_rounded, _normed), _bare_norm,
+         (_over_last, guard("the root in x's dtype", lambda m: m.root.dtype == m["x"].dtype)), _NORM_TYPES,
+         {**_NORM_ATTRIBUTES, "rounded": ("float32",)}),
+)  # fmt: skip
+
+# --- Rotary embedding ----------------------------------------------------------------------------------------------
+
+cos, sin = variables("cos sin")
+_high = ops.slice_(x, starts=bind("hs"), stops=bind("he"), steps=bind("ht"))
+_low = ops.slice_(x, starts=bind("ls"), stops=bind("le"), steps=bind("lt"))
+_half_turned = ops.concat(ops.neg(_high), _low, axis=3)
+_turn = ops.add(ops.mul(x, cos), ops.mul(_half_turned, sin))
+
+
+def _is_last_slice(m: Match, kind: str, start: int, step: int) -> bool:
+    """Whether slice `kind` (h or l) takes start::step of the last axis (start: half of it) and all of the others."""
+    shape = m["x"].shape
+    starts, stops, steps = m[f"{kind}s"], m[f"{kind}e"], m[f"{kind}t"]
+    others = all(s == 0 and same_dim(e, n) and t == 1 for s, e, t, n in zip(starts[:-1], stops[:-1], steps[:-1], shape[:-1], strict=True))
+    width = shape[-1]
+    if not others or not isinstance(width, int) or steps[-1] != step:
+        return False
+    if step == 2:
+        return bool(starts[-1] == start and stops[-1] == width)
+    begin = start * width // 2
+    return bool(starts[-1] == begin and stops[-1] == begin + width // 2)
+
+
+def _angles(m: Match) -> str | None:
+    """cos and sin [b or 1, 1, s, r] (heads second) or [b or 1, s, 1, r] (heads third), as the axis of size 1 tells."""
+    for name in ("cos", "sin"):
+        node = m[name]
+        if node.rank != 4 or not same_dim(node.shape[3], m["x"].shape[3]):
+            return "cos and sin of rank 4 and x's width are needed"
+        if node.shape[1] != 1 and node.shape[2] != 1:
+            return "cos and sin must be shared by the heads"
+    return None if same_shape(m["cos"].shape, m["sin"].shape) else "cos and sin differ in shape"
+
+
+def _rotary(interleaved: bool) -> Any:
+    def build(m: Match) -> Node | None:
+        value, c, s = m["x"], m["cos"], m["sin"]
+        heads_second = c.shape[1] == 1 and same_dim(c.shape[2], value.shape[2])
+        if not heads_second and not (c.shape[2] == 1 and same_dim(c.shape[1], value.shape[1])):
+            return None
+        length = c.shape[2] if heads_second else c.shape[1]
+        flat = (c.shape[0], length, c.shape[3])
+        c3, s3 = ops.reshape(c, shape=flat), ops.reshape(s, shape=flat)
+        if not heads_second:
+            return ops.rotary(value, c3, s3, interleaved=interleaved)
+        swapped = ops.transpose(value, perm=(0, 2, 1, 3))
+        return ops.transpose(ops.rotary(swapped, c3, s3, interleaved=interleaved), perm=(0, 2, 1, 3))
+
+    return build
+
+
+_shared_angles = Guard("angles shared by the heads", _angles)
+_even = ops.slice_(x, starts=bind("ls"), stops=bind("le"), steps=bind("lt"))
+_odd = ops.slice_(x, starts=bind("hs"), stops=bind("he"), steps=bind("ht"))
+_pairs = ops.reshape(
+    ops.concat(
+        ops.reshape(ops.neg(_odd), shape=bind("one")), ops.reshape(_even, shape=bind("two")), axis=4
+    ),
+    shape=bind("pairs"),
+)
+_turn_pairs = ops.add(ops.mul(x, cos), ops.mul(_pairs, sin))
+_part = ops.slice_(x, starts=bind("ls"), stops=bind("le"), steps=bind("lt"))
+_rest = ops.slice_(x, starts=bind("hs"), stops=bind("he"), steps=bind("ht"))
+_part_turned = ops.rotary(_part, cos, sin, interleaved=bind("interleaved"))
+
+
+def _splits_last(m: Match) -> bool:
+    """The two slices cut the last axis in two and leave the others whole."""
+    shape = m["x"].shape
+    whole = all(
+        m[k + "s"][i] == 0 and same_dim(m[k + "e"][i], shape[i]) and m[k + "t"][i] == 1 for k in "lh" for i in range(len(shape) - 1)
+    )
+    last = m["ls"][-1] == 0 and m["le"][-1] == m["hs"][-1] and same_dim(m["he"][-1], shape[-1])
+    return bool(whole and last and m["lt"][-1] == m["ht"][-1] == 1)
+
+
+_PAIR_TYPES = {"x": "float[2 3 2 4]", "cos": "float[1 1 2 4]", "sin": "float[1 1 2 4]"}
+
+ROTARY: tuple[Rule, ...] = (
+    Rule("rotary embedding of halves", _turn, _rotary(False),
+         (_shared_angles, guard("slices into halves", lambda m: _is_last_slice(m, "h", 1, 1) and _is_last_slice(m, "l", 0, 1))),
+         _PAIR_TYPES,
+         {"hs": ((0, 0, 0, 2),), "he": ((2, 3, 2, 4),), "ht": ((1, 1, 1, 1),), "ls": ((0, 0, 0, 0),), "le": ((2, 3, 2, 2),),
+          "lt": ((1, 1, 1, 1),)}),
+    Rule("rotary embedding of neighbours", _turn_pairs, _rotary(True),
+         (_shared_angles, guard("slices of odd and even channels", lambda m: _is_last_slice(m, "h", 1, 2) and _is_last_slice(m, "l", 0, 2))),
+         _PAIR_TYPES,
+         {"hs": ((0, 0, 0, 1),), "he": ((2, 3, 2, 4),), "ht": ((1, 1, 1, 2),), "ls": ((0, 0, 0, 0),), "le": ((2, 3, 2, 4),),
+          "lt": ((1, 1, 1, 2),), "one": ((2, 3, 2, 2, 1),), "two": ((2, 3, 2, 2, 1),), "pairs": ((2, 3, 2, 4),)}),
+    Rule("rotary embedding of a part of the channels", ops.concat(_part_turned, _rest, axis=3),
+         ops.rotary(x, cos, sin, interleaved=bind("interleaved")), (guard("a cut of the last axis", _splits_last),),
+         {"x": "float[2 3 2 6]", "cos": "float[1 3 4]", "sin": "float[1 3 4]"},
+         {"ls": ((0, 0, 0, 0),), "le": ((2, 3, 2, 4),), "lt": ((1, 1, 1, 1),), "hs": ((0, 0, 0, 4),), "he": ((2, 3, 2, 6),),
+          "ht": ((1, 1, 1, 1),), "interleaved": (False, True)}),
+)  # fmt: skip
+
+# --- Attention -----------------------------------------------------------------------------------------------------
+
+q, k, v, bias = variables("q k v bias")
+scale = scalar("scale")
+_keys = ops.transpose(k, perm=(0, 1, 3, 2))
+_raw = ops.matmul(q, _keys)
+_scaled = either(ops.mul(_raw, scale), ops.div(_raw, scalar("divisor")), _raw)
+_biased_scores = either(ops.add(_scaled, bias), _scaled)
+_probabilities = maybe(ops.cast, ops.softmax(maybe(ops.cast, _biased_scores, dtype="float32"), axis=3), dtype=bind("back"))
+_attended = ops.matmul(_probabilities, v)
+
+
+def _attention(m: Match) -> Node | None:
+    """softmax(q kᵀ scale + bias) v with heads second becomes attention with heads third."""
+    factor = m.bindings.get("scale", 1.0 / m.bindings["divisor"] if "divisor" in m.bindings else 1.0)
+    mask = m.bindings.get("bias")
+    if mask is not None and (mask.rank != 4 or mask.dtype != m["q"].dtype):
+        return None
+    if not m["q"].shape[1] == m["k"].shape[1] == m["v"].shape[1] or not isinstance(m["q"].shape[1], int):
+        return None
+    if not (same_dim(m["q"].shape[0], m["k"].shape[0]) and same_dim(m["k"].shape[0], m["v"].shape[0])):
+        return None
+    swap = (0, 2, 1, 3)
+    query, key, value = (ops.transpose(m[n], perm=swap) for n in ("q", "k", "v"))
+    return ops.transpose(ops.attention(query, key, value, mask, scale=factor), perm=swap)
+
+
+_repeated_k = ops.reshape(ops.broadcast_to(ops.reshape(k, shape=bind("k5")), shape=bind("kb")), shape=bind("k4"))
+_repeated_v = ops.reshape(ops.broadcast_to(ops.reshape(v, shape=bind("v5")), shape=bind("vb")), shape=bind("v4"))
+_swapped_k = ops.transpose(_repeated_k, perm=(0, 2, 1, 3))
+_swapped_v = ops.transpose(_repeated_v, perm=(0, 2, 1, 3))
+_grouped = ops.attention(
+    q, _swapped_k, _swapped_v, variable("bias", optional=True), variable("sinks", optional=True),
+    scale=bind("scale"), causal=bind("causal"), window=bind("window"), softcap=bind("softcap"),
+)  # fmt: skip
+
+
+def _repeats_heads(m: Match) -> bool:
+    """k, v [b, g, t, d] -> [b, g, 1, t, d] -> [b, g, n, t, d] -> [b, g·n, t, d]: every head stands n times in a row."""
+    for name in ("k", "v"):
+        shape = m[name].shape
+        if len(shape) != 4 or not same_shape(m[name + "5"], (*shape[:2], 1, *shape[2:])):
+            return False
+        repeated = m[name + "b"]
+        if not same_shape((*repeated[:2], *repeated[3:]), shape):
+            return False
+        if not same_shape(m[name + "4"], (shape[0], shape[1] * repeated[2], *shape[2:])):
+            return False
+    return True
+
+
+def _group(m: Match) -> Node:
+    swap = (0, 2, 1, 3)
+    key, value = ops.transpose(m["k"], perm=swap), ops.transpose(m["v"], perm=swap)
+    return ops.attention(
+        m["q"], key, value, m["bias"], m["sinks"], scale=m["scale"], causal=m["causal"], window=m["window"], softcap=m["softcap"]
+    )
+
+
+ATTENTION: tuple[Rule, ...] = (
+    Rule("attention from its products", _attended, _attention,
+         (used_once(_raw), guard("rank 4", lambda m: m["q"].rank == m["k"].rank == m["v"].rank == 4)),
+         {"q": "float32[2 2 3 4]", "k": "float32[2 2 5 4]", "v": "float32[2 2 5 3]", "bias": "float32[1 1 3 5]"},
+         {"scale": (0.5,), "divisor": (2.0,), "back": ("float32",)}),
+    Rule("repeated KV heads are grouped queries", _grouped, _group, (guard("heads repeated in a row", _repeats_heads),),
+         {"q": "float[2 3 4 2]", "k": "float[2 2 3 2]", "v": "float[2 2 3 2]", "bias": "float[1 1 3 3]", "sinks": "float[4]"},
+         {"k5": ((2, 2, 1, 3, 2),), "kb": ((2, 2, 2, 3, 2),), "k4": ((2, 4, 3, 2),), "v5": ((2, 2, 1, 3, 2),),
+          "vb": ((2, 2, 2, 3, 2),), "v4": ((2, 4, 3, 2),), "scale": (0.5,), "causal": (True,), "window": (0, 2), "softcap": (0.0, 3.0)}),
+)  # fmt: skip
+
+
+@attrs.frozen
+class Fusion:
+    """Apply one group of fusion rules to a fixed point."""
+
+    name: str
+    rules: tuple[Rule, ...] = attrs.field(repr=False)
+    exact: bool = True
+
+    def __call__(self, graph: Graph) -> Graph:
+        return rewrite(graph, self.rules)
+
+
+FUSIONS: tuple[Fusion, ...] = (
+    Fusion("fuse projections", PROJECTIONS),
+    Fusion("fuse norms", NORMS),
+    Fusion("fuse bare norms", BARE_NORMS),
+    Fusion("fuse rotary", ROTARY),
+    Fusion("fuse attention", ATTENTION),
+    Fusion("fuse activations", EPILOGUES[:-1]),
+    Fusion("fuse gated", GATED),
+    Fusion("fuse residuals", EPILOGUES[-1:]),
+)
+"""All fusions, in the order in which they run (between them runs canonicalisation)."""
