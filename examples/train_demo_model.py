@@ -44,7 +44,7 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 BOS, EOS = "<s>", "</s>"
-PROMPT = "A function is"
+PROMPT = "When a module is imported"
 HELD_OUT_ONE_IN = 20
 MAX_FOLDER_BYTES = 3_600_000
 
@@ -359,20 +359,21 @@ library_name: transformers
 ---
 # The model of `jisu demo`
 
-A Llama of {parameters:,} parameters (d {hidden}, {layers} layers, {heads} query and {kv_heads} key/value heads of
-{head_dim}, feed-forward {intermediate}, {vocabulary} tokens of byte-level BPE, tied embeddings), in bfloat16. It
-writes sentences in the manner of Python's documentation. It is there to show and measure the compiler on a really
-trained model without any download; what it says about Python is often wrong.
+A Llama of {parameters:,} parameters in bfloat16: d {hidden}, {layers} layers, {heads} query and {kv_heads} key/value
+heads of {head_dim}, feed-forward {intermediate}, {vocabulary} tokens of byte-level BPE, tied embeddings. It writes
+sentences in the manner of Python's documentation. It is there to show and measure the compiler on a really trained
+model without any download; what it says about Python is often wrong.
 
-A good prompt is `{prompt}`; others are `The import statement`, `If the object` and `This module provides`.
+A good prompt is `{prompt}`; others are `An object is`, `If the object` and `The return statement`.
+Sample, as `generation_config.json` says: greedy text repeats itself, as it does with any model this small.
 
 ## Provenance
 `examples/train_demo_model.py` made every file of this folder from random weights. The text is Python's own
-documentation as the standard library of {python} ships it: the language reference in `pydoc_data/topics.py`, and the
-docstrings and comments of its modules, except files that state a copyright of their own. Only paragraphs of plain
-prose were kept, each once: {documents} documents, {text_bytes:,} bytes. The text is under the PSF License
-Agreement, version 2 (PSF-2.0; `PSF-LICENSE.txt`, https://docs.python.org/3/license.html):
-{copyright}
+documentation as the standard library of {python} ships it: the language reference in
+`pydoc_data/topics.py`, and the docstrings and comments of its modules, except files that state a copyright of their
+own. Only paragraphs of plain prose were kept, each once: {documents} documents, {text_bytes:,} bytes. The text is
+under the PSF License Agreement, version 2 (PSF-2.0; `PSF-LICENSE.txt`,
+https://docs.python.org/3/license.html): {copyright}
 
 ## Training
 | | |
@@ -382,7 +383,7 @@ Agreement, version 2 (PSF-2.0; `PSF-LICENSE.txt`, https://docs.python.org/3/lice
 | held-out text | {held_tokens:,} tokens, {held_bytes:,} bytes of {held_documents} documents |
 | steps | {steps:,} of {batch} windows of {context} tokens ({epochs:.2f} epochs) |
 | optimizer | AdamW in float32, cosine from {peak_rate:g} to {final_rate:g}, {warmup} steps of \
-warm-up, clipped at {clip:g} |
+warm-up, weight decay {decay:g}, clipped at {clip:g} |
 | time | {minutes:.1f} minutes on one thread |
 | held-out loss | {loss:.4f} nats per token (bfloat16 weights; float32 before rounding: {loss32:.4f}) |
 | held-out bits per byte | {bits:.4f} |
@@ -439,7 +440,8 @@ def show_samples(folder: Path, seed: int) -> None:
     for sample in (False, True, True):
         choice = {} if sample else {"do_sample": False, "temperature": None, "top_p": None}
         ids = model.generate(**inputs, max_new_tokens=120, **choice)
-        print(f"--- {'sampled' if sample else 'greedy'}\n{tokenizer.decode(ids[0], skip_special_tokens=True)}")
+        kind = "sampled" if sample else "greedy, with the repetition penalty"
+        print(f"--- {kind}\n{tokenizer.decode(ids[0], skip_special_tokens=True)}")
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -525,6 +527,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 final_rate=how.final_rate,
                 warmup=how.warmup_steps,
                 clip=how.clip_norm,
+                decay=how.weight_decay,
                 minutes=minutes,
                 loss=loss,
                 loss32=loss32,

@@ -1,0 +1,23 @@
+"""The passes, and their order as data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from jisu.compiler.pipeline import Pass
+from jisu.passes.canonicalize import Canonicalize
+from jisu.passes.fusion import FUSIONS
+from jisu.passes.layout import FoldWeights, PackWeights
+
+
+def default_passes() -> tuple[Pass, ...]:
+    """The exact passes that every model goes through before its cache is derived."""
+    passes: list[Pass] = [Canonicalize()]
+    for fusion in FUSIONS:
+        passes += [fusion, Canonicalize(name=f"canonicalize after {fusion.name}")]
+    return tuple(passes)
+
+
+def layout_passes(panel: int, pair: Mapping[str, int]) -> tuple[Pass, ...]:
+    """The passes that bring weights into their kernels' order; `panel` and `pair` come from the target."""
+    return (PackWeights(panel, pair), FoldWeights())

@@ -180,7 +180,7 @@ class Manifest:
         try:
             manifest = _CONVERTER.structure(parsed, cls)
         except Exception as error:
-            reasons = "; ".join(cattrs.transform_error(error))
+            reasons = "; ".join(cattrs.transform_error(error, format_exception=_reason))
             raise ArtifactError(f"{label}: the manifest is invalid: {reasons}") from None
         foreign = [name for name in manifest.files if not is_entry_name(name)]
         if foreign:
@@ -190,6 +190,10 @@ class Manifest:
 
 def _checksum_line(rest: bytes) -> bytes:
     return b'{"sha256": "' + hashlib.sha256(rest).hexdigest().encode("ascii") + b'",\n'
+
+
+def _reason(error: BaseException, _: type | None) -> str:
+    return f"{error} is missing" if isinstance(error, KeyError) else str(error)
 
 
 def _exactly(kind: type) -> Callable[[Any, Any], Any]:

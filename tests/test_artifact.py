@@ -80,7 +80,7 @@ def entries() -> dict[str, Source]:
     return {
         "library.so": b"\x7fELF not a real one",
         "weights.safetensors": tensors_writer(WEIGHTS),
-        "graph.txt": "graph main\n".encode() * 3,
+        "graph.txt": b"graph main\n" * 3,
         "report.json": b"",
     }
 

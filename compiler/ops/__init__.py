@@ -5,7 +5,18 @@
 
 from jisu.compiler.graph import CONSTANT, INPUT, WEIGHT, Op
 from jisu.compiler.ops import contract, elementwise, index, nn, reduce, shape
-from jisu.compiler.ops.contract import ACTIVATIONS, conv, gated_linear, linear, matmul
+from jisu.compiler.ops.contract import (
+    ACTIVATIONS,
+    conv,
+    gated_linear,
+    linear,
+    matmul,
+    pack,
+    pack_gated,
+    packed_gated_linear,
+    packed_linear,
+    packed_take,
+)
 from jisu.compiler.ops.elementwise import (
     abs_,
     acos,
@@ -109,7 +120,8 @@ __all__ = [
     "broadcast_to", "cache_append", "cast", "ceil", "concat", "conv", "copysign", "cos", "cosh", "dim_value", "div", "eq",
     "erf", "exp", "exp2", "experts", "expm1", "flip", "floor", "floor_div", "fmod", "gated_linear", "gather", "ge", "gelu",
     "get", "gt", "iota", "isnan", "layer_norm", "le", "linear", "log", "log10", "log1p", "log2", "logical_and",
-    "logical_not", "logical_or", "logical_xor", "lt", "matmul", "maximum", "minimum", "mul", "ne", "neg", "pad", "pow_",
+    "logical_not", "logical_or", "logical_xor", "lt", "matmul", "maximum", "minimum", "mul", "ne", "neg", "pack",
+    "pack_gated", "packed_gated_linear", "packed_linear", "packed_take", "pad", "pow_",
     "prod", "reciprocal", "reduce_max", "reduce_min", "relu", "remainder", "reshape", "rms_norm", "rotary", "round_",
     "rsqrt", "scan", "scatter", "shift_left", "shift_right", "sigmoid", "sign", "silu", "sin", "sinh", "slice_", "softmax",
     "sort", "sqrt", "square", "sub", "sum_", "take", "tan", "tanh", "transpose", "trunc", "trunc_div", "where", "windows",

@@ -162,3 +162,136 @@ def conv(
         require(not isinstance(size, int) or not isinstance(span, int) or size >= span, f"kernel span {span} exceeds {size}")
         space.append(dim(size - span + 1) if stride == 1 else dim((size - span) // stride + 1))
     return x.with_shape(x.shape[0], w.shape[0], *space)
+
+
+# --- Packed weights ------------------------------------------------------------------------------------------------
+# A kernel reads a weight [n, k] in panels of `panel` outputs, for each of which it wants the inputs next to each other
+# (`pair` = 1), or two consecutive inputs in one word (`pair` = 2): [ceil(n / panel), ceil(k / pair), panel(, pair)].
+
+
+def packed_shape(n: int, k: int, panel: int, pair: int) -> tuple[int, ...]:
+    """Shape of a weight [n, k] packed in panels."""
+    return (-(-n // panel), -(-k // pair), panel) + ((pair,) if pair > 1 else ())
+
+
+def _pack(w: np.ndarray, *, panel: int, pair: int) -> np.ndarray:
+    n, k = w.shape
+    out = np.zeros(packed_shape(n, k, panel, pair), w.dtype)
+    step = panel * 64  # a block of panels at a time: no second copy of the whole weight
+    for first in range(0, n, step):
+        block = np.ascontiguousarray(w[first : first + step])
+        rows = -(-len(block) // panel)
+        if len(block) % panel or k % pair:
+            block = np.pad(block, ((0, rows * panel - len(block)), (0, -k % pair)))
+        place = out[first // panel : first // panel + rows]
+        if pair > 1:  # move whole words
+            word = np.dtype(f"u{pair * w.dtype.itemsize}")
+            place.view(word)[..., 0] = block.view(word).reshape(rows, panel, -1).transpose(0, 2, 1)
+        else:
+            place[...] = block.reshape(rows, panel, k).transpose(0, 2, 1)
+    return out
+
+
+def _unpack(w: np.ndarray, n: int, k: int) -> np.ndarray:
+    if w.ndim == 3:
+        return w.transpose(0, 2, 1).reshape(-1, w.shape[1])[:n]
+    return w.transpose(0, 2, 1, 3).reshape(w.shape[0] * w.shape[2], -1)[:n, :k]
+
+
+def _pack_samples() -> Samples:
+    yield ("float32[5, 3]",), {"panel": 4, "pair": 1}
+    yield ("bfloat16[5, 3]",), {"panel": 2, "pair": 2}
+
+
+@defop(meaning=_pack, flops=0, samples=_pack_samples)
+def pack(w: TensorType, *, panel: int, pair: int = 1) -> TensorType:
+    """A weight [n, k] in panels of `panel` outputs, padded with zeros."""
+    require(w.rank == 2 and w.size and isinstance(w.size, int), f"needs a matrix of fixed size, got {w}")
+    return w.with_shape(*packed_shape(*w.shape, panel, pair))  # type: ignore[arg-type]
+
+
+@defop(
+    meaning=lambda gate, up, *, panel, pair: np.stack([_pack(gate, panel=panel, pair=pair), _pack(up, panel=panel, pair=pair)], 1),
+    flops=0,
+    samples=lambda: iter([(("float32[5, 3]", "float32[5, 3]"), {"panel": 4, "pair": 1})]),
+)
+def pack_gated(gate: TensorType, up: TensorType, *, panel: int, pair: int = 1) -> TensorType:
+    """Gate and up projections [n, k], panel by panel side by side."""
+    require(gate == up and gate.rank == 2, f"needs two matrices of one type, got {gate} and {up}")
+    first, *rest = packed_shape(*gate.shape, panel, pair)  # type: ignore[arg-type]
+    return gate.with_shape(first, 2, *rest)
+
+
+def _packed_rule(x: TensorType, w: TensorType, outputs: int, gated: bool) -> TensorType:
+    shape = (w.shape[0], *w.shape[2:]) if gated else w.shape
+    require(len(shape) in (3, 4) and w.dtype == x.dtype, f"needs a packed weight of {x.dtype}, got {w}")
+    pair = shape[3] if len(shape) == 4 else 1
+    want = packed_shape(outputs, x.shape[-1], shape[2], pair)  # type: ignore[arg-type]
+    require(tuple(shape) == want, f"{w} is not [{outputs}, {x.shape[-1]}] packed in panels of {shape[2]}")
+    return x.with_shape(*x.shape[:-1], outputs)
+
+
+def _packed_linear_samples() -> Samples:
+    yield ("float32[2, 3]", "float32[2, 3, 4]", "float32[5]", "float32[2, 5]"), {"outputs": 5, "activation": "relu"}
+    yield ("float32[2, 3]", "float32[2, 2, 4, 2]", None, None), {"outputs": 7}  # type: ignore[misc]
+
+
+@defop(
+    meaning=lambda x, w, b, r, *, outputs, activation: _linear(
+        x, _unpack(w, outputs, x.shape[-1]), b, r, activation=activation
+    ),
+    axes=lambda x, w, b, r, **_: f"*b k, {'p q n' if w.rank == 3 else 'p q n t'}, {'o' if b else ''}, {'*b o' if r else ''} -> *b o",
+    flops=2,
+    samples=_packed_linear_samples,
+)
+def packed_linear(
+    x: TensorType,
+    w: TensorType,
+    b: TensorType | None = None,
+    r: TensorType | None = None,
+    *,
+    outputs: int,
+    activation: str = "none",
+) -> TensorType:
+    """`linear` with a weight [outputs, k] that `pack` made."""
+    result = _packed_rule(x, w, outputs, gated=False)
+    require(b is None or b == TensorType((outputs,), x.dtype), f"the bias must be {x.dtype}[{outputs}], got {b}")
+    require(
+        r is None or (r.dtype == x.dtype and same_shape(r.shape, result.shape)), f"the residual must be {result}, got {r}"
+    )
+    require(activation in ACTIVATIONS, f"unknown activation {activation!r}; known: {', '.join(ACTIVATIONS)}")
+    return result
+
+
+@defop(
+    meaning=lambda x, w, *, outputs, activation: _gated(
+        x, _unpack(w[:, 0], outputs, x.shape[-1]), _unpack(w[:, 1], outputs, x.shape[-1]), activation=activation
+    ),
+    axes=lambda x, w, **_: f"*b k, {'p g q n' if w.rank == 4 else 'p g q n t'} -> *b o",
+    flops=2,
+    samples=lambda: iter([(("float32[2, 3]", "float32[2, 2, 3, 4]"), {"outputs": 5, "activation": "silu"})]),
+)
+def packed_gated_linear(x: TensorType, w: TensorType, *, outputs: int, activation: str) -> TensorType:
+    """`gated_linear` with weights that `pack_gated` made."""
+    require(activation in ACTIVATIONS, f"unknown activation {activation!r}; known: {', '.join(ACTIVATIONS)}")
+    return _packed_rule(x, w, outputs, gated=True)
+
+
+def _packed_take(w: np.ndarray, indices: np.ndarray, *, rows: int, width: int) -> np.ndarray:
+    from jisu.compiler.ops.index import _take
+
+    return _take(_unpack(w, rows, width), indices, axis=0)
+
+
+@defop(
+    meaning=_packed_take,
+    axes=lambda w, i, **_: f"{'p q n' if w.rank == 3 else 'p q n t'}, *b -> *b o",
+    flops=0,
+    samples=lambda: iter([(("float32[2, 3, 4]", "int64[2, 2] < 7"), {"rows": 7, "width": 3})]),
+)
+def packed_take(w: TensorType, indices: TensorType, *, rows: int, width: int) -> TensorType:
+    """Rows of a packed weight [rows, width]: an embedding tied to a packed head."""
+    pair = w.shape[3] if w.rank == 4 else 1
+    require(tuple(w.shape) == packed_shape(rows, width, w.shape[2], pair), f"{w} is not [{rows}, {width}] packed")  # type: ignore[arg-type]
+    require(indices.dtype in ("int64", "int32"), f"indices must be integers, got {indices}")
+    return TensorType((*indices.shape, width), w.dtype)

@@ -5,23 +5,20 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import ml_dtypes
 import torch
 
 from jisu.compiler import ops
 from jisu.compiler.graph import Node, Op
-from jisu.compiler.types import dim, is_float
+from jisu.compiler.types import is_float, numpy_dtype
 from jisu.frontends.aten.table import (
     HALF,
-    LOWERINGS,
     Call,
     as_bool,
     cast,
     expand,
     filled,
-    highest,
     lowering,
-    lowest,
-    on_integers,
     operand,
     refuse,
     rounded,
@@ -98,7 +95,7 @@ def _erfc(call: Call, x: Node) -> Node:
                 -0.82215223, 0.17087277)
         )  # fmt: skip
         result = ops.mul(t, ops.exp(ops.sub(series, ops.square(v))))
-        return ops.where(ops.lt(v, 0.0), ops.sub(2.0 * _one(v), result), result)
+        return ops.where(ops.lt(v, 0.0), ops.sub(operand(2.0, v.dtype), result), result)
 
     return wide(tail, call.dtype, x)
 
@@ -575,9 +572,6 @@ def _lerp(call: Call, a: Node, b: Node, weight: Any) -> Node:
 def _nan_to_num(call: Call, x: Node, nan: float | None, posinf: float | None, neginf: float | None) -> Node:
     if not is_float(x.dtype):
         return x
-    from jisu.compiler.types import numpy_dtype
-    import ml_dtypes
-
     largest = float(ml_dtypes.finfo(numpy_dtype(x.dtype)).max)
     x = ops.where(ops.isnan(x), operand(nan or 0.0, x.dtype), x)
     x = ops.where(ops.eq(x, float("inf")), operand(largest if posinf is None else posinf, x.dtype), x)

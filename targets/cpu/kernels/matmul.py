@@ -30,7 +30,7 @@ from jisu.targets.cpu.isa import (
 from jisu.targets.target import Target
 
 VECTORS = 2  # vector registers per panel row
-_PACK_COLUMNS = 64  # panels transposed at a time while packing
+_PACK_PANELS = 64  # panels transposed at a time while packing
 
 
 def panel_width(target: Target) -> int:
@@ -93,7 +93,7 @@ def _pack_into(out: np.ndarray, w: np.ndarray, nr: int) -> None:
     """Fill out[panels, k(/2), nr(, 2)] from w[n, k], a few panels at a time; pairs of k move as one 32-bit word."""
     n, k = w.shape
     paired = out.ndim == 4
-    step = nr * _PACK_COLUMNS
+    step = nr * _PACK_PANELS
     for start in range(0, n, step):
         block = w[start : start + step]
         if paired:
@@ -110,74 +110,258 @@ def _pack_into(out: np.ndarray, w: np.ndarray, nr: int) -> None:
             words[first + whole, :, : len(rest)] = rest.T
 
 
-def product(mr: int, lanes: int, vectors: int, k: int | None, target: Target, *, dot: bool = False) -> Micro:
-    """C[mr, vectors*lanes] = A[mr, k] @ B[k, vectors*lanes] in float32 registers; all row-major.
+def product(
+    mr: int, target: Target, *, weights: str = "float32", k: int | None = None, lanes: int = 0, vectors: int = VECTORS,
+    accumulate: bool = False, rows_of: str | None = None, columns: int | None = None,
+) -> Micro:  # fmt: skip
+    """C[mr, vectors*lanes] = A[mr, k] @ B[k, vectors*lanes], accumulated in float32 registers; all row-major.
 
-    void(A, lda, B, ldb, C, ldc, k, accumulate): strides in 32-bit words; k words (static where given); where
-    `accumulate` is not 0 the product is added to C. With `dot` the words are pairs of bfloat16 and B's are too.
+    void(A, lda, B, ldb, C, ldc, k): strides in 32-bit words, k in words of B (static where given). `weights` says what
+    a word of B holds: "float32"; "bfloat16" or "float16": two consecutive k, widened, A being float32; "dot": two
+    consecutive k in bfloat16, and so has A. With `rows_of` (a dtype) B is a plain matrix of it, `ldb` counts its
+    elements, and only its first `columns` are read. With `accumulate` the product is added to C.
     """
     f = Function(
         f"product{mr}",
-        [("ptr", "a"), ("i64", "lda"), ("ptr", "b"), ("i64", "ldb"), ("ptr", "c"), ("i64", "ldc"), ("i64", "k"),
-         ("i64", "acc")],
+        [("ptr", "a"), ("i64", "lda"), ("ptr", "b"), ("i64", "ldb"), ("ptr", "c"), ("i64", "ldc"), ("i64", "k")],
         target,
-    )  # fmt: skip
-    a, lda, b, ldb, c, ldc, k_arg, accumulate = f.params()
+    )
+    a, lda, b, ldb, c, ldc, k_arg = f.params()
+    lanes = lanes or f.lanes
     vec = vector_type("float", lanes)
-    depth: Val | int = k_arg if k is None else k
+    halves = 2 if weights in ("bfloat16", "float16") else 1
     # One row has too few accumulators to hide the multiply-add's latency: several k go on at once.
     chains = 4 if mr == 1 else 2 if mr == 2 else 1
     rows = [f.at(a, lda * m, "float32") for m in range(mr)]
 
     def step(index: Val, sums: list[Val]) -> list[Val]:
-        at = f.at(b, index * ldb, "float32")
-        columns = [f.load(vec, f.at(at, j * lanes, "float32")) for j in range(vectors)]
-        if mr <= 2:
-            f.prefetch(f.at(at, _PREFETCH_WORDS, "float32"))
-        result = []
+        at = f.at(b, index * ldb, rows_of or "float32")
+        if mr <= 2 and rows_of is None:
+            for j in range(0, vectors * lanes, 16):
+                f.prefetch(f.at(at, _PREFETCH_WORDS + j, "float32"))
+        if rows_of is None:
+            cols = [_columns(f, f.at(at, j * lanes, "float32"), weights, lanes) for j in range(vectors)]
+        else:
+            cols = [[f.load_f32(at, j * lanes, rows_of, masks[j], lanes)] for j in range(vectors)]
+        result = list(sums)
         for m in range(mr):
-            x = f.splat(f.load("float", f.at(rows[m], index, "float32")), lanes)
-            for j in range(vectors):
-                old = sums[m * vectors + j]
-                result.append(_dot(f, x, columns[j], old) if dot else f.fma(x, columns[j], old))
+            for half in range(halves):
+                x = f.splat(f.load("float", f.at(rows[m], index * halves + half, "float32")), lanes)
+                for j in range(vectors):
+                    old = result[m * vectors + j]
+                    new = _dot(f, x, cols[j][0], old) if weights == "dot" else f.fma(x, cols[j][half], old)
+                    result[m * vectors + j] = new
         return result
-
-    def chained(index: Val, sums: list[Val]) -> list[Val]:
-        width = mr * vectors
-        result: list[Val] = []
-        for n in range(chains):
-            result += step(index + n, sums[n * width : (n + 1) * width])
-        return result
-
-    def zero() -> Val:
-        return f.const(0.0, vec)
 
     width = mr * vectors
-    sums = [zero() for _ in range(width * chains)]
-    if isinstance(depth, int):
-        whole: Val | int = depth // chains * chains
-    else:
-        whole = depth & -chains
-    *sums, end = f.loop(0, whole, chains, sums, chained)
+    left = [(columns or vectors * lanes) - j * lanes for j in range(vectors)]
+    masks = [f.mask_below(c, lanes) if c < lanes else None for c in left]
+
+    def chained(index: Val, sums: list[Val]) -> list[Val]:
+        return [s for n in range(chains) for s in step(index + n, sums[n * width : (n + 1) * width])]
+
+    depth: Val | int = k_arg if k is None else k
+    whole: Val | int = depth & -chains
+    *sums, end = f.loop(0, whole, chains, [f.const(0.0, vec)] * (width * chains), chained)
     first = sums[:width]
     if chains > 1:
         *first, _ = f.loop(end, depth, 1, first, step)
         for n in range(1, chains):
             first = [s + t for s, t in zip(first, sums[n * width : (n + 1) * width], strict=True)]
-    adds = accumulate.cmp("ne", 0)
     for m in range(mr):
         for j in range(vectors):
             address = f.at(f.at(c, ldc * m, "float32"), j * lanes, "float32")
             total = first[m * vectors + j]
-            f.store(f.choose(adds, lambda t=total, p=address: t + f.load(vec, p), lambda t=total: t), address)
+            f.store(total + f.load(vec, address) if accumulate else total, address)
     return f.finish()
 
 
-_PREFETCH_WORDS = 1024
+_PREFETCH_WORDS = 1024  # how far ahead of its use a streamed weight is asked for
+
+
+def _columns(f: Function, address: Val, weights: str, lanes: int) -> list[Val]:
+    """One vector of B's words as float32: the word itself, or its two halves."""
+    if weights in ("float32", "dot"):
+        return [f.load(vector_type("float", lanes), address)]
+    words = f.load(vector_type("i32", lanes), address)
+    if weights == "bfloat16":
+        return [f.cast("bitcast", part, "float") for part in (words << 16, words & -65536)]
+    return [f.cast("fpext", f.cast("bitcast", f.cast("trunc", p, "i16"), "half"), "float") for p in (words, words >> 16)]
 
 
 def _dot(f: Function, pairs: Val, weights: Val, total: Val) -> Val:
-    """total + the products of both halves of each lane."""
-    lanes = f.lanes
-    both = [f.op(f"bitcast {v.type} {v.name} to <{2 * lanes} x bfloat>", f"<{2 * lanes} x bfloat>") for v in (pairs, weights)]
-    return f.call(total.type, f"llvm.x86.avx512bf16.dpbf16ps.{32 * lanes}", total, *both)
+    """total + the products of both bfloat16 halves of each lane."""
+    wide = vector_type("bfloat", 2 * f.lanes)
+    both = [f.op(f"bitcast {v.type} {v.name} to {wide}", wide) for v in (pairs, weights)]
+    return f.call(total.type, f"llvm.x86.avx512bf16.dpbf16ps.{32 * f.lanes}", total, *both)
+
+
+def _uses_dot(dtype: str, target: Target) -> bool:
+    return dtype == "bfloat16" and target.has("avx512bf16") and target.vector_bytes == 64
+
+
+def row_blocks(f: Function, rows: Val, run: Callable[[int, Val], None], target: Target) -> None:
+    """Cover 0…rows with blocks of the sizes in `_row_blocks`, largest first: run(size, first row)."""
+    m = f.i64(0)
+    for mr in _row_blocks(target):
+        (m,) = f.loop(m, rows - (mr - 1), mr, [], lambda i, _, mr=mr: run(mr, i))
+
+
+def copy_row(n: int, dtype: str, out: str, target: Target, *, padded: int | None = None) -> Micro:
+    """void(x, y): y[0:padded] = x[0:n] of `dtype`, converted to `out`, then zeros."""
+    f = Function("copy", [("ptr", "x"), ("ptr", "y")], target)
+    x, y = f.params()
+
+    def body(i: Val, mask: Val | None, _: list[Val]) -> None:
+        f.store_f32(f.load_f32(x, i, dtype, mask), y, i, out, mask)
+
+    def raw(i: Val, mask: Val | None, _: list[Val]) -> None:
+        scalar = {2: "i16", 4: "i32"}[ITEMSIZE[dtype]]
+        f.store_raw(f.load_raw(scalar, f.at(x, i, scalar), mask), f.at(y, i, scalar), mask)
+
+    f.vectors(n, raw if dtype == out else body)
+    for i in range(n, padded or n):
+        f.store(f.const(0, "i16" if ITEMSIZE[out] == 2 else "float"), f.at(y, i, out))
+    return f.finish()
+
+
+def _layer(
+    name: str, n: int, k: int, dtype: str, target: Target, *, gated: bool, bias: bool, activation: str, residual: bool,
+    scale: float | None, softcap: float | None, out_dtype: str | None,
+) -> Any:  # fmt: skip
+    require_dtype(dtype, target)
+    require_activation(activation)
+    out = out_dtype or dtype
+    require_dtype(out, target)
+    nr, parts = panel_width(target), 2 if gated else 1
+    panels = -(-n // nr)
+    dot = _uses_dot(dtype, target)
+    depth = -(-k // 2) if _paired(dtype) else k  # words of B per column
+    a_words = depth if dot or not _paired(dtype) else 2 * depth
+    lines = align_up(a_words, 16) // 16
+    lda = 16 * (lines + 1 - lines % 2)  # an odd number of cache lines: rows fall into different sets
+    block = _row_blocks(target)[0]
+    half_l2 = target.cache_bytes(2, 1 << 20) // 2
+    chunk = max(block, min(240, half_l2 // (4 * lda)) // block * block)
+    weights = "dot" if dot else dtype
+
+    biases = (["bias_gate", "bias_up"] if gated else ["bias"]) if bias else []
+    operands = ["x", "w", *biases, *(["residual"] if residual else []), "y"]
+    scalars = ("m0", "rows", "p0", "p1")
+    f = Function(name, [("ptr", o) for o in (*operands, "a", "tile")] + [("i64", s) for s in scalars], target)
+    at = dict(zip((*operands, "a", "tile", *scalars), f.params(), strict=True))
+    rows = at["rows"]
+    copy = copy_row(k, dtype, dtype if dot else "float32", target, padded=2 * depth if _paired(dtype) else None)
+    f.loop(0, rows, 1, [], lambda i, _: f.use(
+        copy, f.at(at["x"], (at["m0"] + i) * k, dtype), f.at(at["a"], i * lda, "float32")))  # fmt: skip
+    products = {mr: product(mr, target, weights=weights, k=depth) for mr in _row_blocks(target)}
+
+    def epilogue(column: Val, row: Val, masks: list[Val | None]) -> None:
+        y_row = (at["m0"] + row) * n + column
+        for j, mask in enumerate(masks):
+            here = row * nr + j * f.lanes
+            values = []
+            for part in range(parts):
+                v = f.load(vector_type("float", f.lanes), f.at(at["tile"], here + part * chunk * nr, "float32"))
+                if bias:
+                    v = v + f.load_f32(at[biases[part]], column + j * f.lanes, dtype, mask)
+                values.append(f.rounded(v, dtype))
+            v = values[0]
+            if scale is not None:
+                v = f.rounded(v * scale, dtype)
+            if softcap is not None:
+                v = f.rounded(f.rounded(f.tanh(f.rounded(v / softcap, dtype)), dtype) * softcap, dtype)
+            if activation != "none":
+                v = f.rounded(f.activate(activation, v), dtype)
+            if gated:
+                v = f.rounded(v * values[1], dtype)
+            if residual:
+                v = f.rounded(v + f.load_f32(at["residual"], y_row + j * f.lanes, dtype, mask), dtype)
+            f.store_f32(v, at["y"], y_row + j * f.lanes, out, mask)
+
+    def panel(p: Val, _: list[Val]) -> None:
+        for part in range(parts):
+            here = f.at(at["w"], (p * parts + part) * (depth * nr), "float32")
+            row_blocks(f, rows, lambda mr, m, here=here, part=part: f.use(
+                products[mr], f.at(at["a"], m * lda, "float32"), lda, here, nr,
+                f.at(at["tile"], m * nr + part * chunk * nr, "float32"), nr, depth), target)  # fmt: skip
+        column = p * nr
+
+        def full() -> None:
+            f.loop(0, rows, 1, [], lambda r, _: epilogue(column, r, [None] * VECTORS))
+
+        def tail() -> None:
+            masks: list[Val | None] = [f.mask_below(n - column - j * f.lanes) for j in range(VECTORS)]
+            f.loop(0, rows, 1, [], lambda r, _: epilogue(column, r, masks))
+
+        if n % nr == 0:
+            full()
+        else:
+            f.when(p < panels - 1, full, tail)
+
+    f.loop(at["p0"], at["p1"], 1, [], panel)
+    task = f.finish()
+
+    # A streamed weight wants equal shares for every thread; a matrix product amortises copying its rows of x.
+    few, many = -(-panels // 32), max(-(-panels // 16), min(3, panels))
+    shapes: dict[str, tuple[int | str, ...]] = {b: (n,) for b in biases}
+    packed = pack_gated_shape(n, k, dtype, target) if gated else pack_shape(n, k, dtype, target)
+    shapes |= {"x": ("m", k), "w": packed, "residual": ("m", n), "y": ("m", n)}
+
+    def body(buffers: Mapping[str, Any], dims: Mapping[str, Any]) -> None:
+        m = dims["m"]
+        group = T.Select(m <= 8, T.int64(few), T.int64(many))
+        chunks = T.max(T.ceildiv(m, chunk), T.int64(1))
+        tasks = T.Select(m == 0, T.int64(0), T.ceildiv(T.int64(panels), group) * chunks)
+
+        def run(t: Any) -> None:
+            scratch = T.alloc_buffer((chunk * lda,), "float32")
+            tile = T.alloc_buffer((parts * chunk * nr,), "float32")
+            p0, m0 = T.floordiv(t, chunks) * group, T.floormod(t, chunks) * chunk
+            data = [buffers[o].data for o in operands]
+            task.call(*data, scratch.data, tile.data, m0, T.min(m - m0, T.int64(chunk)), p0, T.min(p0 + group, T.int64(panels)))
+
+        in_tasks(tasks, run, serial=m * (n * k * parts) <= SERIAL_WORK)
+
+    return prim_func(name, [Arg(o, shapes[o], out if o == "y" else dtype) for o in operands], [task], body)
+
+
+SERIAL_WORK = 1 << 16  # multiply-adds that one core does in less time than waking another takes
+
+
+def in_tasks(tasks: Any, run: Callable[[Any], None], serial: Any = False) -> None:
+    """TIR under construction: run(0) … run(tasks - 1), in parallel unless `serial` (a condition) holds."""
+    if serial is False:
+        with T.parallel(T.int64(0), tasks) as t:
+            run(t)
+        return
+    with T.If(serial):
+        with T.Then():
+            with T.serial(T.int64(0), tasks) as t:
+                run(t)
+        with T.Else():
+            with T.parallel(T.int64(0), tasks) as t:
+                run(t)
+
+
+def linear(
+    n: int, k: int, dtype: str, target: Target, *, bias: bool = False, activation: str = "none", residual: bool = False,
+    scale: float | None = None, softcap: float | None = None, out_dtype: str | None = None,
+) -> Any:  # fmt: skip
+    """PrimFunc y[M, n] = act(cap(scale * (x[M, k] W^T + b))) + residual, with W[n, k] packed by `pack`.
+
+    Parameters in order: x[M, k], w[pack_shape], bias[n] if `bias`, residual[M, n] if `residual`, y[M, n] (`out_dtype`).
+    Sums are float32; every step that PyTorch's eager mode writes out is rounded to `dtype`, the last then converted.
+    cap(v) = softcap * tanh(v / softcap). Raises TargetError for a dtype or activation that the kernels lack.
+    """
+    return _layer("linear", n, k, dtype, target, gated=False, bias=bias, activation=activation, residual=residual,
+                  scale=scale, softcap=softcap, out_dtype=out_dtype)  # fmt: skip
+
+
+def gated_mlp_up(f: int, k: int, dtype: str, target: Target, *, activation: str = "silu", bias: bool = False) -> Any:
+    """PrimFunc y[M, f] = act(x Wg^T + bg) * (x Wu^T + bu), with both weights packed together by `pack_gated`.
+
+    Parameters in order: x[M, k], w[pack_gated_shape], bias_gate[f] and bias_up[f] if `bias`, y[M, f].
+    """
+    return _layer("gated_mlp_up", f, k, dtype, target, gated=True, bias=bias, activation=activation, residual=False,
+                  scale=None, softcap=None, out_dtype=None)  # fmt: skip

@@ -1,0 +1,418 @@
+"""Models of Hugging Face's transformers, as objects or local checkpoint folders.
+
+A decoder is traced once, stateless, over a whole sequence, with one attention op per layer: transformers looks attention,
+mask and experts up in registries, and there we stand with custom ops. The mask never becomes a tensor (our mask function
+returns what it means), and no cache object is in the trace. A checkpoint folder is traced on the meta device, so that
+weights never materialise in torch: they stay references into the memory-mapped safetensors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import attrs
+import numpy as np
+import torch
+import transformers
+from torch import nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from jisu.compiler import ops
+from jisu.compiler.errors import InputError, UnsupportedError
+from jisu.compiler.graph import Graph, Node, Storage
+from jisu.compiler.storage import open_checkpoint
+from jisu.frontends.torch_export import capture
+
+NAME = "jisu"  # under which our functions stand in transformers' registries
+TRAVELLING = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "generation_config.json",
+    "chat_template.jinja",
+    "config.json",
+)
+"""Files of a checkpoint that travel along with a compiled program."""
+
+
+@attrs.frozen
+class Visible:
+    """What a mask means: causal, and only the last `window` keys where that is not 0."""
+
+    window: int = 0
+
+
+@attrs.frozen
+class Decoder:
+    """A causal language model, captured.
+
+    graph: inputs input_ids and (where the model asks for it) position_ids, int64 [b, s]; output logits [b, s, vocabulary].
+    sequence: the symbol of s. max_positions: the longest sequence the model was made for. files: the travelling files'
+    contents. result: class name of what the model's forward returns.
+    """
+
+    graph: Graph
+    sequence: str
+    vocabulary: int
+    max_positions: int
+    files: Mapping[str, bytes]
+    result: str
+    fingerprint: str
+
+
+# --- What stands in the registries ---------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("jisu::attention", mutates_args=())
+def _attention_op(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    bias: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    scale: float,
+    causal: bool,
+    window: int,
+    softcap: float,
+) -> torch.Tensor:
+    """One attention op per layer: q [b, h, s, d], k [b, g, t, d], v [b, g, t, e] -> [b, s, h, e]; it is traced, never run."""
+    raise RuntimeError("jisu::attention exists in traces only")
+
+
+@_attention_op.register_fake
+def _(q, k, v, bias, sinks, scale, causal, window, softcap):  # type: ignore[no-untyped-def]
+    return q.new_empty((q.shape[0], q.shape[2], q.shape[1], v.shape[3]))
+
+
+@torch.library.custom_op("jisu::experts", mutates_args=())
+def _experts_op(
+    x: torch.Tensor, index: torch.Tensor, scores: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, activation: str
+) -> torch.Tensor:
+    """A mixture of gated MLPs (see `jisu.compiler.ops.experts`); it is traced, never run."""
+    raise RuntimeError("jisu::experts exists in traces only")
+
+
+@_experts_op.register_fake
+def _(x, index, scores, gate_up, down, activation):  # type: ignore[no-untyped-def]
+    return torch.empty_like(x)
+
+
+_HARMLESS = {"position_ids", "cache_position", "position_embeddings", "attention_mask"}
+
+
+def _attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: Any,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **others: Any,
+) -> tuple[torch.Tensor, None]:
+    strange = [k for k, v in others.items() if isinstance(v, torch.Tensor) and k not in _HARMLESS]
+    if strange or others.get("cache") is not None:
+        raise UnsupportedError(f"{type(module).__name__} gives attention {', '.join(strange) or 'a cache'}, which jisu does not compile")
+    if is_causal is None:
+        is_causal = bool(getattr(module, "is_causal", True))
+    bias, window = None, 0
+    if isinstance(attention_mask, Visible):
+        is_causal, window = True, attention_mask.window
+    elif isinstance(attention_mask, torch.Tensor):
+        bias, is_causal = attention_mask, False
+    scale = float(scaling) if scaling is not None else float(query.shape[-1]) ** -0.5
+    out = _attention_op(query, key, value, bias, s_aux, scale, is_causal, window, float(softcap or 0.0))
+    return out, None
+
+
+def _mask(
+    batch_size: Any,
+    q_length: Any,
+    kv_length: Any,
+    mask_function: Callable[..., Any],
+    attention_mask: torch.Tensor | None = None,
+    **_: Any,
+) -> Visible:
+    """Our mask function: find out what `mask_function(batch, head, query, key) -> bool` means by asking it."""
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    with _disable_current_modes(), torch.no_grad():
+        window = _probe(mask_function)
+    return Visible(window)
+
+
+def _ask(mask_function: Callable[..., Any], query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    zero = torch.zeros((), dtype=torch.long)
+    answers = [mask_function(zero, zero, q, k) for q, k in zip(query.unbind(), key.unbind(), strict=True)]
+    return torch.stack([torch.as_tensor(a, dtype=torch.bool).reshape(()) for a in answers])
+
+
+def _probe(mask_function: Callable[..., Any]) -> int:
+    """The window of a causal mask (0: none); UnsupportedError where the mask is neither causal nor a sliding window."""
+    far = 1 << 22
+    visible = lambda q, k: bool(_ask(mask_function, torch.tensor([q]), torch.tensor([k])))  # noqa: E731
+    low, high = 0, far  # the smallest key that the query at `far` sees
+    if not visible(far, far):
+        raise UnsupportedError("the model's mask hides a token from itself")
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if visible(far, middle) else (middle + 1, high)
+    window = far - low + 1 if low else 0
+    generator = torch.Generator().manual_seed(0)
+    spans = [4, 64, 4 * window + 4, 1 << 16]
+    for span in spans:
+        q = torch.randint(0, span, (48,), generator=generator)
+        k = torch.randint(0, span, (48,), generator=generator)
+        near = q - torch.randint(-2, 3, (48,), generator=generator) - (window if span == spans[2] else 0)
+        for keys in (k, near.clamp(min=0)):
+            want = (keys <= q) & ((keys > q - window) if window else torch.ones_like(keys, dtype=torch.bool))
+            if not torch.equal(_ask(mask_function, q, keys), want):
+                raise UnsupportedError("the model's attention mask is neither causal nor a causal sliding window")
+    return window
+
+
+_ACTIVATIONS: dict[str, str] = {
+    "SiLUActivation": "silu",
+    "SiLU": "silu",
+    "GELUActivation": "gelu",
+    "GELUTanh": "gelu_tanh",
+    "PytorchGELUTanh": "gelu_tanh",
+    "NewGELUActivation": "gelu_tanh",
+    "ReLU": "relu",
+}
+
+
+def _experts(
+    module: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """Our experts function: one op for plain gated experts, transformers' own batched products for all others."""
+    from transformers.integrations.moe import _default_apply_gate, batched_mm_experts_forward
+
+    activation = _ACTIVATIONS.get(type(getattr(module, "act_fn", None)).__name__)
+    plain = (
+        module.has_gate
+        and not module.has_bias
+        and not module.is_transposed
+        and module.is_concatenated
+        and not module.has_post_expert_norm
+        and type(module)._apply_gate is _default_apply_gate
+        and activation is not None
+    )
+    if not plain:
+        return batched_mm_experts_forward(module, hidden_states, top_k_index, top_k_weights)  # type: ignore[no-any-return]
+    scores = top_k_weights.to(hidden_states.dtype)
+    return _experts_op(hidden_states, top_k_index, scores, module.gate_up_proj, module.down_proj, activation)
+
+
+def register() -> None:
+    """Put our functions into transformers' registries, and our custom ops into the frontend's table (idempotent)."""
+    from jisu.frontends.aten import LOWERINGS
+
+    ALL_ATTENTION_FUNCTIONS.register(NAME, _attention)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, _mask)
+    ALL_EXPERTS_FUNCTIONS.register(NAME, _experts)
+    LOWERINGS[torch.ops.jisu.attention.default] = _lower_attention
+    LOWERINGS[torch.ops.jisu.experts.default] = _lower_experts
+
+
+def _lower_attention(
+    q: Node, k: Node, v: Node, bias: Node | None, sinks: Node | None, scale: float, causal: bool, window: int, softcap: float
+) -> Node:
+    swap = (0, 2, 1, 3)
+    query, key, value = (ops.transpose(n, perm=swap) for n in (q, k, v))
+    if sinks is not None and sinks.dtype != q.dtype:
+        sinks = ops.cast(sinks, dtype=q.dtype)
+    return ops.attention(query, key, value, bias, sinks, scale=scale, causal=causal, window=window, softcap=softcap)
+
+
+def _lower_experts(x: Node, index: Node, scores: Node, gate_up: Node, down: Node, activation: str) -> Node:
+    return ops.experts(x, index, scores, gate_up, down, activation=activation)
+
+
+# --- Tracing -------------------------------------------------------------------------------------------------------
+
+
+class _Whole(nn.Module):
+    """A decoder as a function of token ids and positions alone."""
+
+    def __init__(self, model: nn.Module, takes_positions: bool) -> None:
+        super().__init__()
+        self.model = model
+        self.takes_positions = takes_positions
+
+    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        # A mask of ones keeps transformers from looking for packed sequences in the positions.
+        extra = {"position_ids": position_ids} if self.takes_positions else {}
+        mask = torch.ones_like(input_ids)
+        out = self.model(input_ids=input_ids, attention_mask=mask, use_cache=False, return_dict=True, **extra)
+        return out.logits  # type: ignore[no-any-return]
+
+
+@contextlib.contextmanager
+def _our_functions(model: transformers.PreTrainedModel) -> Iterator[None]:
+    """Let `model` (and its parts) look up our functions; restored at the end."""
+    register()
+    configs = {id(m.config): m.config for m in model.modules() if isinstance(getattr(m, "config", None), transformers.PreTrainedConfig)}
+    fields = ("_attn_implementation_internal", "_experts_implementation_internal")
+    before = [(c, f, getattr(c, f)) for c in configs.values() for f in fields if hasattr(c, f)]
+    for c, f, _ in before:
+        setattr(c, f, NAME)
+    try:
+        yield
+    finally:
+        for c, f, old in before:
+            setattr(c, f, old)
+
+
+def is_decoder(model: object) -> bool:
+    """Whether `model` is a transformers model that generates text from token ids alone."""
+    return (
+        isinstance(model, transformers.PreTrainedModel)
+        and model.can_generate()
+        and not model.config.is_encoder_decoder
+        and model.get_output_embeddings() is not None
+        and model.main_input_name == "input_ids"
+    )
+
+
+def trace_decoder(
+    model: transformers.PreTrainedModel, *, storage: Mapping[str, Storage] | None = None, files: Mapping[str, bytes] | None = None
+) -> Decoder:
+    """Capture a causal language model, batch and sequence dynamic.
+
+    storage: where weights' values are, by the model's parameter names, for a model on the meta device. Raises
+    UnsupportedError for what can't be compiled, all of it at once.
+    """
+    import inspect
+
+    parameters = inspect.signature(model.forward).parameters
+    takes_positions = "position_ids" in parameters
+    text = model.config.get_text_config()
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    ids = torch.zeros((2, 7), dtype=torch.long, device=device)
+    # Distinct, increasing positions, as the shapes of the trace are all that matters.
+    positions = torch.arange(7, device=device).expand(2, 7)
+    batch, sequence = torch.export.Dim("batch", min=1, max=1 << 16), torch.export.Dim("sequence", min=1, max=1 << 24)
+    shapes = {"input_ids": {0: batch, 1: sequence}, "position_ids": {0: batch, 1: sequence}}
+    prefixed = {f"model.{k}": v for k, v in (storage or {}).items()} or None
+    try:
+        with _our_functions(model):
+            captured = capture(_Whole(model, takes_positions), (ids, positions), {}, shapes, storage=prefixed)
+    finally:
+        model.train(was_training)
+    graph = captured.graph
+    if not takes_positions:
+        graph = graph.replace(inputs=tuple(i for i in graph.inputs if i.name != "position_ids"))
+    (name,) = graph.inputs[0].shape[1].free_symbols  # type: ignore[union-attr]
+    limit = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None) or 1 << 20
+    return Decoder(
+        graph,
+        name.name,
+        int(graph.outputs[0].shape[-1]),
+        int(limit),
+        dict(files or {}),
+        _result_class(model),
+        fingerprint(model.config, type(model)),
+    )
+
+
+def _result_class(model: nn.Module) -> str:
+    cls = transformers.modeling_outputs.CausalLMOutputWithPast
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def fingerprint(config: transformers.PreTrainedConfig, model_class: type) -> str:
+    """What decides a transformers model's trace: its class, its configuration, and the versions that trace it."""
+    fixed = config.to_diff_dict()
+    for volatile in ("_name_or_path", "transformers_version", "dtype"):
+        fixed.pop(volatile, None)
+    parts = [model_class.__module__, model_class.__qualname__, transformers.__version__, torch.__version__]
+    return json.dumps([*parts, fixed], sort_keys=True, default=str)
+
+
+# --- Checkpoint folders --------------------------------------------------------------------------------------------
+
+
+def travelling_files(folder: Path) -> dict[str, bytes]:
+    """The contents of the files that travel along (tokenizer, chat template, generation config, config)."""
+    return {name: (folder / name).read_bytes() for name in TRAVELLING if (folder / name).is_file()}
+
+
+def _real_buffers(model: transformers.PreTrainedModel) -> dict[str, np.ndarray]:
+    """Buffers that are in no checkpoint (rotary frequencies) are computed for real; all else stays on meta."""
+    values: dict[str, np.ndarray] = {}
+    for name, buffer in model.named_non_persistent_buffers():
+        parent = model.get_submodule(name.rpartition(".")[0])
+        parent._buffers[name.rpartition(".")[2]] = torch.full_like(buffer, -1, device="cpu")
+        model._init_weights(parent)
+        values[name] = parent._buffers[name.rpartition(".")[2]].numpy()  # type: ignore[union-attr]
+    return values
+
+
+def load_config(folder: Path) -> transformers.PreTrainedConfig:
+    """The configuration of a checkpoint folder; InputError says what is missing or unknown."""
+    if not folder.is_dir():
+        raise InputError(f"{str(folder)!r} is no folder; give a local checkpoint (config.json + safetensors) or a model object")
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{str(folder)!r} has no config.json; give a checkpoint folder as transformers saves it")
+    try:
+        return transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (ValueError, KeyError, OSError) as error:
+        raise UnsupportedError(f"transformers can't read {folder / 'config.json'}: {error}") from error
+
+
+def load_checkpoint(folder: Path) -> Decoder:
+    """Capture the causal language model of a local checkpoint folder; its weights stay in the memory-mapped files.
+
+    Raises InputError for a folder that is no checkpoint, UnsupportedError for a model that can't be compiled.
+    """
+    config = load_config(folder)
+    tensors = open_checkpoint(folder)
+    model_type = transformers.AutoModelForCausalLM._model_mapping
+    if type(config) not in model_type:
+        raise UnsupportedError(f"{folder}: {config.model_type!r} has no causal language model in transformers")
+    kinds = {str(t.dtype) for t in tensors.values()}
+    dtype = config.dtype or torch.float32
+    model = None
+    if len(kinds) == 1:
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+        storage = _match(model, tensors)
+    if model is None or storage is None:  # stored under other names or dtypes: transformers knows how to convert them
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=dtype)
+        return trace_decoder(model, files=travelling_files(folder))
+    from jisu.compiler.graph import ArrayStorage
+
+    storage |= {name: ArrayStorage(value) for name, value in _real_buffers(model).items()}
+    return trace_decoder(model, storage=storage, files=travelling_files(folder))
+
+
+def _match(model: transformers.PreTrainedModel, tensors: Mapping[str, Any]) -> dict[str, Storage] | None:
+    """Stored tensors by the model's parameter names, or None where names, shapes or dtypes need a conversion."""
+    groups: dict[int, list[str]] = {}
+    persistent = set(model.state_dict(keep_vars=True))
+    everything = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    for name, tensor in everything:
+        if name in persistent:
+            groups.setdefault(id(tensor), []).append(name)
+    kinds = {name: tensor for name, tensor in everything}
+    found: dict[str, Storage] = {}
+    for names in groups.values():
+        stored = next((tensors[n] for n in names if n in tensors), None)
+        if stored is None or tuple(stored.shape) != tuple(kinds[names[0]].shape):
+            return None
+        if np.dtype(stored.dtype).name != str(kinds[names[0]].dtype).removeprefix("torch."):
+            return None
+        found |= dict.fromkeys(names, stored)
+    return found

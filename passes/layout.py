@@ -1,0 +1,162 @@
+"""Weight layout: each weight is packed once into the order in which its kernel reads it, without loading it here.
+
+`PackWeights` writes the packing into the graph; `FoldWeights` turns every value that depends on weights alone into one
+stored tensor that is computed when it is first read, one at a time, so that compiling needs no second copy of a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import attrs
+import numpy as np
+
+from jisu.compiler import ops
+from jisu.compiler.graph import CONSTANT, INPUT, WEIGHT, Graph, Node, Storage, weight
+from jisu.compiler.interpret import evaluate_node
+from jisu.compiler.types import TensorType, numpy_dtype
+
+
+@attrs.frozen
+class PackWeights:
+    """Pack the weights of linear layers into panels.
+
+    panel: outputs per panel. pair: dtype -> consecutive inputs in one word, for the dtypes that kernels pack. A weight
+    that is also an embedding stays one tensor: rows are then looked up in the packed form.
+    """
+
+    panel: int
+    pair: Mapping[str, int] = attrs.field(hash=False)
+    name: str = "pack weights"
+    exact: bool = True
+
+    def __call__(self, graph: Graph) -> Graph:
+        packed: dict[tuple[Any, ...], Node] = {}
+        packs = {n.operands[1] for n in graph.nodes if n.op is ops.linear and self._packs(n.operands[1])}
+
+        def once(op: Any, *operands: Node) -> Node:
+            key = (op, *operands)
+            if key not in packed:
+                packed[key] = op(*operands, panel=self.panel, pair=self.pair[operands[0].dtype])
+            return packed[key]
+
+        def transform(old: Node, new: Node) -> Node:
+            if new.op is ops.linear and self._packs(old.operands[1]):
+                x, w, b, r = new.operands
+                assert w is not None
+                return ops.packed_linear.make(
+                    (x, once(ops.pack, w), b, r), {"outputs": w.shape[0], "activation": new.activation}, new.source
+                )
+            if new.op is ops.gated_linear and self._packs(old.operands[1]) and self._packs(old.operands[2]):
+                x, gate, up = new.operands
+                assert gate is not None and up is not None
+                both = once(ops.pack_gated, gate, up)
+                return ops.packed_gated_linear.make(
+                    (x, both), {"outputs": gate.shape[0], "activation": new.activation}, new.source
+                )
+            if new.op is ops.take and new.axis == 0 and old.operands[0] in packs:
+                w, indices = new.operands
+                assert w is not None
+                rows, width = w.shape
+                return ops.packed_take.make((once(ops.pack, w), indices), {"rows": rows, "width": width}, new.source)
+            return new
+
+        return graph.map(transform)
+
+    def _packs(self, node: Node | None) -> bool:
+        return node is not None and node.dtype in self.pair and node.rank == 2 and not node.tensor.symbols and _is_stored(node)
+
+
+def _is_stored(node: Node) -> bool:
+    """Whether a value depends on weights and constants alone."""
+    stack, seen = [node], set()
+    while stack:
+        current = stack.pop()
+        if current in seen:
+            continue
+        seen.add(current)
+        if current.op is INPUT or (current.op.leaf and current.op not in (WEIGHT, CONSTANT)):
+            return False
+        stack += current.parents
+    return any(n.op is WEIGHT for n in seen)
+
+
+@attrs.define(eq=False)
+class Derived:
+    """A stored tensor defined by an expression over other stored tensors; computed at each read, never kept."""
+
+    node: Node
+    weights: Mapping[str, Storage] = attrs.field(repr=False)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(int(d) for d in self.node.shape)
+
+    @property
+    def dtype(self) -> np.dtype:
+        return numpy_dtype(self.node.dtype)
+
+    def numpy(self) -> np.ndarray:
+        """The value, computed now."""
+        values: dict[Node, Any] = {}
+        for node in Graph((), (self.node,), {}).nodes:
+            if node.op is WEIGHT:
+                values[node] = self.weights[node.name].numpy()
+            elif node.op is CONSTANT:
+                values[node] = node.value.array
+            else:
+                values[node] = evaluate_node(node, [values[o] if o is not None else None for o in node.operands], {})
+        return np.asarray(values[self.node]).astype(self.dtype, copy=False)
+
+    def release(self) -> None:
+        """Let go of pages of memory-mapped sources that reading touched."""
+        for node in Graph((), (self.node,), {}).nodes:
+            release = getattr(self.weights.get(node.name), "release", None) if node.op is WEIGHT else None
+            if release is not None:
+                release()
+
+
+def _expression(node: Node) -> str:
+    """A short, stable name: pack(model.w), or concat(a, b)."""
+    if node.op is WEIGHT:
+        return str(node.name)
+    if node.op is CONSTANT:
+        return "constant"
+    return f"{node.op.name}({', '.join(_expression(p) for p in node.parents)})"
+
+
+@attrs.frozen
+class FoldWeights:
+    """Replace the largest values that depend on weights alone by stored tensors, computed lazily."""
+
+    name: str = "fold weights"
+    exact: bool = True
+
+    def __call__(self, graph: Graph) -> Graph:
+        stored: dict[Node, bool] = {}
+        for node in graph.nodes:
+            if node.op in (WEIGHT, CONSTANT):
+                stored[node] = True
+            else:
+                fixed = isinstance(node.type, TensorType) and not node.tensor.symbols
+                grows = node.op in (ops.broadcast_to, ops.iota, ops.dim_value) or node.op is INPUT
+                stored[node] = fixed and not grows and bool(node.parents) and all(stored[p] for p in node.parents)
+        weights = dict(graph.weights)
+        names: dict[Node, str] = {}
+
+        def transform(old: Node, new: Node) -> Node:
+            if not stored[old] or old.op in (WEIGHT, CONSTANT):
+                return new
+            outside = any(not stored[u] for u in graph.users[old]) or old in graph.outputs
+            if not outside:
+                return new
+            name = _expression(old)
+            while name in weights:
+                name += "'"
+            weights[name] = Derived(old, graph.weights)
+            names[old] = name
+            return weight(name, old.tensor, old.source)
+
+        new = graph.map(transform)
+        return new.replace(weights=weights) if names else graph
