@@ -10,11 +10,11 @@ from jisu.passes.fusion import FUSIONS
 from jisu.passes.layout import FoldWeights, PackWeights
 
 
-def default_passes() -> tuple[Pass, ...]:
+def default_passes(fuse: bool = True, max_fold_bytes: int = 1 << 20) -> tuple[Pass, ...]:
     """The exact passes that every model goes through before its cache is derived."""
-    passes: list[Pass] = [Canonicalize()]
-    for fusion in FUSIONS:
-        passes += [fusion, Canonicalize(name=f"canonicalize after {fusion.name}")]
+    passes: list[Pass] = [Canonicalize(max_fold_bytes)]
+    for fusion in FUSIONS if fuse else ():
+        passes += [fusion, Canonicalize(max_fold_bytes, f"canonicalize after {fusion.name}")]
     return tuple(passes)
 
 

@@ -16,18 +16,18 @@ from jisu.compiler.types import TensorType, TupleType, is_integer, require, same
 Samples = Iterator[tuple[tuple[str, ...], dict[str, Any]]]
 
 
-def _checked(indices: np.ndarray, size: int) -> np.ndarray:
-    wrong = (indices < -size) | (indices >= size)
+def _checked(indices: np.ndarray, size: int, wrap: bool = True) -> np.ndarray:
+    wrong = (indices < (-size if wrap else 0)) | (indices >= size)
     if wrong.any():
         raise IndexOutOfRangeError(f"index {indices[wrong][0]} is out of range for an axis of size {size}")
     return np.where(indices < 0, indices + size, indices)
 
 
-def _take(x: np.ndarray, indices: np.ndarray, *, axis: int) -> np.ndarray:
-    return np.take(x, _checked(indices, x.shape[axis]), axis)
+def _take(x: np.ndarray, indices: np.ndarray, *, axis: int, wrap: bool = True) -> np.ndarray:
+    return np.take(x, _checked(indices, x.shape[axis], wrap), axis)
 
 
-def _take_axes(x: TensorType, indices: TensorType, *, axis: int) -> str:
+def _take_axes(x: TensorType, indices: TensorType, *, axis: int, wrap: bool = True) -> str:
     inside = [f"a{i}" for i in range(x.rank)]
     index = [f"i{i}" for i in range(indices.rank)]
     return f"{' '.join(inside)}, {' '.join(index)} -> {' '.join(inside[:axis] + index + inside[axis + 1:])}"
@@ -36,11 +36,15 @@ def _take_axes(x: TensorType, indices: TensorType, *, axis: int) -> str:
 def _take_samples() -> Samples:
     yield ("float32[4, 3]", "int64[2, 2] < 4"), {"axis": 0}
     yield ("int64[2, 3]", "int64[] < 3"), {"axis": 1}
+    yield ("float32[4, 3]", "int64[2] < 4"), {"axis": 0, "wrap": False}
 
 
 @defop(meaning=_take, axes=_take_axes, flops=0, samples=_take_samples)
-def take(x: TensorType, indices: TensorType, *, axis: int) -> TensorType:
-    """Slices of `x` along `axis`, one per index; the indices' axes take the axis' place (an embedding is axis 0)."""
+def take(x: TensorType, indices: TensorType, *, axis: int, wrap: bool = True) -> TensorType:
+    """Slices of `x` along `axis`, one per index; the indices' axes take the axis' place (an embedding is axis 0).
+
+    With `wrap` an index from -size to -1 counts from the end; without, as for token ids, it is an error.
+    """
     require_axis(axis, x.rank)
     require(is_integer(indices.dtype), f"indices must be integers, got {indices}")
     return x.with_shape(*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :])

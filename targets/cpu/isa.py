@@ -150,8 +150,12 @@ class Micro:
     bodies: tuple[str, ...]
 
     def call(self, *args: Any) -> None:
-        """Emit the call into the TIR under construction; buffers pass as base pointers."""
-        T.evaluate(T.call_extern("void", self.symbol, *args))
+        """Emit the call into the TIR under construction: data pointers and int64 values.
+
+        Every integer must be 64 bits wide: LLVM doesn't inline a call whose types differ from the definition's, and
+        the function exists nowhere else.
+        """
+        T.evaluate(T.call_extern("void", self.symbol, *(T.int64(a) if isinstance(a, int) else a for a in args)))
 
 
 def link_text(micros: Sequence[Micro]) -> str:
@@ -196,6 +200,7 @@ class Function:
         """A constant of `type_`, the same in all lanes of a vector."""
         scalar = scalar_type(type_)
         if scalar == "float":
+            # LLVM writes a float as the bits of the double of the same value.
             text = f"0x{struct.unpack('<Q', struct.pack('<d', struct.unpack('<f', struct.pack('<f', value))[0]))[0]:016X}"
         else:
             text = str(int(value))
@@ -393,6 +398,23 @@ class Function:
             self._lines[hole + n] = f"  {phi.name} = phi {phi.type} {incoming}"
         self._label(f"exit{tag}")
         return [*values, index]
+
+    def walk(self, start: Val, stop: Val, body: Callable[[Val], Val]) -> None:
+        """i = start; while i < stop: i = body(i), for steps that the body decides."""
+        self._count += 1
+        tag, before = self._count, self._block
+        self.emit(f"br label %head{tag}")
+        self._label(f"head{tag}")
+        hole = len(self._lines)
+        self._lines.append("")
+        index = Val(self, f"%p{tag}", "i64")
+        going = index < stop
+        self.emit(f"br i1 {going.name}, label %body{tag}, label %exit{tag}")
+        self._label(f"body{tag}")
+        after = body(index)
+        self._lines[hole] = f"  {index.name} = phi i64 [ {start.name}, %{before} ], [ {after.name}, %{self._block} ]"
+        self.emit(f"br label %head{tag}")
+        self._label(f"exit{tag}")
 
     def when(self, condition: Val, then: Callable[[], None], other: Callable[[], None] | None = None) -> None:
         """Run `then` if the condition holds, else `other`."""

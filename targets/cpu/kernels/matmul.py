@@ -38,7 +38,7 @@ def panel_width(target: Target) -> int:
     return VECTORS * target.lanes("float32")
 
 
-def _row_blocks(target: Target) -> tuple[int, ...]:
+def block_sizes(target: Target) -> tuple[int, ...]:
     """MR: how many rows of accumulators the register file holds beside the panel row, then the sizes for the rest."""
     return (12, 4, 2, 1) if target.vector_registers >= 32 else (6, 2, 1)
 
@@ -201,9 +201,9 @@ def _uses_dot(dtype: str, target: Target) -> bool:
 
 
 def row_blocks(f: Function, rows: Val, run: Callable[[int, Val], None], target: Target) -> None:
-    """Cover 0…rows with blocks of the sizes in `_row_blocks`, largest first: run(size, first row)."""
+    """Cover 0…rows with blocks of the sizes in `block_sizes`, largest first: run(size, first row)."""
     m = f.i64(0)
-    for mr in _row_blocks(target):
+    for mr in block_sizes(target):
         (m,) = f.loop(m, rows - (mr - 1), mr, [], lambda i, _, mr=mr: run(mr, i))
 
 
@@ -240,7 +240,7 @@ def _layer(
     a_words = depth if dot or not _paired(dtype) else 2 * depth
     lines = align_up(a_words, 16) // 16
     lda = 16 * (lines + 1 - lines % 2)  # an odd number of cache lines: rows fall into different sets
-    block = _row_blocks(target)[0]
+    block = block_sizes(target)[0]
     half_l2 = target.cache_bytes(2, 1 << 20) // 2
     chunk = max(block, min(240, half_l2 // (4 * lda)) // block * block)
     weights = "dot" if dot else dtype
@@ -254,7 +254,7 @@ def _layer(
     copy = copy_row(k, dtype, dtype if dot else "float32", target, padded=2 * depth if _paired(dtype) else None)
     f.loop(0, rows, 1, [], lambda i, _: f.use(
         copy, f.at(at["x"], (at["m0"] + i) * k, dtype), f.at(at["a"], i * lda, "float32")))  # fmt: skip
-    products = {mr: product(mr, target, weights=weights, k=depth) for mr in _row_blocks(target)}
+    products = {mr: product(mr, target, weights=weights, k=depth) for mr in block_sizes(target)}
 
     def epilogue(column: Val, row: Val, masks: list[Val | None]) -> None:
         y_row = (at["m0"] + row) * n + column

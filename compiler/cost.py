@@ -1,0 +1,91 @@
+"""The cost model: a roofline over the ops' declared FLOPs and bytes (Williams et al., 2009).
+
+A node takes the longer of its arithmetic at the machine's peak and its traffic at the machine's bandwidth. All figures are
+predictions from the machine's description, never measurements.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import attrs
+
+from jisu.compiler import axes, ops
+from jisu.compiler.graph import WEIGHT, Graph, Node
+from jisu.compiler.types import TupleType, substitute
+
+
+class Machine(Protocol):
+    """What the cost model reads of a target's description."""
+
+    @property
+    def memory_bandwidth(self) -> float:
+        """Bytes per second from main memory."""
+        ...
+
+    def peak_flops(self, dtype: str) -> float:
+        """FLOP/s of the whole machine in `dtype`."""
+        ...
+
+
+VIEWS = frozenset({ops.reshape, ops.get})
+"""Ops that only look at their operand in another way."""
+
+PARTIAL = frozenset({ops.take, ops.packed_take, ops.gather})
+"""Ops that read only as much of their first operand as they return."""
+
+
+@attrs.frozen
+class Cost:
+    """What running a graph once costs: flops, bytes moved, kernels launched, predicted seconds."""
+
+    flops: int = 0
+    bytes: int = 0
+    launches: int = 0
+    seconds: float = 0.0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(
+            self.flops + other.flops,
+            self.bytes + other.bytes,
+            self.launches + other.launches,
+            self.seconds + other.seconds,
+        )
+
+
+def node_cost(node: Node, env: Mapping[str, int], machine: Machine) -> Cost:
+    """The cost of one node with every symbol fixed by `env`; nothing for leaves and views."""
+    if node.op.leaf or node.op in VIEWS:
+        return Cost()
+    flops = int(substitute(axes.flops(node), env))  # type: ignore[call-overload]
+    types = node.type.items if isinstance(node.type, TupleType) else (node.type,)
+    written = sum(int(substitute(t.nbytes, env)) for t in types)  # type: ignore[call-overload]
+    if node.op is ops.cache_append:
+        new = node.operands[1]
+        assert new is not None
+        written = int(substitute(new.tensor.nbytes, env))  # type: ignore[call-overload]
+        moved = 2 * written
+    elif node.op in PARTIAL:
+        moved = 2 * written
+    else:
+        read = [int(substitute(p.tensor.nbytes, env)) for p in node.parents if not isinstance(p.type, TupleType)]  # type: ignore[call-overload]
+        moved = written + sum(read)
+    dtype = types[0].dtype
+    peak, bandwidth = machine.peak_flops(dtype), machine.memory_bandwidth
+    seconds = max(flops / peak if peak else 0.0, moved / bandwidth if bandwidth else 0.0)
+    return Cost(flops, moved, 1, seconds)
+
+
+def graph_cost(graph: Graph, env: Mapping[str, int], machine: Machine) -> Cost:
+    """The cost of running `graph` once, kernels one after another."""
+    total = Cost()
+    for node in graph.nodes:
+        total = total + node_cost(node, env, machine)
+    return total
+
+
+def weight_bytes(graph: Graph) -> int:
+    """Bytes of all weights that the graph uses, each counted once."""
+    sizes = {n.name: n.tensor.nbytes for n in graph.nodes if n.op is WEIGHT}
+    return int(sum(sizes.values()))

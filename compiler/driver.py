@@ -1,0 +1,341 @@
+"""The composition root: `compile` wires frontend, passes, target and runtime. The only module that imports every room."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import attrs
+import numpy as np
+
+from jisu.compiler.cost import graph_cost, weight_bytes
+from jisu.compiler.errors import InputError, InputTypeError, JisuError
+from jisu.compiler.graph import WEIGHT, Graph, Storage
+from jisu.compiler.pipeline import Pass, Pipeline, Report, sample_inputs
+from jisu.compiler.recipe import Recipe
+from jisu.compiler.signature import Signature
+
+if TYPE_CHECKING:
+    from jisu.runtime.program import Program
+    from jisu.targets.target import Target
+
+Progress = Callable[[str, float], None]
+"""Called with a stage's name and the fraction of the whole work that is done, 0 to 1."""
+
+
+@attrs.frozen
+class Source:
+    """What a frontend found: the graph, how it is called, and, for a causal language model, its sequence's symbol."""
+
+    graph: Graph
+    signature: Signature
+    sequence: str | None = None
+    vocabulary: int = 0
+    max_positions: int = 0
+    files: Mapping[str, bytes] = attrs.field(factory=dict)
+
+
+def compile(
+    model: Any,
+    target: str | Target = "cpu",
+    *,
+    example_inputs: Sequence[Any] | None = None,
+    example_kwargs: Mapping[str, Any] | None = None,
+    recipe: Any = None,
+    passes: Sequence[Pass] = (),
+    dynamic_shapes: Any = None,
+    num_threads: int | None = None,
+    check: str = "verify",
+    dump: str | os.PathLike[str] | None = None,
+    stop_after: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+) -> Program:
+    """Compile a model for a target.
+
+    model: a torch.nn.Module (with `example_inputs`, a tuple, and `example_kwargs`), a causal language model of
+    transformers, or the path of a local checkpoint folder. target: a name such as "cpu", or a Target. recipe: a preset's
+    name, a TOML file, a mapping or a Recipe. passes: extra passes, run before the cache is derived. dynamic_shapes: as
+    `torch.export` takes them. num_threads: threads that kernels use (default: all cores). check: "verify" runs the
+    verifier after each pass, "numeric" also compares meanings with the interpreter, "none" neither. dump: a folder for
+    the IR after each pass. stop_after: the name of the last pass to run. cache_dir: where compiled libraries are kept
+    (default: $JISU_CACHE_DIR or ~/.cache/jisu).
+
+    Raises TargetError, RecipeError, InputError (what was given doesn't fit together), UnsupportedError (all that can't be
+    compiled, at once), VerifyError, CompileError.
+    """
+    from jisu.targets.target import Target
+
+    machine = Target.resolve(target)
+    chosen = Recipe.resolve(recipe)
+    _check_options(num_threads, check, passes)
+    tell = progress or (lambda stage, done: None)
+    begin = time.perf_counter()
+    tell("tracing", 0.0)
+    source = _capture(model, example_inputs, example_kwargs, dynamic_shapes)
+    times = {"trace_s": time.perf_counter() - begin}
+    with _memory_errors():
+        return _build(source, machine, chosen, tuple(passes), num_threads, check, dump, stop_after, cache_dir, tell, times)
+
+
+def _check_options(num_threads: int | None, check: str, passes: Sequence[Pass]) -> None:
+    if num_threads is not None and (isinstance(num_threads, bool) or not isinstance(num_threads, int) or num_threads < 1):
+        raise InputError(f"num_threads must be a positive integer, not {num_threads!r}")
+    if check not in ("none", "verify", "numeric"):
+        raise InputError(f"check is 'none', 'verify' or 'numeric', not {check!r}")
+    for step in passes:
+        if not isinstance(step, Pass):
+            raise InputTypeError(f"a pass is a callable with `name` and `exact`, got {type(step).__name__}: {step!r}")
+
+
+@contextlib.contextmanager
+def _memory_errors() -> Iterator[None]:
+    from jisu.compiler.errors import TensorMemoryError
+
+    try:
+        yield
+    except MemoryError as error:
+        if isinstance(error, JisuError):
+            raise
+        raise TensorMemoryError(f"out of memory while compiling: {error}") from error
+
+
+# --- Frontends -----------------------------------------------------------------------------------------------------
+
+
+def _capture(model: Any, example_inputs: Any, example_kwargs: Any, dynamic_shapes: Any) -> Source:
+    if isinstance(model, (str, os.PathLike)):
+        from jisu.frontends.huggingface import load_checkpoint
+
+        if example_inputs is not None or dynamic_shapes is not None:
+            raise InputError("a checkpoint folder is traced with dynamic batch and sequence; drop example_inputs and dynamic_shapes")
+        return _from_decoder(load_checkpoint(Path(model)))
+    if example_inputs is None and example_kwargs is None and _comes_from_transformers(model):
+        from jisu.frontends.huggingface import is_decoder, trace_decoder
+
+        if is_decoder(model):
+            return _from_decoder(trace_decoder(model))
+    from jisu.frontends.torch_export import capture
+
+    if example_inputs is not None and not isinstance(example_inputs, (tuple, list)):
+        raise InputTypeError(f"example_inputs must be a tuple of arguments, got {type(example_inputs).__name__}; write (x,)")
+    captured = capture(model, tuple(example_inputs or ()), dict(example_kwargs or {}), dynamic_shapes)
+    return Source(captured.graph, captured.signature)
+
+
+def _comes_from_transformers(model: Any) -> bool:
+    return any(base.__module__.startswith("transformers.") for base in type(model).__mro__)
+
+
+def _from_decoder(decoder: Any) -> Source:
+    signature = Signature.single_output("logits", decoder.result)
+    return Source(
+        decoder.graph, signature, decoder.sequence, decoder.vocabulary, decoder.max_positions, decoder.files
+    )
+
+
+# --- Passes --------------------------------------------------------------------------------------------------------
+
+
+def _build(
+    source: Source,
+    machine: Target,
+    recipe: Recipe,
+    extra: tuple[Pass, ...],
+    num_threads: int | None,
+    check: str,
+    dump: Any,
+    stop_after: str | None,
+    cache_dir: Any,
+    tell: Progress,
+    times: dict[str, float],
+) -> Program:
+    from jisu.passes import default_passes
+    from jisu.runtime.program import Compiled, Program
+    from jisu.targets.compile import compile_graphs
+
+    begin = time.perf_counter()
+    tell("rewriting", 0.3)
+    report: dict[str, Any] = {"passes": [], "target_fingerprint": machine.fingerprint()}
+    env = _typical_sizes(source.graph)
+
+    def note(done: Report, graph: Graph) -> None:
+        report["passes"].append(_pass_report(done, graph, env, machine))
+
+    report["passes"].append(_pass_report(Report("frontend", True, len(source.graph.nodes), times["trace_s"]), source.graph, env, machine))
+    pipeline = Pipeline(
+        (*default_passes(recipe.fuse, recipe.max_fold_bytes), *extra), check=check, dump=dump, stop_after=stop_after, on_pass=note
+    )
+    samples = sample_inputs(source.graph) if check == "numeric" else None
+    graph, _ = pipeline.run(source.graph, samples)
+    entries, decoder = _entries(source, graph, recipe, report)
+    finished: dict[str, Graph] = {}
+    for entry, step in entries.items():
+        finished[entry] = _lay_out(step, recipe, machine, check, note if entry == next(iter(entries)) else None, stop_after)
+    times["passes_s"] = time.perf_counter() - begin
+    begin = time.perf_counter()
+    tell("compiling kernels", 0.4)
+    out = Path(tempfile.mkdtemp(prefix="jisu-"))
+    info = compile_graphs(finished, machine, out=out, cache_dir=Path(cache_dir) if cache_dir is not None else None)
+    times["kernels_s"] = time.perf_counter() - begin
+    begin = time.perf_counter()
+    weights = _materialise(finished, tell)
+    times["weights_s"] = time.perf_counter() - begin
+    report |= {
+        "times": times,
+        "kernels": [{"name": n, "op": op, "count": k} for n, op, k in info.kernels],
+        "layers": _layer_report(next(iter(finished.values())), env, machine),
+        "cache": None if decoder is None else decoder.reason or "derived",
+    }
+    parts = Compiled(
+        library=str(info.library),
+        weights=weights,
+        orders={k: tuple(v) for k, v in info.weight_order.items()},
+        graphs={k: str(g) for k, g in finished.items()},
+        signature=source.signature,
+        target={"name": machine.name, "triple": machine.triple, "features": sorted(machine.required_features)},
+        recipe=recipe.to_toml(),
+        report=report,
+        decoder=decoder,
+        files=source.files,
+        producers=_producers(),
+    )
+    tell("done", 1.0)
+    return Program(parts, num_threads)
+
+
+def _entries(source: Source, graph: Graph, recipe: Recipe, report: dict[str, Any]) -> tuple[dict[str, Graph], Any]:
+    """The entry functions: `main` for a module, the derived steps for a causal language model."""
+    from jisu.passes.cache import CacheLayout, NotCausal, derive_step, keep_last_token
+    from jisu.runtime.session import APPEND, APPEND_LAST, MAIN, DecoderInfo
+
+    if source.sequence is None:
+        return {MAIN: graph}, None
+    batch = next(str(d) for d in graph.inputs[0].shape[:1])
+    facts: dict[str, Any] = {
+        "vocabulary": source.vocabulary,
+        "max_positions": source.max_positions,
+        "prefill_chunk": recipe.prefill_chunk,
+        "batch": batch,
+        "inputs": tuple(n.name for n in graph.inputs),
+    }
+    try:
+        step = derive_step(graph, sequence=source.sequence, layout=CacheLayout(recipe.cache.page, recipe.cache.ring))
+    except NotCausal as reason:
+        return {MAIN: graph}, DecoderInfo(page=0, state=(), reason=str(reason), **facts)
+    last = keep_last_token(step, source.sequence)
+    state = tuple((s.name, s.type, s.window, s.ring) for s in step.state)
+    return {APPEND: step.graph, APPEND_LAST: last.graph}, DecoderInfo(page=recipe.cache.page, state=state, **facts)
+
+
+def _lay_out(
+    graph: Graph, recipe: Recipe, machine: Target, check: str, note: Any, stop_after: str | None
+) -> Graph:
+    from jisu.passes import layout_passes
+    from jisu.targets.cpu import packing
+
+    panel, pair = packing(machine)
+    steps = layout_passes(panel, pair) if recipe.pack else layout_passes(panel, {})
+    return Pipeline(steps, check="verify" if check == "numeric" else check, on_pass=note).run(graph)[0]
+
+
+# --- Weights -------------------------------------------------------------------------------------------------------
+
+
+def _materialise(graphs: Mapping[str, Graph], tell: Progress) -> dict[str, np.ndarray]:
+    """Every weight as an aligned array: computed one at a time, sources' pages let go, mapped files used as they are."""
+    storages: dict[str, Storage] = {}
+    for graph in graphs.values():
+        storages |= {n.name: graph.weights[n.name] for n in graph.nodes if n.op is WEIGHT}
+    arrays: dict[str, np.ndarray] = {}
+    for i, (name, storage) in enumerate(storages.items()):
+        array = storage.numpy()
+        mapped = hasattr(storage, "release") and not array.flags.writeable
+        if not (mapped and _aligned(array)):
+            array = _aligned_copy(array)
+            release = getattr(storage, "release", None)
+            if release is not None:
+                release()
+        arrays[name] = array
+        tell("packing weights", 0.6 + 0.4 * (i + 1) / len(storages))
+    return arrays
+
+
+def _aligned(array: np.ndarray) -> bool:
+    return array.ctypes.data % 64 == 0 and array.flags.c_contiguous
+
+
+def _aligned_copy(array: np.ndarray) -> np.ndarray:
+    from jisu.compiler.types import dtype_name
+    from jisu.runtime.session import zeros
+
+    copy = zeros(array.shape, dtype_name(array.dtype), "a weight")
+    copy[...] = array
+    copy.flags.writeable = False
+    return copy
+
+
+# --- Reports -------------------------------------------------------------------------------------------------------
+
+
+def _typical_sizes(graph: Graph) -> dict[str, int]:
+    """Sizes at which costs are stated: batch 1 and 128 tokens, or the smallest allowed."""
+    names = [str(d) for n in graph.inputs[:1] for d in n.shape if not isinstance(d, int)]
+    env = {name: max(graph.ranges.get(name, (1, None))[0], 1) for name in graph.symbols}
+    if len(names) > 1:
+        high = graph.ranges.get(names[1], (1, None))[1]
+        env[names[1]] = min(128, high or 128)
+    return env
+
+
+def _pass_report(done: Report, graph: Graph, env: Mapping[str, int], machine: Any) -> dict[str, Any]:
+    from jisu.passes.memory import plan_memory
+
+    sizes = _complete(graph, env)
+    cost = graph_cost(graph, sizes, machine)
+    return {
+        "name": done.name,
+        "exact": done.exact,
+        "nodes": done.nodes,
+        "seconds": done.seconds,
+        "weight_bytes": weight_bytes(graph),
+        "flops": cost.flops,
+        "launches": cost.launches,
+        "peak_bytes": plan_memory(graph, sizes).peak_bytes,
+        "predicted_s": cost.seconds,
+        "measured_s": None,
+        "error": done.error,
+    }
+
+
+def _complete(graph: Graph, env: Mapping[str, int]) -> dict[str, int]:
+    """`env` with a size for the cache's symbols: 256 slots."""
+    return {name: env.get(name, 256) for name in graph.symbols}
+
+
+def _layer_report(graph: Graph, env: Mapping[str, int], machine: Any) -> list[dict[str, Any]]:
+    """Costs per module of the user's model, in the graph's order."""
+    from jisu.compiler.cost import Cost, node_cost
+
+    sizes = _complete(graph, env)
+    found: dict[str, Cost] = {}
+    for node in graph.nodes:
+        if not node.op.leaf:
+            where = node.source.partition(" ")[0] or "(other)"
+            found[where] = found.get(where, Cost()) + node_cost(node, sizes, machine)
+    return [{"layer": k, "flops": c.flops, "bytes": c.bytes, "launches": c.launches, "predicted_s": c.seconds} for k, c in found.items()]
+
+
+def _producers() -> dict[str, str]:
+    found = {}
+    for name in ("jisu", "apache-tvm", "apache-tvm-ffi", "torch", "transformers", "numpy"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+

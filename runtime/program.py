@@ -1,0 +1,385 @@
+"""A program: a compiled model that is called, generates, explains itself, and is saved."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import attrs
+import numpy as np
+
+from jisu.compiler.errors import ArtifactError, InputError, InputTypeError, JisuError
+from jisu.compiler.interpret import bind_symbols
+from jisu.compiler.signature import Signature
+from jisu.compiler.storage import write_safetensors
+from jisu.compiler.text import parse, parse_type
+from jisu.compiler.types import TensorType, dtype_name, numpy_dtype
+from jisu.runtime import artifact
+from jisu.runtime.executable import Executable
+from jisu.runtime.generate import Chunk, Generation, GenerationConfig, Tokenizer, generate
+from jisu.runtime.session import MAIN, DecoderInfo, Session
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "generation_config.json",
+    "chat_template.jinja",
+    "config.json",
+)
+
+
+@attrs.define(eq=False)
+class Compiled:
+    """The parts of a program, as the driver or `load` puts them together.
+
+    library: the shared library's path. weights: arrays by name. orders: per entry, the names of the weights that it takes,
+    in order. graphs: per entry, the IR text. report: what `explain` shows. files: tokenizer and configuration.
+    """
+
+    library: str
+    weights: Mapping[str, np.ndarray]
+    orders: Mapping[str, Sequence[str]]
+    graphs: Mapping[str, str]
+    signature: Signature
+    target: Mapping[str, Any]
+    recipe: str
+    report: dict[str, Any]
+    decoder: DecoderInfo | None = None
+    files: Mapping[str, bytes] = attrs.field(factory=dict)
+    producers: Mapping[str, str] = attrs.field(factory=dict)
+
+
+class Program:
+    """A compiled model.
+
+    Calling it equals calling the model: the same arguments, the same structure of results, torch tensors for torch
+    tensors and NumPy arrays otherwise. Weights are a snapshot from when it was compiled. Calls from several threads are
+    served one after another.
+    """
+
+    def __init__(self, parts: Compiled, num_threads: int | None = None) -> None:
+        self._parts = parts
+        self._executable = Executable.load(parts.library, num_threads=num_threads)
+        self._weights = {
+            entry: self._executable.prepare([parts.weights[n] for n in order]) for entry, order in parts.orders.items()
+        }
+        self._lock = threading.Lock()
+        self._tokenizer: Tokenizer | None = None
+        main = parts.graphs.get(MAIN)
+        self._checker = parse(main) if main is not None and parts.decoder is None else None
+
+    # --- calling ---------------------------------------------------------------------------------------------------
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model on the arguments that it was compiled for.
+
+        Raises InputError for a missing, unexpected or ill-shaped argument (InputTypeError for a wrong dtype), naming
+        it, what was expected and what came; IndexOutOfRangeError for an index outside its table.
+        """
+        if self._parts.decoder is not None:
+            return self._call_decoder(*args, **kwargs)
+        signature = self._parts.signature
+        leaves = signature.flatten_call(args, kwargs)
+        assert self._checker is not None
+        arrays = [_as_array(leaf, node.name, node.tensor) for leaf, node in zip(leaves, self._checker.inputs, strict=True)]
+        bind_symbols(self._checker, [a.shape for a in arrays])
+        outputs = self._run(MAIN, arrays)
+        as_torch = any(_is_torch(leaf) for leaf in leaves) or (not leaves and "torch" in sys.modules)
+        values = [_to_torch(o) if as_torch else np.asarray(o) for o in outputs]
+        for position, index in signature.mutations:
+            _write_back(leaves[index], values[position])
+        return signature.unflatten([v for i, v in enumerate(values) if i not in dict(signature.mutations)])
+
+    def _run(self, entry: str, arrays: Sequence[Any]) -> tuple[Any, ...]:
+        with self._lock:
+            return self._executable.call(entry, arrays, self._weights[entry])
+
+    def _call_decoder(
+        self, input_ids: Any = None, attention_mask: Any = None, position_ids: Any = None, **others: Any
+    ) -> Any:
+        info = self._parts.decoder
+        assert info is not None
+        allowed = {"use_cache": (False, None), "return_dict": (True, None), "logits_to_keep": (0,)}
+        for name, value in others.items():
+            if name not in allowed or value not in allowed[name]:
+                raise InputError(f"unexpected argument {name}={value!r}; the program takes input_ids and attention_mask")
+        if input_ids is None:
+            raise InputError("missing input 'input_ids'")
+        ids = _as_array(input_ids, "input_ids", TensorType((1, 1), "int64"), any_shape=True)
+        if ids.ndim != 2:
+            raise InputError(f"input_ids: expected rank 2, int64[batch, sequence], got int64{list(ids.shape)}")
+        start = _padding(attention_mask, ids.shape)
+        if position_ids is not None:
+            want = np.maximum(np.arange(ids.shape[1]) - start[:, None], 0)
+            if not np.array_equal(np.broadcast_to(np.asarray(position_ids), ids.shape), want):
+                raise InputError("position_ids: only positions that count each sequence's tokens from 0 are supported")
+        whole = attrs.evolve(info, prefill_chunk=max(ids.shape[1], 1))
+        logits = Session(whole, self._run, None).append(ids, start=start)
+        result = _to_torch(logits) if _is_torch(input_ids) else logits
+        return self._parts.signature.unflatten([result])
+
+    # --- generating ------------------------------------------------------------------------------------------------
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that travelled along; raises InputError where the model came without one."""
+        if self._tokenizer is None:
+            if "tokenizer.json" not in self._parts.files:
+                raise InputError("this program has no tokenizer; give prompts as token ids")
+            self._tokenizer = Tokenizer.from_files(self._parts.files)
+        return self._tokenizer
+
+    def session(self, capacity: int | None = None) -> Session:
+        """A new stateful step: `append(token_ids)` returns the new tokens' logits; `length`; `reset()`.
+
+        capacity: slots to reserve per sequence. Raises JisuError where the program is no language model.
+        """
+        if self._parts.decoder is None:
+            raise JisuError("this program is no causal language model: it has no session and can't generate")
+        return Session(self._parts.decoder, self._run, capacity)
+
+    def generate(
+        self, prompt: Any, *, generation_config: Any = None, stream: bool = False, **options: Any
+    ) -> Generation | Iterator[Chunk]:
+        """Generate text or ids from one prompt or a list of them.
+
+        prompt: str, list of str, token ids [n] or [b, n], or a list of lists of ids. generation_config: ours, or
+        transformers'. options: any field of `GenerationConfig` (max_new_tokens, do_sample, temperature, top_k, top_p,
+        min_p, repetition_penalty, seed, stop, …). With `stream`, an iterator of chunks. Raises InputError for what
+        doesn't fit.
+        """
+        info = self._parts.decoder
+        if info is None:
+            raise JisuError("this program is no causal language model: it can't generate")
+        default = generation_config if generation_config is not None else self.default_generation()
+        if "prefill_chunk" not in options:
+            options["prefill_chunk"] = info.prefill_chunk
+        config = GenerationConfig.from_any(default, **options)
+        tokenizer = self.tokenizer if "tokenizer.json" in self._parts.files else None
+        return generate(self.session, prompt, config, tokenizer=tokenizer, stream=stream)
+
+    def default_generation(self) -> dict[str, Any] | None:
+        """The options of the checkpoint's generation_config.json, or None."""
+        raw = self._parts.files.get("generation_config.json")
+        if raw is None:
+            return None
+        values = json.loads(raw)
+        return {k: v for k, v in values.items() if not k.startswith("_") and k != "transformers_version"}
+
+    # --- saying what it is -----------------------------------------------------------------------------------------
+
+    @property
+    def num_threads(self) -> int:
+        """Threads that kernels use."""
+        return self._executable.num_threads
+
+    @property
+    def weights_bytes(self) -> int:
+        """Bytes of all weights."""
+        return sum(w.nbytes for w in self._parts.weights.values())
+
+    @property
+    def decoder(self) -> DecoderInfo | None:
+        """What is known of a causal language model; None for other programs."""
+        return self._parts.decoder
+
+    def ir(self, entry: str | None = None) -> str:
+        """The IR text of one entry (default: the first)."""
+        return self._parts.graphs[entry or next(iter(self._parts.graphs))]
+
+    def explain(self) -> dict[str, Any]:
+        """What each pass did and what the program is made of: see docs/architecture.md for the keys."""
+        return self._parts.report
+
+    @property
+    def recipe(self) -> str:
+        """The recipe as TOML."""
+        return self._parts.recipe
+
+    @property
+    def target(self) -> Mapping[str, Any]:
+        """The target's description."""
+        return self._parts.target
+
+    # --- saving ----------------------------------------------------------------------------------------------------
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the program as one file (a path with a suffix, "llama.jisu") or a folder (without).
+
+        Writing is atomic. Raises OSError where the path can't be written, ArtifactError where a folder that is no
+        artifact stands there.
+        """
+        parts = self._parts
+        decoder = parts.decoder
+        meta: dict[str, Any] = {"orders": {k: list(v) for k, v in parts.orders.items()}, "call": parts.signature.to_json()}
+        if decoder is not None:
+            state = [[n, str(t), w, r] for n, t, w, r in decoder.state]
+            meta["decoder"] = {**attrs.asdict(decoder, recurse=False), "state": state}
+        manifest = artifact.Manifest(
+            kind="module" if decoder is None else "decoder",
+            jisu_version=parts.producers.get("jisu", ""),
+            producers=dict(parts.producers),
+            target=artifact.TargetInfo(
+                name=str(parts.target["name"]),
+                triple=str(parts.target["triple"]),
+                features=tuple(parts.target["features"]),
+                fingerprint=str(parts.report.get("target_fingerprint", "")),
+            ),
+            entry_points=tuple(parts.graphs),
+            signature=_described(parts.graphs),
+            meta=meta,
+        )
+        tensors = {
+            name: (array.dtype, array.shape, lambda array=array: array) for name, array in parts.weights.items()
+        }
+        files: dict[str, Any] = {
+            "library.so": Path(parts.library),
+            "weights.safetensors": lambda file: write_safetensors(file, tensors, {"format": "jisu"}),
+            "recipe.toml": parts.recipe.encode(),
+            "report.json": json.dumps(parts.report, indent=1).encode(),
+            **{f"graph-{entry}.txt": text.encode() for entry, text in parts.graphs.items()},
+            **{name: parts.files[name] for name in TOKENIZER_FILES if name in parts.files},
+        }
+        artifact.write(path, files, manifest)
+
+
+def _described(graphs: Mapping[str, str]) -> artifact.Signature:
+    graph = parse(next(iter(graphs.values())))
+
+    def value(name: str, kind: TensorType) -> artifact.ValueInfo:
+        return artifact.ValueInfo(name=name, dtype=kind.dtype, shape=tuple(d if isinstance(d, int) else str(d) for d in kind.shape))
+
+    ranges = {k: artifact.SymbolRange(low=low, high=high) for k, (low, high) in graph.ranges.items()}
+    return artifact.Signature(
+        inputs=tuple(value(n.name, n.tensor) for n in graph.inputs),
+        outputs=tuple(value(f"output.{i}", n.tensor) for i, n in enumerate(graph.outputs)),
+        symbols=ranges,
+    )
+
+
+def load(path: str | os.PathLike[str], *, num_threads: int | None = None) -> Program:
+    """Load a saved program; needs neither torch nor TVM's compiler.
+
+    A saved program holds native code: load only what you would run. Raises ArtifactError for what is damaged, foreign,
+    of another format version, or made for a processor with features that this one lacks.
+    """
+    from jisu.targets.target import host
+
+    saved = artifact.read(path, features=lambda: host().features)
+    manifest = saved.manifest
+    try:
+        meta = manifest.meta
+        decoder = None
+        if "decoder" in meta:
+            fields = dict(meta["decoder"])
+            state = tuple((n, parse_type(t), int(w), bool(r)) for n, t, w, r in fields.pop("state"))
+            decoder = DecoderInfo(state=state, **fields)
+        signature = Signature.from_json(meta["call"])
+        orders = {k: tuple(v) for k, v in meta["orders"].items()}
+        weights = {name: tensor.numpy() for name, tensor in saved.tensors().items()}
+        report = json.loads(saved.bytes("report.json"))
+        graphs = {e: saved.bytes(f"graph-{e}.txt").decode() for e in manifest.entry_points}
+        missing = {n for order in orders.values() for n in order} - set(weights)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ArtifactError(f"{os.fspath(path)}: the manifest is incomplete ({type(error).__name__}: {error})") from error
+    if missing:
+        raise ArtifactError(f"{os.fspath(path)}: weights are missing: {', '.join(sorted(missing)[:5])}")
+    files = {name: saved.bytes(name) for name in TOKENIZER_FILES if name in saved}
+    target = {"name": manifest.target.name, "triple": manifest.target.triple, "features": list(manifest.target.features)}
+    with saved.library() as library:
+        parts = Compiled(
+            library, weights, orders, graphs, signature, target, saved.bytes("recipe.toml").decode(), report, decoder, files,
+            manifest.producers,
+        )  # fmt: skip
+        program = Program(parts, num_threads)
+    program._keep = saved  # type: ignore[attr-defined]
+    return program
+
+
+# --- Arrays in and out ---------------------------------------------------------------------------------------------
+
+
+def _is_torch(value: Any) -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(value, torch.Tensor)
+
+
+def _as_array(value: Any, name: str, kind: TensorType, any_shape: bool = False) -> np.ndarray:
+    """`value` as an array of exactly the declared dtype and rank, without a copy where possible."""
+    if _is_torch(value):
+        array = _from_torch(value)
+    elif isinstance(value, np.ndarray):
+        array = value
+    elif hasattr(value, "__dlpack__"):
+        array = np.from_dlpack(value)
+    elif isinstance(value, (bool, int, float, list, tuple)):
+        array = np.asarray(value, None if not isinstance(value, float) else np.float32)
+    else:
+        raise InputTypeError(f"input {name!r}: expected a tensor ({kind}), got {type(value).__name__}")
+    if array.dtype != numpy_dtype(kind.dtype):
+        raise InputTypeError(f"input {name!r}: expected {kind.dtype}, got {_dtype(array)}")
+    if not any_shape and array.ndim != kind.rank:
+        raise InputError(f"input {name!r}: expected rank {kind.rank}, {kind}, got {_dtype(array)}{list(array.shape)}")
+    return array
+
+
+def _dtype(array: np.ndarray) -> str:
+    try:
+        return dtype_name(array.dtype)
+    except JisuError:
+        return str(array.dtype)
+
+
+def _from_torch(tensor: Any) -> np.ndarray:
+    tensor = tensor.detach().resolve_conj().resolve_neg()
+    if tensor.device.type != "cpu":
+        raise InputError(f"expected a tensor on the CPU, got one on {tensor.device}; this program runs on the CPU")
+    import torch
+
+    if tensor.dtype == torch.bfloat16:
+        import ml_dtypes
+
+        return cast("np.ndarray", tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16))
+    return cast("np.ndarray", tensor.numpy())
+
+
+def _to_torch(value: Any) -> Any:
+    import torch
+
+    array = np.asarray(value)
+    if array.dtype.name == "bfloat16":
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+def _write_back(leaf: Any, value: Any) -> None:
+    if _is_torch(leaf):
+        import torch
+
+        with torch.no_grad():
+            leaf.copy_(value if _is_torch(value) else torch.from_numpy(np.asarray(value)))
+    else:
+        leaf[...] = np.asarray(value)
+
+
+def _padding(attention_mask: Any, shape: tuple[int, ...]) -> np.ndarray:
+    """Padding slots in front of each sequence; right padding needs nothing, as later tokens are never read."""
+    if attention_mask is None:
+        return np.zeros(shape[0], np.int64)
+    mask = np.asarray(attention_mask).astype(bool)
+    if mask.shape != shape:
+        raise InputError(f"attention_mask: expected shape {shape}, as input_ids, got {mask.shape}")
+    start = mask.argmax(1).astype(np.int64)
+    lengths = mask.sum(1)
+    for b in range(shape[0]):
+        if not mask[b, start[b] : start[b] + lengths[b]].all():
+            raise InputError(f"attention_mask: sequence {b} has a hole; only padding on the left or right is supported")
+    return start
+
+

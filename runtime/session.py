@@ -1,0 +1,211 @@
+"""A session: the state of a batch of sequences, and the step that appends tokens to it."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import attrs
+import numpy as np
+
+from jisu.compiler.errors import IndexOutOfRangeError, InputError, TensorMemoryError
+from jisu.compiler.types import TensorType, numpy_dtype
+
+APPEND, APPEND_LAST = "append", "append_last"
+"""Entries of a decoder: logits of every new token, and of the chunk's last one only."""
+
+MAIN = "main"
+"""The entry of a program without state."""
+
+
+@attrs.frozen
+class DecoderInfo:
+    """What a session needs to know of a decoder.
+
+    vocabulary: size of the logits' last axis. max_positions: the longest sequence. page: slots per page of a paged cache,
+    else 0. state: (name, type with symbols, window, ring) per state tensor. batch: the symbol of the batch.
+    prefill_chunk: tokens read at a time. inputs: names of the stateless graph's inputs. reason: why there is no cache, where `state` is empty.
+    """
+
+    vocabulary: int
+    max_positions: int
+    page: int
+    prefill_chunk: int
+    batch: str
+    state: tuple[tuple[str, TensorType, int, bool], ...]
+    inputs: tuple[str, ...] = attrs.field(default=(), converter=tuple)
+    reason: str = ""
+
+
+class Call(Protocol):
+    """Runs one entry of a program on arrays."""
+
+    def __call__(self, entry: str, arrays: Sequence[Any]) -> tuple[Any, ...]: ...
+
+
+def zeros(shape: Sequence[int], dtype: str, what: str) -> np.ndarray:
+    """An array of zeros on pages of its own, hence aligned; memory is used as it is touched.
+
+    Raises TensorMemoryError naming `what` where the system has no room.
+    """
+    kind = numpy_dtype(dtype)
+    count = int(np.prod(shape, dtype=np.int64))
+    try:
+        buffer = mmap.mmap(-1, max(count * kind.itemsize, 1))
+    except (OSError, OverflowError, ValueError):
+        size = count * kind.itemsize
+        raise TensorMemoryError(f"no memory for {what}: {dtype}{list(shape)} needs {size / 2**30:.1f} GiB") from None
+    return np.frombuffer(buffer, kind, count).reshape(shape)
+
+
+class Session:
+    """The stateful step of a decoder: `append` reads tokens, remembers their keys and values, returns logits.
+
+    A session serves one batch of sequences at a time; its size is fixed by the first `append`. Sequences of unequal
+    length are padded on the left, `start` saying by how much. Not safe for use from several threads at once.
+    """
+
+    def __init__(self, info: DecoderInfo, call: Call, capacity: int | None = None) -> None:
+        """capacity: slots to reserve (the cache grows beyond as needed, up to `info.max_positions`)."""
+        if capacity is not None and not 0 < capacity <= info.max_positions:
+            raise InputError(f"capacity {capacity} is not in 1..{info.max_positions}, the positions that the model has")
+        self._info = info
+        self._call = call
+        self._wanted = capacity
+        self._state: list[np.ndarray] = []
+        self._history: np.ndarray | None = None
+        self._table: np.ndarray | None = None
+        self._reserved = 0
+        self._start = np.zeros(0, np.int64)
+        self.length = 0
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids."""
+        return self._info.vocabulary
+
+    @property
+    def capacity(self) -> int:
+        """The most slots that a sequence may fill."""
+        return self._info.max_positions if self._wanted is None else self._wanted
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of state that are reserved now."""
+        return sum(s.nbytes for s in self._state)
+
+    def reset(self) -> None:
+        """Forget all sequences; reserved memory is kept for a batch of the same size."""
+        self.length = 0
+        self._history = None
+
+    def append(self, token_ids: Any, *, start: Any = None, last_only: bool = False) -> np.ndarray:
+        """Append tokens int64 [b, c] and return logits float32 [b, c, vocabulary] ([b, 1, vocabulary] with last_only).
+
+        start: int64 [b], padding slots in front of each sequence, given with the first tokens after a reset. Raises
+        IndexOutOfRangeError for an id outside the vocabulary, InputError for a wrong shape or a full cache.
+        """
+        ids = self._checked(token_ids)
+        if self.length == 0:
+            self._begin(ids.shape[0], start)
+        elif start is not None and not np.array_equal(np.asarray(start), self._start):
+            raise InputError("start is set with the first tokens; call reset() before another batch")
+        if ids.shape[0] != len(self._start):
+            raise InputError(f"the session holds {len(self._start)} sequences, got tokens for {ids.shape[0]}")
+        if self.length + ids.shape[1] > self.capacity:
+            raise InputError(f"{self.length} + {ids.shape[1]} tokens exceed the session's capacity of {self.capacity}")
+        if not self._info.state:
+            return self._recompute(ids, last_only)
+        self._reserve(self.length + ids.shape[1])
+        step = self._info.prefill_chunk
+        chunks = [ids[:, i : i + step] for i in range(0, ids.shape[1], step)]
+        results = [self._step(c, last_only, final=i == len(chunks) - 1) for i, c in enumerate(chunks)]
+        if last_only or len(results) == 1:
+            return results[-1]
+        return np.concatenate(results, 1)
+
+    def _checked(self, token_ids: Any) -> np.ndarray:
+        ids = np.asarray(token_ids)
+        if ids.ndim != 2 or ids.dtype.kind not in "iu" or not ids.size:
+            raise InputError(f"token_ids: expected int64[batch, tokens] with at least one token, got {ids.dtype}{list(ids.shape)}")
+        ids = np.ascontiguousarray(ids, np.int64)
+        wrong = (ids < 0) | (ids >= self._info.vocabulary)
+        if wrong.any():
+            raise IndexOutOfRangeError(
+                f"token id {int(ids[wrong][0])} is outside the vocabulary of {self._info.vocabulary} (0..{self._info.vocabulary - 1})"
+            )
+        return ids
+
+    def _begin(self, batch: int, start: Any) -> None:
+        if batch != len(self._start):
+            self._state, self._reserved, self._table = [], 0, None
+        self._start = np.zeros(batch, np.int64) if start is None else np.ascontiguousarray(start, np.int64)
+        if self._start.shape != (batch,) or (self._start < 0).any():
+            raise InputError(f"start: expected {batch} counts of padding slots, got {start!r}")
+
+    def _sizes(self, slots: int) -> dict[str, int]:
+        """Values of the state types' symbols for `slots` slots per sequence."""
+        info = self._info
+        sizes = {info.batch: len(self._start), "capacity": slots}
+        if info.page:
+            sizes["sequence_pages"] = -(-slots // info.page)
+            sizes["pages"] = sizes["sequence_pages"] * len(self._start)
+        for _, _, window, ring in info.state:
+            if ring:
+                sizes[f"ring_{window}"] = min(slots, window + info.prefill_chunk - 1)
+        return sizes
+
+    def _reserve(self, needed: int) -> None:
+        """Make room for `needed` slots: all that was asked for at first, doubling later."""
+        if needed <= self._reserved:
+            return
+        info = self._info
+        slots = min(max(needed, 2 * self._reserved, self._wanted or 256), info.max_positions)
+        if info.page:
+            slots = -(-slots // info.page) * info.page
+        old, sizes = self._state, self._sizes(slots)
+        self._state = []
+        for i, (name, kind, _, ring) in enumerate(info.state):
+            shape = [int(d) for d in kind.at(sizes).shape]
+            array = zeros(shape, kind.dtype, f"the KV cache ({name}, {slots} slots)")
+            if old and self.length:
+                self._carry(old[i], array, ring)
+            self._state.append(array)
+        if info.page:
+            per_sequence, batch = sizes["sequence_pages"], len(self._start)
+            # Page n of sequence b stands at n * batch + b, so that a larger table keeps all pages where they were.
+            self._table = np.ascontiguousarray(np.arange(per_sequence * batch, dtype=np.int32).reshape(per_sequence, batch).T)
+        self._reserved = slots
+
+    def _carry(self, old: np.ndarray, new: np.ndarray, ring: bool) -> None:
+        if self._info.page:
+            new[: old.shape[0]] = old
+        elif not ring:
+            new[:, :, : old.shape[2]] = old
+        elif new.shape[2] == old.shape[2]:
+            new[...] = old
+        else:
+            kept = np.arange(max(0, self.length - old.shape[2]), self.length)
+            new[:, :, kept % new.shape[2]] = old[:, :, kept % old.shape[2]]
+
+    def _step(self, ids: np.ndarray, last_only: bool, final: bool) -> np.ndarray:
+        entry = APPEND_LAST if last_only else APPEND
+        arrays = [np.ascontiguousarray(ids), np.array([self.length], np.int64), self._start]
+        if self._table is not None:
+            arrays.append(self._table)
+        logits, *_ = self._call(entry, [*arrays, *self._state])
+        self.length += ids.shape[1]
+        return np.asarray(logits) if final or not last_only else np.empty(0)
+
+    def _recompute(self, ids: np.ndarray, last_only: bool) -> np.ndarray:
+        """Without a cache: run the whole sequences again (equal lengths only, as padding would be read)."""
+        if self._start.any():
+            raise InputError(f"prompts must be of one length: the model has no cache ({self._info.reason})")
+        self._history = ids if self._history is None else np.concatenate([self._history, ids], 1)
+        positions = np.broadcast_to(np.arange(self._history.shape[1]), self._history.shape)
+        given = {"input_ids": self._history, "position_ids": np.ascontiguousarray(positions, np.int64)}
+        (logits, *_) = self._call(MAIN, [given[name] for name in self._info.inputs])
+        self.length = self._history.shape[1]
+        return np.asarray(logits)[:, -1 if last_only else -ids.shape[1] :]
+
