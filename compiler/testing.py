@@ -26,14 +26,14 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, TypeVar
 
 import attrs
 import hypothesis
 import numpy as np
 from hypothesis import HealthCheck, Phase, Verbosity
 from hypothesis import strategies as st
-from hypothesis.errors import Unsatisfiable
+from hypothesis.errors import Flaky, Unsatisfiable
 from hypothesis.extra import numpy as hnp
 
 from jisu.compiler import ops
@@ -163,6 +163,7 @@ def graph_of(*outputs: Node, ranges: Mapping[str, tuple[int, int | None]] | None
 # --- Values --------------------------------------------------------------------------------------------------------
 
 Bounds = tuple[int, int]
+T = TypeVar("T")
 VALUES = ("digits", "normal", "special")
 
 
@@ -261,7 +262,7 @@ def _index_bounds(graph: Graph, sizes: Mapping[str, int]) -> dict[Node, Bounds]:
                     narrow(parent, *found[node])
         if node.op in (ops.take, ops.gather, ops.scatter):
             size = at(o[0], node.axis)
-            narrow(o[1], -size, size - 1)
+            narrow(o[1], -size if node.attributes.get("wrap", True) else 0, size - 1)
         elif node.op is ops.experts:
             narrow(o[1], 0, at(o[3], 0) - 1)
         elif node.op is ops.cache_append:
@@ -362,6 +363,11 @@ def _attribute_samples(op: Op, key: str) -> tuple[Any, ...]:
     if isinstance(op.defaults[key], bool):
         found.append(not op.defaults[key])
     return tuple(found)
+
+
+def _pick(draw: st.DrawFn, items: Sequence[T]) -> T:
+    """One of `items`, by its index: `sampled_from` would print them all to name itself."""
+    return items[draw(st.integers(0, len(items) - 1))]
 
 
 class _Growth:
@@ -499,7 +505,7 @@ class _Instance:
                 self.bound[pattern.name] = self.variable(pattern)
             return self.bound[pattern.name]  # type: ignore[no-any-return]
         if pattern.op is EITHER:
-            return self.part(draw(st.sampled_from(pattern.operands)), dtype)  # type: ignore[arg-type]
+            return self.part(_pick(draw, pattern.operands), dtype)  # type: ignore[arg-type]
         if pattern.op in (SCALAR, LITERAL):
             shape = draw(st.sampled_from(((), (), (), (1,), (1, 1))))
             value = self.chosen(pattern.name, _SCALARS) if pattern.op is SCALAR else pattern.value
@@ -526,7 +532,7 @@ class _Instance:
             samples = self.attributes.get(name, otherwise)
             if not samples:
                 raise RuleFailure(f"nothing to draw for the bound name {name!r}; give attributes={{{name!r}: (…,)}}")
-            self.bound[name] = self.growth.draw(st.sampled_from(list(samples)))
+            self.bound[name] = _pick(self.growth.draw, list(samples))
         return self.bound[name]
 
     def variable(self, pattern: Node) -> Node | None:
@@ -536,7 +542,7 @@ class _Instance:
         spec = _spec(self.types.get(pattern.name, "float[*b? k?]"))
         known = growth.known(spec, self.env)
         if known and draw(st.integers(0, 3)):
-            node, self.env = draw(st.sampled_from(known))
+            node, self.env = _pick(draw, known)
             return node
         node = growth.leaf(growth.type(spec, self.env, self.fixed), spec.source)
         if growth.aliases:
@@ -629,7 +635,7 @@ def op_calls(draw: st.DrawFn, op: Op) -> Node:
     calls = _calls(op)
     if not calls:
         raise InputError(f"{op.name} has neither a notation nor samples that it accepts; give samples= in its defop")
-    for call in (draw(st.sampled_from(calls)), draw(st.sampled_from(calls)), calls[-1], calls[-1]):
+    for call in (_pick(draw, calls), _pick(draw, calls), calls[-1], calls[-1]):
         growth = _Growth(draw, st.integers(1, 4), {})
         with suppress(TypeRuleError):
             return growth.instance(call.pattern, call.types, {})
@@ -668,24 +674,35 @@ def graphs(
     # As many seeds from rules as from ops, or the rules would drown.
     seeds: list[Rule | Op] = [*grown, *plant * (len(grown) // max(len(plant), 1) + 1)]
     outputs: list[Node] = []
-    for seed in draw(st.lists(st.sampled_from(seeds), min_size=2, max_size=steps)):
+    for index in draw(st.lists(st.integers(0, len(seeds) - 1), min_size=2, max_size=steps)):
+        seed = seeds[index]
         with suppress(TypeRuleError):
             if isinstance(seed, Rule):
                 root = growth.instance(seed.match, seed.types, seed.attributes)
             else:
-                call = draw(st.sampled_from(_calls_of_kind(seed, growth.dtypes["float"])))
+                call = _pick(draw, _calls_of_kind(seed, growth.dtypes["float"]))
                 root = growth.instance(call.pattern, call.types, {})
             if isinstance(root.type, TupleType):
                 root = ops.get(root, index=draw(st.integers(0, len(root.type.items) - 1)))
-            growth.nodes += [n for n in Graph((), (root,)).nodes if n not in growth.nodes]
-            outputs.append(root)
+            new = [n for n in Graph((), (root,)).nodes if n not in growth.nodes]
+            if all(map(_fits_every_size, new)):
+                growth.nodes += new
+                outputs.append(root)
     if not outputs:
         hypothesis.reject()
     used = {parent for node in growth.nodes for parent in node.parents}
     sinks = [n for n in growth.nodes if n not in used and isinstance(n.type, TensorType)]
     values = [n for n in growth.nodes if isinstance(n.type, TensorType)]
-    extra = draw(st.sampled_from(values))
+    extra = _pick(draw, values)
     return graph_of(*sinks, extra, ranges=_symbol_ranges(growth.nodes), fill=draw(st.integers(0, 99)))
+
+
+def _fits_every_size(node: Node) -> bool:
+    """False for a slice or window that a symbol's smallest size may be too small for."""
+    if node.op not in (ops.slice_, ops.windows, ops.conv):
+        return True
+    assert node.operands[0] is not None
+    return not node.operands[0].tensor.symbols
 
 
 @functools.cache
@@ -744,23 +761,39 @@ def _narrowest(graph: Graph) -> float:
     return max((_epsilon(t.dtype) for t in types if t.dtype in FLOATS), default=0.0)
 
 
-def _difference(left: Graph, right: Graph, inputs: Sequence[np.ndarray]) -> tuple[float, str]:
-    """(largest relative error, complaint or "") of `right`'s outputs, judged against `left`'s."""
+@attrs.frozen
+class _Truth:
+    """What a graph gives on some inputs: its outputs, and every value in float64."""
+
+    graph: Graph
+    inputs: tuple[np.ndarray, ...]
+    outputs: tuple[np.ndarray, ...]
+    exact: Mapping[Node, Any]
+
+
+def _truth(graph: Graph, inputs: Sequence[np.ndarray]) -> _Truth:
+    """The graph's values; rejects the draw where it has none (an index outside its table)."""
+    inputs = tuple(a.copy() for a in inputs)
     try:
-        want = interpret(left, inputs)
-        yardstick = interpret(left, inputs, float64=True, keep=True)
+        outputs = interpret(graph, inputs)
+        exact = interpret(graph, inputs, float64=True, keep=True)
     except JisuError:
-        hypothesis.reject()  # an index outside its table: the left side has no value
-    assert isinstance(yardstick, dict)
-    got = interpret(right, inputs)
-    magnitudes = [np.abs(v[np.isfinite(v)]).max(initial=0.0) for v in yardstick.values() if isinstance(v, np.ndarray) and v.dtype.kind == "f"]
-    noise = float(max(magnitudes, default=0.0))
+        hypothesis.reject()
+    assert isinstance(outputs, tuple) and isinstance(exact, dict)
+    return _Truth(graph, inputs, outputs, exact)
+
+
+def _difference(truth: _Truth, new: Graph, inputs: Sequence[np.ndarray]) -> tuple[float, str]:
+    """(largest relative error, complaint or "") of the outputs of `new` on `inputs`."""
+    got = interpret(new, inputs)
+    assert isinstance(got, tuple)
+    floats = [v for v in truth.exact.values() if isinstance(v, np.ndarray) and v.dtype.kind == "f"]
+    noise = float(max((np.abs(v[np.isfinite(v)]).max(initial=0.0) for v in floats), default=0.0))
     worst = 0.0
-    for i, (output, g, w) in enumerate(zip(left.outputs, got, want, strict=True)):
-        assert isinstance(g, np.ndarray) and isinstance(w, np.ndarray)
+    for i, (output, g, w) in enumerate(zip(truth.graph.outputs, got, truth.outputs, strict=True)):
         # A rounding to a coarser dtype that stands in the left side is meant: dropping it is no gain.
-        rounds = output.dtype in FLOATS and _narrowest(left) > max(_narrowest(right), _epsilon(output.dtype))
-        error, complaint = _judge(g, w, yardstick[output], output.dtype, noise, excuse=not rounds)
+        rounds = output.dtype in FLOATS and _narrowest(truth.graph) > max(_narrowest(new), _epsilon(output.dtype))
+        error, complaint = _judge(g, w, truth.exact[output], output.dtype, noise, excuse=not rounds)
         if complaint:
             return error, f"output {i} ({output.type}) {complaint}"
         worst = max(worst, error)
@@ -772,8 +805,31 @@ def _both(left: Graph, right: Graph | None) -> str:
     return shown if right is None else f"{shown}\n--- after\n{right}"
 
 
+class _Enough(BaseException):
+    """Ends hypothesis's search for a smaller failure."""
+
+
+_SHRINKS = 100  # draws after the first failure: enough to be readable, and never minutes
+
+
 def _run(prove: Callable[[st.DataObject], None], examples: int, seed: int | None) -> None:
-    """Run a property over `examples` draws: the same ones each time, or those of `seed`."""
+    """Run a property over `examples` draws: the same ones each time, or those of `seed`; raises the smallest failure."""
+    smallest: RuleFailure | None = None
+    left = _SHRINKS
+
+    def watched(data: st.DataObject) -> None:
+        nonlocal smallest, left
+        if smallest is not None:
+            left -= 1
+            if left < 0:
+                raise _Enough
+        try:
+            prove(data)
+        except RuleFailure as failure:
+            if smallest is None or len(str(failure)) < len(str(smallest)):
+                smallest = failure
+            raise
+
     settings = hypothesis.settings(
         max_examples=examples,
         derandomize=seed is None,
@@ -785,8 +841,14 @@ def _run(prove: Callable[[st.DataObject], None], examples: int, seed: int | None
         report_multiple_bugs=False,
         print_blob=False,
     )
-    test = hypothesis.given(st.data())(prove)
-    settings(hypothesis.seed(seed)(test) if seed is not None else test)()
+    test = hypothesis.given(st.data())(watched)
+    try:
+        settings(hypothesis.seed(seed)(test) if seed is not None else test)()
+    except (_Enough, RuleFailure, Flaky):  # the search that was cut short looks flaky to hypothesis
+        if smallest is None:
+            raise
+    if smallest is not None:
+        raise smallest
 
 
 _MODES = st.sampled_from(("digits", "digits", "normal", "digits", "special"))
@@ -832,6 +894,7 @@ def _rewritten(rule: Rule, graph: Graph, trace: Trace) -> Graph:
 def _prove(rule: Rule, graph: Graph, sample: Sample, trace: Trace) -> float:
     """The error of one application; raises RuleFailure where a promise breaks."""
     graph = sample.fill(graph)
+    truth = _truth(graph, sample.inputs)
     new = _rewritten(rule, graph, trace)
     if new is graph:
         return 0.0
@@ -841,9 +904,8 @@ def _prove(rule: Rule, graph: Graph, sample: Sample, trace: Trace) -> float:
             f"rule {rule.name!r} turns {before} FLOPs of matrix products into {after}: an inner value that others use is "
             f"computed again; guard it with used_once(…)\n{_both(graph, new)}"
         )
-    inputs = [a.copy() for a in sample.inputs]
     try:
-        error, complaint = _difference(graph, new, inputs)
+        error, complaint = _difference(truth, new, sample.inputs)
     except JisuError as failure:
         raise RuleFailure(f"rule {rule.name!r} makes a graph that fails: {failure}\n{_both(graph, new)}") from failure
     if complaint:
@@ -880,7 +942,7 @@ def check_rule(
         fired += trace.fired.get(rule.name, 0) > before
         inner = [n for n in graph.nodes if not n.op.leaf and n is not graph.outputs[0] and isinstance(n.type, TensorType)]
         if inner:
-            shared = data.draw(st.sampled_from(inner))
+            shared = inner[data.draw(st.integers(0, len(inner) - 1))]
             _prove(rule, attrs.evolve(graph, outputs=(*graph.outputs, shared)), sample, Trace())
 
     try:
@@ -1005,14 +1067,13 @@ def _prove_pass(
 ) -> tuple[float, bool]:
     """(error, whether the graph changed) of one run of a pass."""
     text, kept = str(graph), {k: v.tobytes() for k, v in _weight_arrays(graph).items()}
-    reference = _own_weights(graph)
+    truth = _truth(graph, sample.inputs)
     try:
         new = pass_(graph)
         if str(graph) != text:
             raise PassFailure(f"pass {pass_.name!r} changed the graph that it was given\n--- was\n{text}\n--- is\n{graph}")
         _check_structure(pass_, graph, new, sample.sizes, idempotent, may_add_weights)
-        inputs = [a.copy() for a in sample.inputs]
-        error, complaint = _difference(reference, new, inputs)
+        error, complaint = _difference(truth, new, sample.inputs)
     except PassFailure:
         raise
     except Exception as failure:
@@ -1020,18 +1081,13 @@ def _prove_pass(
         raise PassFailure(f"pass {pass_.name!r} fails: {kind}{failure}\n{_both(graph, None)}") from failure
     if any(v.tobytes() != kept[k] for k, v in _weight_arrays(graph).items()):
         raise PassFailure(f"pass {pass_.name!r} wrote into the weights' arrays\n{_both(graph, new)}")
-    if any(a.tobytes() != b.tobytes() for a, b in zip(inputs, sample.inputs, strict=True)):
+    if any(a.tobytes() != b.tobytes() for a, b in zip(truth.inputs, sample.inputs, strict=True)):
         raise PassFailure(f"what pass {pass_.name!r} built writes into the input arrays\n{_both(graph, new)}")
     if complaint and pass_.exact:
         raise PassFailure(f"pass {pass_.name!r} claims to be exact, but {complaint}\n{_both(graph, new)}")
     if max_error is not None and error > max_error:
         raise PassFailure(f"pass {pass_.name!r} is off by {error:.3g} of the largest element, allowed {max_error:.3g}\n{_both(graph, new)}")
     return error, str(new) != text
-
-
-def _own_weights(graph: Graph) -> Graph:
-    """The graph with its own copies of the weights, out of reach of a pass that writes into them."""
-    return attrs.evolve(graph, weights={k: ArrayStorage(a.copy()) for k, a in _weight_arrays(graph).items()})
 
 
 # --- Programs ------------------------------------------------------------------------------------------------------

@@ -29,7 +29,8 @@ def _number(value: float) -> str:
     return repr(value)
 
 
-def _attribute(value: Any) -> str:
+def attribute_text(value: Any) -> str:
+    """An attribute's value as it stands in the text form."""
     if isinstance(value, Constant):
         return _array(value.array)
     if isinstance(value, str):
@@ -39,7 +40,7 @@ def _attribute(value: Any) -> str:
     if isinstance(value, (int, float)):
         return _number(value)
     if isinstance(value, tuple):
-        return f"({', '.join(map(_attribute, value))}{',' if len(value) == 1 else ''})"
+        return f"({', '.join(map(attribute_text, value))}{',' if len(value) == 1 else ''})"
     return str(value)
 
 
@@ -63,7 +64,7 @@ def to_text(graph: Graph, sources: bool = False) -> str:
     lines = [f"graph [{', '.join(bounds)}]" if bounds else "graph"]
     for node, i in number.items():
         shown = ["none" if o is None else f"%{number[o]}" for o in node.operands]
-        shown += [f"{k}={_attribute(v)}" for k, v in node.attributes.items()]
+        shown += [f"{k}={attribute_text(v)}" for k, v in node.attributes.items()]
         line = f"%{i} = {node.op.name}({', '.join(shown)}): {node.type}"
         lines.append(f"{line}  # {node.source}" if sources and node.source else line)
     lines.append(f"return {', '.join(f'%{number[o]}' for o in graph.outputs)}".rstrip())

@@ -27,6 +27,7 @@ from jisu.compiler import ops
 from jisu.compiler.errors import InputError, UnsupportedError
 from jisu.compiler.graph import Graph, Node, Storage
 from jisu.compiler.storage import open_checkpoint
+from jisu.frontends.aten import LOWERINGS, Call
 from jisu.frontends.torch_export import capture
 
 NAME = "jisu"  # under which our functions stand in transformers' registries
@@ -215,8 +216,6 @@ def _experts(
 
 def register() -> None:
     """Put our functions into transformers' registries, and our custom ops into the frontend's table (idempotent)."""
-    from jisu.frontends.aten import LOWERINGS
-
     ALL_ATTENTION_FUNCTIONS.register(NAME, _attention)
     ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, _mask)
     ALL_EXPERTS_FUNCTIONS.register(NAME, _experts)
@@ -225,7 +224,7 @@ def register() -> None:
 
 
 def _lower_attention(
-    q: Node, k: Node, v: Node, bias: Node | None, sinks: Node | None, scale: float, causal: bool, window: int, softcap: float
+    call: Call, q: Node, k: Node, v: Node, bias: Node | None, sinks: Node | None, scale: float, causal: bool, window: int, softcap: float
 ) -> Node:
     swap = (0, 2, 1, 3)
     query, key, value = (ops.transpose(n, perm=swap) for n in (q, k, v))
@@ -234,7 +233,7 @@ def _lower_attention(
     return ops.attention(query, key, value, bias, sinks, scale=scale, causal=causal, window=window, softcap=softcap)
 
 
-def _lower_experts(x: Node, index: Node, scores: Node, gate_up: Node, down: Node, activation: str) -> Node:
+def _lower_experts(call: Call, x: Node, index: Node, scores: Node, gate_up: Node, down: Node, activation: str) -> Node:
     return ops.experts(x, index, scores, gate_up, down, activation=activation)
 
 

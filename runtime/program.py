@@ -87,7 +87,9 @@ class Program:
         signature = self._parts.signature
         leaves = signature.flatten_call(args, kwargs)
         assert self._checker is not None
-        arrays = [_as_array(leaf, node.name, node.tensor) for leaf, node in zip(leaves, self._checker.inputs, strict=True)]
+        arrays = [
+            _as_array(leaf, node.name, node.tensor) for leaf, node in zip(leaves, self._checker.inputs, strict=True)
+        ]
         bind_symbols(self._checker, [a.shape for a in arrays])
         outputs = self._run(MAIN, arrays)
         as_torch = any(_is_torch(leaf) for leaf in leaves) or (not leaves and "torch" in sys.modules)
@@ -108,7 +110,9 @@ class Program:
         allowed = {"use_cache": (False, None), "return_dict": (True, None), "logits_to_keep": (0,)}
         for name, value in others.items():
             if name not in allowed or value not in allowed[name]:
-                raise InputError(f"unexpected argument {name}={value!r}; the program takes input_ids and attention_mask")
+                raise InputError(
+                    f"unexpected argument {name}={value!r}; the program takes input_ids and attention_mask"
+                )
         if input_ids is None:
             raise InputError("missing input 'input_ids'")
         ids = _as_array(input_ids, "input_ids", TensorType((1, 1), "int64"), any_shape=True)
@@ -217,7 +221,10 @@ class Program:
         """
         parts = self._parts
         decoder = parts.decoder
-        meta: dict[str, Any] = {"orders": {k: list(v) for k, v in parts.orders.items()}, "call": parts.signature.to_json()}
+        meta: dict[str, Any] = {
+            "orders": {k: list(v) for k, v in parts.orders.items()},
+            "call": parts.signature.to_json(),
+        }
         if decoder is not None:
             state = [[n, str(t), w, r] for n, t, w, r in decoder.state]
             meta["decoder"] = {**attrs.asdict(decoder, recurse=False), "state": state}
@@ -235,9 +242,7 @@ class Program:
             signature=_described(parts.graphs),
             meta=meta,
         )
-        tensors = {
-            name: (array.dtype, array.shape, lambda array=array: array) for name, array in parts.weights.items()
-        }
+        tensors = {name: (array.dtype, array.shape, lambda array=array: array) for name, array in parts.weights.items()}
         files: dict[str, Any] = {
             "library.so": Path(parts.library),
             "weights.safetensors": lambda file: write_safetensors(file, tensors, {"format": "jisu"}),
@@ -253,7 +258,9 @@ def _described(graphs: Mapping[str, str]) -> artifact.Signature:
     graph = parse(next(iter(graphs.values())))
 
     def value(name: str, kind: TensorType) -> artifact.ValueInfo:
-        return artifact.ValueInfo(name=name, dtype=kind.dtype, shape=tuple(d if isinstance(d, int) else str(d) for d in kind.shape))
+        return artifact.ValueInfo(
+            name=name, dtype=kind.dtype, shape=tuple(d if isinstance(d, int) else str(d) for d in kind.shape)
+        )
 
     ranges = {k: artifact.SymbolRange(low=low, high=high) for k, (low, high) in graph.ranges.items()}
     return artifact.Signature(
@@ -287,11 +294,17 @@ def load(path: str | os.PathLike[str], *, num_threads: int | None = None) -> Pro
         graphs = {e: saved.bytes(f"graph-{e}.txt").decode() for e in manifest.entry_points}
         missing = {n for order in orders.values() for n in order} - set(weights)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ArtifactError(f"{os.fspath(path)}: the manifest is incomplete ({type(error).__name__}: {error})") from error
+        raise ArtifactError(
+            f"{os.fspath(path)}: the manifest is incomplete ({type(error).__name__}: {error})"
+        ) from error
     if missing:
         raise ArtifactError(f"{os.fspath(path)}: weights are missing: {', '.join(sorted(missing)[:5])}")
     files = {name: saved.bytes(name) for name in TOKENIZER_FILES if name in saved}
-    target = {"name": manifest.target.name, "triple": manifest.target.triple, "features": list(manifest.target.features)}
+    target = {
+        "name": manifest.target.name,
+        "triple": manifest.target.triple,
+        "features": list(manifest.target.features),
+    }
     with saved.library() as library:
         parts = Compiled(
             library, weights, orders, graphs, signature, target, saved.bytes("recipe.toml").decode(), report, decoder, files,
@@ -381,5 +394,3 @@ def _padding(attention_mask: Any, shape: tuple[int, ...]) -> np.ndarray:
         if not mask[b, start[b] : start[b] + lengths[b]].all():
             raise InputError(f"attention_mask: sequence {b} has a hole; only padding on the left or right is supported")
     return start
-
-

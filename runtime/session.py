@@ -128,7 +128,9 @@ class Session:
     def _checked(self, token_ids: Any) -> np.ndarray:
         ids = np.asarray(token_ids)
         if ids.ndim != 2 or ids.dtype.kind not in "iu" or not ids.size:
-            raise InputError(f"token_ids: expected int64[batch, tokens] with at least one token, got {ids.dtype}{list(ids.shape)}")
+            raise InputError(
+                f"token_ids: expected int64[batch, tokens] with at least one token, got {ids.dtype}{list(ids.shape)}"
+            )
         ids = np.ascontiguousarray(ids, np.int64)
         wrong = (ids < 0) | (ids >= self._info.vocabulary)
         if wrong.any():
@@ -175,7 +177,9 @@ class Session:
         if info.page:
             per_sequence, batch = sizes["sequence_pages"], len(self._start)
             # Page n of sequence b stands at n * batch + b, so that a larger table keeps all pages where they were.
-            self._table = np.ascontiguousarray(np.arange(per_sequence * batch, dtype=np.int32).reshape(per_sequence, batch).T)
+            self._table = np.ascontiguousarray(
+                np.arange(per_sequence * batch, dtype=np.int32).reshape(per_sequence, batch).T
+            )
         self._reserved = slots
 
     def _carry(self, old: np.ndarray, new: np.ndarray, ring: bool) -> None:
@@ -208,4 +212,3 @@ class Session:
         (logits, *_) = self._call(MAIN, [given[name] for name in self._info.inputs])
         self.length = self._history.shape[1]
         return np.asarray(logits)[:, -1 if last_only else -ids.shape[1] :]
-

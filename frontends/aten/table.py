@@ -175,8 +175,10 @@ def expand(x: Node, shape: Sequence[Dim]) -> Node:
 
 
 def permute(x: Node, perm: Sequence[int]) -> Node:
-    """`x` transposed, where that changes anything."""
+    """`x` transposed, where that changes anything; two transpositions become one."""
     perm = tuple(perm)
+    if x.op is ops.transpose:
+        perm, x = tuple(x.perm[p] for p in perm), x.parents[0]
     return x if perm == tuple(range(x.rank)) else ops.transpose(x, perm=perm)
 
 

@@ -593,8 +593,12 @@ def prim_func(
             dims: dict[str, Any] = {}
             buffers: dict[str, Any] = {}
             for arg, handle in zip(args, handles, strict=True):
-                shape = [dims.setdefault(d, T.int64()) if isinstance(d, str) else T.int64(d) for d in arg.shape]
-                buffers[arg.name] = T.match_buffer(handle, shape, arg.dtype)
+                for d in arg.shape:
+                    if isinstance(d, str) and d not in dims:
+                        dims[d] = IRBuilder.name(d, T.int64())
+                shape = [dims[d] if isinstance(d, str) else T.int64(d) for d in arg.shape]
+                # The name appears in the errors about wrong shapes and dtypes.
+                buffers[arg.name] = IRBuilder.name(arg.name, T.match_buffer(handle, shape, arg.dtype))
             with T.attr(T.int32(0), "pragma_import_llvm", link_text(micros)):
                 body(buffers, dims)
     return builder.get()

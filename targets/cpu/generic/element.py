@@ -1,0 +1,138 @@
+"""Values pulled element by element: what a node holds at an index, computed from tensors in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from jisu.compiler import ops
+from jisu.compiler.graph import CONSTANT, Node, Op
+from jisu.compiler.ops import ELEMENTWISE
+from jisu.compiler.ops.shape import windows
+from jisu.compiler.types import Dim
+from jisu.targets.cpu.generic.build import Builder, Expr, Flat, Index, i64, literal
+from jisu.targets.cpu.generic.scalar import apply, convert, widen
+
+ZERO = i64(0)
+
+
+class Pull:
+    """Computes elements of nodes inside one scope of a kernel, each at most once per index.
+
+    `leaves` are the nodes that stand in memory; every other node that is asked for must be in `PULLED`.
+    """
+
+    def __init__(self, b: Builder, leaves: Mapping[Node, Flat], parent: Pull | None = None) -> None:
+        self.b, self.leaves = b, leaves
+        self.known: dict[tuple[Any, ...], tuple[Expr, tuple[Expr, ...]]] = dict(parent.known) if parent else {}
+
+    def __call__(self, node: Node, index: Index) -> Expr:
+        """The element of `node` at `index`, in the node's own dtype."""
+        key = (node, *map(id, index))
+        if key not in self.known:
+            # The indices are kept with the value, so that their ids stay theirs.
+            self.known[key] = (self._compute(node, index), tuple(index))
+        return self.known[key][0]
+
+    def wide(self, node: Node, index: Index) -> Expr:
+        """The element in the dtype that arithmetic on it is done in."""
+        return widen(self.b, self(node, index))
+
+    def fresh(self) -> Pull:
+        """For a nested scope: values computed there don't outlive it."""
+        return Pull(self.b, self.leaves, self)
+
+    def _compute(self, node: Node, index: Index) -> Expr:
+        if node in self.leaves:
+            return self.b.let(self.leaves[node][list(index)], "v")
+        if node.op in ELEMENTWISE:
+            operands = [self(o, aligned(index, o.shape, node.shape)) for o in node.parents]
+            return apply(self.b, node.op, operands, node.attributes, node.dtype)
+        return PULLED[node.op](self, node, index)
+
+
+def aligned(index: Index, shape: Sequence[Dim], result: Sequence[Dim]) -> list[Expr]:
+    """The index into an operand of `shape` that broadcasts to `result`."""
+    shift = len(result) - len(shape)
+    return [ZERO if n == 1 and result[k + shift] != 1 else index[k + shift] for k, n in enumerate(shape)]
+
+
+def _constant(pull: Pull, node: Node, index: Index) -> Expr:
+    return literal(node.value.array.reshape(-1)[0], node.dtype)
+
+
+def _iota(pull: Pull, node: Node, index: Index) -> Expr:
+    return pull.b.let(convert(pull.b, index[0], node.attributes["dtype"]))
+
+
+def _broadcast(pull: Pull, node: Node, index: Index) -> Expr:
+    (x,) = node.parents
+    return pull(x, aligned(index, x.shape, node.shape))
+
+
+def _transpose(pull: Pull, node: Node, index: Index) -> Expr:
+    inside: list[Expr] = [ZERO] * len(index)
+    for k, p in enumerate(node.perm):
+        inside[p] = index[k]
+    return pull(node.parents[0], inside)
+
+
+def _slice(pull: Pull, node: Node, index: Index) -> Expr:
+    b = pull.b
+    inside = [
+        i if start == 0 and step == 1 else b.let(b.dim(start) + i * i64(step), "s")
+        for i, start, step in zip(index, node.starts, node.steps, strict=True)
+    ]
+    return pull(node.parents[0], inside)
+
+
+def _flip(pull: Pull, node: Node, index: Index) -> Expr:
+    b = pull.b
+    inside = [
+        b.let(b.dim(n) - i64(1) - i, "s") if k in node.axes else i
+        for k, (i, n) in enumerate(zip(index, node.shape, strict=True))
+    ]
+    return pull(node.parents[0], inside)
+
+
+def _windows(pull: Pull, node: Node, index: Index) -> Expr:
+    (x,) = node.parents
+    inside = list(index[: x.rank])
+    for k, (axis, stride, dilation) in enumerate(zip(node.axes, node.strides, node.dilations, strict=True)):
+        inside[axis] = pull.b.let(index[axis] * i64(stride) + index[x.rank + k] * i64(dilation), "s")
+    return pull(x, inside)
+
+
+def _reshape(pull: Pull, node: Node, index: Index) -> Expr:
+    b = pull.b
+    (x,) = node.parents
+    position = b.let(Flat(None, [b.dim(d) for d in node.shape], node.dtype).offset(index), "at")
+    if x in pull.leaves:
+        return b.let(pull.leaves[x][position], "v")
+    return pull(x, b.unravel(position, [b.dim(d) for d in x.shape]))
+
+
+PULLED: Mapping[Op, Callable[[Pull, Node, Index], Expr]] = {
+    CONSTANT: _constant,
+    ops.iota: _iota,
+    ops.dim_value: lambda pull, node, index: pull.b.let(pull.b.dim(node.attributes["value"])),
+    ops.broadcast_to: _broadcast,
+    ops.transpose: _transpose,
+    ops.slice_: _slice,
+    ops.flip: _flip,
+    windows: _windows,
+    ops.reshape: _reshape,
+}
+"""How ops that only move elements find them (elementwise ops: see `scalar`)."""
+
+
+def is_literal(node: Node) -> bool:
+    """Whether a constant is one number, which stands in the code; a larger one is a tensor in memory."""
+    return node.op is CONSTANT and node.value.array.size == 1
+
+
+def always_pulled(node: Node) -> bool:
+    """Whether a node costs nothing to compute wherever it is used."""
+    return is_literal(node) or node.op in (ops.iota, ops.dim_value)
+
+
