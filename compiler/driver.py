@@ -19,7 +19,7 @@ from jisu.compiler.errors import InputError, InputTypeError, JisuError
 from jisu.compiler.graph import WEIGHT, Graph, Storage
 from jisu.compiler.pipeline import Pass, Pipeline, Report, sample_inputs
 from jisu.compiler.recipe import Recipe
-from jisu.compiler.signature import Signature
+from jisu.compiler.signature import Signature, Tree
 
 if TYPE_CHECKING:
     from jisu.runtime.program import Program
@@ -134,7 +134,8 @@ def _comes_from_transformers(model: Any) -> bool:
 
 
 def _from_decoder(decoder: Any) -> Source:
-    signature = Signature.single_output("logits", decoder.result)
+    result = Tree("record", items=(Tree("leaf", 0),), keys=("logits",), name=decoder.result)
+    signature = Signature((), (), result)
     return Source(
         decoder.graph, signature, decoder.sequence, decoder.vocabulary, decoder.max_positions, decoder.files
     )

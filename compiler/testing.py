@@ -192,6 +192,8 @@ def _values(rng: np.random.Generator, type: TensorType, values: str, bounds: Bou
         return rng.integers(low, high + 1, shape).astype(dtype)
     if values == "special":
         choices = _special(type.dtype)
+        if is_float(type.dtype) and rng.integers(0, 2):
+            choices = [c for c in choices if math.isfinite(c)]  # NaN would hide an overflow
         return np.array([choices[i] for i in rng.integers(0, len(choices), shape).reshape(-1)]).astype(dtype).reshape(shape)
     if is_integer(type.dtype):
         return rng.integers(0, 100, shape).astype(dtype)

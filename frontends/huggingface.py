@@ -328,7 +328,7 @@ def trace_decoder(
 
 def _result_class(model: nn.Module) -> str:
     cls = transformers.modeling_outputs.CausalLMOutputWithPast
-    return f"{cls.__module__}.{cls.__qualname__}"
+    return f"{cls.__module__}:{cls.__qualname__}"
 
 
 def fingerprint(config: transformers.PreTrainedConfig, model_class: type) -> str:

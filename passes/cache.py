@@ -124,9 +124,10 @@ def _fresh(node: Node, sequence: str) -> Tokens | None:
     types = node.type.items if isinstance(node.type, TupleType) else (node.type,)
     axes = _sequence_axes(types[0], sequence)
     if node.op is ops.broadcast_to and len(axes) == 1:
-        axis, extent = axes[0], node.shape[axes[0]]
-        if same_dim(extent, symbol(sequence)):
-            return Tokens(axis)
+        # Every index holds the same, so the sequence may lie behind whatever else the axis counts (the batch).
+        before = _quotient(node.shape[axes[0]], symbol(sequence))
+        if before is not None:
+            return Tokens(axes[0], before)
     if axes or (node.op is ops.dim_value and sequence in {s.name for s in node.value.free_symbols}):
         raise NotCausal(f"{_where(node)}: its value depends on the length of the whole sequence")
     return None

@@ -16,7 +16,7 @@ from jisu.compiler import ops
 from jisu.compiler.errors import JisuError
 from jisu.compiler.graph import CONSTANT, INPUT, MAX_INLINE, WEIGHT, ArrayStorage, Graph, Node, constant, weight
 from jisu.compiler.interpret import evaluate_node
-from jisu.compiler.rewrite import Match, Rule, bind, guard, rewrite, scalar, variables
+from jisu.compiler.rewrite import Match, Rule, bind, guard, rewrite, scalar, used_once, variable, variables
 from jisu.compiler.types import FLOATS, TensorType, is_float, is_integer, numpy_dtype, same_shape
 
 x, y = variables("x y")
@@ -104,6 +104,22 @@ def _identity(name: str, pattern: Node, value: float) -> Rule:
     return Rule(name, pattern, x, (_is_number(value), _keeps), {"x": "float[*b k]"}, {"c": (value,)})
 
 
+def _empty(name: str) -> Any:
+    return guard(f"nothing in {name}", lambda m: m[name].shape[m["axis"]] == 0)
+
+
+def _keeps_last(m: Match) -> bool:
+    return bool(m["perm"][-1] == len(m["perm"]) - 1)
+
+
+def _norm_below(m: Match) -> Node:
+    norm = m.root
+    below = ops.rms_norm(m["x"], m["w"], eps=norm.eps, offset=norm.offset, round_first=norm.round_first)
+    return ops.transpose(below, perm=m["perm"])
+
+
+_inner_slice = ops.slice_(x, starts=bind("a"), stops=bind("b"), steps=bind("s"))
+
 RULES: tuple[Rule, ...] = (
     Rule("reshape of reshape", ops.reshape(ops.reshape(x, shape=bind("inner")), shape=bind("outer")),
          ops.reshape(x, shape=bind("outer")), (), {"x": "any[6 4]"}, {"inner": ((4, 6), (24,)), "outer": ((2, 12), (24, 1))}),
@@ -123,11 +139,19 @@ RULES: tuple[Rule, ...] = (
     Rule("slice of everything", ops.slice_(x, starts=bind("starts"), stops=bind("stops"), steps=bind("steps")), x,
          (guard("unit steps", lambda m: set(m["steps"]) <= {1}), _keeps), {"x": "any[2 3]"},
          {"starts": ((0, 0),), "stops": ((2, 3),), "steps": ((1, 1),)}),
-    Rule("slice of slice",
-         ops.slice_(ops.slice_(x, starts=bind("a"), stops=bind("b"), steps=bind("s")), starts=bind("d"), stops=bind("e"), steps=bind("t")),
-         _merged_slice, (), {"x": "any[6 5]"},
+    Rule("slice of slice", ops.slice_(_inner_slice, starts=bind("d"), stops=bind("e"), steps=bind("t")), _merged_slice,
+         (used_once(_inner_slice),), {"x": "any[6 5]"},
          {"a": ((1, 0),), "b": ((6, 4),), "s": ((1, 1),), "d": ((1, 2),), "e": ((4, 4),), "t": ((1, 1), (2, 1))}),
     Rule("concat of one", ops.concat(x, axis=bind("axis")), x, (), {"x": "any[a b]"}, {"axis": (0, 1)}),
+    Rule("concat with nothing behind", ops.concat(x, y, axis=bind("axis")), x, (_empty("y"),), {"x": "any[2 3]", "y": "any[2 0]"},
+         {"axis": (1,)}),
+    Rule("concat with nothing in front", ops.concat(x, y, axis=bind("axis")), y, (_empty("x"),), {"x": "any[2 0]", "y": "any[2 3]"},
+         {"axis": (1,)}),
+    Rule("norm above a transpose",
+         ops.rms_norm(ops.transpose(x, perm=bind("perm")), variable("w", optional=True), eps=bind("eps"), offset=bind("offset"),
+                      round_first=bind("first")),
+         _norm_below, (guard("a transpose that keeps the last axis", _keeps_last),), {"x": "float32[a b c 4]", "w": "float32[4]"},
+         {"perm": ((0, 2, 1, 3),), "eps": (1e-6,), "offset": (0.0, 1.0), "first": (True, False)}),
     _identity("x * 1", ops.mul(x, c), 1),
     # Not for floats: -0.0 + 0.0 is 0.0.
     Rule("x + 0", ops.add(x, c), x, (_is_number(0), _keeps, guard("integers", lambda m: is_integer(m.root.dtype))), {"x": "int64[*b k]"},

@@ -81,6 +81,25 @@ _ACTIVATION_PATTERNS: dict[str, Any] = {
 _LINEAR_TYPES = {"x": "float[*b k]", "w": "float[n k]"}
 _reshaped = ops.reshape(_full, shape=bind("shape"))
 
+_cube = either(ops.pow_(x, 3.0), ops.mul(x, ops.square(x)))
+_inner = ops.add(x, ops.mul(_cube, scalar("cubic")))
+_curve = ops.add(ops.tanh(ops.mul(_inner, scalar("slope"))), 1.0)
+_near_gelu = guard(
+    "the constants of the approximation", lambda m: abs(m["cubic"] - 0.044715) < 1e-7 and abs(m["slope"] - 0.7978845608) < 1e-6
+)
+
+ACTIVATIONS: tuple[Rule, ...] = (
+    Rule(
+        "tanh approximation of gelu",
+        ops.mul(ops.mul(x, 0.5), _curve),
+        ops.gelu(x, approximate="tanh"),
+        # Half precision rounds in between.
+        (_near_gelu, dtype_in(x, "float32", "float64")),
+        {"x": "float32[*b k]"},
+        {"cubic": (0.044715,), "slope": (0.7978845608028654,)},
+    ),
+)
+
 PROJECTIONS: tuple[Rule, ...] = (
     Rule(
         "product with weights is linear",
@@ -309,6 +328,28 @@ def _splits_last(m: Match) -> bool:
     return bool(whole and last and m["lt"][-1] == m["ht"][-1] == 1)
 
 
+def _unwrapped(m: Match) -> Node:
+    """transpose(slice(transpose(x))) where the transposes undo each other is a slice of x."""
+    swap = m["perm"]
+    moved = {k: tuple(m[k][p] for p in swap) for k in ("ls", "le", "lt")}
+    return ops.slice_(m["x"], starts=moved["ls"], stops=moved["le"], steps=moved["lt"])
+
+
+def _whole_turned(m: Match) -> Node:
+    turned = ops.rotary(m["x"], m["cos"], m["sin"], interleaved=m["interleaved"])
+    return ops.transpose(turned, perm=(0, 2, 1, 3))
+
+
+def _splits_swapped(m: Match) -> bool:
+    """As `_splits_last`, where the second slice is taken behind the transpose of the heads."""
+    swap = (0, 2, 1, 3)
+    moved = {k: tuple(m[k][p] for p in swap) for k in ("hs", "he", "ht")}
+    return _splits_last(attrs.evolve(m, bindings={**m.bindings, **moved}))
+
+
+_swapped_slice = ops.slice_(ops.transpose(x, perm=bind("perm")), starts=bind("ls"), stops=bind("le"), steps=bind("lt"))
+_swapped_rest = ops.slice_(ops.transpose(x, perm=(0, 2, 1, 3)), starts=bind("hs"), stops=bind("he"), steps=bind("ht"))
+_swapped_turned = ops.transpose(_part_turned, perm=(0, 2, 1, 3))
 _PAIR_TYPES = {"x": "float[2 3 2 4]", "cos": "float[1 1 2 4]", "sin": "float[1 1 2 4]"}
 
 ROTARY: tuple[Rule, ...] = (
@@ -326,6 +367,14 @@ ROTARY: tuple[Rule, ...] = (
          ops.rotary(x, cos, sin, interleaved=bind("interleaved")), (guard("a cut of the last axis", _splits_last),),
          {"x": "float[2 3 2 6]", "cos": "float[1 3 4]", "sin": "float[1 3 4]"},
          {"ls": ((0, 0, 0, 0),), "le": ((2, 3, 2, 4),), "lt": ((1, 1, 1, 1),), "hs": ((0, 0, 0, 4),), "he": ((2, 3, 2, 6),),
+          "ht": ((1, 1, 1, 1),), "interleaved": (False, True)}),
+    Rule("slice between transposes", ops.transpose(_swapped_slice, perm=bind("perm")), _unwrapped,
+         (guard("transposes that undo each other", lambda m: all(m["perm"][p] == i for i, p in enumerate(m["perm"]))),),
+         {"x": "float[2 3 4 6]"},
+         {"perm": ((0, 2, 1, 3),), "ls": ((0, 1, 0, 0),), "le": ((2, 4, 3, 4),), "lt": ((1, 1, 1, 1),)}),
+    Rule("rotary embedding of a part, heads second", ops.concat(_swapped_turned, _swapped_rest, axis=3), _whole_turned,
+         (guard("a cut of the last axis", _splits_swapped),), {"x": "float[2 3 2 6]", "cos": "float[1 3 4]", "sin": "float[1 3 4]"},
+         {"ls": ((0, 0, 0, 0),), "le": ((2, 3, 2, 4),), "lt": ((1, 1, 1, 1),), "hs": ((0, 0, 0, 4),), "he": ((2, 2, 3, 6),),
           "ht": ((1, 1, 1, 1),), "interleaved": (False, True)}),
 )  # fmt: skip
 
@@ -413,12 +462,13 @@ class Fusion:
 
 
 FUSIONS: tuple[Fusion, ...] = (
+    Fusion("fuse activations", ACTIVATIONS),
     Fusion("fuse projections", PROJECTIONS),
     Fusion("fuse norms", NORMS),
     Fusion("fuse bare norms", BARE_NORMS),
     Fusion("fuse rotary", ROTARY),
     Fusion("fuse attention", ATTENTION),
-    Fusion("fuse activations", EPILOGUES[:-1]),
+    Fusion("fuse epilogues", EPILOGUES[:-1]),
     Fusion("fuse gated", GATED),
     Fusion("fuse residuals", EPILOGUES[-1:]),
 )

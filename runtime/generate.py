@@ -107,7 +107,7 @@ _NEUTRAL = frozenset(
     "_commit_hash".split()
 )
 _RENAMED = {"stop": "stop_strings", "prefill_chunk_size": "prefill_chunk"}
-_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seed")
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p")
 
 
 def _integer(low: int) -> Callable[[Any, attrs.Attribute[Any], Any], None]:
@@ -205,14 +205,15 @@ class GenerationConfig:
             raise InputTypeError(f"expected a GenerationConfig, a dict or None, got {type(config).__name__}")
         explicit = _known(overrides)
         result = cls(**{**given, **explicit})
-        useless = [name for name in _SAMPLING if name in explicit]
+        default = cls()
+        useless = [name for name in _SAMPLING if explicit.get(name, getattr(default, name)) != getattr(default, name)]
         if useless and not result.do_sample:
             warnings.warn(f"{', '.join(useless)} has no effect without do_sample=True", UserWarning, stacklevel=2)
         return result
 
     @classmethod
     def from_saved(cls, parsed: Mapping[str, Any]) -> GenerationConfig:
-        """From a checkpoint's generation_config.json, in which, as in transformers, anybody may leave foreign entries."""
+        """From a checkpoint's generation_config.json, in which, as in transformers, foreign entries may stand."""
         return cls(**_known({name: value for name, value in parsed.items() if _is_option(name)}))
 
 
@@ -257,8 +258,9 @@ class Chunk:
 class Generation:
     """The result of `generate`.
 
-    `sequences` has the generated part of each row, the end token included; rows that ended early are filled up with the
-    padding id, and `lengths` counts their own tokens. `text` is None without a tokenizer, a str for a single str prompt.
+    `sequences` has the generated part of each row, the end token included; rows that ended early are filled up with
+    the padding id, and `lengths` counts their own tokens. `text` is None without a tokenizer, a str for a single str
+    prompt.
     """
 
     sequences: list[list[int]]
@@ -320,8 +322,7 @@ def candidates(scores: Logits, config: GenerationConfig) -> tuple[Ids, npt.NDArr
         scores = scores / np.float32(config.temperature)
     ids = np.arange(scores.size)
     if 0 < config.top_k < scores.size:
-        lowest = np.partition(scores, scores.size - config.top_k)[scores.size - config.top_k]
-        ids = np.flatnonzero(~(scores < lowest))  # ties with the last one stay, as does NaN, which is reported below
+        ids = np.flatnonzero(~(scores < _kth_largest(scores, config.top_k)))  # ties with the last one stay, as does NaN, which is reported below
     kept = scores[ids]
     highest = kept.max()
     if not np.isfinite(highest):
@@ -336,19 +337,23 @@ def candidates(scores: Logits, config: GenerationConfig) -> tuple[Ids, npt.NDArr
     return ids, weights
 
 
+def _kth_largest(scores: Logits, k: int) -> np.float32:
+    """The k-th largest of scores [V]."""
+    groups = scores.size // 128
+    if groups > 4 * k:  # k groups have a maximum that is no less than the k-th largest maximum: all below it is out
+        peaks = scores[: groups * 128].reshape(128, groups).max(axis=0)
+        scores = scores[~(scores < np.partition(peaks, groups - k)[groups - k])]
+    return cast(np.float32, np.partition(scores, scores.size - k)[scores.size - k])
+
+
 def _nucleus(weights: npt.NDArray[np.float64], top_p: float) -> Ids:
     """Indices of the most likely tokens before which less than top_p of the mass lies; at least one."""
-    limit = top_p * weights.sum()
-    head: Ids = np.arange(weights.size)
-    count = 512
-    if weights.size > 4 * count:  # sorting all of a vocabulary costs more than the model's last layer
-        best = np.argpartition(weights, weights.size - count)[weights.size - count :]
-        if weights[best].sum() > limit:
-            head = np.sort(best)
-    order = head[np.argsort(-weights[head], kind="stable")]
-    before = np.cumsum(weights[order]) - weights[order]
-    kept = np.count_nonzero(before < limit)
-    return np.sort(order[: max(kept, 1)])
+    falling = np.sort(weights)[::-1]  # values sort many times faster than indices
+    total = np.cumsum(falling)
+    count = max(int(np.count_nonzero(total - falling < top_p * total[-1])), 1)
+    lowest = falling[count - 1]
+    above, equal = np.flatnonzero(weights > lowest), np.flatnonzero(weights == lowest)
+    return np.sort(np.concatenate((above, equal[: count - above.size])))
 
 
 def draw(ids: Ids, weights: npt.NDArray[np.float64], rng: np.random.Generator) -> int:
@@ -364,8 +369,8 @@ def draw(ids: Ids, weights: npt.NDArray[np.float64], rng: np.random.Generator) -
 class TextStream:
     """Text of a growing sequence of tokens, in pieces that never need to be taken back.
 
-    A piece never ends inside a UTF-8 character nor in what may become a stop string. Only the last few tokens are decoded
-    again at each step.
+    A piece never ends inside a UTF-8 character nor in what may become a stop string. Only the last few tokens are
+    decoded again at each step.
     """
 
     _WINDOW, _CONTEXT = 32, 12
@@ -451,9 +456,7 @@ def _encode_text(prompt: Any, tokenizer: TokenizerLike | None) -> list[int]:
     if not isinstance(prompt, str):
         raise InputTypeError(f"expected only str prompts, got {type(prompt).__name__} among them")
     if tokenizer is None:
-        raise InputError(
-            "a text prompt needs a tokenizer; give token ids, or compile a checkpoint that has tokenizer.json"
-        )
+        raise InputError("a text prompt needs a tokenizer; give token ids, or a checkpoint that has tokenizer.json")
     return tokenizer.encode(prompt)
 
 
@@ -497,13 +500,13 @@ def _masked(prompts: Mapping[Any, Any]) -> list[list[int]]:
     for ids, mask in zip(_rows_of_list(prompts["input_ids"]), _rows_of_list(prompts["attention_mask"]), strict=True):
         count = sum(map(bool, mask))
         if len(mask) != len(ids) or not all(mask[len(mask) - count :]):
-            raise InputError("the attention mask must hide padding on the left only; tokenize with padding_side='left'")
+            raise InputError("the attention mask may hide padding on the left only; tokenize with padding_side='left'")
         rows.append(ids[len(ids) - count :])
     return rows
 
 
 def _strip_padding(array: npt.NDArray[Any], config: GenerationConfig) -> list[list[int]]:
-    """Rows without the padding id in front, which as in transformers counts as padding unless it's also an end token."""
+    """Rows without the padding id in front; as in transformers it counts as padding unless it's also an end token."""
     rows = cast("list[list[int]]", array.tolist() if array.ndim == 2 else [array.tolist()])
     pad = config.pad_token_id
     if array.ndim == 1 or pad is None or pad in config.eos_token_id:

@@ -96,7 +96,7 @@ class Program:
         values = [_to_torch(o) if as_torch else np.asarray(o) for o in outputs]
         for position, index in signature.mutations:
             _write_back(leaves[index], values[position])
-        return signature.unflatten([v for i, v in enumerate(values) if i not in dict(signature.mutations)])
+        return signature.unflatten(values)
 
     def _run(self, entry: str, arrays: Sequence[Any]) -> tuple[Any, ...]:
         with self._lock:

@@ -1,4 +1,4 @@
-"""Text to token ids and back, from the files that a checkpoint or an artifact brings; needs neither torch nor transformers."""
+"""Text to token ids and back, from the files of a checkpoint or an artifact; needs neither torch nor transformers."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ _SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cl
 class Tokenizer:
     """A saved fast tokenizer: `encode` adds the special tokens that its post-processor names, `decode` leaves them out.
 
-    `files` are the bytes that it was made from, ready to be written into an artifact; `special_tokens` maps names such as
-    `eos_token` to their text; `generation_config` is the checkpoint's own, or None.
+    `files` are the bytes that it was made from, ready to be written into an artifact; `special_tokens` maps names such
+    as `eos_token` to their text; `generation_config` is the checkpoint's own, or None.
     """
 
     def __init__(self, files: Mapping[str, bytes]) -> None:
@@ -89,7 +89,7 @@ class Tokenizer:
     def apply_chat_template(
         self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **variables: Any
     ) -> str:
-        """The prompt for messages `{"role": ..., "content": ...}`; `variables` go to the template (tools, documents, ...).
+        """The prompt for messages `{"role": ..., "content": ...}`; `variables` (tools, ...) go to the template.
 
         Templates are code from the checkpoint: they run in jinja's immutable sandbox, as in transformers.
 

@@ -19,7 +19,7 @@ from tvm import IRModule, relax, runtime, tirx
 from jisu.compiler import ops
 from jisu.compiler.errors import CompileError
 from jisu.compiler.graph import CONSTANT, INPUT, WEIGHT, Graph, Node, Op
-from jisu.compiler.text import _attribute
+from jisu.compiler.text import attribute_text
 from jisu.compiler.types import Dim, TensorType
 from jisu.targets.cpu import generic
 from jisu.targets.cpu.generic.build import expression, extra_symbols
@@ -30,28 +30,24 @@ from jisu.targets.target import Target
 
 @attrs.frozen
 class Argument:
-    """One tensor argument of a chosen kernel.
+    """One tensor argument of a chosen kernel: the node's operand number `operand`, where the kernel wants to see it with
+    other axes as a view of `shape`."""
 
-    `operands` are the node's operands that it stands for: one, or several weights packed into one tensor. `type` is the
-    type that the kernel takes where it differs from the operand's (a view with other axes, or the packed weight).
-    `layout` names the packing; it is applied to the weight before the first call, by whoever binds the weights.
-    """
-
-    operands: tuple[int, ...]
-    type: TensorType | None = None
-    layout: str = ""
+    operand: int
+    shape: tuple[Dim, ...] | None = None
 
 
 @attrs.frozen(eq=False)
 class Kernel:
-    """A chosen kernel: a PrimFunc over `arguments`, then the results (as `results` where they are views), then `symbols`.
+    """A chosen kernel: a PrimFunc over `arguments`, then `symbols`, then the results.
 
-    Packed arguments (with a layout) must be weights. `symbols` are int64 parameters at the end, by name.
+    `results` are the shapes that the kernel gives its results where they differ from the node's (views of the same
+    memory). `symbols` are the names of the int64 parameters.
     """
 
     function: Any
     arguments: tuple[Argument, ...]
-    results: tuple[TensorType, ...] | None = None
+    results: tuple[tuple[Dim, ...], ...] | None = None
     symbols: tuple[str, ...] = ()
 
 
@@ -59,15 +55,6 @@ Choosers = Mapping[Op, Callable[[Node, Target], Kernel | None]]
 
 KERNELS: dict[Op, Callable[[Node, Target], Kernel | None]] = {}
 """The default table of specialised kernels: a chooser returns None where the generic kernel has to do."""
-
-
-@attrs.frozen
-class WeightSlot:
-    """One weight argument of an entry: the stored tensors behind it, how they are packed, and the type it then has."""
-
-    names: tuple[str, ...]
-    layout: str
-    type: TensorType
 
 
 @attrs.frozen
@@ -81,10 +68,10 @@ class KernelUse:
 
 @attrs.frozen(eq=False)
 class Lowered:
-    """What `lower` returns: the module, each entry's weight arguments in order, and the kernels."""
+    """What `lower` returns: the module, the names of each entry's weights in the order of its arguments, and the kernels."""
 
     module: IRModule
-    weights: Mapping[str, tuple[WeightSlot, ...]]
+    weights: Mapping[str, tuple[str, ...]]
     kernels: tuple[KernelUse, ...]
 
 
@@ -145,10 +132,8 @@ class _Module:
         chooser = self.choosers.get(node.op)
         if chooser is None:
             return None
-        # Whether an operand is a weight decides whether it can be packed, so that it belongs to the key.
         leaves = tuple(dict.fromkeys(node.parents))
-        kinds = "".join("w" if o is not None and o.op is WEIGHT else "." for o in node.operands)
-        key = f"{kinds} {describe(Region((node,), leaves))}"
+        key = describe(Region((node,), leaves))
         if key not in self.chosen:
             kernel = chooser(node, self.target)
             if kernel is not None:
@@ -174,23 +159,18 @@ class _Entry:
         self.symbols = {s: tirx.Var(s, "int64") for s in graph.symbols}
         self.values: dict[Node, Any] = {}
         self.tuples: dict[Node, Any] = {}
-        self.slots: dict[tuple[tuple[str, ...], str], tuple[WeightSlot, Any]] = {}
+        self.weights: dict[str, Any] = {}
 
     def type(self, t: TensorType) -> Any:
         return lowered_type(t, self.symbols)
-
-    def weight(self, names: tuple[str, ...], layout: str, t: TensorType) -> Any:
-        """The argument that holds these weights in this layout."""
-        key = (names, layout)
-        if key not in self.slots:
-            self.slots[key] = (WeightSlot(names, layout, t), relax.Var(f"w{len(self.slots)}", self.type(t)))
-        return self.slots[key][1]
 
     def value(self, node: Node) -> Any:
         """The Relax value of a node that stands in memory."""
         if node not in self.values:
             if node.op is WEIGHT:
-                return self.weight((node.name,), "", node.tensor)
+                if node.name not in self.weights:
+                    self.weights[node.name] = relax.Var(f"w{len(self.weights)}", self.type(node.tensor))
+                return self.weights[node.name]
             if node.op is CONSTANT:
                 array = np.ascontiguousarray(node.value.array)
                 self.values[node] = relax.const(runtime.tensor(array), node.dtype)
@@ -198,22 +178,146 @@ class _Entry:
                 raise CompileError(f"{node!r} was not computed before its use")
         return self.values[node]
 
-    def emit(self) -> tuple[WeightSlot, ...]:
-        """Write the entry into the module; the weights it takes, in order."""
+    def emit(self) -> tuple[str, ...]:
+        """Write the entry into the module; the names of the weights it takes, in order of first use."""
         b = self.module.builder
         inputs = []
         for i, node in enumerate(self.graph.inputs):
             self.values[node] = relax.Var(f"x{i}", self.type(node.tensor))
             inputs.append(self.values[node])
-        # The weights are known only after the body, and the builder wants the parameters first.
-        found = regions(self.graph, self.module.choosers)
-        plan = [self._plan(region) for region in found]
-        outputs = self._outputs()
-        parameters = [*inputs, *(var for _, var in self.slots.values())]
-        with b.function(self.name, parameters, attrs={"num_input": len(inputs)}):
+        with b.function(self.name, attrs={"num_input": len(inputs)}):
             with b.dataflow():
-                for step in plan:
-                    step()
-                results = [b.emit_output(output()) for output in outputs]
-            b.emit_func_output(relax.Tuple(results))
-        return tuple(slot for slot, _ in self.slots.values())
+                for region in regions(self.graph, self.module.choosers):
+                    self.region(region)
+                results = [b.emit_output(r) for r in self.outputs()]
+            b.emit_func_output(relax.Tuple(results), params=[*inputs, *self.weights.values()])
+        return tuple(self.weights)
+
+    def region(self, region: Region) -> None:
+        """Emit the calls that compute a region's results."""
+        node = region.results[0]
+        if node.op is ops.get:
+            self.values[node] = self.tuples[node.parents[0]][node.index]
+        elif region.view:
+            self.values[node] = self.view(self.value(node.parents[0]), node.tensor)
+        elif node.op is ops.cache_append:
+            self.append(node)
+        else:
+            found = self.module.specialised(node) if len(region.results) == 1 else None
+            results = self.chosen(node, *found) if found is not None else self.call(region)
+            if node.op in generic.MULTIPLE:
+                self.tuples[node] = results
+            else:
+                self.values.update(zip(region.results, results, strict=True))
+
+    def call(self, region: Region) -> list[Any]:
+        """Call the generic kernel of a region."""
+        types = [t for n in region.results for t in generic.results_of(n)]
+        extra = extra_symbols([leaf.tensor for leaf in region.leaves], generic.region_symbols(region.results, region.leaves))
+        return self.call_tir(self.module.generic(region), [self.value(n) for n in region.leaves], types, extra)
+
+    def call_tir(self, function: Any, arguments: Sequence[Any], types: Sequence[TensorType], extra: Sequence[str]) -> list[Any]:
+        """Call a kernel that writes results of these types."""
+        b = self.module.builder
+        out = [self.type(t) for t in types]
+        scalars = [self.symbols[s] for s in extra]
+        result = b.emit(relax.call_tir(function, relax.Tuple([*arguments, *scalars]), out_ty=out if len(out) > 1 else out[0]))
+        return [result] if len(out) == 1 else [b.emit(relax.TupleGetItem(result, i)) for i in range(len(out))]
+
+    def view(self, value: Any, t: TensorType) -> Any:
+        """The same memory with other axes."""
+        return self.module.builder.emit(relax.op.reshape(value, relax.ShapeExpr([expression(d, self.symbols) for d in t.shape])))
+
+    def chosen(self, node: Node, kernel: Kernel, function: Any) -> list[Any]:
+        """Call a specialised kernel, with the views that it wants."""
+        arguments = []
+        for argument in kernel.arguments:
+            operand = node.operands[argument.operand]
+            if operand is None:
+                raise CompileError(f"the kernel for {node!r} takes operand {argument.operand}, which is absent")
+            value = self.value(operand)
+            arguments.append(value if argument.shape is None else self.view(value, operand.tensor.with_shape(*argument.shape)))
+        types = generic.results_of(node)
+        if kernel.results is None:
+            return self.call_tir(function, arguments, types, kernel.symbols)
+        seen = [t.with_shape(*shape) for t, shape in zip(types, kernel.results, strict=True)]
+        results = self.call_tir(function, arguments, seen, kernel.symbols)
+        return [self.view(r, t) for r, t in zip(results, types, strict=True)]
+
+    def append(self, node: Node) -> None:
+        """Append to a cache: in place where the cache is an input that nothing else reads, else to a copy."""
+        cache = node.operands[0]
+        assert cache is not None
+        owned = cache.op is INPUT or (cache.op is ops.cache_append and cache not in self.graph.outputs)
+        value = self.value(cache)
+        if not owned or len(self.graph.users[cache]) > 1:
+            value = self.copy(cache)
+        found = self.module.specialised(node)
+        leaves = tuple(dict.fromkeys(node.parents))
+        region = Region((node,), leaves)
+        if found is not None:
+            function, extra = found[1], found[0].symbols
+        else:
+            function = self.module.generic(region)
+            extra = tuple(extra_symbols([n.tensor for n in leaves], generic.region_symbols((node,), leaves)))
+        others = [self.value(n) for n in node.parents[1:]]
+        self.values[node] = self.module.builder.emit(
+            relax.call_tir_inplace(
+                function,
+                relax.Tuple([value, *others, *(self.symbols[s] for s in extra)]),
+                inplace_indices=[0],
+                out_ty=self.type(node.tensor),
+            )
+        )
+
+    def copy(self, node: Node) -> Any:
+        """A fresh tensor with a node's elements."""
+        return self.call(Region((ops.broadcast_to(node, shape=node.shape),), (node,)))[0]
+
+    def outputs(self) -> list[Any]:
+        """The results; none shares memory with an input, a weight, a constant or another result (an appended cache is
+        the buffer that the caller gave for it)."""
+        seen: set[Node] = set()
+        results = []
+        for node in self.graph.outputs:
+            fresh = node.op not in (INPUT, WEIGHT, CONSTANT, ops.get, ops.reshape) and node not in seen
+            results.append(self.value(node) if fresh else self.copy(node))
+            seen.add(node)
+        return results
+
+
+def describe(region: Region) -> str:
+    """The content of a region, equal for regions that one kernel can compute."""
+    number: dict[Node, int] = {}
+    lines: list[str] = []
+
+    def visit(node: Node) -> int:
+        if node in number:
+            return number[node]
+        if node in leaves:
+            lines.append(str(node.type))
+        else:
+            operands = ["-" if o is None else str(visit(o)) for o in node.operands]
+            attributes = [f"{k}={attribute_text(v)}" for k, v in node.attributes.items()]
+            lines.append(f"{node.op.name}({', '.join([*operands, *attributes])}): {node.type}")
+        number[node] = len(lines) - 1
+        return number[node]
+
+    leaves = set(region.leaves)
+    for leaf in region.leaves:
+        visit(leaf)
+    results = [visit(n) for n in region.results]
+    return "; ".join(lines) + f" -> {results}"
+
+
+def kernel_name(region: Region) -> str:
+    """A readable name: the ops, the first result's shape and dtype."""
+    t: TensorType = generic.results_of(region.results[0])[0]
+    inner = [n.op.name for n in region.nodes if not always_pulled(n)]
+    label = "_".join(dict.fromkeys(inner))[:60] or region.results[0].op.name
+    return _clean(f"{label}_{'x'.join(map(str, t.shape)) or 'scalar'}_{t.dtype}")
+
+
+def _clean(name: str) -> str:
+    return re.sub(r"\W+", "_", name)[:100]
+

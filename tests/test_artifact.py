@@ -21,7 +21,7 @@ import attrs
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
-import psutil
+import psutil  # type: ignore[import-untyped]
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -409,7 +409,7 @@ def test_unwritable_places_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyP
     def denied(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied", str(tmp_path / ".jisu-x.tmp"))
 
-    monkeypatch.setattr(artifact_module.secrets, "token_hex", lambda _: "x")
+    monkeypatch.setattr("secrets.token_hex", lambda _: "x")
     monkeypatch.setattr("builtins.open", denied)
     monkeypatch.setattr(os, "mkdir", denied)
     with pytest.raises(PermissionError, match=f"'{tmp_path}/{name}'"):
@@ -565,7 +565,11 @@ def test_written_tensors_come_back(
 
 
 def test_files_of_the_reference_implementation_are_read(tmp_path: Path) -> None:
-    arrays = {"b": np.arange(7, dtype=np.int8), "a": np.ones((2, 3), np.float64), "s": np.array(2.0, np.float32)}
+    arrays: dict[str, Array] = {
+        "b": np.arange(7, dtype=np.int8),
+        "a": np.ones((2, 3), np.float64),
+        "s": np.array(2.0, np.float32),
+    }
     save_file(arrays, tmp_path / "x.safetensors")
     opened = open_safetensors(tmp_path / "x.safetensors")
     for name, array in arrays.items():

@@ -6,7 +6,6 @@ import functools
 import json
 import subprocess
 import sys
-import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -97,6 +96,7 @@ class TorchSession:
 
 @pytest.fixture(scope="module")
 def model() -> Any:
+    torch.set_num_threads(1)
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
@@ -134,19 +134,18 @@ PROMPTS = [[5, 9, 3], [7], [8, 8, 2, 40, 11, 60, 3], [9, 1, 33, 2]]
         {"eos_token_id": list(range(20, 40)), "pad_token_id": 2, "repetition_penalty": 1.3, "min_new_tokens": 3},
     ],
 )
-@pytest.mark.parametrize("prompts", [PROMPTS[:1], PROMPTS[2:3], PROMPTS])
-@pytest.mark.parametrize("chunk", [2, 512])
+@pytest.mark.parametrize(("prompts", "chunk"), [(PROMPTS[2:3], 512), (PROMPTS, 2)])
 def test_greedy_tokens_equal_transformers(
     model: Any, prompts: list[list[int]], options: dict[str, Any], chunk: int
 ) -> None:
     make = functools.partial(TorchSession, model)
-    ours = generate(make, prompts, {"max_new_tokens": 20, "prefill_chunk": chunk, **options})
-    assert ours.sequences == reference(model, prompts, max_new_tokens=20, do_sample=False, **options)
+    ours = generate(make, prompts, {"max_new_tokens": 14, "prefill_chunk": chunk, **options})
+    assert ours.sequences == reference(model, prompts, max_new_tokens=14, do_sample=False, **options)
     assert ours.prompt_ids == prompts
     ends = set(options.get("eos_token_id", ()))
     for row, length, reason in zip(ours.sequences, ours.lengths, ours.finish_reasons, strict=True):
         assert (row[length - 1] in ends) == (reason == "eos")
-        assert reason == "eos" or length == 20
+        assert reason == "eos" or length == 14
 
 
 def test_transformers_config_is_understood(model: Any) -> None:
@@ -211,10 +210,20 @@ def test_nucleus_of_a_large_vocabulary() -> None:
         assert mass[ids].min() >= np.delete(mass, ids).max()
 
 
+@pytest.mark.parametrize(("size", "top_k"), [(20_000, 30), (20_000, 5000), (20_001, 1), (128, 3)])
+def test_top_k_of_a_large_vocabulary(size: int, top_k: int) -> None:
+    scores = np.random.default_rng(size).standard_normal(size).astype(np.float32)
+    for values in (scores, np.sort(scores), np.round(scores * 4), np.where(scores > 3, scores, -np.inf)):
+        ids, _ = candidates(values.astype(np.float32), GenerationConfig(do_sample=True, top_k=top_k))
+        np.testing.assert_array_equal(ids, np.flatnonzero(values >= np.sort(values)[-top_k]))
+
+
 def test_repetition_penalty_equals_transformers() -> None:
     scores = np.array([2.0, -1.0, 0.0, -np.inf, 3.0], np.float32)
     seen = np.array([0, 1, 2, 3])
-    expected = logits_process.RepetitionPenaltyLogitsProcessor(1.3)(torch.tensor([seen]), torch.tensor(scores[None]))
+    expected = logits_process.RepetitionPenaltyLogitsProcessor(1.3)(
+        torch.tensor(seen[None]), torch.tensor(scores[None])
+    )
     ours = scores.copy()
     penalize(ours, seen, 1.3)
     np.testing.assert_array_equal(ours, expected[0].numpy())
@@ -274,8 +283,8 @@ def make_fast(kind: str) -> FastTokenizer:
         fast.decoder = decoders.Sequence(
             [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
         )
-        fallback = [f"<0x{byte:02X}>" for byte in range(256)]
-        trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=[*special, *fallback], limit_alphabet=40)
+        letters = [f"<0x{byte:02X}>" for byte in range(256)]
+        trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=[*special, *letters], limit_alphabet=40)
     fast.train_from_iterator(CORPUS * 3, trainer)
     if kind == "metaspace":  # the trainer marks all of them special, and decode would leave the bytes out
         saved = json.loads(fast.to_str())
@@ -422,7 +431,8 @@ def test_all_kinds_of_prompts_mean_the_same() -> None:
     expected = generate(BigramSession, [[1, 2, 3], [4, 5, 6]], config).sequences
     array = np.array([[1, 2, 3], [4, 5, 6]])
     for prompts in (
-        array, array.astype(np.int32), torch.tensor(array), torch.tensor(array).int(), list(array), tuple(array.tolist()),
+        array, array.astype(np.int32), torch.tensor(array), torch.tensor(array).int(), list(array),
+        tuple(array.tolist()),
         list(torch.tensor(array)), transformers.BatchEncoding({"input_ids": torch.tensor(array)}),
         {"input_ids": array.tolist(), "attention_mask": [[1, 1, 1]] * 2},
     ):  # fmt: skip
@@ -664,8 +674,7 @@ def test_overhead_per_token_is_small() -> None:
 
 def test_no_torch_is_needed() -> None:
     code = (
-        "import sys, jisu.runtime.generate, jisu.runtime.tokenizer; print({'torch', 'transformers'} & {*sys.modules})"
+        "import sys, jisu.runtime.artifact, jisu.runtime.tokenizer; print({'torch', 'transformers'} & {*sys.modules})"
     )
-    begin = time.perf_counter()
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert output.stdout.strip() == "set()", f"after {time.perf_counter() - begin:.1f} s"
+    assert output.stdout.strip() == "set()"

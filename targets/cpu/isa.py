@@ -598,7 +598,7 @@ def prim_func(
                         dims[d] = IRBuilder.name(d, T.int64())
                 shape = [dims[d] if isinstance(d, str) else T.int64(d) for d in arg.shape]
                 # The name appears in the errors about wrong shapes and dtypes.
-                buffers[arg.name] = IRBuilder.name(arg.name, T.match_buffer(handle, shape, arg.dtype))
+                buffers[arg.name] = IRBuilder.name(arg.name, T.match_buffer(handle, shape, arg.dtype, align=ITEMSIZE[arg.dtype]))
             with T.attr(T.int32(0), "pragma_import_llvm", link_text(micros)):
                 body(buffers, dims)
     return builder.get()

@@ -32,6 +32,10 @@ BODIES: Mapping[Op, Body] = {
 """Ops with loops of their own; all others are computed element by element."""
 
 
+MULTIPLE = frozenset({ops.sort})
+"""Ops with several results."""
+
+
 def results_of(node: Node) -> tuple[TensorType, ...]:
     """The types of a node's results."""
     return node.type.items if isinstance(node.type, TupleType) else (node.tensor,)
@@ -56,16 +60,29 @@ def symbols_of(nodes: Iterable[Node]) -> set[str]:
     return found
 
 
+def region_symbols(results: Sequence[Node], leaves: Sequence[Node]) -> set[str]:
+    """The symbols that the kernel of a region names."""
+    found: dict[Node, None] = dict.fromkeys(leaves)
+    stack = list(results)
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found[node] = None
+            stack += node.parents
+    return symbols_of(found)
+
+
 def kernel(name: str, results: Sequence[Node], leaves: Sequence[Node]) -> Any:
     """A PrimFunc that computes `results` from `leaves`, pulling every node between.
 
-    Parameters are the leaves' tensors, the results' tensors (several for an op with several results), then one int64 per
-    symbol that no leaf's shape gives alone. `results` is one node with a body of its own, or elementwise nodes and moves
+    Parameters are the leaves' tensors, one int64 per symbol that no leaf's shape gives alone, then the results' tensors
+    (several for an op with several results, none for an op that writes in place). `results` is one node with a body of its own, or elementwise nodes and moves
     of one shape.
     """
     types = [t for node in results for t in results_of(node)]
-    between = moves.inside(results, Pull(None, dict.fromkeys(leaves)))  # type: ignore[arg-type]
-    b = Builder(name, [leaf.tensor for leaf in leaves], types, symbols_of([*leaves, *between]))
+    if results[0].op is ops.cache_append:
+        types = []  # written in place
+    b = Builder(name, [leaf.tensor for leaf in leaves], types, region_symbols(results, leaves))
     pull = Pull(b, dict(zip(leaves, b.inputs, strict=True)))
     if results[0].op in BODIES:
         BODIES[results[0].op](b, pull, results[0], b.outputs)

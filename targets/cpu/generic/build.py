@@ -112,8 +112,8 @@ class Flat:
 class Builder:
     """A PrimFunc under construction.
 
-    `inputs` and `outputs` are types; their buffers become parameters in that order, followed by one int64 per symbol
-    that no input's shape names alone (`extra`).
+    Parameters are the buffers of `inputs`, one int64 per symbol that no input's shape gives alone, the buffers of
+    `outputs`.
     """
 
     def __init__(self, name: str, inputs: Sequence[TensorType], outputs: Sequence[TensorType], symbols: Iterable[str]) -> None:
@@ -123,9 +123,8 @@ class Builder:
         self.parameters: list[Any] = []
         self.count = 0
         self.inputs = [self._parameter(f"x{i}", t) for i, t in enumerate(inputs)]
+        self.parameters += [self.symbols[s] for s in extra_symbols(inputs, self.symbols)]
         self.outputs = [self._parameter(f"y{i}", t) for i, t in enumerate(outputs)]
-        self.extra = extra_symbols(inputs, self.symbols)
-        self.parameters += [self.symbols[s] for s in self.extra]
 
     def _parameter(self, name: str, type: TensorType) -> Flat:
         shape = [self.dim(d) for d in type.shape]

@@ -53,6 +53,11 @@ def intrinsic(name: str, *args: Expr) -> Expr:
     return tirx.call_llvm_pure_intrin(dtype_of(args[0]), f"llvm.{name}", *args)
 
 
+def fma(a: Expr, c: Expr, d: Expr) -> Expr:
+    """a * c + d, in one rounding where the processor has that."""
+    return intrinsic("fmuladd", a, c, d)
+
+
 def libm(name: str, *args: Expr) -> Expr:
     """A function of the C library in the precision of its arguments."""
     dtype = dtype_of(args[0])
@@ -129,7 +134,7 @@ def _polynomial(x: Expr, coefficients: list[float]) -> Expr:
     """Horner's scheme, highest power first."""
     total: Expr = f32(coefficients[0])
     for c in coefficients[1:]:
-        total = tirx.fma(total, x, f32(c))
+        total = fma(total, x, f32(c))
     return total
 
 
@@ -140,8 +145,8 @@ def exp(b: Builder, x: Expr) -> Expr:
     x = b.let(x, "x")
     held = b.let(select(x > f32(89.0), f32(89.0), select(x < f32(-104.0), f32(-104.0), x)), "held")
     n = b.let(intrinsic("rint", held * f32(math.log2(math.e))), "n")
-    r = b.let(tirx.fma(n, f32(-0.693359375), held), "r")
-    r = b.let(tirx.fma(n, f32(2.12194440e-4), r), "r")
+    r = b.let(fma(n, f32(-0.693359375), held), "r")
+    r = b.let(fma(n, f32(2.12194440e-4), r), "r")
     p = b.let(_polynomial(r, [1 / 5040, 1 / 720, 1 / 120, 1 / 24, 1 / 6, 0.5, 1.0, 1.0]), "p")
     whole = b.let(tirx.Cast("int32", select(is_nan(n), f32(0), n)), "k")
     half = b.let(whole >> tirx.IntImm("int32", 1), "k")
@@ -164,7 +169,7 @@ def tanh(b: Builder, x: Expr) -> Expr:
     a = b.let(intrinsic("fabs", x), "a")
     z = b.let(x * x, "z")
     coefficients = [-5.70498872745e-3, 2.06390887954e-2, -5.37397155531e-2, 1.33314422036e-1, -3.33332819422e-1]
-    small = b.let(tirx.fma(_polynomial(z, coefficients) * z, x, x), "small")
+    small = b.let(fma(_polynomial(z, coefficients) * z, x, x), "small")
     big = b.let(f32(1) - f32(2) / (exp(b, a + a) + f32(1)), "big")
     return b.let(select(a < f32(0.625), small, intrinsic("copysign", big, x)), "tanh")
 
@@ -176,15 +181,15 @@ def erf(b: Builder, x: Expr) -> Expr:
     x = b.let(x, "x")
     a = b.let(intrinsic("fabs", x), "a")
     s = b.let(x * x, "s")
-    high = tirx.fma(f32(-1.72853470e-5), a, f32(3.83197126e-4))
-    low = tirx.fma(f32(-3.88396438e-3), a, f32(2.42546219e-2))
-    r = b.let(tirx.fma(high, s, low), "r")
+    high = fma(f32(-1.72853470e-5), a, f32(3.83197126e-4))
+    low = fma(f32(-3.88396438e-3), a, f32(2.42546219e-2))
+    r = b.let(fma(high, s, low), "r")
     for c in (-1.06777877e-1, -6.34846687e-1, -1.28717512e-1):
-        r = tirx.fma(r, a, f32(c))
-    r = b.let(tirx.fma(r, a, -a), "r")
+        r = fma(r, a, f32(c))
+    r = b.let(fma(r, a, -a), "r")
     big = b.let(intrinsic("copysign", f32(1) - exp(b, r), x), "big")
     coefficients = [-5.96761703e-4, 4.99119423e-3, -2.67681349e-2, 1.12819925e-1, -3.76125336e-1, 1.28379166e-1]
-    small = b.let(tirx.fma(_polynomial(s, coefficients), x, x), "small")
+    small = b.let(fma(_polynomial(s, coefficients), x, x), "small")
     # Far out the polynomial in the exponent overflows to NaN; erf is 1 there.
     return b.let(select(a > f32(0.927734375), select(a > f32(4.0), intrinsic("copysign", f32(1), x), big), small), "erf")
 

@@ -8,9 +8,10 @@ consecutive k together in a 32-bit lane, which is what the bfloat16 dot product 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import attrs
 import numpy as np
 from tvm.script.ir_builder import tirx as T
 
@@ -225,10 +226,37 @@ def copy_row(n: int, dtype: str, out: str, target: Target, *, padded: int | None
     return f.finish()
 
 
-def _layer(
-    name: str, n: int, k: int, dtype: str, target: Target, *, gated: bool, bias: bool, activation: str, residual: bool,
-    scale: float | None, softcap: float | None, out_dtype: str | None,
-) -> Any:  # fmt: skip
+@attrs.frozen
+class Layer:
+    """A linear layer over packed weights as tasks: each computes a chunk of rows by a group of panels."""
+
+    task: Micro
+    operands: tuple[str, ...]
+    panels: int
+    chunk: int  # rows of x that a task copies and keeps in its cache
+    copy_words: int
+    tile_words: int
+    rows_per_core: int  # rows from which on a task is compute bound
+
+    def groups(self, rows: Any) -> Any:
+        """Panels per task for this many rows (TIR)."""
+        # A streamed weight wants equal shares for every thread; a matrix product amortises copying its rows of x.
+        few, many = -(-self.panels // 32), max(-(-self.panels // 16), min(3, self.panels))
+        return T.Select(rows <= self.rows_per_core, T.int64(few), T.int64(many))
+
+    def call(self, data: Sequence[Any], *scalars: Any) -> None:
+        """Emit one task (TIR): scalars are first row, rows, first panel, end of panels, word offset into w."""
+        copy = T.alloc_buffer((self.copy_words,), "float32")
+        tile = T.alloc_buffer((self.tile_words,), "float32")
+        self.task.call(*data, copy.data, tile.data, *scalars)
+
+
+def layer(
+    name: str, n: int, k: int, dtype: str, target: Target, *, gated: bool = False, bias: bool = False,
+    activation: str = "none", residual: bool = False, scale: float | None = None, softcap: float | None = None,
+    out_dtype: str | None = None, gather: int = 0,
+) -> Layer:  # fmt: skip
+    """The tasks of a linear layer; with `gather` g, row i is computed from x[index[i] / g] (an operand `index`)."""
     require_dtype(dtype, target)
     require_activation(activation)
     out = out_dtype or dtype
@@ -246,15 +274,34 @@ def _layer(
     weights = "dot" if dot else dtype
 
     biases = (["bias_gate", "bias_up"] if gated else ["bias"]) if bias else []
-    operands = ["x", "w", *biases, *(["residual"] if residual else []), "y"]
-    scalars = ("m0", "rows", "p0", "p1")
+    operands = ("x", *(["index"] if gather else []), "w", *biases, *(["residual"] if residual else []), "y")
+    scalars = ("m0", "rows", "p0", "p1", "w0")
     f = Function(name, [("ptr", o) for o in (*operands, "a", "tile")] + [("i64", s) for s in scalars], target)
     at = dict(zip((*operands, "a", "tile", *scalars), f.params(), strict=True))
     rows = at["rows"]
     copy = copy_row(k, dtype, dtype if dot else "float32", target, padded=2 * depth if _paired(dtype) else None)
-    f.loop(0, rows, 1, [], lambda i, _: f.use(
-        copy, f.at(at["x"], (at["m0"] + i) * k, dtype), f.at(at["a"], i * lda, "float32")))  # fmt: skip
+
+    def fetch(i: Val, _: list[Val]) -> None:
+        row = at["m0"] + i
+        if gather:
+            row = f.load("i64", f.at(at["index"], row, "int64")) / gather
+        f.use(copy, f.at(at["x"], row * k, dtype), f.at(at["a"], i * lda, "float32"))
+
+    f.loop(0, rows, 1, [], fetch)
     products = {mr: product(mr, target, weights=weights, k=depth) for mr in block_sizes(target)}
+
+    def finish(v: Val, gate: Val | None, y_at: Val, mask: Val | None) -> Val:
+        if scale is not None:
+            v = f.rounded(v * scale, dtype)
+        if softcap is not None:
+            v = f.rounded(f.rounded(f.tanh(f.rounded(v / softcap, dtype)), dtype) * softcap, dtype)
+        if activation != "none":
+            v = f.rounded(f.activate(activation, v), dtype)
+        if gate is not None:
+            v = f.rounded(v * gate, dtype)
+        if residual:
+            v = f.rounded(v + f.load_f32(at["residual"], y_at, dtype, mask), dtype)
+        return v
 
     def epilogue(column: Val, row: Val, masks: list[Val | None]) -> None:
         y_row = (at["m0"] + row) * n + column
@@ -266,22 +313,12 @@ def _layer(
                 if bias:
                     v = v + f.load_f32(at[biases[part]], column + j * f.lanes, dtype, mask)
                 values.append(f.rounded(v, dtype))
-            v = values[0]
-            if scale is not None:
-                v = f.rounded(v * scale, dtype)
-            if softcap is not None:
-                v = f.rounded(f.rounded(f.tanh(f.rounded(v / softcap, dtype)), dtype) * softcap, dtype)
-            if activation != "none":
-                v = f.rounded(f.activate(activation, v), dtype)
-            if gated:
-                v = f.rounded(v * values[1], dtype)
-            if residual:
-                v = f.rounded(v + f.load_f32(at["residual"], y_row + j * f.lanes, dtype, mask), dtype)
-            f.store_f32(v, at["y"], y_row + j * f.lanes, out, mask)
+            y_at = y_row + j * f.lanes
+            f.store_f32(finish(values[0], values[1] if gated else None, y_at, mask), at["y"], y_at, out, mask)
 
     def panel(p: Val, _: list[Val]) -> None:
         for part in range(parts):
-            here = f.at(at["w"], (p * parts + part) * (depth * nr), "float32")
+            here = f.at(at["w"], at["w0"] + (p * parts + part) * (depth * nr), "float32")
             row_blocks(f, rows, lambda mr, m, here=here, part=part: f.use(
                 products[mr], f.at(at["a"], m * lda, "float32"), lda, here, nr,
                 f.at(at["tile"], m * nr + part * chunk * nr, "float32"), nr, depth), target)  # fmt: skip
@@ -300,30 +337,33 @@ def _layer(
             f.when(p < panels - 1, full, tail)
 
     f.loop(at["p0"], at["p1"], 1, [], panel)
-    task = f.finish()
+    return Layer(f.finish(), operands, panels, chunk, chunk * lda, parts * chunk * nr, 8)
 
-    # A streamed weight wants equal shares for every thread; a matrix product amortises copying its rows of x.
-    few, many = -(-panels // 32), max(-(-panels // 16), min(3, panels))
-    shapes: dict[str, tuple[int | str, ...]] = {b: (n,) for b in biases}
+
+def _layer_func(
+    name: str, n: int, k: int, dtype: str, target: Target, *, gated: bool = False, out_dtype: str | None = None, **options: Any
+) -> Any:
+    plan = layer(name, n, k, dtype, target, gated=gated, out_dtype=out_dtype, **options)
+    panels = plan.panels
     packed = pack_gated_shape(n, k, dtype, target) if gated else pack_shape(n, k, dtype, target)
+    shapes: dict[str, tuple[int | str, ...]] = {b: (n,) for b in ("bias", "bias_gate", "bias_up")}
     shapes |= {"x": ("m", k), "w": packed, "residual": ("m", n), "y": ("m", n)}
 
     def body(buffers: Mapping[str, Any], dims: Mapping[str, Any]) -> None:
         m = dims["m"]
-        group = T.Select(m <= 8, T.int64(few), T.int64(many))
-        chunks = T.max(T.ceildiv(m, chunk), T.int64(1))
+        group = plan.groups(m)
+        chunks = T.max(T.ceildiv(m, plan.chunk), T.int64(1))
         tasks = T.Select(m == 0, T.int64(0), T.ceildiv(T.int64(panels), group) * chunks)
 
         def run(t: Any) -> None:
-            scratch = T.alloc_buffer((chunk * lda,), "float32")
-            tile = T.alloc_buffer((parts * chunk * nr,), "float32")
-            p0, m0 = T.floordiv(t, chunks) * group, T.floormod(t, chunks) * chunk
-            data = [buffers[o].data for o in operands]
-            task.call(*data, scratch.data, tile.data, m0, T.min(m - m0, T.int64(chunk)), p0, T.min(p0 + group, T.int64(panels)))
+            p0, m0 = T.floordiv(t, chunks) * group, T.floormod(t, chunks) * plan.chunk
+            plan.call([buffers[o].data for o in plan.operands], m0, T.min(m - m0, T.int64(plan.chunk)), p0,
+                      T.min(p0 + group, T.int64(panels)), 0)  # fmt: skip
 
-        in_tasks(tasks, run, serial=m * (n * k * parts) <= SERIAL_WORK)
+        in_tasks(tasks, run, serial=m * (n * k * (2 if gated else 1)) <= SERIAL_WORK)
 
-    return prim_func(name, [Arg(o, shapes[o], out if o == "y" else dtype) for o in operands], [task], body)
+    return prim_func(name, [Arg(o, shapes[o], (out_dtype or dtype) if o == "y" else dtype) for o in plan.operands],
+                     [plan.task], body)  # fmt: skip
 
 
 SERIAL_WORK = 1 << 16  # multiply-adds that one core does in less time than waking another takes
@@ -354,8 +394,8 @@ def linear(
     Sums are float32; every step that PyTorch's eager mode writes out is rounded to `dtype`, the last then converted.
     cap(v) = softcap * tanh(v / softcap). Raises TargetError for a dtype or activation that the kernels lack.
     """
-    return _layer("linear", n, k, dtype, target, gated=False, bias=bias, activation=activation, residual=residual,
-                  scale=scale, softcap=softcap, out_dtype=out_dtype)  # fmt: skip
+    return _layer_func("linear", n, k, dtype, target, bias=bias, activation=activation, residual=residual, scale=scale,
+                       softcap=softcap, out_dtype=out_dtype)  # fmt: skip
 
 
 def gated_mlp_up(f: int, k: int, dtype: str, target: Target, *, activation: str = "silu", bias: bool = False) -> Any:
@@ -363,5 +403,82 @@ def gated_mlp_up(f: int, k: int, dtype: str, target: Target, *, activation: str 
 
     Parameters in order: x[M, k], w[pack_gated_shape], bias_gate[f] and bias_up[f] if `bias`, y[M, f].
     """
-    return _layer("gated_mlp_up", f, k, dtype, target, gated=True, bias=bias, activation=activation, residual=False,
-                  scale=None, softcap=None, out_dtype=None)  # fmt: skip
+    return _layer_func("gated_mlp_up", f, k, dtype, target, gated=True, bias=bias, activation=activation)
+
+
+def matmul(dtype: str, target: Target, *, out_dtype: str | None = None, transpose_b: bool = False) -> Any:
+    """PrimFunc y[B, M, N] = a[B, M, K] @ b[B or 1, K, N] of activations, all dimensions symbolic.
+
+    Parameters in order: a, b (b[B or 1, N, K] with `transpose_b`), y. Sums are float32, rounded once to `out_dtype`. Each
+    task packs the columns of b that it needs, then runs the same register-blocked product as the linear layers.
+    """
+    require_dtype(dtype, target)
+    out = out_dtype or dtype
+    require_dtype(out, target)
+    nr, block = panel_width(target), block_sizes(target)[0]
+    chunk = 8 * block  # rows per task
+    depth = 256  # k at a time, so that a packed panel stays in the nearest cache
+    scalars = ("i", "j", "m0", "rows", "n0", "m", "n", "k")
+    f = Function("matmul", [(t, o) for t, o in (*(("ptr", o) for o in ("a", "b", "y", "scratch")),
+                                                *(("i64", s) for s in scalars))], target)  # fmt: skip
+    a, b, y, scratch, i, j, m0, rows, n0, m, n, k = f.params()
+    left, right = scratch, f.at(scratch, chunk * depth, "float32")
+    tile = f.at(right, depth * nr, "float32")
+    a_base, b_base, y_base = (i * m + m0) * k, j * n * k, (i * m + m0) * n + n0
+    columns = f.minimum(n - n0, nr)
+    products = {mr: product(mr, target, accumulate=True) for mr in block_sizes(target)}
+    zero = f.const(0.0, vector_type("float", f.lanes))
+    f.loop(0, rows * nr, f.lanes, [], lambda t, _: f.store_f32(zero, tile, t, "float32"))
+
+    def slab(k0: Val, _: list[Val]) -> None:
+        deep = f.minimum(k - k0, depth)
+
+        def copy_left(r: Val, _: list[Val]) -> None:
+            f.vectors(deep, lambda c, mask, _: f.store_f32(
+                f.load_f32(a, a_base + r * k + k0 + c, dtype, mask), left, r * depth + c, "float32", mask))  # fmt: skip
+
+        def copy_right(r: Val, _: list[Val]) -> None:
+            for v in range(VECTORS):
+                mask = f.mask_below(columns - v * f.lanes)
+                source = b_base + (k0 + r) * n + n0 + v * f.lanes
+                f.store_f32(f.load_f32(b, source, dtype, mask), right, r * nr + v * f.lanes, "float32")
+
+        def turn_right(c: Val, _: list[Val]) -> None:
+            f.loop(0, deep, 1, [], lambda r, _: f.store(
+                f.load_f32(b, b_base + (n0 + c) * k + k0 + r, dtype, None, 1), f.at(right, r * nr + c, "float32")))  # fmt: skip
+
+        f.loop(0, rows, 1, [], copy_left)
+        if transpose_b:
+            f.loop(0, deep * nr, f.lanes, [], lambda t, _: f.store_f32(zero, right, t, "float32"))
+            f.loop(0, columns, 1, [], turn_right)
+        else:
+            f.loop(0, deep, 1, [], copy_right)
+        row_blocks(f, rows, lambda mr, r: f.use(
+            products[mr], f.at(left, r * depth, "float32"), depth, right, nr, f.at(tile, r * nr, "float32"), nr, deep),
+            target)  # fmt: skip
+
+    f.loop(0, k, depth, [], slab)
+    f.loop(0, rows, 1, [], lambda r, _: f.vectors(columns, lambda c, mask, _: f.store_f32(
+        f.load_f32(tile, r * nr + c, "float32", mask), y, y_base + r * n + c, out, mask)))  # fmt: skip
+    micro = f.finish()
+
+    def body(buffers: Mapping[str, Any], dims: Mapping[str, Any]) -> None:
+        batch, m, n, k = (dims[d] for d in ("batch", "m", "n", "k"))
+        with T.Assert(T.Or(dims["batch_b"] == 1, dims["batch_b"] == batch), "matmul: the batches don't broadcast"):
+            pass
+        chunks, panels = T.max(T.ceildiv(m, chunk), T.int64(1)), T.max(T.ceildiv(n, nr), T.int64(1))
+
+        def run(t: Any) -> None:
+            scratch = T.alloc_buffer((chunk * depth + depth * nr + chunk * nr,), "float32")
+            one, i = T.floormod(t, chunks * panels), T.floordiv(t, chunks * panels)
+            m0 = T.floormod(one, chunks) * chunk
+            micro.call(*(buffers[o].data for o in ("a", "b", "y")), scratch.data, i,
+                       T.Select(dims["batch_b"] == 1, T.int64(0), i), m0, T.min(m - m0, T.int64(chunk)),
+                       T.floordiv(one, chunks) * nr, m, n, k)  # fmt: skip
+
+        tasks = T.Select(T.Or(m == 0, n == 0), T.int64(0), batch * chunks * panels)
+        in_tasks(tasks, run, serial=batch * m * n * k <= SERIAL_WORK * 4)
+
+    b_shape = ("batch_b", "n", "k") if transpose_b else ("batch_b", "k", "n")
+    args = [Arg("a", ("batch", "m", "k"), dtype), Arg("b", b_shape, dtype), Arg("y", ("batch", "m", "n"), out)]
+    return prim_func("matmul", args, [micro], body)
