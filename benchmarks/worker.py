@@ -3,6 +3,7 @@
     python worker.py serve --engine eager --checkpoint DIR --threads 2      # until its standard input ends
     python worker.py compile --checkpoint DIR --cache DIR --preload torch   # one answer: what a user waits for
     python worker.py checkpoint --checkpoint DIR --dtype float32            # writes the checkpoint
+    python worker.py roofs --threads 2                                      # what the machine can do at best
 
 Answers go to the real standard output; whatever libraries print goes to standard error. While a worker waits for its
 next request it computes nothing, so that engines never disturb each other.
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import resource
 import sys
 import time
@@ -35,6 +37,8 @@ SHAPE = {
     "num_key_value_heads": 4,
     "max_position_embeddings": 4096,
     "tie_word_embeddings": False,
+    # Larger than usual, so that layers outweigh the embedding and greedy tokens vary: an error in a layer shows.
+    "initializer_range": 0.06,
 }
 """A Llama of the 160M class: 75.5M parameters in layers, 24.6M in the embedding, 24.6M in the head."""
 
@@ -47,6 +51,9 @@ TINY = {
     "num_key_value_heads": 2,
 }
 """What `--tiny` puts in its place, to try the benchmark itself."""
+
+HEAVY = ("torch", "transformers", "tvm")
+"""Packages whose import a user waits for, too."""
 
 
 class Stopwatch:
@@ -205,12 +212,12 @@ def generate(engine: Engine, lane: str, prompt: list[int], steps: int) -> dict[s
 
 
 def roofs(threads: int) -> dict[str, float]:
-    """What torch reaches on this machine: reads in bytes/s and float32 multiply-adds in FLOP/s (best of 5)."""
+    """What torch reaches on this machine: reads in bytes/s, matrix products in FLOP/s (best of 5)."""
     import torch
 
     torch.set_num_threads(threads)
     block = torch.ones(128 << 20, dtype=torch.float32)
-    a, b = torch.ones(1536, 1536), torch.ones(1536, 1536)
+    single, half = torch.ones(1536, 1536), torch.ones(1536, 1536, dtype=torch.bfloat16)
 
     def best(run: Callable[[], Any]) -> float:
         seconds = []
@@ -220,10 +227,14 @@ def roofs(threads: int) -> dict[str, float]:
             seconds.append(time.perf_counter() - begin)
         return min(seconds)
 
-    return {"read_bytes_per_s": block.nbytes / best(block.sum), "fp32_flops": 2 * 1536**3 / best(lambda: a @ b)}
+    return {
+        "read_bytes_per_s": block.nbytes / best(block.sum),
+        "float32_flops": 2 * 1536**3 / best(lambda: single @ single),
+        "bfloat16_flops": 2 * 1536**3 / best(lambda: half @ half),
+    }
 
 
-def serve(engine: Engine, threads: int, requests: IO[str], answer: Callable[[dict[str, Any]], None]) -> None:
+def serve(engine: Engine, requests: IO[str], answer: Callable[[dict[str, Any]], None]) -> None:
     """Answer requests until there are no more."""
     for line in requests:
         asked = json.loads(line)
@@ -234,21 +245,28 @@ def serve(engine: Engine, threads: int, requests: IO[str], answer: Callable[[dic
 
             np.save(asked["path"], engine.logits(asked["ids"], asked["exact"]))
             answer({})
-        elif asked["do"] == "roofs":
-            answer(roofs(threads))
         else:
             raise ValueError(f"unknown request {asked['do']!r}")
 
 
-def peak_bytes() -> int:
-    """The most memory that this process held at once, pages of mapped files included.
+def peak_bytes(process: str = "self") -> int:
+    """The most memory that a process held at once, pages of mapped files included; 0 where it has ended.
 
-    From the kernel's count of this address space: `ru_maxrss` would also remember the parent that was forked.
+    From the kernel's count of its address space: `ru_maxrss` would also remember the parent that was forked.
     """
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    try:
+        status = Path(f"/proc/{process}/status").read_text()
+    except OSError:
+        return 0
+    found = re.search(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE)
+    return int(found.group(1)) * 1024 if found else 0
+
+
+def children_peak_bytes() -> int:
+    """The greatest peak among this process's children, ended or running."""
+    running = [task.read_text().split() for task in Path("/proc/self/task").glob("*/children")]
+    ended = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    return max([ended, *(peak_bytes(child) for found in running for child in found)])
 
 
 def measure_compile(checkpoint: Path, threads: int, cache: Path, preload: Sequence[str]) -> dict[str, Any]:
@@ -273,10 +291,10 @@ def measure_compile(checkpoint: Path, threads: int, cache: Path, preload: Sequen
         "compile_cpu_s": compiled_cpu,
         "first_call_s": first,
         "stages": program.explain()["times"],
-        "imported": [name for name in ("torch", "transformers", "tvm") if name in sys.modules],
+        "imported": [name for name in HEAVY if name in sys.modules],
         "peak_before_bytes": before,
         "peak_bytes": after,
-        "children_peak_bytes": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024,
+        "children_peak_bytes": children_peak_bytes(),
         "weights_bytes": program.weights_bytes,
     }
 
@@ -294,14 +312,19 @@ def make_checkpoint(folder: Path, dtype: str, tiny: bool) -> dict[str, Any]:
     layers = sum(p.numel() for p in model.model.layers.parameters())
     total = sum(p.numel() for p in model.parameters())
     embedding = model.model.embed_tokens.weight.numel()
-    return {"parameters": total, "layer_parameters": layers, "embedding_parameters": embedding, "vocab": config.vocab_size}
+    return {
+        "parameters": total,
+        "layer_parameters": layers,
+        "embedding_parameters": embedding,
+        "vocab": config.vocab_size,
+    }
 
 
 def main() -> None:
     """Entry of the process."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("role", choices=("serve", "compile", "checkpoint"))
-    parser.add_argument("--checkpoint", type=Path, required=True)
+    parser.add_argument("role", choices=("serve", "compile", "checkpoint", "roofs"))
+    parser.add_argument("--checkpoint", type=Path)
     parser.add_argument("--engine", choices=("jisu", "eager", "compile", "frozen"), default="jisu")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--cache", type=Path, default=None)
@@ -317,6 +340,8 @@ def main() -> None:
 
     if given.role == "checkpoint":
         answer(make_checkpoint(given.checkpoint, given.dtype, given.tiny))
+    elif given.role == "roofs":
+        answer(roofs(given.threads))
     elif given.role == "compile":
         preload = [name for name in given.preload.split(",") if name]
         answer(measure_compile(given.checkpoint, given.threads, given.cache, preload))
@@ -324,7 +349,7 @@ def main() -> None:
         begin = time.perf_counter()
         engine = make_engine(given.engine, given.checkpoint, given.threads, given.cache)
         answer({"load_s": time.perf_counter() - begin, "lanes": list(engine.lanes)})
-        serve(engine, given.threads, sys.stdin, answer)
+        serve(engine, sys.stdin, answer)
 
 
 if __name__ == "__main__":

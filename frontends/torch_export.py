@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import inspect
+import io
+import logging
 import os
 import re
+import sys
 import sysconfig
 import threading
 import traceback
@@ -37,6 +41,7 @@ from jisu.compiler.graph import MAX_INLINE, ArrayStorage, Graph, Node, Storage, 
 from jisu.compiler.signature import Input, Parameter, Signature, Tree
 from jisu.compiler.types import Dim, TensorType, TupleType, TypeRuleError, dim, dtype_name, same_dim, symbol
 from jisu.frontends.aten import LOWERINGS, Call, Refusal, decompositions
+from jisu.frontends.aten.spectral import COMPLEX, Complex
 from jisu.frontends.aten.table import cast, dtype_of
 from jisu.frontends.aten.values import array_of
 
@@ -98,24 +103,53 @@ def _check_arguments(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dic
         forward.bind(*args, **kwargs)
     except TypeError as error:
         required = [
-            p.name
+            p
             for p in forward.parameters.values()
             if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
         ]
         if not args and not kwargs:
-            needs = ", ".join(required)
-            example = f"({needs},)" if len(required) == 1 else f"({needs})"
-            raise InputError(f"forward() needs {needs}; give example_inputs={example}") from None
+            plain = [p.name for p in required if p.kind is not p.KEYWORD_ONLY]
+            named = [f"{p.name!r}: {p.name}" for p in required if p.kind is p.KEYWORD_ONLY]
+            remedies = [f"example_inputs=({', '.join(plain)}{',' if len(plain) == 1 else ''})"] if plain else []
+            remedies += [f"example_kwargs={{{', '.join(named)}}}"] if named else []
+            needs = ", ".join(p.name for p in required)
+            raise InputError(f"forward() needs {needs}; give {' and '.join(remedies)}") from None
         raise InputError(f"the example inputs don't fit forward{forward}: {error}") from None
 
 
 # ---------------------------------------------------------------------------------------------------------- export
 
 
+_LOGGERS = ("torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes", "torch.export")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep torch.export from logging, and from printing half a graph, where it raises: the error says all of it."""
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
+    before = [logger.disabled for logger in loggers]
+    partial = ""
+    held = io.StringIO()
+    try:
+        for logger in loggers:
+            logger.disabled = True
+        with contextlib.redirect_stderr(held):
+            yield
+    except Exception as error:
+        partial = str(getattr(error, "partial_fx_graph", ""))
+        raise
+    finally:
+        for logger, state in zip(loggers, before, strict=True):
+            logger.disabled = state
+        text = held.getvalue()
+        sys.stderr.write(text.replace(partial, "").lstrip() if partial else text)
+
+
 def _export(module: torch.nn.Module, args: Any, kwargs: Any, dynamic_shapes: Any) -> torch.export.ExportedProgram:
     try:
-        program = torch.export.export(module, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
-        return program.run_decompositions(dict(decompositions()))
+        with _quiet():
+            program = torch.export.export(module, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
+            return program.run_decompositions(dict(decompositions()))
     except JisuError:
         raise
     except RecursionError:
@@ -212,9 +246,6 @@ def _source(node: torch.fx.Node) -> str:
 
 class _Poison:
     """Stands for a value that couldn't be lowered; whatever uses it can't be lowered either, and isn't listed again."""
-
-    def __init__(self, reason: str = "") -> None:
-        self.reason = reason
 
 
 @attrs.frozen
@@ -498,7 +529,8 @@ class _Builder:
         if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool, int, float, bool)) and not isinstance(
             target, torch._ops.HigherOrderOperator
         ):
-            return self._scalar(node, value)
+            used = [self.values.get(n) for n in node.all_input_nodes]
+            return _Poison() if any(isinstance(v, _Poison) for v in used) else self._scalar(node, value)
         if _ASSERTIONS.search(name):
             return None
         arguments = [self._mapped(a) for a in node.args]
@@ -509,13 +541,16 @@ class _Builder:
         flat = pytree.tree_leaves((arguments, self._mapped(node.kwargs)))
         poisons = [a for a in flat if isinstance(a, _Poison)]
         if poisons:
-            return self._poisoned(node, value, [p.reason for p in poisons if p.reason])
+            return _Poison()
         try:
             return self._lower(node, arguments)
         except Refusal as error:
-            return self._poisoned(node, value, [str(error)])
+            return self._poisoned(node, str(error))
         except TypeRuleError as error:
-            return self._poisoned(node, value, [f"this form of it can't be lowered ({error})"])
+            return self._poisoned(node, f"this form of it can't be lowered ({error})")
+        except Exception as error:  # a fault in a lowering must not hide the other operators
+            reason = f"its lowering failed ({type(error).__name__}: {error}); please report this"
+            return self._poisoned(node, reason)
 
     def _scalar(self, node: torch.fx.Node, value: Any) -> Any:
         try:
@@ -524,7 +559,7 @@ class _Builder:
             if isinstance(value, torch.SymFloat):
                 return self.dims.real(value.node.expr)
         except Refusal as error:
-            return self._poisoned(node, value, [str(error)])
+            return self._poisoned(node, str(error))
         return None if isinstance(value, torch.SymBool) else value
 
     def _item(self, node: torch.fx.Node, arguments: list[Any]) -> Any:
@@ -534,7 +569,7 @@ class _Builder:
         found = container[index]
         if found is None and isinstance(node.meta.get("val"), torch.Tensor):
             producer = node.args[0]
-            name = str(producer.target) if isinstance(producer, torch.fx.Node) else "?"
+            name = _operator_name(producer) if isinstance(producer, torch.fx.Node) else "?"
             self._note(name, f"result {index} of it isn't supported", _source(node))
             return _Poison()
         return found
@@ -549,6 +584,8 @@ class _Builder:
             if enabled and device == "cpu":
                 self._note("torch.autocast", f"autocast to {dtype} is on; disable it and cast the model", _source(node))
                 return _Poison()
+        elif short == "cond":
+            return self._select(node, *arguments)
         elif short == "auto_functionalized":
             self._note(str(arguments[0]), "a custom operator that changes its arguments", _source(node))
             return _Poison()
@@ -560,28 +597,49 @@ class _Builder:
             return _Poison()
         return self._run(body, rest)
 
-    def _poisoned(self, node: torch.fx.Node, value: Any, reasons: list[str]) -> _Poison:
-        if reasons:
-            self._note(_operator_name(node.target), reasons[0], _source(node))
+    def _select(self, node: torch.fx.Node, predicate: Any, yes: Any, no: Any, operands: Sequence[Any]) -> Any:
+        """torch.cond: both branches are pure, so both run and the predicate selects."""
+        if any(isinstance(v, _Poison) for v in pytree.tree_leaves((predicate, list(operands)))):
+            return _Poison()
+        branches = [self._run(branch, operands) for branch in (yes, no)]
+        found = []
+        for a, b in zip(*branches, strict=True):
+            if isinstance(a, _Poison) or isinstance(b, _Poison):
+                found.append(_Poison())
+            elif isinstance(a, Node) and isinstance(b, Node) and isinstance(predicate, Node):
+                found.append(attrs.evolve(ops.where(cast(predicate, "bool"), a, b), source=_source(node)))
+            else:
+                return self._poisoned(node, "its branches return something other than tensors")
+        return tuple(found)
+
+    def _poisoned(self, node: torch.fx.Node, reason: str) -> _Poison:
+        self._note(_operator_name(node), reason, _source(node))
         return _Poison()
 
     def _note(self, name: str, reason: str, source: str) -> None:
         self.unsupported.append(_Unsupported(name, reason, source))
 
     def _types(self, value: Any) -> tuple[TensorType, ...]:
-        if isinstance(value, torch.Tensor):
-            return (self._type(value),)
-        if isinstance(value, (tuple, list)):
-            return tuple(self._type(v) for v in value if isinstance(v, torch.Tensor))
-        return ()
+        """The types of a call's results; for complex ones, those of their real parts."""
+        found = value if isinstance(value, (tuple, list)) else [value]
+        return tuple(
+            self._type(v, v.dtype.to_real() if v.is_complex() else v.dtype) for v in found if isinstance(v, torch.Tensor)
+        )
 
-    def _type(self, tensor: torch.Tensor) -> TensorType:
+    def _type(self, tensor: torch.Tensor, dtype: torch.dtype | None = None) -> TensorType:
         if tensor.layout is not torch.strided:
             raise Refusal(f"layout {str(tensor.layout).removeprefix('torch.')}")
-        return TensorType(tuple(self.dims.dim(n) for n in tensor.shape), dtype_of(tensor.dtype))
+        return TensorType(tuple(self.dims.dim(n) for n in tensor.shape), dtype_of(dtype or tensor.dtype))
 
     def _lower(self, node: torch.fx.Node, arguments: list[Any]) -> Any:
-        function = LOWERINGS.get(node.target) or LOWERINGS.get(str(node.target))
+        value = node.meta.get("val")
+        gives_complex = isinstance(value, torch.Tensor) and value.is_complex()
+        if gives_complex or any(isinstance(a, Complex) for a in pytree.tree_leaves((arguments, self._mapped(node.kwargs)))):
+            function = COMPLEX.get(node.target)
+            if function is None:
+                raise Refusal(f"dtype {str(value.dtype).removeprefix('torch.')}" if gives_complex else "complex numbers")
+        else:
+            function = LOWERINGS.get(node.target) or LOWERINGS.get(str(node.target))
         if function is None:
             if _RANDOM.match(str(node.target)):
                 raise Refusal("random operators have no reproducible meaning in a compiled program")
@@ -595,6 +653,8 @@ class _Builder:
         """The result with its source noted, checked against what PyTorch promises."""
         source = _source(node)
         done: dict[Node, Node] = {}
+        if isinstance(result, Complex):
+            return Complex(_located(result.re, source, done), _located(result.im, source, done))
         if isinstance(result, Node):
             results: list[Any] = [result]
         elif isinstance(result, (tuple, list)):
@@ -686,6 +746,8 @@ class _Builder:
             kind = "int" if isinstance(argument, SymIntArgument) else "float"
             outputs.append(value if isinstance(value, Node) else ops.dim_value(value=value))
             return Tree("number", len(outputs) - 1, name=kind)
+        if isinstance(value, Complex):
+            raise UnsupportedError("forward() returns a complex tensor; return torch.view_as_real of it")
         if not isinstance(value, Node):
             return _constant_tree(value)
         outputs.append(value)
@@ -727,9 +789,14 @@ def _is_fake(tensor: torch.Tensor) -> bool:
     return isinstance(tensor, FakeTensor)
 
 
-def _operator_name(target: Any) -> str:
-    name = str(target)
-    return name.removesuffix(".default")
+def _operator_name(node: torch.fx.Node) -> str:
+    """An operator's name, behind that of the function of torch's that the model calls, where PyTorch took that apart."""
+    name = str(node.target).removesuffix(".default")
+    called = str((node.meta.get("torch_fn") or ("", ""))[1]).rpartition(".")[2]
+    packet = getattr(node.target, "overloadpacket", None)
+    if packet is None or called == packet.__name__ or not hasattr(torch.ops.aten, called or "-"):
+        return name
+    return f"aten.{called} (through {name})"
 
 
 def _attribute_of(module: torch.nn.Module, path: str) -> Any:

@@ -75,7 +75,6 @@ _ACTIVATION_PATTERNS: dict[str, Any] = {
     "gelu_tanh": lambda p: ops.gelu(p, approximate="tanh"),
     "silu": ops.silu,
     "sigmoid": ops.sigmoid,
-    "tanh": ops.tanh,
 }
 
 _LINEAR_TYPES = {"x": "float[*b k]", "w": "float[n k]"}

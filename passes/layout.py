@@ -15,6 +15,7 @@ import numpy as np
 from jisu.compiler import ops
 from jisu.compiler.graph import CONSTANT, INPUT, WEIGHT, Graph, Node, Storage, weight
 from jisu.compiler.interpret import evaluate_node
+from jisu.compiler.text import attribute_text
 from jisu.compiler.types import TensorType, numpy_dtype
 
 
@@ -55,6 +56,13 @@ class PackWeights:
                 return ops.packed_gated_linear.make(
                     (x, both), {"outputs": gate.shape[0], "activation": new.activation}, new.source
                 )
+            if new.op is ops.experts and self._packs(old.operands[3], 3) and self._packs(old.operands[4], 3):
+                *rest, gate_up, down = new.operands
+                assert gate_up is not None and down is not None
+                halves = self._halves(gate_up)
+                operands = (*rest, once(ops.pack_gated, *halves), once(ops.pack, down))
+                attributes = {"inner": down.shape[2], "activation": new.activation}
+                return ops.packed_experts.make(operands, attributes, new.source)
             if new.op is ops.take and new.axis == 0 and old.operands[0] in packs:
                 w, indices = new.operands
                 assert w is not None
@@ -64,8 +72,23 @@ class PackWeights:
 
         return graph.map(transform)
 
-    def _packs(self, node: Node | None) -> bool:
-        return node is not None and node.dtype in self.pair and node.rank == 2 and not node.tensor.symbols and _is_stored(node)
+    def _packs(self, node: Node | None, rank: int = 2) -> bool:
+        return (
+            node is not None
+            and node.dtype in self.pair
+            and node.rank == rank
+            and not node.tensor.symbols
+            and _is_stored(node)
+        )
+
+    @staticmethod
+    def _halves(gate_up: Node) -> tuple[Node, Node]:
+        """Gate and up projections of experts' weights [e, 2i, h]."""
+        count, both, width = gate_up.shape
+        inner = both // 2
+        ends = ((0, inner), (inner, both))
+        gate, up = (ops.slice_(gate_up, starts=(0, a, 0), stops=(count, b, width), steps=(1, 1, 1)) for a, b in ends)
+        return gate, up
 
 
 def _is_stored(node: Node) -> bool:
@@ -118,12 +141,11 @@ class Derived:
 
 
 def _expression(node: Node) -> str:
-    """A short, stable name: pack(model.w), or concat(a, b)."""
+    """The expression as a name, complete so that equal names mean equal values: pack(model.w, panel=32, pair=1)."""
     if node.op is WEIGHT:
         return str(node.name)
-    if node.op is CONSTANT:
-        return "constant"
-    return f"{node.op.name}({', '.join(_expression(p) for p in node.parents)})"
+    shown = ["none" if o is None else _expression(o) for o in node.operands]
+    return f"{node.op.name}({', '.join([*shown, *(f'{k}={attribute_text(v)}' for k, v in node.attributes.items())])})"
 
 
 @attrs.frozen
@@ -152,8 +174,6 @@ class FoldWeights:
             if not outside:
                 return new
             name = _expression(old)
-            while name in weights:
-                name += "'"
             weights[name] = Derived(old, graph.weights)
             names[old] = name
             return weight(name, old.tensor, old.source)

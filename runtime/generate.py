@@ -11,7 +11,7 @@ import math
 import operator
 import time
 import warnings
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, Literal, Protocol, cast, overload
 
 import attrs
@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from jisu.compiler.errors import IndexOutOfRangeError, InputError, InputTypeError
+from jisu.runtime.tokenizer import Tokenizer as Tokenizer
 
 Ids = npt.NDArray[np.int64]
 Logits = npt.NDArray[np.float32]
@@ -58,7 +59,7 @@ class TokenizerLike(Protocol):
     def decode(self, token_ids: list[int], /) -> str: ...
 
 
-MakeSession = Callable[[int, int], Session]
+MakeSession = Callable[[], Session]
 
 # ----------------------------------------------------------------------------------------------------- configuration
 
@@ -322,7 +323,8 @@ def candidates(scores: Logits, config: GenerationConfig) -> tuple[Ids, npt.NDArr
         scores = scores / np.float32(config.temperature)
     ids = np.arange(scores.size)
     if 0 < config.top_k < scores.size:
-        ids = np.flatnonzero(~(scores < _kth_largest(scores, config.top_k)))  # ties with the last one stay, as does NaN, which is reported below
+        # Ties with the last one stay, as does NaN, which is reported below.
+        ids = np.flatnonzero(~(scores < _kth_largest(scores, config.top_k)))
     kept = scores[ids]
     highest = kept.max()
     if not np.isfinite(highest):
@@ -348,9 +350,17 @@ def _kth_largest(scores: Logits, k: int) -> np.float32:
 
 def _nucleus(weights: npt.NDArray[np.float64], top_p: float) -> Ids:
     """Indices of the most likely tokens before which less than top_p of the mass lies; at least one."""
-    falling = np.sort(weights)[::-1]  # values sort many times faster than indices
-    total = np.cumsum(falling)
-    count = max(int(np.count_nonzero(total - falling < top_p * total[-1])), 1)
+    total = weights.sum()
+    pool, removable = weights, (1 - top_p) * total
+    while pool.size > 1024:  # what is below this mean is out, all together; sorting everything would take milliseconds
+        low = pool <= removable / pool.size
+        dropped = np.count_nonzero(low)
+        if dropped < pool.size // 8 or dropped == pool.size:
+            break
+        removable -= pool[low].sum()
+        pool = pool[~low]
+    falling = np.sort(pool)[::-1]
+    count = max(int(np.count_nonzero(np.cumsum(falling) - falling < top_p * total)), 1)
     lowest = falling[count - 1]
     above, equal = np.flatnonzero(weights > lowest), np.flatnonzero(weights == lowest)
     return np.sort(np.concatenate((above, equal[: count - above.size])))
@@ -535,7 +545,7 @@ def _check_ids(rows: list[list[int]], vocab_size: int | None) -> None:
         for token in (min(row), max(row)):
             if not 0 <= token < limit:
                 size = "" if vocab_size is None else f" of size {vocab_size}"
-                raise IndexOutOfRangeError(f"prompt {number} has token id {token}, outside of the vocabulary{size}")
+                raise IndexOutOfRangeError(f"prompt {number} has token id {token}, outside the vocabulary{size}")
 
 
 # -------------------------------------------------------------------------------------------------------- generation
@@ -632,7 +642,7 @@ def generate(
 ) -> Generation | Generator[Chunk, None, Generation]:
     """Continue prompts, with the meaning of transformers' `model.generate`.
 
-    `make_session(batch, slots)` returns an empty session for `batch` sequences, with `slots` slots if it can.
+    `make_session()` returns a session, which takes its batch size from the first tokens.
     `prompts` is a str, a list of them, token ids as a list, a list of lists, an integer array or tensor of rank 1 or 2,
     or a tokenizer's output (`input_ids`, `attention_mask`). `config` is anything that GenerationConfig.from_any takes.
     With `stream` an iterator of Chunk is returned, whose texts per row add up to the final text; everything is
@@ -652,7 +662,7 @@ def generate(
         wanted = config.max_length - width
         if wanted < 1:
             raise InputError(f"max_length is {config.max_length}, but the prompt has {width} tokens already")
-    session = make_session(len(rows), width + (wanted or DEFAULT_NEW_TOKENS))
+    session = make_session()
     if session.length:
         session.reset()
     _check_ids(rows, getattr(session, "vocab_size", None))
@@ -731,8 +741,3 @@ def _prefill(session: Session, prompts: list[list[int]], chunk: int) -> Logits:
     for position in range(chunk, width, chunk):
         logits = session.append(ids[:, position : position + chunk], last_only=True)
     return logits
-
-
-def texts(chunks: Iterator[Chunk], row: int = 0) -> Iterator[str]:
-    """The non-empty text pieces of one row of a stream, for printing as they come."""
-    return (chunk.text for chunk in chunks if chunk.row == row and chunk.text)

@@ -189,6 +189,14 @@ class Program:
         return sum(w.nbytes for w in self._parts.weights.values())
 
     @property
+    def dtype(self) -> str | None:
+        """The dtype that most bytes of the weights have; None where there are no weights."""
+        sizes: dict[str, int] = {}
+        for array in self._parts.weights.values():
+            sizes[_dtype(array)] = sizes.get(_dtype(array), 0) + array.nbytes
+        return max(sizes, key=sizes.__getitem__, default=None)
+
+    @property
     def decoder(self) -> DecoderInfo | None:
         """What is known of a causal language model; None for other programs."""
         return self._parts.decoder

@@ -17,13 +17,11 @@ import tokenizers
 
 from jisu.compiler.errors import ArtifactError, InputError
 from jisu.compiler.storage import parse_json
-from jisu.runtime.generate import GenerationConfig
 
 FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
-    "generation_config.json",
     "chat_template.jinja",
 )
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -33,13 +31,18 @@ class Tokenizer:
     """A saved fast tokenizer: `encode` adds the special tokens that its post-processor names, `decode` leaves them out.
 
     `files` are the bytes that it was made from, ready to be written into an artifact; `special_tokens` maps names such
-    as `eos_token` to their text; `generation_config` is the checkpoint's own, or None.
+    as `eos_token` to their text.
     """
+
+    @classmethod
+    def from_files(cls, files: Mapping[str, bytes]) -> Tokenizer:
+        """From the contents of the files by name; others than FILES are passed over. Raises: ArtifactError."""
+        return cls({name: files[name] for name in FILES if name in files})
 
     def __init__(self, files: Mapping[str, bytes]) -> None:
         if "tokenizer.json" not in files:
             raise ArtifactError("there is no tokenizer.json; save the tokenizer with a fast (Rust) backend")
-        self.files = {name: files[name] for name in FILES if name in files}
+        self.files = dict(files)
         try:
             self._tokenizer = tokenizers.Tokenizer.from_buffer(self.files["tokenizer.json"])
         except Exception as error:  # the library raises the base class
@@ -51,8 +54,6 @@ class Tokenizer:
         self.special_tokens = {name: _text(texts[name]) for name in _SPECIAL if texts.get(name)}
         self.add_bos_token = config.get("add_bos_token") is True
         self.chat_template = self._template(config)
-        generation = self._json("generation_config.json")
-        self.generation_config = GenerationConfig.from_saved(generation) if generation else None
 
     @classmethod
     def from_folder(cls, folder: str | os.PathLike[str]) -> Tokenizer:
@@ -117,15 +118,25 @@ class Tokenizer:
 
     def _template(self, config: Mapping[str, Any]) -> str | None:
         if "chat_template.jinja" in self.files:
-            return self.files["chat_template.jinja"].decode("utf-8")
+            return _utf8(self.files["chat_template.jinja"], "chat_template.jinja")
         template = config.get("chat_template")
         if isinstance(template, list):  # several by name
-            template = {entry["name"]: entry["template"] for entry in template}.get("default")
+            named = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
+            template = named[0].get("template") if named else None
+        if not isinstance(template, str | None):
+            raise ArtifactError(f"tokenizer_config.json: chat_template is no text but {template!r:.80}")
         return template
 
 
 def _text(token: Any) -> str:
-    return str(token["content"] if isinstance(token, dict) else token)
+    return str(token.get("content", "") if isinstance(token, dict) else token)
+
+
+def _utf8(data: bytes, name: str) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ArtifactError(f"{name} is not UTF-8: {error}") from None
 
 
 class _Namespace(jinja2.utils.Namespace):

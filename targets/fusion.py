@@ -8,6 +8,7 @@ import attrs
 
 from jisu.compiler import ops
 from jisu.compiler.graph import CONSTANT, INPUT, WEIGHT, Graph, Node
+from jisu.targets.cpu import generic
 from jisu.targets.cpu.generic.element import always_pulled
 
 
@@ -42,9 +43,12 @@ class Region:
 
 def regions(graph: Graph, chosen: Container[object]) -> tuple[Region, ...]:
     """The graph's kernels in an order in which every region stands behind those that it reads."""
+    needed = {o for n in graph.nodes if n.op in generic.STORED or n.op in chosen for o in n.parents} | set(graph.outputs)
     found = []
     for node in graph.nodes:
-        if node.op in (INPUT, WEIGHT, CONSTANT):
+        if node.op in (INPUT, WEIGHT, CONSTANT) or (always_pulled(node) and node not in needed):
             continue
-        found.append(Region((node,), tuple(dict.fromkeys(o for o in node.parents if not always_pulled(o))), node.op is ops.reshape))
+        stored = node.op in generic.STORED or node.op in chosen
+        leaves = tuple(dict.fromkeys(o for o in node.parents if stored or not always_pulled(o)))
+        found.append(Region((node,), leaves, node.op is ops.reshape))
     return tuple(found)

@@ -14,7 +14,7 @@ from typing import Any
 
 import attrs
 import numpy as np
-from tvm import IRModule, relax, runtime, tirx
+from tvm import IRModule, relax, runtime, tirx, transform
 
 from jisu.compiler import ops
 from jisu.compiler.errors import CompileError
@@ -53,10 +53,6 @@ class Kernel:
 
 Choosers = Mapping[Op, Callable[[Node, Target], Kernel | None]]
 
-KERNELS: dict[Op, Callable[[Node, Target], Kernel | None]] = {}
-"""The default table of specialised kernels: a chooser returns None where the generic kernel has to do."""
-
-
 @attrs.frozen
 class KernelUse:
     """A kernel in the module: its name, the ops it computes, and at how many places it is called."""
@@ -80,9 +76,59 @@ def lower(entries: Mapping[str, Graph], target: Target, *, kernels: Choosers | N
 
     Raises CompileError for a graph that can't be lowered, naming the op.
     """
-    module = _Module(target, KERNELS if kernels is None else kernels)
+    if kernels is None:
+        from jisu.targets.cpu.choose import CHOOSERS as kernels
+    module = _Module(target, kernels)
     weights = {name: _Entry(module, name, graph).emit() for name, graph in entries.items()}
     return Lowered(module.builder.get(), weights, module.uses())
+
+
+def pipeline(inspect: Callable[[IRModule], None]) -> Any:
+    """The Relax passes that turn a lowered module into calls on planned memory; `inspect` sees the module behind them.
+
+    No legalisation and no fusion: the module holds nothing but calls of kernels and views.
+    """
+    passes = relax.transform
+
+    @transform.module_pass(opt_level=0)
+    def run(module: IRModule, _: Any) -> IRModule:
+        planned = transform.Sequential(
+            [
+                passes.ToNonDataflow(),
+                passes.RemovePurityChecking(),
+                passes.CallTIRRewrite(),
+                passes.StaticPlanBlockMemory(),
+            ]
+        )(module)
+        inspect(planned)
+        return transform.Sequential(
+            [
+                passes.LowerAllocTensor(),
+                passes.KillAfterLastUse(),
+                passes.LowerRuntimeBuiltin(),
+                passes.ComputePrimValue(),
+                passes.VMShapeLower(),
+                passes.AttachGlobalSymbol(),
+            ]
+        )(planned)
+
+    return run
+
+
+def planned_bytes(module: IRModule) -> int:
+    """Bytes of statically planned intermediate storage in the largest entry function."""
+    totals = [0]
+    for function in module.functions.values():
+        if isinstance(function, relax.Function):
+            totals.append(0)
+
+            def visit(expr: Any) -> None:
+                if isinstance(expr, relax.Call) and getattr(expr.op, "name", "") == "relax.memory.alloc_storage":
+                    (size,) = expr.args[0].values
+                    totals[-1] += int(size) if isinstance(size, tirx.IntImm) else 0
+
+            relax.analysis.post_order_visit(function, visit)
+    return max(totals)
 
 
 def lowered_type(t: TensorType, symbols: Mapping[str, Any]) -> Any:
@@ -261,6 +307,8 @@ class _Entry:
             function = self.module.generic(region)
             extra = tuple(extra_symbols([n.tensor for n in leaves], generic.region_symbols((node,), leaves)))
         others = [self.value(n) for n in node.parents[1:]]
+        if found is not None:
+            others = [self.value(o) for a in found[0].arguments[1:] if (o := node.operands[a.operand]) is not None]
         self.values[node] = self.module.builder.emit(
             relax.call_tir_inplace(
                 function,

@@ -32,13 +32,13 @@ from jisu.runtime.generate import (
     draw,
     generate,
     penalize,
-    texts,
 )
 from jisu.runtime.tokenizer import Tokenizer
 
 Ids = npt.NDArray[np.int64]
 Logits = npt.NDArray[np.float32]
 VOCAB = 61
+HF: Any = transformers  # partly without types
 
 
 class BigramSession:
@@ -46,16 +46,18 @@ class BigramSession:
 
     vocab_size = VOCAB
 
-    def __init__(self, batch: int, slots: int, *, capacity: int = 200, table: Logits | None = None) -> None:
+    def __init__(self, *, capacity: int = 200, table: Logits | None = None) -> None:
         self.table = np.random.default_rng(3).standard_normal((VOCAB, VOCAB)).astype(np.float32) * 3
         if table is not None:
             self.table = table
-        self.batch, self.slots, self.capacity = batch, slots, capacity
-        self.length = 0
+        self.capacity = capacity
+        self.length = self.batch = 0
         self.chunks: list[int] = []
 
     def append(self, token_ids: Ids, *, start: Ids | None = None, last_only: bool = False) -> Logits:
-        assert token_ids.dtype == np.int64 and token_ids.shape[0] == self.batch
+        assert token_ids.dtype == np.int64
+        self.batch = len(token_ids) if self.length == 0 else self.batch
+        assert len(token_ids) == self.batch
         assert start is None or self.length == 0
         self.chunks.append(token_ids.shape[1])
         self.length += token_ids.shape[1]
@@ -70,18 +72,17 @@ class BigramSession:
 class TorchSession:
     """A transformers model with its own cache as a session."""
 
-    def __init__(self, model: Any, batch: int, slots: int) -> None:
-        self.model, self.capacity, self.vocab_size = model, slots, model.config.vocab_size
-        self.batch = batch
+    def __init__(self, model: Any) -> None:
+        self.model, self.capacity, self.vocab_size = model, 128, model.config.vocab_size
         self.reset()
 
     def reset(self) -> None:
         self.cache = transformers.DynamicCache(config=self.model.config)
-        self.length, self.start = 0, np.zeros(self.batch, np.int64)
+        self.length, self.start = 0, np.zeros(1, np.int64)
 
     def append(self, token_ids: Ids, *, start: Ids | None = None, last_only: bool = False) -> Logits:
-        if start is not None:
-            self.start = start
+        if self.length == 0:
+            self.start = np.zeros(len(token_ids), np.int64) if start is None else start
         slots = np.arange(self.length + token_ids.shape[1])
         mask = torch.from_numpy((slots >= self.start[:, None]).astype(np.int64))
         positions = torch.from_numpy(np.maximum(slots[self.length :] - self.start[:, None], 0))
@@ -103,7 +104,7 @@ def model() -> Any:
         num_key_value_heads=2, max_position_embeddings=128, initializer_range=0.6, bos_token_id=1, eos_token_id=None,
         pad_token_id=None,
     )  # fmt: skip
-    return transformers.LlamaForCausalLM(config).eval()
+    return HF.LlamaForCausalLM(config).eval()
 
 
 # ------------------------------------------------------------------------------------------- equal to transformers
@@ -149,12 +150,12 @@ def test_greedy_tokens_equal_transformers(
 
 
 def test_transformers_config_is_understood(model: Any) -> None:
-    config = transformers.GenerationConfig(
+    config = HF.GenerationConfig(
         max_new_tokens=7, repetition_penalty=1.4, eos_token_id=[3, 4], pad_token_id=0, do_sample=False
     )
     ours = generate(functools.partial(TorchSession, model), PROMPTS, config)
     assert ours.sequences == reference(model, PROMPTS, generation_config=config)
-    total = transformers.GenerationConfig(max_length=11)
+    total = HF.GenerationConfig(max_length=11)
     ours = generate(functools.partial(TorchSession, model), PROMPTS[:1], total)
     assert ours.sequences == reference(model, PROMPTS[:1], generation_config=total) and ours.lengths == [8]
 
@@ -178,7 +179,7 @@ def test_distribution_equals_transformers(
 ) -> None:
     if ties and top_p == 1.0:  # which of several equal tokens top-p keeps is up to the sort
         scores = np.round(scores)
-    warpers = transformers.LogitsProcessorList()
+    warpers = HF.LogitsProcessorList()
     if temperature != 1.0:
         warpers.append(logits_process.TemperatureLogitsWarper(temperature))
     if top_k:
@@ -213,7 +214,7 @@ def test_nucleus_of_a_large_vocabulary() -> None:
 @pytest.mark.parametrize(("size", "top_k"), [(20_000, 30), (20_000, 5000), (20_001, 1), (128, 3)])
 def test_top_k_of_a_large_vocabulary(size: int, top_k: int) -> None:
     scores = np.random.default_rng(size).standard_normal(size).astype(np.float32)
-    for values in (scores, np.sort(scores), np.round(scores * 4), np.where(scores > 3, scores, -np.inf)):
+    for values in (scores, np.sort(scores), np.round(scores * 4), np.where(scores > 1, scores, -np.inf)):
         ids, _ = candidates(values.astype(np.float32), GenerationConfig(do_sample=True, top_k=top_k))
         np.testing.assert_array_equal(ids, np.flatnonzero(values >= np.sort(values)[-top_k]))
 
@@ -300,7 +301,6 @@ def make_tokenizer(kind: str = "bytes") -> Tokenizer:
     return Tokenizer({
         "tokenizer.json": make_fast(kind).to_str().encode(),
         "tokenizer_config.json": json.dumps(config).encode(),
-        "generation_config.json": b'{"eos_token_id": 2, "chat_format": "foreign entries are fine"}',
     })  # fmt: skip
 
 
@@ -312,7 +312,7 @@ def script(tokens: list[int], vocab: int = 400) -> Any:
 
         def append(self, token_ids: Ids, *, start: Ids | None = None, last_only: bool = False) -> Logits:
             self.steps = getattr(self, "steps", -1) + 1
-            logits = np.zeros((self.batch, 1, vocab), np.float32)
+            logits = np.zeros((len(token_ids), 1, vocab), np.float32)
             logits[:, :, tokens[self.steps] if self.steps < len(tokens) else 2] = 1
             return logits
 
@@ -379,7 +379,6 @@ def test_text_and_its_stream_agree(kind: str, stop: Any) -> None:
     assert [chunk.finished for chunk in chunks[:-1]] == [None] * (len(chunks) - 1)
     assert chunks[-1].finished == whole.finish_reasons[0]
     assert [token for chunk in chunks for token in chunk.token_ids] == whole.sequences[0]
-    assert "".join(texts(iter(chunks))) == expected
 
 
 def test_a_character_that_stays_incomplete_comes_at_the_end() -> None:
@@ -412,8 +411,8 @@ def test_rows_stream_until_each_has_finished() -> None:
 def test_closing_a_stream_early_is_clean() -> None:
     sessions: list[BigramSession] = []
 
-    def make(batch: int, slots: int) -> BigramSession:
-        sessions.append(BigramSession(batch, slots))
+    def make() -> BigramSession:
+        sessions.append(BigramSession())
         return sessions[-1]
 
     stream = generate(make, [3], {"max_new_tokens": 50}, stream=True)
@@ -456,11 +455,11 @@ def test_padding_on_the_left_is_recognized() -> None:
 
 
 def test_long_prompts_are_fed_in_chunks() -> None:
-    session = BigramSession(1, 0)
-    generate(lambda batch, slots: session, list(range(23)), {"prefill_chunk": 10, "max_new_tokens": 3})
+    session = BigramSession()
+    generate(lambda: session, list(range(23)), {"prefill_chunk": 10, "max_new_tokens": 3})
     assert session.chunks == [10, 10, 3, 1, 1]
     session.chunks.clear()
-    generate(lambda batch, slots: session, [1], {"max_new_tokens": 1})  # a used session is reset
+    generate(lambda: session, [1], {"max_new_tokens": 1})  # a used session is reset
     assert session.length == 1
 
 
@@ -482,7 +481,7 @@ def test_long_prompts_are_fed_in_chunks() -> None:
         (["a", [1]], InputError, "tokenizer"),
         ("text", InputError, "needs a tokenizer"),
         ({"ids": [1]}, InputError, "input_ids"),
-        ([[1], [2, VOCAB]], IndexOutOfRangeError, f"prompt 1 has token id {VOCAB}, outside of the vocabulary of size"),
+        ([[1], [2, VOCAB]], IndexOutOfRangeError, f"prompt 1 has token id {VOCAB}, outside the vocabulary of size"),
         ([-1], IndexOutOfRangeError, "token id -1"),
         ([2**70], IndexOutOfRangeError, "token id"),
     ],
@@ -573,15 +572,15 @@ def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
 
 
 def test_every_option_of_transformers_is_known() -> None:
-    for name in vars(transformers.GenerationConfig()):
+    for name in vars(HF.GenerationConfig()):
         GenerationConfig.from_any({name: None})
-    for config in (transformers.GenerationConfig(), transformers.GenerationConfig(num_beams=1, use_cache=True)):
+    for config in (HF.GenerationConfig(), HF.GenerationConfig(num_beams=1, use_cache=True)):
         assert GenerationConfig.from_any(config) == GenerationConfig()
-    for name, value in transformers.GenerationConfig._get_default_generation_params().items():
+    for name, value in HF.GenerationConfig._get_default_generation_params().items():
         GenerationConfig.from_any({name: value})
     for options in ({"num_beams": 3}, {"bad_words_ids": [[3]]}, {"sequence_bias": {(3,): 1.0}}, {"min_length": 4}):
         with pytest.raises(InputError, match=f"{next(iter(options))}=.* is not implemented"):
-            GenerationConfig.from_any(transformers.GenerationConfig(**options))
+            GenerationConfig.from_any(HF.GenerationConfig(**options))
 
 
 def test_overrides_win_and_none_means_unset() -> None:
@@ -590,6 +589,8 @@ def test_overrides_win_and_none_means_unset() -> None:
     assert (config.max_new_tokens, config.eos_token_id, config.top_p) == (9, (5,), 0.5)
     with pytest.raises(InputTypeError, match="got int"):
         GenerationConfig.from_any(3)
+    saved = {"eos_token_id": [2], "chat_format": "foreign entries are fine here", "transformers_version": "5.23.0"}
+    assert GenerationConfig.from_saved(saved) == GenerationConfig(eos_token_id=2)
     with pytest.raises(InputError, match="stop_strings need a tokenizer"):
         generate(BigramSession, [1], {"stop": "x"})
     with pytest.warns(UserWarning, match="temperature has no effect without do_sample"):
@@ -604,7 +605,7 @@ def test_overrides_win_and_none_means_unset() -> None:
 
 @pytest.mark.parametrize("kind", ["bytes", "metaspace"])
 def test_tokenizer_equals_transformers(tmp_path: Path, kind: str) -> None:
-    hf = transformers.PreTrainedTokenizerFast(tokenizer_object=make_fast(kind), bos_token="<s>", eos_token="</s>")
+    hf = HF.PreTrainedTokenizerFast(tokenizer_object=make_fast(kind), bos_token="<s>", eos_token="</s>")
     hf.chat_template = (
         "{{ bos_token }}{% for m in messages %}{% generation %}<{{ m.role }}>{{ m['content'] | tojson }}"
         "{% endgeneration %}{% if loop.index > 8 %}{% break %}{% endif %}\n{% endfor %}"
@@ -632,7 +633,9 @@ def test_tokenizer_faults_are_named(tmp_path: Path) -> None:
         Tokenizer({"tokenizer.json": b"{}"})
     with pytest.raises(InputError, match="no chat template"):
         make_tokenizer().apply_chat_template([])
-    assert make_tokenizer().generation_config == GenerationConfig(eos_token_id=2)
+    with pytest.raises(ArtifactError, match="chat_template is no text"):
+        Tokenizer({**make_tokenizer().files, "tokenizer_config.json": b'{"chat_template": 3}'})
+    assert Tokenizer.from_files({**make_tokenizer().files, "recipe.toml": b""}).files == make_tokenizer().files
 
 
 @pytest.mark.parametrize(
@@ -673,8 +676,7 @@ def test_overhead_per_token_is_small() -> None:
 
 
 def test_no_torch_is_needed() -> None:
-    code = (
-        "import sys, jisu.runtime.artifact, jisu.runtime.tokenizer; print({'torch', 'transformers'} & {*sys.modules})"
-    )
+    names = "('torch', 'transformers', 'tvm')"
+    code = f"import sys, jisu.runtime.artifact, jisu.runtime.generate; print([m for m in {names} if m in sys.modules])"
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert output.stdout.strip() == "set()"
+    assert output.stdout.strip() == "[]"

@@ -33,7 +33,6 @@ ACTIVATIONS = {
     "gelu_tanh": lambda x: ew.gelu(x, approximate="tanh"),
     "silu": lambda x: ew.silu(x),
     "sigmoid": lambda x: ew.sigmoid(x),
-    "tanh": lambda x: ew.tanh(x),
 }
 """Activations that kernels apply before a result is stored; each value builds the same from elementwise ops."""
 
@@ -49,7 +48,6 @@ def _activate(x: np.ndarray, activation: str) -> np.ndarray:
         "gelu_tanh": lambda v: _gelu(v, approximate="tanh"),
         "silu": lambda v: v * _sigmoid(v),
         "sigmoid": _sigmoid,
-        "tanh": np.tanh,
     }
     return np.asarray(functions[activation](x))
 
@@ -175,6 +173,8 @@ def packed_shape(n: int, k: int, panel: int, pair: int) -> tuple[int, ...]:
 
 
 def _pack(w: np.ndarray, *, panel: int, pair: int) -> np.ndarray:
+    if w.ndim == 3:
+        return np.stack([_pack(expert, panel=panel, pair=pair) for expert in w])
     n, k = w.shape
     out = np.zeros(packed_shape(n, k, panel, pair), w.dtype)
     step = panel * 64  # a block of panels at a time: no second copy of the whole weight
@@ -205,21 +205,26 @@ def _pack_samples() -> Samples:
 
 @defop(meaning=_pack, flops=0, samples=_pack_samples)
 def pack(w: TensorType, *, panel: int, pair: int = 1) -> TensorType:
-    """A weight [n, k] in panels of `panel` outputs, padded with zeros."""
-    require(w.rank == 2 and w.size and isinstance(w.size, int), f"needs a matrix of fixed size, got {w}")
-    return w.with_shape(*packed_shape(*w.shape, panel, pair))  # type: ignore[arg-type]
+    """A weight [n, k], or one per expert [e, n, k], in panels of `panel` outputs, padded with zeros."""
+    require(w.rank in (2, 3) and w.size and isinstance(w.size, int), f"needs matrices of fixed size, got {w}")
+    return w.with_shape(*w.shape[:-2], *packed_shape(*w.shape[-2:], panel, pair))  # type: ignore[arg-type]
+
+
+def _pack_gated(gate: np.ndarray, up: np.ndarray, *, panel: int, pair: int) -> np.ndarray:
+    both = [_pack(w, panel=panel, pair=pair) for w in (gate, up)]
+    return np.stack(both, gate.ndim - 1)
 
 
 @defop(
-    meaning=lambda gate, up, *, panel, pair: np.stack([_pack(gate, panel=panel, pair=pair), _pack(up, panel=panel, pair=pair)], 1),
+    meaning=_pack_gated,
     flops=0,
     samples=lambda: iter([(("float32[5, 3]", "float32[5, 3]"), {"panel": 4, "pair": 1})]),
 )
 def pack_gated(gate: TensorType, up: TensorType, *, panel: int, pair: int = 1) -> TensorType:
-    """Gate and up projections [n, k], panel by panel side by side."""
-    require(gate == up and gate.rank == 2, f"needs two matrices of one type, got {gate} and {up}")
-    first, *rest = packed_shape(*gate.shape, panel, pair)  # type: ignore[arg-type]
-    return gate.with_shape(first, 2, *rest)
+    """Gate and up projections [n, k], or one per expert [e, n, k], panel by panel side by side."""
+    require(gate == up and gate.rank in (2, 3), f"needs matrices of one type, got {gate} and {up}")
+    first, *rest = packed_shape(*gate.shape[-2:], panel, pair)  # type: ignore[arg-type]
+    return gate.with_shape(*gate.shape[:-2], first, 2, *rest)
 
 
 def _packed_rule(x: TensorType, w: TensorType, outputs: int, gated: bool) -> TensorType:
@@ -295,3 +300,38 @@ def packed_take(w: TensorType, indices: TensorType, *, rows: int, width: int) ->
     require(tuple(w.shape) == packed_shape(rows, width, w.shape[2], pair), f"{w} is not [{rows}, {width}] packed")  # type: ignore[arg-type]
     require(indices.dtype in ("int64", "int32"), f"indices must be integers, got {indices}")
     return TensorType((*indices.shape, width), w.dtype)
+
+
+def _packed_experts(
+    x: np.ndarray, index: np.ndarray, scores: np.ndarray, up: np.ndarray, down: np.ndarray, *, inner: int, activation: str
+) -> np.ndarray:
+    from jisu.compiler.ops.nn import _experts
+
+    width = x.shape[-1]
+    gate_up = np.stack([np.concatenate([_unpack(e[:, i], inner, width) for i in (0, 1)]) for e in up])
+    out = np.stack([_unpack(e, width, inner) for e in down])
+    return _experts(x, index, scores, gate_up, out, activation=activation)
+
+
+def _packed_experts_samples() -> Samples:
+    yield (
+        ("float32[3, 4]", "int64[3, 2] < 5", "float32[3, 2]", "float32[5, 1, 2, 4, 4]", "float32[5, 1, 3, 4]"),
+        {"inner": 3, "activation": "silu"},
+    )
+
+
+@defop(
+    meaning=_packed_experts,
+    axes=lambda x, i, s, up, down, **_: f"t h!, t k, t k, e p g {'q n' if up.rank == 5 else 'q n d'}, e u v w{'' if up.rank == 5 else ' d'} -> t h!",
+    flops=2,
+    samples=_packed_experts_samples,
+)
+def packed_experts(
+    x: TensorType, index: TensorType, scores: TensorType, up: TensorType, down: TensorType, *, inner: int, activation: str
+) -> TensorType:
+    """`experts` of `inner` channels, with gate and up projections packed by `pack_gated` and down ones by `pack`."""
+    require(x.rank == 2 and same_shape(index.shape, scores.shape), f"index {index} and scores {scores} don't fit {x}")
+    _packed_rule(x, up.with_shape(*up.shape[1:]), inner, gated=True)
+    _packed_rule(x.with_shape(x.shape[0], inner), down.with_shape(*down.shape[1:]), x.shape[1], gated=False)  # type: ignore[arg-type]
+    require(activation in ACTIVATIONS, f"unknown activation {activation!r}; known: {', '.join(ACTIVATIONS)}")
+    return x

@@ -129,7 +129,7 @@ def _shift(function: Callable[..., Any], fill: Callable[[np.ndarray], Any]) -> C
 
 neg = _unary("neg", np.negative, "The negative.")
 abs_ = _unary("abs", np.abs, "The absolute value.")
-sign = _unary("sign", np.sign, "-1, 0 or 1; NaN stays NaN.")
+sign = _unary("sign", lambda x: (x > 0).astype(x.dtype) - (x < 0).astype(x.dtype), "-1, 0 or 1; 0 for NaN, as in PyTorch.")
 relu = _unary("relu", lambda x: np.maximum(x, np.zeros((), x.dtype)), "max(x, 0); NaN stays NaN.")
 square = _unary("square", np.square, "x * x.")
 

@@ -70,6 +70,12 @@ def _gather_axes(x: TensorType, indices: TensorType, *, axis: int) -> str | None
     return f"{_along(x.rank, axis, 'picked')}, {_along(x.rank, axis, 'j')} -> {_along(x.rank, axis, 'j')}"
 
 
+def _require_inside(x: TensorType, indices: TensorType, axis: int) -> None:
+    for i, (a, b) in enumerate(zip(x.shape, indices.shape, strict=True)):
+        fits = i == axis or not isinstance(a, int) or not isinstance(b, int) or b <= a
+        require(fits, f"indices {indices} are larger than {x} along axis {i}")
+
+
 def _gather_samples() -> Samples:
     yield ("float32[4, 3]", "int64[2, 3] < 4"), {"axis": 0}
     yield ("int64[2, 3]", "int64[1, 5] < 3"), {"axis": 1}
@@ -80,6 +86,7 @@ def gather(x: TensorType, indices: TensorType, *, axis: int) -> TensorType:
     """result[i, j] = x[indices[i, j], j] for axis 0; `indices` may be smaller than `x` along the other axes."""
     require_axis(axis, x.rank)
     require(is_integer(indices.dtype) and indices.rank == x.rank, f"indices must be integers of rank {x.rank}, got {indices}")
+    _require_inside(x, indices, axis)
     return x.with_shape(*indices.shape)
 
 
@@ -116,6 +123,7 @@ def scatter(x: TensorType, indices: TensorType, updates: TensorType, *, axis: in
     """`x` with updates[i, j] put at (or combined into) x[indices[i, j], j] for axis 0, in row-major order of `indices`."""
     require_axis(axis, x.rank)
     require(is_integer(indices.dtype) and indices.rank == x.rank, f"indices must be integers of rank {x.rank}, got {indices}")
+    _require_inside(x, indices, axis)
     require(mode in MODES, f"mode is one of {', '.join(MODES)}, not {mode!r}")
     require(updates.dtype == x.dtype, f"updates must be {x.dtype}, got {updates}")
     require(

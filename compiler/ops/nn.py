@@ -230,7 +230,7 @@ def _experts_samples() -> Samples:
     yield ("float32[3, 4]", "int64[3, 2] < 5", "float32[3, 2]", "float32[5, 6, 4]", "float32[5, 4, 3]"), {"activation": "silu"}
 
 
-@defop(meaning=_experts, axes="t h, t k, t k, e i h, e h j -> t h", flops=2, samples=_experts_samples)
+@defop(meaning=_experts, axes="t c, t k, t k, e i c, e h j -> t h", flops=2, samples=_experts_samples)
 def experts(
     x: TensorType, index: TensorType, scores: TensorType, gate_up: TensorType, down: TensorType, *, activation: str
 ) -> TensorType:

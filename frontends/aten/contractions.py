@@ -159,9 +159,22 @@ def _transposed(
     return ops.conv(spaced, swapped, strides=(1,) * n, dilations=tuple(dilation), groups=groups)
 
 
-@lowering(aten.bilinear.default, aten._trilinear.default)
-def _bilinear(call: Call, *_: Any) -> Node:
-    refuse("is composed of other operators by PyTorch; this form of it isn't")
+@lowering(aten._trilinear.default)
+def _trilinear(
+    call: Call, a: Node, b: Node, c: Node, expand_a: Sequence[int], expand_b: Sequence[int], expand_c: Sequence[int],
+    summed: Sequence[int], unroll_dim: int = 1,
+) -> Node:  # fmt: skip
+    def fused(*factors: Node) -> Node:
+        parts = []
+        for x, axes in zip(factors, (expand_a, expand_b, expand_c), strict=True):
+            for axis in sorted(axes):
+                x = unsqueeze(x, axis)
+            parts.append(x)
+        return ops.sum_(
+            ops.mul(ops.mul(parts[0], parts[1]), parts[2]), axes=tuple(sorted(summed)), keepdims=False
+        )
+
+    return wide(fused, call.dtype, a, b, c)
 
 
 # ------------------------------------------------------------------------------------------------------ attention

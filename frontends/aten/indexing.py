@@ -9,7 +9,7 @@ import torch
 
 from jisu.compiler import ops
 from jisu.compiler.graph import CONSTANT, Node
-from jisu.compiler.types import Dim, broadcast, dim, is_float, is_integer, product
+from jisu.compiler.types import Dim, TensorType, broadcast, dim, is_float, is_integer, product
 from jisu.frontends.aten.table import (
     HALF,
     Call,
@@ -29,6 +29,7 @@ from jisu.frontends.aten.table import (
     view,
     wide,
 )
+from jisu.frontends.aten.reductions import p_norm
 
 aten = torch.ops.aten
 
@@ -36,6 +37,22 @@ aten = torch.ops.aten
 @lowering(aten.embedding.default)
 def _embedding(call: Call, table: Node, ids: Node, *_: Any) -> Node:
     return ops.take(table, ids, axis=0, wrap=False)
+
+
+@lowering(aten.embedding_renorm.default)
+def _embedding_renorm(call: Call, table: Node, ids: Node, limit: float, p: float) -> Node:
+    """Rows that `ids` name are scaled down to a p-norm of at most `limit`."""
+    size = table.shape[0]
+    flat = view(ids, (ids.tensor.size,))
+    none = filled(False, TensorType((size,), "bool"))
+    named = ops.scatter(none, flat, filled(True, TensorType(flat.shape, "bool")), axis=0, mode="set")
+
+    def scaled(v: Node) -> Node:
+        norm = p_norm(v, float(p), (1,), True)
+        factor = ops.div(operand(float(limit), v.dtype), ops.add(norm, 1e-7))
+        return ops.where(ops.gt(norm, float(limit)), ops.mul(v, factor), v)
+
+    return ops.where(view(named, (size, 1)), wide(scaled, table.dtype, table), table)
 
 
 @lowering(aten.index_select.default)

@@ -24,9 +24,7 @@ from jisu.frontends.aten.table import (
     expand,
     filled,
     lowering,
-    move_axis,
     operand,
-    permute,
     positions,
     refuse,
     view,
@@ -402,13 +400,8 @@ def _searchsorted(
     if edges.rank > 1:
         edges = ops.reshape(edges, shape=(*edges.shape[:-1], 1, edges.shape[-1]))
     values = ops.reshape(values, shape=(*values.shape, 1))
-    # The first edge that isn't below (not above) the value; NaN counts as above everything, in both places.
+    # Where a value would go: behind as many edges as don't reach it. NaN is reached by none.
     passed = ops.logical_not(ops.gt(edges, values) if right else ops.ge(edges, values))
-    if is_float(dtype):
-        edge_nan = ops.isnan(edges)
-        value_nan = ops.isnan(values)
-        behind = ops.logical_and(edge_nan, ops.logical_not(value_nan))
-        del behind
     found = cast(_sum(cast(passed, "int64"), (passed.rank - 1,)), call.dtype)
     return view(found, ()) if scalar and not call.shape else found
 
@@ -428,13 +421,10 @@ def _bucketize(call: Call, x: Any, table: Node, *, out_int32: bool = False, righ
 
 @lowering(aten._softmax.default, aten.softmax.int)
 def _softmax(call: Call, x: Node, axis: int, *_: Any) -> Node:
+    x = cast(x, call.dtype)
     if x.rank == 0:
-        return wide(lambda v: ops.softmax(at_least_1d(v), axis=0), call.dtype, x) if False else _alone(call, x)
-    return ops.softmax(cast(x, call.dtype), axis=axis_of(axis, x.rank))
-
-
-def _alone(call: Call, x: Node) -> Node:
-    return view(ops.softmax(at_least_1d(cast(x, call.dtype)), axis=0), ())
+        return view(ops.softmax(at_least_1d(x), axis=0), ())
+    return ops.softmax(x, axis=axis_of(axis, x.rank))
 
 
 @lowering(aten._safe_softmax.default)
@@ -536,7 +526,7 @@ def _normalised(v: Node, mean: Node, rstd: Node, w: Node | None, b: Node | None)
 def _batch_norm(call: Call, x: Node, w: Any, b: Any, *rest: Any) -> Any:
     target = call.node.target
     training, mean, variance = False, None, None
-    eps = rest[-1]
+    momentum, eps = rest[-2:]
     if target is aten._native_batch_norm_legit.no_stats:
         training = True
     elif target in (
@@ -559,36 +549,49 @@ def _batch_norm(call: Call, x: Node, w: Any, b: Any, *rest: Any) -> Any:
     results: list[Node | None] = [y]
     for extra, type in zip((m, r), call.types[1:3], strict=False):
         results.append(_as_type(extra, type) if type.shape != (0,) else filled(0, type))
+    if target is aten._native_batch_norm_legit_functional.default:
+        results += _running_statistics(v, m, axes, mean, variance, float(momentum)) if training else [mean, variance]
     return tuple(results + [None] * (len(call.types) - len(results)))
+
+
+def _running_statistics(v: Node, m: Node, axes: Sequence[int], mean: Node, variance: Node, momentum: float) -> list[Node]:
+    """The running mean and (unbiased) variance after one batch."""
+    n = count(v.shape, axes)
+    squares = _sum(ops.square(ops.sub(v, m)), axes, False)
+    unbiased = ops.div(squares, operand(dim(n - 1), v.dtype))
+    found = []
+    for old, new in ((mean, view(m, mean.shape)), (variance, unbiased)):
+        mixed = ops.add(ops.mul(cast(old, v.dtype), 1 - momentum), ops.mul(new, momentum))
+        found.append(cast(mixed, old.dtype))
+    return found
+
+
+def _grouped_norm(
+    x: Node, w: Node | None, b: Node | None, n: Dim, inside: Dim, groups: int, eps: float
+) -> tuple[Node, Node, Node]:
+    """Group normalisation of x [n, channels, space…] with `inside` elements per item; mean and rstd [n, groups, 1]."""
+    dtype = "float32" if x.dtype in HALF else x.dtype
+    width = inside // groups if isinstance(inside, int) else dim(inside / groups)
+    grouped = view(cast(x, dtype), (n, groups, width))
+    mean, rstd = _moments(grouped, (2,), eps)
+    y = view(ops.mul(ops.sub(grouped, mean), rstd), x.shape)
+    for gain, op in ((w, ops.mul), (b, ops.add)):
+        if gain is not None:
+            y = op(y, _channelwise(gain, x.rank, dtype))
+    return cast(y, x.dtype), mean, rstd
 
 
 @lowering(aten.native_group_norm.default)
 def _native_group_norm(
-    call: Call, x: Node, w: Any, b: Any, n: Dim, channels: Dim, inner_size: Dim, groups: int, eps: float
+    call: Call, x: Node, w: Any, b: Any, n: Dim, channels: Dim, inner: Dim, groups: int, eps: float
 ) -> Any:
-    dtype = "float32" if x.dtype in HALF else x.dtype
-    grouped = view(cast(x, dtype), (n, groups, dim(channels * inner_size // groups)))
-    mean, rstd = _moments(grouped, (2,), eps)
-    y = view(ops.mul(ops.sub(grouped, mean), rstd), x.shape)
-    for gain, op in ((w, ops.mul), (b, ops.add)):
-        if gain is not None:
-            y = op(y, _channelwise(gain, x.rank, dtype))
-    return cast(y, call.dtype), _as_type(mean, call.types[1]), _as_type(rstd, call.types[2])
+    y, mean, rstd = _grouped_norm(x, w, b, n, dim(channels * inner), groups, eps)
+    return y, _as_type(mean, call.types[1]), _as_type(rstd, call.types[2])
 
 
 @lowering(aten.group_norm.default)
 def _group_norm(call: Call, x: Node, groups: int, w: Any = None, b: Any = None, eps: float = 1e-5, *_: Any) -> Node:
-    dtype = "float32" if x.dtype in HALF else x.dtype
-    n, channels, *space = x.shape
-    inner = dim(count(x.shape, range(1, x.rank)) / groups) if not isinstance(n, int) else count(x.shape, range(1, x.rank)) // groups
-    grouped = view(cast(x, dtype), (n, groups, inner))
-    mean, rstd = _moments(grouped, (2,), eps)
-    y = view(ops.mul(ops.sub(grouped, mean), rstd), x.shape)
-    for gain, op in ((w, ops.mul), (b, ops.add)):
-        if gain is not None:
-            y = op(y, _channelwise(gain, x.rank, dtype))
-    del channels, space
-    return cast(y, call.dtype)
+    return _grouped_norm(x, w, b, x.shape[0], count(x.shape, range(1, x.rank)), groups, eps)[0]
 
 
 @lowering(aten.glu.default)
@@ -597,6 +600,3 @@ def _glu(call: Call, x: Node, axis: int = -1) -> Node:
     half = call.shape[along]
     a, b = cut(x, along, 0, half), cut(x, along, half, x.shape[along])
     return wide(lambda u, v: ops.mul(u, ops.sigmoid(v)), call.dtype, a, b)
-
-
-__all__ = ["move_axis", "p_norm", "permute"]

@@ -161,6 +161,8 @@ def axes_of(axes: Iterable[int] | int | None, rank: int) -> tuple[int, ...]:
     if isinstance(axes, int):
         axes = (axes,)
     axes = tuple(axes or ())
+    if rank == 0:
+        return ()
     return tuple(sorted({axis_of(a, rank) for a in axes})) if axes else tuple(range(rank))
 
 

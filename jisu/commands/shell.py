@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import typer
 
-from jisu.compiler.errors import JisuError
+from jisu.compiler.errors import CompileError, JisuError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -217,19 +217,27 @@ def _own_output() -> Iterator[TextIO]:
 
 @contextlib.contextmanager
 def _temporary_folder() -> Iterator[None]:
-    """A folder for all temporary files, of libraries and child processes too, that goes however the command ends."""
+    """A folder for all temporary files, of libraries and child processes too, that goes however the command ends.
+
+    Only after a CompileError it stays: its message names the IR that lies there.
+    """
     before, environment = tempfile.tempdir, os.environ.get("TMPDIR")
     folder = tempfile.mkdtemp(prefix="jisu-")
     tempfile.tempdir = os.environ["TMPDIR"] = folder
+    keep = False
     try:
         yield
+    except CompileError:
+        keep = True
+        raise
     finally:
         tempfile.tempdir = before
         if environment is None:
             del os.environ["TMPDIR"]
         else:
             os.environ["TMPDIR"] = environment
-        shutil.rmtree(folder, ignore_errors=True)
+        if not keep:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -27,6 +27,8 @@ class Options:
     recipe: str | None = None
     threads: int | None = None
     cache_dir: str | None = None
+    check: str = "verify"
+    dump: str | None = None
 
 
 @attrs.frozen
@@ -56,7 +58,9 @@ def recognise(path: str) -> Kind:
                 return "artifact"
         hint = "; give the checkpoint's folder" if place.suffix in (".safetensors", ".json", ".bin") else ""
         raise InputError(f"{path!r} is a file, but no saved program of jisu{hint}")
-    hint = "; nothing is ever downloaded, so give a local folder" if path.count("/") == 1 and path[0] not in "./~" else ""
+    hint = (
+        "; nothing is ever downloaded, so give a local folder" if path.count("/") == 1 and path[0] not in "./~" else ""
+    )
     raise InputError(f"{path!r}: there is no such file or folder{hint}")
 
 
@@ -71,6 +75,8 @@ def compile_checkpoint(shell: Shell, path: str, options: Options) -> Opened:
             target=options.target or "cpu",
             recipe=options.recipe,
             num_threads=options.threads,
+            check=options.check,
+            dump=options.dump,
             cache_dir=options.cache_dir,
             progress=tell,
         )
@@ -95,3 +101,12 @@ def open_program(shell: Shell, path: str, options: Options) -> Opened:
     if recognise(path) == "artifact":
         return load_artifact(path, options)
     return compile_checkpoint(shell, path, options)
+
+
+def recipe_name(program: Program, given: str | None = None) -> str:
+    """What to call a program's recipe: what the user gave, the preset that it equals, or "custom"."""
+    from jisu.compiler.recipe import PRESETS
+
+    if given is not None:
+        return given
+    return next((name for name, preset in PRESETS.items() if preset.to_toml() == program.recipe), "custom")

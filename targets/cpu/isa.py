@@ -150,12 +150,22 @@ class Micro:
     bodies: tuple[str, ...]
 
     def call(self, *args: Any) -> None:
-        """Emit the call into the TIR under construction: data pointers and int64 values.
+        """Emit the call into the TIR under construction: data pointers first, then integers.
 
         Every integer must be 64 bits wide: LLVM doesn't inline a call whose types differ from the definition's, and
-        the function exists nowhere else.
+        the function exists nowhere else. TVM narrows bounded index expressions to 32 bits, but not what is stored.
         """
-        T.evaluate(T.call_extern("void", self.symbol, *(T.int64(a) if isinstance(a, int) else a for a in args)))
+        pointers = [a for a in args if _is_pointer(a)]
+        scalars = [a for a in args if not _is_pointer(a)]
+        local = T.alloc_buffer((max(len(scalars), 1),), "int64", scope="local")
+        for n, value in enumerate(scalars):
+            T.buffer_store(local, T.int64(value) if isinstance(value, int) else T.cast(value, "int64"), [n])
+        stored = [local[n] for n in range(len(scalars))]
+        T.evaluate(T.call_extern("void", self.symbol, *pointers, *stored))
+
+
+def _is_pointer(value: Any) -> bool:
+    return not isinstance(value, int) and "handle" in str(value.ty)
 
 
 def link_text(micros: Sequence[Micro]) -> str:

@@ -32,6 +32,9 @@ BODIES: Mapping[Op, Body] = {
 """Ops with loops of their own; all others are computed element by element."""
 
 
+STORED = frozenset({*contract.BODIES, *nn.BODIES, index.packed_take})
+"""Ops that read their operands in memory: nothing is pulled into their kernels."""
+
 MULTIPLE = frozenset({ops.sort})
 """Ops with several results."""
 

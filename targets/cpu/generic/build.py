@@ -34,6 +34,8 @@ def literal(value: Any, dtype: str) -> Expr:
         return tirx.IntImm(dtype, int(value))
     bits, storage = FLOAT_BITS[dtype]
     raw = np.asarray(value).astype(storage).view(f"uint{bits}").item()
+    if raw == 0 and dtype != "bfloat16":  # TVM takes a reinterpreted 0 for a null pointer
+        return tirx.call_llvm_pure_intrin(dtype, "llvm.fabs", tirx.FloatImm(dtype, 0.0))
     if bits == 64 and raw >= 1 << 63:
         return tirx.reinterpret(dtype, tirx.IntImm("int64", raw - (1 << 64)))
     return tirx.reinterpret(dtype, tirx.IntImm(f"uint{bits}", raw))

@@ -1,1 +1,351 @@
-BODIES = {}
+"""Norms, rotary embedding, attention, experts and the KV cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+from tvm import tirx
+
+from jisu.compiler import ops
+from jisu.compiler.graph import Node, Op
+from jisu.compiler.types import Dim, product
+from jisu.targets.cpu.generic.build import Builder, Expr, Flat, i64, literal
+from jisu.targets.cpu.generic.contract import load
+from jisu.targets.cpu.generic.element import Pull, aligned
+from jisu.targets.cpu.generic.reduce import line
+from jisu.targets.cpu.generic.scalar import (
+    ACTIVATE,
+    compute_dtype,
+    dtype_of,
+    exp,
+    intrinsic,
+    maximum,
+    narrow,
+    round_to,
+    tanh,
+)
+
+
+def _norm(b: Builder, pull: Pull, node: Node, targets: Sequence[Flat]) -> None:
+    x, gain, *more = node.operands
+    assert x is not None
+    bias = more[0] if more else None
+    rms = node.op is ops.rms_norm
+    dtype = compute_dtype(x.dtype)
+    size = b.dim(x.shape[-1])
+
+    def row(outer: list[Expr]) -> None:
+        def value(i: Expr) -> Expr:
+            return pull.fresh().wide(x, [*outer, i])
+
+        count = b.let(tirx.Cast(dtype, size), "count")
+        centre = None if rms else b.let(line(b, size, "sum", dtype, value) / count, "mean")
+
+        def centred(i: Expr) -> Expr:
+            return value(i) if centre is None else b.let(value(i) - centre)
+
+        squares = line(b, size, "sum", dtype, lambda i: (lambda v: v * v)(centred(i)))
+        scale = b.let(intrinsic("sqrt", squares / count + literal(node.eps, dtype)), "scale")
+        with b.loop(size) as i:
+            normed = centred(i) / scale
+            if gain is not None:
+                weight = pull.fresh().wide(gain, [i])
+                if rms:
+                    weight = weight + literal(node.offset, dtype) if node.offset else weight
+                    normed = round_to(b, b.let(normed), x.dtype) if node.round_first else normed
+                normed = normed * weight
+            if bias is not None:
+                normed = normed + pull.fresh().wide(bias, [i])
+            b.store(targets[0], [*outer, i], narrow(b, normed, x.dtype))
+
+    b.spread(x.shape[:-1], x.tensor.size * 4, row)
+
+
+def _rotary(b: Builder, pull: Pull, node: Node, targets: Sequence[Flat]) -> None:
+    x, cos, sin = node.parents
+    (target,) = targets
+    width, total = cos.shape[2], x.shape[3]
+    assert isinstance(width, int) and isinstance(total, int)
+    half = width // 2
+
+    def row(outer: list[Expr]) -> None:
+        here = aligned([outer[0], outer[1], i64(0)], cos.shape, (*x.shape[:2], width))
+
+        def angle(table: Node, i: Expr) -> Expr:
+            return pull.fresh().wide(table, [*here[:2], i])
+
+        def turned(i: Expr, own: Expr, turn: Expr) -> Expr:
+            first = round_to(b, b.let(own * angle(cos, i)), x.dtype)
+            second = round_to(b, b.let(turn * angle(sin, i)), x.dtype)
+            return narrow(b, first + second, x.dtype)
+
+        with b.loop(half) as k:
+            low, high = (k * i64(2), k * i64(2) + i64(1)) if node.interleaved else (k, k + i64(half))
+            p, q = pull.fresh().wide(x, [*outer, low]), pull.fresh().wide(x, [*outer, high])
+            a, c = b.let(turned(low, p, -q)), b.let(turned(high, q, p))
+            b.store(target, [*outer, low], a)
+            b.store(target, [*outer, high], c)
+        with b.loop(total - width) as k:
+            at = [*outer, k + i64(width)]
+            b.store(target, at, pull.fresh()(x, at))
+
+    b.spread(x.shape[:3], x.tensor.size * 4, row)
+
+
+def attend(
+    b: Builder,
+    *,
+    dtype: str,
+    storage: str,
+    low: Expr,
+    high: Expr,
+    query: Callable[[Expr], Expr],
+    key: Callable[[Expr], Callable[[Expr], Expr]],
+    value: Callable[[Expr], Callable[[Expr], Expr]],
+    width: Expr,
+    out: Expr,
+    scale: float,
+    softcap: float,
+    adjust: Callable[[Expr, Expr], Expr],
+    sink: Expr | None,
+    empty_nan: bool,
+    put: Callable[[Expr, Expr], None],
+) -> None:
+    """One row of attention over the keys low … high - 1.
+
+    key(j) and value(j) are rows, as functions of the element; adjust(j, score) adds a bias or hides the key with -inf.
+    """
+    vector = dtype == "float32"
+    least = literal(-np.inf, dtype)
+    zero = literal(0, dtype)
+    count = b.let(tirx.max(high - low, i64(0)), "count")
+    scores = b.scratch(tirx.max(count, i64(1)), dtype, local=False)
+    with b.loop(count) as t:
+        j = b.let(low + t, "j")
+        total = line_product(b, width, dtype, query, key(j), vector)
+        score = b.let(total * literal(scale, dtype), "score")
+        if softcap:
+            cap = literal(softcap, dtype)
+            score = b.let(cap * tanh(b, b.let(score / cap)), "score")
+        b.store(scores, t, adjust(j, score))
+    peak = line(b, count, "max", dtype, lambda t: scores[t], vector)
+    if sink is not None:
+        peak = b.let(maximum(peak, sink), "peak")
+    if not empty_nan:
+        peak = b.let(tirx.Select(tirx.EQ(peak, least), zero, peak), "peak")
+    with b.loop(count) as t:
+        b.store(scores, t, exp(b, b.let(scores[t] - peak)))
+    total = line(b, count, "sum", dtype, lambda t: scores[t], vector)
+    if sink is not None:
+        total = b.let(total + exp(b, b.let(sink - peak)), "total")
+    sums = b.scratch(tirx.max(out, i64(1)), dtype, local=False)
+    with b.loop(out) as e:
+        b.store(sums, e, zero)
+    with b.loop(count) as t:
+        p = scores[t] / total
+        p = b.let(p if empty_nan else tirx.Select(tirx.EQ(total, zero), zero, p), "p")
+        element = value(b.let(low + t, "j"))
+        with b.loop(out) as e:
+            b.store(sums, e, sums[e] + p * element(e))
+    with b.loop(out) as e:
+        put(e, narrow(b, sums[e], storage))
+
+
+def row_of(b: Builder, flat: Flat, position: Expr) -> Callable[[Expr], Expr]:
+    """The row that starts at a position, as a function of the element."""
+    base = b.let(position, "base")
+    return lambda d: load(b, flat, base + d)
+
+
+def line_product(
+    b: Builder, size: Expr, dtype: str, left: Callable[[Expr], Expr], right: Callable[[Expr], Expr], vector: bool
+) -> Expr:
+    """The sum over d of left(d) * right(d)."""
+    return line(b, size, "sum", dtype, lambda d: left(d) * right(d), vector)
+
+
+def _attention(b: Builder, pull: Pull, node: Node, targets: Sequence[Flat]) -> None:
+    q, k, v, bias, sinks = node.operands
+    assert q is not None and k is not None and v is not None
+    dtype = compute_dtype(q.dtype)
+    batch, s, h, width = q.shape
+    t, groups = k.shape[1], k.shape[2]
+    assert isinstance(h, int) and isinstance(groups, int)
+    full: tuple[Dim, ...] = (batch, h, s, t)
+    keys, values, queries = pull.leaves[k], pull.leaves[v], pull.leaves[q]
+
+    def row(outer: list[Expr]) -> None:
+        image, i, head = outer
+        group = b.let(tirx.floordiv(head, i64(h // groups)), "group")
+        high = b.dim(t)
+        low: Expr = i64(0)
+        if node.causal:
+            high = b.let(tirx.min(b.dim(t) - b.dim(s) + i + i64(1), b.dim(t)), "high")
+            low = b.let(tirx.max(high - i64(node.window), i64(0)), "low") if node.window else low
+        q_base = b.let(queries.offset([image, i, head, i64(0)]), "q")
+
+        def adjust(j: Expr, score: Expr) -> Expr:
+            if bias is None:
+                return score
+            found = pull.fresh()(bias, aligned([image, head, i, j], bias.shape, full))
+            if dtype_of(found) == "bool":
+                return tirx.Select(found, score, literal(-np.inf, dtype))
+            return score + pull.fresh().wide(bias, aligned([image, head, i, j], bias.shape, full))
+
+        attend(
+            b, dtype=dtype, storage=q.dtype, low=low, high=high,
+            query=lambda d: load(b, queries, q_base + d),
+            key=lambda j: row_of(b, keys, keys.offset([image, j, group, i64(0)])),
+            value=lambda j: row_of(b, values, values.offset([image, j, group, i64(0)])),
+            width=b.dim(width), out=b.dim(v.shape[3]), scale=node.scale, softcap=node.softcap, adjust=adjust,
+            sink=None if sinks is None else pull.fresh().wide(sinks, [head]),
+            empty_nan=bias is not None and bias.dtype != "bool",
+            put=lambda e, value: b.store(targets[0], [*outer, e], value),
+        )  # fmt: skip
+
+    b.spread((batch, s, h), product((batch, s, h, t, width)) * 2, row)
+
+
+class _Cache:
+    """Where slots of sequences live in a cache: rows of it, or pages behind a table."""
+
+    def __init__(self, b: Builder, cache: Flat, table: Flat | None) -> None:
+        self.b, self.cache, self.table = b, cache, table
+        self.page = cache.shape[2]
+        self.capacity = self.page if table is None else b.let(table.shape[1] * self.page, "capacity")
+
+    def base(self, sequence: Expr, group: Expr, slot: Expr) -> Expr:
+        """The position of the first element of a slot's row."""
+        b = self.b
+        place = b.let(tirx.floormod(slot, tirx.max(self.capacity, i64(1))), "place")
+        if self.table is None:
+            return b.let(self.cache.offset([sequence, group, place, i64(0)]), "base")
+        page = b.let(tirx.Cast("int64", self.table[[sequence, tirx.floordiv(place, self.page)]]), "page")
+        return b.let(self.cache.offset([page, group, tirx.floormod(place, self.page), i64(0)]), "base")
+
+    def check(self) -> None:
+        """Fail where the table names a page that isn't there."""
+        if self.table is not None:
+            bad = self.b.scratch(1, "int64")
+            self.b.store(bad, i64(0), i64(0))
+            with self.b.loops(self.table.shape) as where:
+                page = tirx.Cast("int64", self.table[list(where)])
+                outside = tirx.any(page < i64(0), page >= self.cache.shape[0])
+                self.b.store(bad, i64(0), bad[i64(0)] | tirx.Cast("int64", outside))
+            self.b.require(tirx.EQ(bad[i64(0)], i64(0)), "IndexError", "index out of range: the page table names no page of the cache")
+
+
+def _attention_cached(b: Builder, pull: Pull, node: Node, targets: Sequence[Flat]) -> None:
+    q, k, v, length, start, table, sinks = node.operands
+    assert q is not None and k is not None and v is not None and length is not None and start is not None
+    dtype = compute_dtype(q.dtype)
+    batch, c, h, width = q.shape
+    groups = k.shape[1]
+    assert isinstance(h, int) and isinstance(groups, int)
+    queries = pull.leaves[q]
+    pages = None if table is None else pull.leaves[table]
+    keys, values = _Cache(b, pull.leaves[k], pages), _Cache(b, pull.leaves[v], pages)
+    keys.check()
+    first = pull(length, [i64(0)])
+    b.require(first >= i64(0), "ValueError", "the cache's length is negative")
+    oldest = b.let(tirx.max(first + b.dim(c) - keys.capacity, i64(0)), "oldest")
+
+    def row(outer: list[Expr]) -> None:
+        image, i, head = outer
+        group = b.let(tirx.floordiv(head, i64(h // groups)), "group")
+        here = pull.fresh()
+        high = b.let(first + i + i64(1), "high")
+        low = b.let(tirx.max(oldest, here(start, [image])), "low")
+        if node.window:
+            low = b.let(tirx.max(low, high - i64(node.window)), "low")
+        q_base = b.let(queries.offset([image, i, head, i64(0)]), "q")
+        attend(
+            b, dtype=dtype, storage=q.dtype, low=low, high=high,
+            query=lambda d: load(b, queries, q_base + d),
+            key=lambda j: row_of(b, keys.cache, keys.base(image, group, j)),
+            value=lambda j: row_of(b, values.cache, values.base(image, group, j)),
+            width=b.dim(width), out=b.dim(v.shape[3]), scale=node.scale, softcap=node.softcap,
+            adjust=lambda j, score: score,
+            sink=None if sinks is None else pull.fresh().wide(sinks, [head]),
+            empty_nan=False,
+            put=lambda e, value: b.store(targets[0], [*outer, e], value),
+        )  # fmt: skip
+
+    b.spread((batch, c, h), product((batch, c, h, width)) * 256, row)
+
+
+def _cache_append(b: Builder, pull: Pull, node: Node, targets: Sequence[Flat]) -> None:
+    cache, new, length, table = node.operands
+    assert cache is not None and new is not None and length is not None
+    place = _Cache(b, pull.leaves[cache], None if table is None else pull.leaves[table])
+    place.check()
+    first = pull(length, [i64(0)])
+    batch, c, groups, width = new.shape
+    b.require(first >= i64(0), "ValueError", "the cache's length is negative")
+    if not node.ring:
+        b.require(first + b.dim(c) <= place.capacity, "ValueError", "the new slots are beyond the cache's capacity")
+
+    def row(outer: list[Expr]) -> None:
+        image, group = outer
+        with b.loop(b.dim(c)) as i:
+            base = place.base(image, group, b.let(first + i))
+            with b.loop(b.dim(width)) as d:
+                b.store(place.cache, base + d, pull.fresh()(new, [image, i, group, d]))
+
+    # With a table two sequences may share a page; the order of writes is then that of one core.
+    b.spread((batch, groups), new.tensor.size, row, parallel=table is None)
+
+
+def _experts(b: Builder, pull: Pull, node: Node, targets: Sequence[Flat]) -> None:
+    x, index, scores, gate_up, down = node.parents
+    dtype = compute_dtype(x.dtype)
+    tokens, h = x.shape
+    count, double, _ = gate_up.shape
+    inner = down.shape[2]
+    hidden, width = b.dim(h), b.dim(inner)
+    first, second, rows = pull.leaves[gate_up], pull.leaves[down], pull.leaves[x]
+    vector = dtype == "float32"
+
+    def token(outer: list[Expr]) -> None:
+        (t,) = outer
+        result = b.scratch(tirx.max(hidden, i64(1)), dtype, local=False)
+        mixed = b.scratch(tirx.max(width, i64(1)), dtype, local=False)
+        with b.loop(hidden) as i:
+            b.store(result, i, literal(0, dtype))
+        with b.loop(b.dim(index.shape[1])) as j:
+            here = pull.fresh()
+            e = b.let(tirx.Cast("int64", here(index, [t, j])), "e")
+            with b.when(tirx.all(e >= i64(0), e < b.dim(count))):
+                weight = here.fresh().wide(scores, [t, j])
+                with b.loop(width) as i:
+                    halves = [
+                        b.let(round_to(b, line_product(
+                            b, hidden, dtype, lambda d: load(b, rows, t * hidden + d),
+                            lambda d, row=row: load(b, first, (e * b.dim(double) + row) * hidden + d), vector,
+                        ), x.dtype))
+                        for row in (i, i + width)
+                    ]  # fmt: skip
+                    active = b.let(round_to(b, ACTIVATE[node.activation](b, halves[0]), x.dtype))
+                    b.store(mixed, i, round_to(b, b.let(active * halves[1]), x.dtype))
+                with b.loop(hidden) as i:
+                    out = line_product(
+                        b, width, dtype, lambda d: mixed[d], lambda d, i=i: load(b, second, (e * hidden + i) * width + d), vector
+                    )
+                    out = b.let(round_to(b, out, x.dtype))
+                    b.store(result, i, result[i] + round_to(b, b.let(out * weight), x.dtype))
+        with b.loop(hidden) as i:
+            b.store(targets[0], [t, i], narrow(b, result[i], x.dtype))
+
+    b.spread((tokens,), product((tokens, index.shape[1], double, h)) * 2, token)
+
+
+BODIES: Mapping[Op, Callable[[Builder, Pull, Node, Sequence[Flat]], None]] = {
+    ops.rms_norm: _norm,
+    ops.layer_norm: _norm,
+    ops.rotary: _rotary,
+    ops.attention: _attention,
+    ops.attention_cached: _attention_cached,
+    ops.cache_append: _cache_append,
+    ops.experts: _experts,
+}

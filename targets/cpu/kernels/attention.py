@@ -144,7 +144,7 @@ def cache_append(kv_heads: int, dim: int, dtype: str, target: Target, *, layout:
     per_task = max(1, 16384 // (kv_heads * dim))
 
     def body(buffers: Mapping[str, Any], dims: Mapping[str, Any]) -> None:
-        length, count = buffers["length"][T.int64(0)], dims["s"]
+        length, count = T.bind(buffers["length"][T.int64(0)]), dims["s"]
         _assert_fits(layout, page, buffers, dims, length, None)
         blocks = T.ceildiv(count, T.int64(per_task))
 
@@ -243,16 +243,18 @@ def _build(name: str, spec: _Spec, args: Sequence[Arg], target: Target, bias_dty
                 for dim, full in (("bias_b", batch), ("bias_h", T.int64(spec.heads))):
                     _check(T.Or(dims[dim] == 1, dims[dim] == full), "the attention bias doesn't broadcast over batch or heads")
         else:
-            length = buffers["length"][T.int64(0)]
+            length = T.bind(buffers["length"][T.int64(0)])
             _assert_fits(spec.layout, spec.page, buffers, dims, length, spec.window)
             total = length + count
         seen = total if spec.window is None else T.min(total, T.int64(spec.window))
-        parts = T.Select(count * spec.group <= _FEW, T.max(T.min(T.ceildiv(seen, T.int64(_SPLIT)), T.int64(_PARTS)), T.int64(1)),
-                         T.int64(1))  # fmt: skip
+        few = count * spec.group <= _FEW
+        wanted = T.max(T.min(T.ceildiv(seen, T.int64(_SPLIT)), T.int64(_PARTS)), T.int64(1))
+        parts = T.Select(few, wanted, T.int64(1))
         blocks = T.ceildiv(count, T.int64(per_task))
         tasks = batch * spec.kv_heads * blocks
-        # Every part's running maximum, sum and weighted values, per row.
-        states = T.alloc_buffer((tasks * parts * (rows * state),), "float32")
+        # Every part's running maximum, sum and weighted values, per row. TVM hoists allocations above the reading of
+        # `length`, so the size depends on dimensions only.
+        states = T.alloc_buffer((tasks * T.Select(few, T.int64(_PARTS), T.int64(1)) * (rows * state),), "float32")
         data = [buffers[o].data for o in operands]
         extra = [dims.get(d, T.int64(0)) for d in ("cap", "pages", "bias_b", "bias_h")]
 

@@ -1,0 +1,250 @@
+"""The command line: commands and their options. What they do is in `jisu.commands`, imported when it is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Literal, cast
+
+import typer
+
+from jisu import __version__
+from jisu.commands.shell import report_error, session
+from jisu.commands.source import Options
+
+app = typer.Typer(
+    name="jisu",
+    help="Compile PyTorch language models for fast inference.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+recipe_app = typer.Typer(no_args_is_help=True, help="Show or check recipes.")
+app.add_typer(recipe_app, name="recipe")
+
+# Typer's own base class of wrong usage; it has no public name in all versions that we accept.
+_UsageError = cast("type[Exception]", typer.BadParameter.__mro__[1])
+
+Json = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object on standard output.", rich_help_panel="Output")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar, no notes.", rich_help_panel="Output")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", rich_help_panel="Output")]
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A local checkpoint folder (config.json and safetensors).")]
+Either = Annotated[str, typer.Argument(metavar="DIR|MODEL", help="A saved program, or a local checkpoint folder.")]
+Target = Annotated[str | None, typer.Option(help="The machine to compile for; default: cpu, this machine.")]
+Recipe = Annotated[str | None, typer.Option(help="A preset's name or a TOML file; see `jisu recipe show`.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads of the kernels; default: all cores.")]
+CacheDir = Annotated[
+    str | None,
+    typer.Option(help="Where compiled kernels are kept; default: $JISU_CACHE_DIR or ~/.cache/jisu."),
+]
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run the command line and return its exit code."""
+    try:
+        return int(app(list(arguments), prog_name="jisu", standalone_mode=False) or 0)
+    except _UsageError as error:
+        message = str(getattr(error, "format_message", error.__str__)())
+        if "--json" in arguments:
+            report_error("UsageError", message, as_json=True)
+        else:
+            getattr(error, "show")()  # noqa: B009
+        return 2
+    except typer.Exit as end:
+        return end.exit_code
+    except typer.Abort:
+        return 130
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"jisu {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Compile PyTorch language models for fast inference."""
+
+
+@app.command("compile")
+def compile_command(
+    model: Model,
+    out: Annotated[str, typer.Option("--out", "-o", metavar="DIR", help="A folder, or a file such as llama.jisu.")],
+    target: Target = None,
+    recipe: Recipe = None,
+    threads: Threads = None,
+    check: Annotated[
+        Literal["verify", "numeric", "none"],
+        typer.Option(help="After each pass: verify the IR, also compare its meaning (slow), or neither."),
+    ] = "verify",
+    dump: Annotated[str | None, typer.Option(metavar="DIR", help="Write the IR after each pass.")] = None,
+    cache_dir: CacheDir = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Compile a checkpoint and save the program."""
+    with session(as_json=as_json, quiet=quiet, debug=debug) as shell:
+        from jisu.commands import compile as command
+
+        command.run(shell, model, out, Options(target, recipe, threads, cache_dir, check, dump))
+
+
+@app.command()
+def generate(
+    path: Either,
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="The text to continue.")] = None,
+    prompt_file: Annotated[str | None, typer.Option(metavar="FILE", help="A file with the text.")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Apply the model's chat template.")] = False,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="The most tokens to write.")] = None,
+    sample: Annotated[
+        bool | None,
+        typer.Option("--sample/--greedy", help="Draw tokens, or take the likeliest; default: as the model says."),
+    ] = None,
+    temperature: Annotated[float | None, typer.Option(help="Below 1: less daring. Implies --sample.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Draw from the k likeliest. Implies --sample.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Draw from this much probability. Implies --sample.")] = None,
+    min_p: Annotated[
+        float | None, typer.Option(help="Drop tokens less likely than this share of the likeliest. Implies --sample.")
+    ] = None,
+    repetition_penalty: Annotated[float | None, typer.Option(help="Above 1: fewer repetitions.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Makes sampling repeatable.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be given several times.")] = None,
+    target: Target = None,
+    recipe: Recipe = None,
+    threads: Threads = None,
+    cache_dir: CacheDir = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Continue a text; the prompt may also come on standard input."""
+    wanted = {
+        "max_new_tokens": max_new_tokens,
+        "do_sample": sample,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "seed": seed,
+        "stop_strings": tuple(stop) if stop else None,
+    }
+    with session(as_json=as_json, quiet=quiet, debug=debug) as shell:
+        from jisu.commands import generate as command
+
+        command.run(shell, path, Options(target, recipe, threads, cache_dir), prompt, prompt_file, chat, wanted)
+
+
+@app.command()
+def bench(
+    path: Either,
+    target: Target = None,
+    recipe: Recipe = None,
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens to read.")] = 128,
+    gen: Annotated[int, typer.Option(min=1, help="Tokens to write.")] = 64,
+    threads: Threads = None,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 1,
+    repeat: Annotated[int, typer.Option(min=1, help="Repetitions, of which the median is told.")] = 5,
+    cache_dir: CacheDir = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Measure prefill and decode speed."""
+    with session(as_json=as_json, quiet=quiet, debug=debug) as shell:
+        from jisu.commands import bench as command
+
+        command.run(shell, path, Options(target, recipe, threads, cache_dir), command.Load(prompt, gen, batch, repeat))
+
+
+@app.command()
+def explain(
+    path: Either,
+    target: Target = None,
+    recipe: Recipe = None,
+    threads: Threads = None,
+    cache_dir: CacheDir = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Tell what each pass did, what layers cost, and which kernels run."""
+    with session(as_json=as_json, quiet=quiet, debug=debug) as shell:
+        from jisu.commands import explain as command
+
+        command.run(shell, path, Options(target, recipe, threads, cache_dir))
+
+
+@app.command()
+def doctor(as_json: Json = False, quiet: Quiet = False, debug: Debug = False) -> None:
+    """Check this machine and installation; exit code 1 if something stops compiling."""
+    with session(as_json=as_json, quiet=quiet, debug=debug) as shell:
+        from jisu.commands import doctor as command
+
+        command.run(shell)
+
+
+@app.command()
+def demo(threads: Threads = None, as_json: Json = False, quiet: Quiet = False, debug: Debug = False) -> None:
+    """Compile the bundled model, let it write, and measure it against PyTorch eager."""
+    with session(as_json=as_json, quiet=quiet, debug=debug) as shell:
+        from jisu.commands import demo as command
+
+        command.run(shell, threads)
+
+
+@app.command()
+def bisect(
+    model: Model,
+    prompt: Annotated[
+        str, typer.Option("--prompt", "-p", help="Text to compare on (token ids if there's no tokenizer).")
+    ],
+    target: Target = None,
+    recipe: Recipe = None,
+    threads: Threads = None,
+    cache_dir: CacheDir = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Find the first pass that changes what a model means."""
+    with session(as_json=as_json, quiet=quiet, debug=debug) as shell:
+        from jisu.commands import bisect as command
+
+        command.run(shell, model, prompt, Options(target, recipe, threads, cache_dir))
+
+
+@recipe_app.command("show")
+def recipe_show(
+    name: Annotated[str | None, typer.Argument(metavar="NAME|FILE", help="A preset or a TOML file.")] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Print a recipe with every key (default: the default recipe)."""
+    with session(as_json=as_json, quiet=quiet, debug=debug) as shell:
+        from jisu.commands import recipe as command
+
+        command.show(shell, name)
+
+
+@recipe_app.command("check")
+def recipe_check(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="A TOML file.")],
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Check a recipe file."""
+    with session(as_json=as_json, quiet=quiet, debug=debug) as shell:
+        from jisu.commands import recipe as command
+
+        command.check(shell, file)

@@ -1,0 +1,106 @@
+"""`jisu explain`: what each pass did, what the layers cost, which kernels there are, and why there is no cache."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from jisu.commands import units
+from jisu.commands.shell import Shell, table
+from jisu.commands.source import Options, open_program
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from jisu.runtime.program import Program
+
+_TOKENS, _SLOTS, _REPEAT = 128, 256, 5  # the sizes at which the report states costs
+
+
+def run(shell: Shell, path: str, options: Options) -> None:
+    """Explain the program at `path`, with the measured time of the step where it is a decoder."""
+    program = open_program(shell, path, options).program
+    report = dict(program.explain())
+    passes = [dict(entry) for entry in report.get("passes", ())]
+    measured = _measure(program)
+    if measured is not None and passes:
+        passes[-1]["measured_s"] = measured["step_s"]
+    report |= {"passes": passes, "measured": measured, "target": program.target, "recipe": program.recipe}
+
+    def show(console: Console) -> None:
+        _show(console, path, report, program)
+
+    shell.finish(report, show)
+
+
+def _measure(program: Program) -> dict[str, Any] | None:
+    """Median seconds of reading _TOKENS tokens (what the passes' predicted_s is about) and of writing one more."""
+    info = program.decoder
+    if info is None or info.reason:
+        return None
+    tokens = min(_TOKENS, info.max_positions // 2)
+    session = program.session(min(_SLOTS, info.max_positions))
+    ids = np.random.default_rng(0).integers(0, info.vocabulary, (1, tokens))
+    step, decode = [], []
+    for _ in range(_REPEAT + 1):
+        session.reset()
+        begin = time.perf_counter()
+        session.append(ids)
+        middle = time.perf_counter()
+        session.append(ids[:, :1], last_only=True)
+        step.append(middle - begin)
+        decode.append(time.perf_counter() - middle)
+    return {"tokens": tokens, "step_s": statistics.median(step[1:]), "decode_s": statistics.median(decode[1:])}
+
+
+def _show(console: Console, path: str, report: Mapping[str, Any], program: Program) -> None:
+    console.print(f"{path}: for {program.target['name']}, {units.nbytes(program.weights_bytes)} of weights\n")
+    console.print(_passes(report["passes"]))
+    layers = [
+        [
+            e["layer"],
+            units.count(e["flops"]),
+            units.nbytes(e["bytes"]),
+            str(e["launches"]),
+            units.seconds(e["predicted_s"]),
+        ]
+        for e in report.get("layers", ())
+    ]
+    console.print(table("Layers", ("<layer", "flops", "bytes", "launches", "predicted"), layers))
+    kernels = [[k["name"], k["op"], str(k["count"])] for k in report.get("kernels", ())]
+    console.print(table("Kernels", ("<kernel", "<op", "calls"), kernels))
+    cache = report.get("cache")
+    if cache == "derived":
+        console.print("KV cache: derived")
+    elif cache is not None:
+        console.print(f"no KV cache: {cache}")
+    measured = report["measured"]
+    if measured is not None:
+        console.print(
+            f"measured: {units.seconds(measured['step_s'])} for {measured['tokens']} tokens at once, "
+            f"{units.seconds(measured['decode_s'])} for one after them ({program.num_threads} threads)"
+        )
+
+
+def _passes(passes: Sequence[Mapping[str, Any]]) -> Any:
+    columns = ("<pass", "<exact", "nodes", "launches", "flops", "weights", "peak", "predicted", "measured", "error")
+    rows = [
+        [
+            p["name"],
+            "yes" if p["exact"] else "no",
+            str(p["nodes"]),
+            str(p["launches"]),
+            units.count(p["flops"]),
+            units.nbytes(p["weight_bytes"]),
+            units.nbytes(p["peak_bytes"]),
+            units.seconds(p["predicted_s"]),
+            units.seconds(p["measured_s"]),
+            "-" if p["error"] is None else f"{p['error']:.2g}",
+        ]
+        for p in passes
+    ]
+    return table(f"Passes (costs at batch 1, {_TOKENS} tokens)", columns, rows)
