@@ -70,6 +70,7 @@ def compile(
     Raises TargetError, RecipeError, InputError (what was given doesn't fit together), UnsupportedError (all that can't be
     compiled, at once), VerifyError, CompileError.
     """
+    from jisu.targets.compile import cache_folder
     from jisu.targets.target import Target
 
     machine = Target.resolve(target)
@@ -78,10 +79,11 @@ def compile(
     tell = progress or (lambda stage, done: None)
     begin = time.perf_counter()
     tell("tracing", 0.0)
-    source = _capture(model, example_inputs, example_kwargs, dynamic_shapes)
+    kept = cache_folder(Path(cache_dir) if cache_dir is not None else None)
+    source = _capture(model, example_inputs, example_kwargs, dynamic_shapes, kept)
     times = {"trace_s": time.perf_counter() - begin}
     with _memory_errors():
-        return _build(source, machine, chosen, tuple(passes), num_threads, check, dump, stop_after, cache_dir, tell, times)
+        return _build(source, machine, chosen, tuple(passes), num_threads, check, dump, stop_after, kept, tell, times)
 
 
 def _check_options(num_threads: int | None, check: str, passes: Sequence[Pass]) -> None:
@@ -109,13 +111,13 @@ def _memory_errors() -> Iterator[None]:
 # --- Frontends -----------------------------------------------------------------------------------------------------
 
 
-def _capture(model: Any, example_inputs: Any, example_kwargs: Any, dynamic_shapes: Any) -> Source:
+def _capture(model: Any, example_inputs: Any, example_kwargs: Any, dynamic_shapes: Any, kept: Path) -> Source:
     if isinstance(model, (str, os.PathLike)):
-        from jisu.frontends.huggingface import load_checkpoint
+        from jisu.frontends.checkpoint import load_checkpoint
 
         if example_inputs is not None or dynamic_shapes is not None:
             raise InputError("a checkpoint folder is traced with dynamic batch and sequence; drop example_inputs and dynamic_shapes")
-        return _from_decoder(load_checkpoint(Path(model)))
+        return _from_decoder(load_checkpoint(Path(model), kept))
     if example_inputs is None and example_kwargs is None and _comes_from_transformers(model):
         from jisu.frontends.huggingface import is_decoder, trace_decoder
 
@@ -153,7 +155,7 @@ def _build(
     check: str,
     dump: Any,
     stop_after: str | None,
-    cache_dir: Any,
+    kept: Path,
     tell: Progress,
     times: dict[str, float],
 ) -> Program:
@@ -183,7 +185,7 @@ def _build(
     begin = time.perf_counter()
     tell("compiling kernels", 0.4)
     out = Path(tempfile.mkdtemp(prefix="jisu-"))
-    info = compile_graphs(finished, machine, out=out, cache_dir=Path(cache_dir) if cache_dir is not None else None)
+    info = compile_graphs(finished, machine, out=out, cache_dir=kept)
     times["kernels_s"] = time.perf_counter() - begin
     begin = time.perf_counter()
     weights = _materialise(finished, tell)

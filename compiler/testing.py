@@ -588,7 +588,7 @@ def _call(op: Op, types: Sequence[str | None], attributes: Mapping[str, Any]) ->
     return _Call(Node(op, tuple(operands), full, None), known)
 
 
-_LITERAL = (ops.cache_append, ops.attention_cached)  # a cache must have room for what its other operands say
+_LITERAL = (ops.cache_append, ops.attention_cached, ops.packed_experts)  # a cache must have room for what its other operands say
 
 
 @functools.cache

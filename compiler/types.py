@@ -5,6 +5,7 @@ A symbolic dimension is a positive integer symbol (`symbol("s0")`); its range be
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping
 
 import attrs
@@ -153,7 +154,13 @@ class TensorType:
         return TensorType(tuple(substitute(d, env) for d in self.shape), self.dtype)
 
     def __str__(self) -> str:
-        return f"{self.dtype}[{', '.join(str(d) for d in self.shape)}]"
+        return _shown(self)
+
+
+@functools.lru_cache(1 << 16)
+def _shown(t: TensorType) -> str:
+    """A type as text; cached, since printing symbolic dimensions is slow and messages name types all the time."""
+    return f"{t.dtype}[{', '.join(str(d) for d in t.shape)}]"
 
 
 @attrs.frozen
@@ -187,7 +194,8 @@ def broadcast(*shapes: tuple[Dim, ...]) -> tuple[Dim, ...]:
         for shape in shapes:
             if len(shape) < -axis or shape[axis] == 1:
                 continue
-            require(found == 1 or same_dim(found, shape[axis]), f"shapes {' and '.join(map(str, shapes))} don't broadcast")
+            if found != 1 and not same_dim(found, shape[axis]):
+                raise TypeRuleError(f"shapes {' and '.join(map(str, shapes))} don't broadcast")
             found = shape[axis]
         result.append(found)
     return tuple(result)

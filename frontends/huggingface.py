@@ -9,7 +9,6 @@ weights never materialise in torch: they stay references into the memory-mapped 
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,46 +24,17 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from jisu.compiler import ops
 from jisu.compiler.errors import InputError, UnsupportedError
-from jisu.compiler.graph import Graph, Node, Storage
-from jisu.compiler.storage import open_checkpoint
+from jisu.compiler.graph import ArrayStorage, Node, Storage
 from jisu.frontends.aten import LOWERINGS, Call
+from jisu.frontends.checkpoint import Decoder, travelling_files
 from jisu.frontends.torch_export import capture
 
 NAME = "jisu"  # under which our functions stand in transformers' registries
-TRAVELLING = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "generation_config.json",
-    "chat_template.jinja",
-    "config.json",
-)
-"""Files of a checkpoint that travel along with a compiled program."""
-
-
 @attrs.frozen
 class Visible:
     """What a mask means: causal, and only the last `window` keys where that is not 0."""
 
     window: int = 0
-
-
-@attrs.frozen
-class Decoder:
-    """A causal language model, captured.
-
-    graph: inputs input_ids and (where the model asks for it) position_ids, int64 [b, s]; output logits [b, s, vocabulary].
-    sequence: the symbol of s. max_positions: the longest sequence the model was made for. files: the travelling files'
-    contents. result: class name of what the model's forward returns.
-    """
-
-    graph: Graph
-    sequence: str
-    vocabulary: int
-    max_positions: int
-    files: Mapping[str, bytes]
-    result: str
-    fingerprint: str
 
 
 # --- What stands in the registries ---------------------------------------------------------------------------------
@@ -322,7 +292,6 @@ def trace_decoder(
         int(limit),
         dict(files or {}),
         _result_class(model),
-        fingerprint(model.config, type(model)),
     )
 
 
@@ -331,21 +300,7 @@ def _result_class(model: nn.Module) -> str:
     return f"{cls.__module__}:{cls.__qualname__}"
 
 
-def fingerprint(config: transformers.PreTrainedConfig, model_class: type) -> str:
-    """What decides a transformers model's trace: its class, its configuration, and the versions that trace it."""
-    fixed = config.to_diff_dict()
-    for volatile in ("_name_or_path", "transformers_version", "dtype"):
-        fixed.pop(volatile, None)
-    parts = [model_class.__module__, model_class.__qualname__, transformers.__version__, torch.__version__]
-    return json.dumps([*parts, fixed], sort_keys=True, default=str)
-
-
 # --- Checkpoint folders --------------------------------------------------------------------------------------------
-
-
-def travelling_files(folder: Path) -> dict[str, bytes]:
-    """The contents of the files that travel along (tokenizer, chat template, generation config, config)."""
-    return {name: (folder / name).read_bytes() for name in TRAVELLING if (folder / name).is_file()}
 
 
 def _real_buffers(model: transformers.PreTrainedModel) -> dict[str, np.ndarray]:
@@ -371,13 +326,14 @@ def load_config(folder: Path) -> transformers.PreTrainedConfig:
         raise UnsupportedError(f"transformers can't read {folder / 'config.json'}: {error}") from error
 
 
-def load_checkpoint(folder: Path) -> Decoder:
+def trace_checkpoint(folder: Path, tensors: Mapping[str, Any]) -> Decoder:
     """Capture the causal language model of a local checkpoint folder; its weights stay in the memory-mapped files.
+
+    tensors: the checkpoint's tensors by name.
 
     Raises InputError for a folder that is no checkpoint, UnsupportedError for a model that can't be compiled.
     """
     config = load_config(folder)
-    tensors = open_checkpoint(folder)
     model_type = transformers.AutoModelForCausalLM._model_mapping
     if type(config) not in model_type:
         raise UnsupportedError(f"{folder}: {config.model_type!r} has no causal language model in transformers")
@@ -390,9 +346,7 @@ def load_checkpoint(folder: Path) -> Decoder:
         storage = _match(model, tensors)
     if model is None or storage is None:  # stored under other names or dtypes: transformers knows how to convert them
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=dtype)
-        return trace_decoder(model, files=travelling_files(folder))
-    from jisu.compiler.graph import ArrayStorage
-
+        return attrs.evolve(trace_decoder(model, files=travelling_files(folder)), converted=True)
     storage |= {name: ArrayStorage(value) for name, value in _real_buffers(model).items()}
     return trace_decoder(model, storage=storage, files=travelling_files(folder))
 

@@ -24,6 +24,7 @@ import torch
 import torch.export
 import torch.fx
 import torch.utils._pytree as pytree
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export.graph_signature import (
     ConstantArgument,
     ExportGraphSignature,
@@ -34,6 +35,7 @@ from torch.export.graph_signature import (
     SymIntArgument,
     TensorArgument,
 )
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from jisu.compiler import ops
 from jisu.compiler.errors import InputError, InputTypeError, JisuError, UnsupportedError
@@ -91,7 +93,8 @@ def capture(
         args = (args,)
     args, kwargs = tuple(args), dict(kwargs or {})
     _check_arguments(module, args, kwargs)
-    with _LOCK, torch.no_grad(), warnings.catch_warnings():
+    args, kwargs = _off_meta((args, kwargs))
+    with _LOCK, torch.no_grad(), warnings.catch_warnings(), _off_meta_weights(module):
         warnings.simplefilter("ignore")
         program = _export(module, args, kwargs, dynamic_shapes)
         return _Builder(module, program, args, kwargs, dynamic_shapes, storage or {}).build()
@@ -115,6 +118,41 @@ def _check_arguments(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dic
             needs = ", ".join(p.name for p in required)
             raise InputError(f"forward() needs {needs}; give {' and '.join(remedies)}") from None
         raise InputError(f"the example inputs don't fit forward{forward}: {error}") from None
+
+
+def _off_meta(arguments: Any) -> Any:
+    """Example inputs on the meta device as zeros: only their types matter."""
+    return pytree.tree_map(
+        lambda x: torch.zeros_like(x, device="cpu") if isinstance(x, torch.Tensor) and x.is_meta else x, arguments
+    )
+
+
+@contextlib.contextmanager
+def _off_meta_weights(module: torch.nn.Module) -> Iterator[None]:
+    """While tracing, weights on the meta device are fake tensors on the CPU, as tensors that forward() makes are."""
+    if not any(t.is_meta for t in (*module.parameters(), *module.buffers())):
+        yield
+        return
+    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(tracked_fakes=[]))
+    fakes: dict[int, torch.Tensor] = {}
+    replaced: list[tuple[dict[str, Any], str, torch.Tensor]] = []
+    try:
+        for owner in module.modules():
+            for slots in (owner._parameters, owner._buffers):
+                for name, tensor in slots.items():
+                    if tensor is None or not tensor.is_meta:
+                        continue
+                    if id(tensor) not in fakes:
+                        with mode:
+                            fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+                        is_parameter = isinstance(tensor, torch.nn.Parameter)
+                        fakes[id(tensor)] = torch.nn.Parameter(fake, tensor.requires_grad) if is_parameter else fake
+                    replaced.append((slots, name, tensor))
+                    slots[name] = fakes[id(tensor)]
+        yield
+    finally:
+        for slots, name, tensor in replaced:
+            slots[name] = tensor
 
 
 # ---------------------------------------------------------------------------------------------------------- export
@@ -466,7 +504,7 @@ class _Builder:
         if tensor is None:
             tensor = self.program.constants.get(name)
         given = self.storage.get(name)
-        if given is None and isinstance(tensor, torch.Tensor) and tensor.device.type != "meta" and lifted:
+        if given is None and isinstance(tensor, torch.Tensor) and not _valueless(tensor) and lifted:
             array = array_of(tensor)
             if array.size <= MAX_INLINE:
                 return constant(array)
@@ -474,7 +512,7 @@ class _Builder:
         if key in self.tied:
             return self.tied[key]
         if given is None:
-            if not isinstance(tensor, torch.Tensor) or tensor.device.type == "meta" or _is_fake(tensor):
+            if not isinstance(tensor, torch.Tensor) or _valueless(tensor):
                 raise InputError(f"weight {name!r} has no values (it is on the meta device); give its storage")
             given = ArrayStorage(array_of(tensor))
         stored = TensorType(tuple(given.shape), dtype_name(given.dtype))
@@ -783,10 +821,8 @@ class _Builder:
 # ---------------------------------------------------------------------------------------------------------- details
 
 
-def _is_fake(tensor: torch.Tensor) -> bool:
-    from torch._subclasses.fake_tensor import FakeTensor
-
-    return isinstance(tensor, FakeTensor)
+def _valueless(tensor: torch.Tensor) -> bool:
+    return tensor.is_meta or isinstance(tensor, FakeTensor)
 
 
 def _operator_name(node: torch.fx.Node) -> str:

@@ -68,7 +68,7 @@ def compile_graphs(
     out.mkdir(parents=True, exist_ok=True)
     texts = {name: str(graph) for name, graph in entries.items()}
     key = _key(texts, target)
-    folder = _cache_folder(cache_dir) / "kernels" / hashlib.sha256(key.encode()).hexdigest()
+    folder = cache_folder(cache_dir) / "kernels" / hashlib.sha256(key.encode()).hexdigest()
     found = _read(folder, key)
     if found is not None and _copy(folder / LIBRARY, out / LIBRARY, found["sha256"]):
         return _info(found["info"], out, begin, cached=True)
@@ -91,7 +91,8 @@ def _info(info: Mapping[str, Any], out: Path, begin: float, cached: bool) -> Com
 # --- The cache ------------------------------------------------------------------------------------------------------
 
 
-def _cache_folder(given: Path | None) -> Path:
+def cache_folder(given: Path | None) -> Path:
+    """Where compiled libraries and traces are kept: as given, $JISU_CACHE_DIR, or ~/.cache/jisu."""
     if given is not None:
         return given
     if os.environ.get("JISU_CACHE_DIR"):

@@ -7,6 +7,7 @@ import functools
 import hashlib
 import io
 import json
+import mmap
 import multiprocessing
 import os
 import pickle
@@ -29,7 +30,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from jisu.compiler.errors import ArtifactError, InputError
-from jisu.compiler.storage import ALIGNMENT, DTYPES, open_checkpoint, open_safetensors, write_safetensors
+from jisu.compiler.storage import ALIGNMENT, DTYPES, open_checkpoint, open_safetensors, release_pages, write_safetensors
 from jisu.runtime import artifact as artifact_module
 from jisu.runtime.artifact import (
     FORMAT,
@@ -164,6 +165,18 @@ def test_unknown_entry_names_are_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(ArtifactError, match="no entry name"):
         manifest = make_manifest(files={name: artifact_module.FileInfo(bytes=0, sha256="0" * 64)})
         Manifest.from_bytes(manifest.to_bytes(), "x")
+
+
+def test_entries_larger_than_a_block(tmp_path: Path) -> None:
+    large = np.random.default_rng(0).bytes((3 << 20) // 2 + 3)
+    (tmp_path / "large").write_bytes(large)
+    files: dict[str, Source] = {"library.so": tmp_path / "large", "tokenizer.json": large, "graph.txt": b"x" * 5000}
+    for name in ("a.jisu", "a"):
+        write(tmp_path / name, files, make_manifest(meta={"long": "y" * (3 << 19)}))
+        with read(tmp_path / name, features=None) as artifact:
+            assert artifact.bytes("library.so") == artifact.bytes("tokenizer.json") == large
+            assert artifact.mmap("tokenizer.json").tobytes() == large and artifact.bytes("graph.txt") == b"x" * 5000
+            assert len(artifact.manifest.meta["long"]) == 3 << 19
 
 
 def test_same_content_gives_same_bytes(tmp_path: Path) -> None:
@@ -673,6 +686,20 @@ def test_streaming_does_not_grow_the_process(tmp_path: Path) -> None:
         highest = max(highest, process.memory_info().rss - before)
         tensor.release()
     assert highest < 3 * size, f"grew by {highest} bytes while reading {count * size}"
+
+
+def test_releasing_never_loses_what_was_written(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(bytes(1 << 16))
+    with open(tmp_path / "x", "rb") as file:
+        private = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), dtype=np.uint8)
+    private[:] = 7
+    release_pages(private)
+    assert private.min() == 7
+
+
+def test_odd_sizes_come_last(tmp_path: Path) -> None:
+    store(tmp_path / "x", {"odd": np.ones(3, np.int8), "even": np.ones(64, np.int8), "odder": np.ones(5, np.int8)})
+    assert list(open_safetensors(tmp_path / "x")) == ["even", "odd", "odder"]
 
 
 def test_checkpoints(tmp_path: Path) -> None:

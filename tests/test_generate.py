@@ -247,6 +247,26 @@ def test_samples_of_a_row_do_not_depend_on_its_neighbours() -> None:
     assert generate(BigramSession, [5], GenerationConfig.from_any(config, seed=12)).sequences != [first.sequences[0]]
 
 
+def test_equal_rows_of_a_batch_are_drawn_independently() -> None:
+    config = GenerationConfig(max_new_tokens=30, do_sample=True, seed=11, temperature=2.0)
+    first, second = generate(BigramSession, [[5], [5]], config).sequences
+    assert first != second
+
+
+def test_extreme_draws_stay_on_tokens_with_a_weight() -> None:
+    class Fixed:
+        def __init__(self, value: float) -> None:
+            self.value = value
+
+        def random(self) -> float:
+            return self.value
+
+    ids, weights = np.array([4, 7, 9, 11]), np.array([0.0, 0.5, 0.2, 0.0])
+    for value, token in ((0.0, 7), (1.0, 9)):
+        rng: Any = Fixed(value)
+        assert draw(ids, weights, rng) == token
+
+
 def test_sampling_refuses_what_is_no_distribution() -> None:
     for value in (np.nan, np.inf, -np.inf):
         make = functools.partial(BigramSession, table=np.full((VOCAB, VOCAB), value, np.float32))
@@ -362,6 +382,12 @@ def test_stop_strings_cut_at_the_first_that_is_complete(text: str, stops: list[s
             break
     assert emitted + stream.finish() == expected
     assert stream.stopped == bool(ends)
+
+
+def test_a_decoder_that_looks_at_the_beginning_is_not_cut_short() -> None:
+    stream = TextStream(lambda tokens: "".join(map(chr, tokens)).capitalize())
+    text = "abcdefgh" * 20
+    assert "".join(stream.push(ord(letter)) for letter in text) + stream.finish() == text.capitalize()
 
 
 @pytest.mark.parametrize("kind", ["bytes", "metaspace"])

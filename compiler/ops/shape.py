@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from jisu.compiler.graph import defop
-from jisu.compiler.types import Dim, TensorType, TupleType, dim, numpy_dtype, product, require, same_dim, same_shape
+from jisu.compiler.types import Dim, TensorType, TupleType, TypeRuleError, dim, numpy_dtype, product, require, same_dim, same_shape
 
 Samples = Iterator[tuple[tuple[str, ...], dict[str, Any]]]
 
@@ -38,7 +38,8 @@ def _reshape_samples() -> Samples:
 @defop(meaning=lambda x, *, shape: np.reshape(x, shape), flops=0, samples=_reshape_samples)
 def reshape(x: TensorType, *, shape: tuple[Dim, ...]) -> TensorType:
     """The same elements, row-major, in another shape of equal size."""
-    require(same_dim(x.size, product(shape)), f"{x} has {x.size} elements, shape {shape} has {product(shape)}")
+    if not same_dim(x.size, product(shape)):
+        raise TypeRuleError(f"{x} has {x.size} elements, shape {shape} has {product(shape)}")
     return x.with_shape(*shape)
 
 

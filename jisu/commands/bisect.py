@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -75,7 +75,7 @@ def _passes(options: Options) -> tuple[Pass, ...]:
 
 
 def _ids(model: str, prompt: str, decoder: Decoder) -> np.ndarray:
-    """Token ids int64 [1, n] of the prompt: its text, or ids separated by blanks or commas where there is no tokenizer."""
+    """Token ids int64 [1, n] of the prompt: its text, or ids separated by blanks or commas without a tokenizer."""
     from jisu.runtime.tokenizer import Tokenizer
 
     if "tokenizer.json" in decoder.files:
@@ -95,8 +95,8 @@ def _first_broken(
 ) -> tuple[Pass | None, np.ndarray]:
     positions = np.arange(ids.shape[1], dtype=np.int64)[None]
     samples = [positions if node.name == "position_ids" else ids for node in graph.inputs]
-    want = interpret(graph, samples)[0]
-    broken = Pipeline((*passes,)).bisect(graph, samples)
+    want = cast("tuple[np.ndarray, ...]", interpret(graph, samples))[0]
+    broken = Pipeline(passes).bisect(graph, samples)
     tell("compared", 1.0)
     return broken, want
 
