@@ -178,16 +178,22 @@ def flops(node: Node) -> Dim:
     """Floating-point operations of a node: points of its iteration space times the op's FLOPs per point."""
     if node.op.leaf or not node.op.flops_per_point:
         return 0
-    types = [o.type if o is not None else None for o in node.operands]
-    found = notation(node.op, types, node.attributes)
-    first = node.type.items[0] if isinstance(node.type, TupleType) else node.type
+    types = tuple(o.type if o is not None else None for o in node.operands)
+    return _flops(node.op, types, tuple(node.attributes.items()), node.type)
+
+
+@functools.lru_cache(1 << 14)
+def _flops(op: Op, operands: tuple[Type | None, ...], attributes: tuple[tuple[str, Any], ...], result: Type) -> Dim:
+    types = list(operands)
+    found = notation(op, types, dict(attributes))
+    first = result.items[0] if isinstance(result, TupleType) else result
     points = first.size
     if found is not None:
         sizes = _sizes(found, types)
         for (name, _), size in zip(_expand(found.results[0], first.rank), first.shape, strict=True):
             sizes[name] = size
         points = product(sizes.values())
-    per_point = node.op.flops_per_point
+    per_point = op.flops_per_point
     return dim(points * int(per_point)) if float(per_point).is_integer() else dim(points)
 
 

@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import sympy
 
 from jisu.compiler.errors import InputError
 from jisu.compiler.graph import CONSTANT, INPUT, WEIGHT, Graph, Node
-from jisu.compiler.types import Dim, TensorType, numpy_dtype, substitute
+from jisu.compiler.types import Dim, TensorType, numpy_dtype, substitute, symbol
 
 
 def bind_symbols(graph: Graph, shapes: Sequence[Sequence[int]]) -> dict[str, int]:
@@ -29,6 +30,7 @@ def bind_symbols(graph: Graph, shapes: Sequence[Sequence[int]]) -> dict[str, int
                 env[want.name] = int(have)
             pending.append((node, want, int(have)))
     for node, want, have in pending:
+        _solve(node, want, have, env)
         value = substitute(want, env)
         if value != have:
             raise InputError(f"input {node.name!r}: expected {node.type}, got a dimension of {have} where {want} = {value}")
@@ -38,6 +40,18 @@ def bind_symbols(graph: Graph, shapes: Sequence[Sequence[int]]) -> dict[str, int
             shown = f"[{low}, {high}]" if high is not None else f"at least {low}"
             raise InputError(f"dimension {name!r} must be in {shown}, got {value}")
     return env
+
+
+def _solve(node: Node, want: Dim, have: int, env: dict[str, int]) -> None:
+    """Bind the one symbol of `want` that stands nowhere by itself; raises InputError where there are several."""
+    unknown = [] if isinstance(want, int) else sorted(s.name for s in want.free_symbols if s.name not in env)
+    if not unknown:
+        return
+    solutions = sympy.solve(want.subs({symbol(k): v for k, v in env.items()}) - have, symbol(unknown[0])) if len(unknown) == 1 else []
+    whole = [int(s) for s in solutions if s.is_Integer and s > 0]
+    if len(whole) != 1:
+        raise InputError(f"input {node.name!r}: expected {node.type}, got a dimension of {have}, which doesn't settle {want}")
+    env[unknown[0]] = whole[0]
 
 
 def _widen(array: np.ndarray) -> np.ndarray:

@@ -148,7 +148,14 @@ class Rule:
 
     name: said in `explain`, dumps and errors. match: the pattern. replace: a pattern over the same variables, or a
     function of the match that returns a node (None: does not apply after all). where: guards. types: how the test kit
-    draws each variable, "float[*b k]", letters being drawn sizes. attributes: sample values for bound names.
+    draws each variable (below). attributes: sample values for what `bind` and `scalar` bind, drawn independently.
+
+    A drawn type is written "float[*b k]". `float`, `int` and `any` are one dtype per draw (a name such as int64 is
+    itself). Letters are sizes from 1 to 5, or symbols, equal wherever they stand; `*b` is up to two leading axes; numbers
+    and sums such as 2*k are what they say. `k?` may be 1 instead, `*b?` may miss leading axes or have some of size 1, as
+    broadcasting allows. A word in front says what the value is: "weight float[n k]", "constant float[4]", or
+    "broadcast float[*b k]" (an explicit broadcast to that type). A variable without type is "float[*b? k?]", and an
+    optional one without type absent.
     """
 
     name: str

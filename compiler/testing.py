@@ -38,7 +38,7 @@ from hypothesis.extra import numpy as hnp
 
 from jisu.compiler import ops
 from jisu.compiler.errors import InputError, JisuError, VerifyError
-from jisu.compiler.graph import CONSTANT, INPUT, WEIGHT, ArrayStorage, Graph, Node, Op, constant, placeholder, weight
+from jisu.compiler.graph import INPUT, WEIGHT, ArrayStorage, Graph, Node, Op, constant, placeholder, weight
 from jisu.compiler.interpret import interpret
 from jisu.compiler.pipeline import Pass
 from jisu.compiler.rewrite import EITHER, LITERAL, SCALAR, VARIABLE, Bind, Rule, Trace, rewrite, variable
@@ -198,7 +198,11 @@ def _values(rng: np.random.Generator, type: TensorType, values: str, bounds: Bou
         choices = _special(type.dtype)
         if is_float(type.dtype) and rng.integers(0, 2):
             choices = [c for c in choices if math.isfinite(c)]  # NaN would hide an overflow
-        return np.array([choices[i] for i in rng.integers(0, len(choices), shape).reshape(-1)]).astype(dtype).reshape(shape)
+        return (
+            np.array([choices[i] for i in rng.integers(0, len(choices), shape).reshape(-1)])
+            .astype(dtype)
+            .reshape(shape)
+        )
     if is_integer(type.dtype):
         return rng.integers(0, 100, shape).astype(dtype)
     return rng.standard_normal(shape).astype(dtype)
@@ -334,7 +338,9 @@ class _Spec:
 def _spec(text: str) -> _Spec:
     found = re.fullmatch(r"(?:(weight|constant|broadcast) )?(\w+)\[([^\]]*)\](?: < (\d+))?", text.strip())
     known = found is not None and (found[2] in KINDS or found[2] in DTYPES)
-    require(known, f"can't read {text!r}; expected something like 'float[*b k]', 'weight float32[n 4]' or 'int64[n] < 4'")
+    require(
+        known, f"can't read {text!r}; expected something like 'float[*b k]', 'weight float32[n 4]' or 'int64[n] < 4'"
+    )
     assert found is not None
     bounds = (0, int(found[4]) - 1) if found[4] else None
     return _Spec(found[2], tuple(found[3].replace(",", " ").split()), found[1] or "", bounds)
@@ -425,7 +431,9 @@ class _Growth:
                     env[body] = tuple(draw(self.sizes) for _ in range(draw(st.integers(0, 2))))
                 group = env[body]
                 if slack:
-                    group = tuple(1 if draw(st.integers(0, 3)) == 0 else d for d in group[draw(st.integers(0, len(group))) :])
+                    group = tuple(
+                        1 if draw(st.integers(0, 3)) == 0 else d for d in group[draw(st.integers(0, len(group))) :]
+                    )
                 shape += group
             else:
                 size = self.size(body, env, fixed)
@@ -588,7 +596,11 @@ def _call(op: Op, types: Sequence[str | None], attributes: Mapping[str, Any]) ->
     return _Call(Node(op, tuple(operands), full, None), known)
 
 
-_LITERAL = (ops.cache_append, ops.attention_cached, ops.packed_experts)  # a cache must have room for what its other operands say
+_LITERAL = (
+    ops.cache_append,
+    ops.attention_cached,
+    ops.packed_experts,
+)  # a cache must have room for what its other operands say
 
 
 @functools.cache
@@ -609,7 +621,9 @@ def _calls(op: Op) -> tuple[_Call, ...]:
             for variant, dtype in itertools.product(variants, DTYPES):
                 found.append(_call(op, [f"{dtype}[{' '.join(tokens)}]" for tokens in operands], variant))
         for types, attributes in samples if op not in _LITERAL else ():
-            dtypes = [None if t is None else ("float" if _spec(t).dtype == "float32" else _spec(t).dtype) for t in types]
+            dtypes = [
+                None if t is None else ("float" if _spec(t).dtype == "float32" else _spec(t).dtype) for t in types
+            ]
             specs = [None if d is None else f"{d}[{' '.join(ts)}]" for d, ts in zip(dtypes, operands, strict=True)]
             found.append(_call(op, specs, attributes))
     for types, attributes in samples:
@@ -735,7 +749,9 @@ def _epsilon(dtype: str) -> float:
     return 2.0**-7 if dtype == "bfloat16" else float(np.finfo(numpy_dtype(dtype)).eps)
 
 
-def _judge(got: np.ndarray, want: np.ndarray, exact: np.ndarray, dtype: str, noise: float, excuse: bool) -> tuple[float, str]:
+def _judge(
+    got: np.ndarray, want: np.ndarray, exact: np.ndarray, dtype: str, noise: float, excuse: bool
+) -> tuple[float, str]:
     """(relative error, complaint or "") of `got`, where `want` is the left side's value and `exact` that in float64.
 
     noise: the largest magnitude on the way, whose rounding a cancellation may leave. excuse: whether `got` may differ
@@ -747,10 +763,14 @@ def _judge(got: np.ndarray, want: np.ndarray, exact: np.ndarray, dtype: str, noi
         wrong = int(np.count_nonzero(got != want))
         return (np.inf, f"differs in {wrong} of {want.size} elements") if wrong else (0.0, "")
     with np.errstate(all="ignore"):
-        return _judge_floats(got.astype(np.float64), want.astype(np.float64), exact.astype(np.float64), dtype, noise, excuse)
+        return _judge_floats(
+            got.astype(np.float64), want.astype(np.float64), exact.astype(np.float64), dtype, noise, excuse
+        )
 
 
-def _judge_floats(g: np.ndarray, w: np.ndarray, e: np.ndarray, dtype: str, noise: float, excuse: bool) -> tuple[float, str]:
+def _judge_floats(
+    g: np.ndarray, w: np.ndarray, e: np.ndarray, dtype: str, noise: float, excuse: bool
+) -> tuple[float, str]:
     e = e if excuse else w
     odd = ~np.isfinite(w) & ~np.isfinite(e)  # where only rounding made `want` infinite, anything is as good
     same = (g == e) | (g == w) | (np.isnan(g) & (np.isnan(w) | np.isnan(e)))
@@ -767,7 +787,10 @@ def _judge_floats(g: np.ndarray, w: np.ndarray, e: np.ndarray, dtype: str, noise
     if error > allowed:
         worst = np.unravel_index(np.argmax(np.where(solid, np.abs(g - e), -1)), g.shape)
         where = f"[{', '.join(map(str, worst))}]"
-        return error, f"is {g[worst]:.9g} at {where} where {e[worst]:.9g} belongs: off by {error:.3g}, allowed {allowed:.3g}"
+        return (
+            error,
+            f"is {g[worst]:.9g} at {where} where {e[worst]:.9g} belongs: off by {error:.3g}, allowed {allowed:.3g}",
+        )
     return error, ""
 
 
@@ -847,7 +870,6 @@ def _run(prove: Callable[[st.DataObject], None], examples: int, seed: int) -> No
                 smallest = failure
             raise
 
-    empty = 0
     # Short runs: in a long one hypothesis varies what it has drawn already, and half of the draws are repetitions.
     for chunk, size in enumerate([_CHUNK] * (examples // _CHUNK) + [examples % _CHUNK] * bool(examples % _CHUNK)):
         settings = hypothesis.settings(
@@ -865,12 +887,8 @@ def _run(prove: Callable[[st.DataObject], None], examples: int, seed: int) -> No
         except (_Enough, RuleFailure, Flaky):  # the search that was cut short looks flaky to hypothesis
             if smallest is None:
                 raise
-        except Unsatisfiable:
-            empty += 1
         if smallest is not None:
             raise smallest
-    if empty * _CHUNK >= examples:
-        raise Unsatisfiable("nothing could be drawn")
 
 
 _MODES = st.sampled_from(("digits", "digits", "normal", "digits", "special"))
@@ -931,8 +949,12 @@ def _prove(rule: Rule, graph: Graph, sample: Sample, trace: Trace) -> float:
     except JisuError as failure:
         raise RuleFailure(f"rule {rule.name!r} makes a graph that fails: {failure}\n{_both(graph, new)}") from failure
     if complaint:
-        shown = "\n".join(f"{n.name} = {a.tolist()}" for n, a in zip(graph.inputs, sample.inputs, strict=True) if a.size <= 64)
-        raise RuleFailure(f"rule {rule.name!r} changes the meaning: {complaint}\n{_both(graph, new)}\n--- inputs\n{shown}")
+        shown = "\n".join(
+            f"{n.name} = {a.tolist()}" for n, a in zip(graph.inputs, sample.inputs, strict=True) if a.size <= 64
+        )
+        raise RuleFailure(
+            f"rule {rule.name!r} changes the meaning: {complaint}\n{_both(graph, new)}\n--- inputs\n{shown}"
+        )
     return error
 
 
@@ -962,7 +984,9 @@ def check_rule(
         before = trace.fired.get(rule.name, 0)
         worst = max(worst, _prove(rule, graph, sample, trace))
         fired += trace.fired.get(rule.name, 0) > before
-        inner = [n for n in graph.nodes if not n.op.leaf and n is not graph.outputs[0] and isinstance(n.type, TensorType)]
+        inner = [
+            n for n in graph.nodes if not n.op.leaf and n is not graph.outputs[0] and isinstance(n.type, TensorType)
+        ]
         if inner:
             shared = inner[data.draw(st.integers(0, len(inner) - 1))]
             _prove(rule, attrs.evolve(graph, outputs=(*graph.outputs, shared)), sample, Trace())
@@ -976,8 +1000,13 @@ def check_rule(
         ) from None
     if fired < max(1, share * draws):
         reasons = sorted(trace.refused.get(rule.name, {}).items(), key=lambda item: -item[1])
-        shown = "".join(f"\n  {count} x {reason}" for reason, count in reasons) or "\n  no guard refused: the replacement was None"
-        raise RuleFailure(f"rule {rule.name!r} fired in {fired} of {draws} drawn left sides; what kept it from firing:{shown}")
+        shown = (
+            "".join(f"\n  {count} x {reason}" for reason, count in reasons)
+            or "\n  no guard refused: the replacement was None"
+        )
+        raise RuleFailure(
+            f"rule {rule.name!r} fired in {fired} of {draws} drawn left sides; what kept it from firing:{shown}"
+        )
     return RuleReport(draws, fired, worst)
 
 
@@ -1029,7 +1058,9 @@ def _check_promises(
     if pass_.exact and work[1] > work[0]:
         fail(f"turns {work[0]} FLOPs of matrix products into {work[1]}")
     again = pass_(graph)
-    if str(again) != str(new) or {k: a.tobytes() for k, a in _weight_arrays(again).items()} != {k: a.tobytes() for k, a in after.items()}:
+    if str(again) != str(new) or {k: a.tobytes() for k, a in _weight_arrays(again).items()} != {
+        k: a.tobytes() for k, a in after.items()
+    }:
         fail("gives another result when run again on the same graph", new, again)
     if idempotent and str(pass_(new)) != str(new):
         fail("changes its own result when run a second time", new, pass_(new))
@@ -1079,7 +1110,9 @@ def check_pass(
     _run(prove, examples, seed)
     wanted = share * count if share is not None else float(bool(plant))
     if changed < wanted:
-        raise PassFailure(f"pass {pass_.name!r} changed {changed} of {count} drawn graphs; plant the left sides of its rules")
+        raise PassFailure(
+            f"pass {pass_.name!r} changed {changed} of {count} drawn graphs; plant the left sides of its rules"
+        )
     return PassReport(count, changed, worst)
 
 

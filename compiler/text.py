@@ -72,6 +72,7 @@ def to_text(graph: Graph, sources: bool = False) -> str:
 
 
 _LINE = re.compile(r"^%(\d+) = (\w+)\((.*)\): (.+?)(?:  # (.*))?$")
+_REFERENCE = re.compile(r'"(?:[^"\\]|\\.)*"|%(\d+)')  # %3, and strings, in which it means nothing
 _TYPE = re.compile(r"^(\w+)\[(.*)\]$")
 _FUNCTIONS = {"floor": sympy.floor, "ceiling": sympy.ceiling, "Max": sympy.Max, "Min": sympy.Min, "Mod": sympy.Mod, "Abs": sympy.Abs}
 _NAMES = {"true": True, "false": False, "none": None, "inf": math.inf, "nan": math.nan}
@@ -144,7 +145,7 @@ def _parse_line(line: str, nodes: dict[int, Node]) -> None:
         raise VerifyError(f"%{index} is defined twice")
     if name not in OPS:
         raise VerifyError(f"%{index}: there is no op {name!r}")
-    inside = re.sub(r"%(\d+)", r"_node_\1", inside)
+    inside = _REFERENCE.sub(lambda m: m[0] if m[1] is None else f"_node_{m[1]}", inside)
     try:
         call = ast.parse(f"_({inside})", mode="eval").body
     except SyntaxError as error:
@@ -154,12 +155,19 @@ def _parse_line(line: str, nodes: dict[int, Node]) -> None:
     op = OPS[name]
     operands = tuple(reader.value(a) for a in call.args)
     attributes = {k.arg: reader.value(k.value) for k in call.keywords if k.arg}
+    if not all(o is None or isinstance(o, Node) for o in operands):
+        raise VerifyError(f"%{index} = {name}: operands are written %0 or none, not {inside!r}")
+    if op.leaf and (operands or set(attributes) != set(op.defaults)):
+        raise VerifyError(f"%{index} = {name}: needs exactly the attribute {', '.join(op.defaults)}")
     if op in (INPUT, WEIGHT):
         nodes[index] = Node(op, (), attributes, parse_type(type_text), source)
     elif op is CONSTANT:
         type = parse_type(type_text)
-        with np.errstate(over="ignore"):
-            array = np.array(attributes["value"]).astype(numpy_dtype(type.dtype)).reshape(type.shape)
+        try:
+            with np.errstate(over="ignore"):
+                array = np.array(attributes["value"]).astype(numpy_dtype(type.dtype)).reshape(type.shape)
+        except (ValueError, TypeError) as error:
+            raise VerifyError(f"%{index} = {name}: its value is no {type}: {error}") from None
         nodes[index] = Node(op, (), {"value": Constant(array)}, type, source)
     else:
         try:

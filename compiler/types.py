@@ -66,9 +66,14 @@ def dim(value: object) -> Dim:
     if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
         return int(value)
     if isinstance(value, sympy.Expr):
-        expanded = sympy.expand(value)
-        return int(expanded) if expanded.is_Integer else expanded
+        return _normal(value)
     raise TypeRuleError(f"{value!r} is no dimension; expected an int or a sympy expression")
+
+
+@functools.lru_cache(1 << 16)
+def _normal(value: sympy.Expr) -> Dim:
+    expanded = sympy.expand(value)
+    return int(expanded) if expanded.is_Integer else expanded
 
 
 def same_dim(a: Dim, b: Dim) -> bool:
@@ -77,6 +82,11 @@ def same_dim(a: Dim, b: Dim) -> bool:
         return True
     if isinstance(a, int) and isinstance(b, int):
         return False
+    return _equal(a, b)
+
+
+@functools.lru_cache(1 << 16)
+def _equal(a: Dim, b: Dim) -> bool:
     return bool(sympy.expand(sympy.sympify(a) - b) == 0)
 
 
@@ -88,6 +98,11 @@ def same_shape(a: Iterable[Dim], b: Iterable[Dim]) -> bool:
 
 def product(dims: Iterable[Dim]) -> Dim:
     """The product of dimensions; 1 for none."""
+    return _product(tuple(dims))
+
+
+@functools.lru_cache(1 << 16)
+def _product(dims: tuple[Dim, ...]) -> Dim:
     result: Dim = 1
     for d in dims:
         result = result * d
@@ -99,10 +114,25 @@ def substitute(value: object, env: Mapping[str, int]) -> object:
     if isinstance(value, tuple):
         return tuple(substitute(v, env) for v in value)
     if isinstance(value, sympy.Expr):
-        result = value.subs({s: env[s.name] for s in value.free_symbols})
-        require(result.is_Integer, f"dimension {value} is not an integer ({result}) under {dict(env)}")
-        return int(result)
+        symbols = _symbols(value)
+        try:
+            return _evaluated(value, tuple((s, env[s.name]) for s in symbols))
+        except KeyError as missing:
+            raise TypeRuleError(f"dimension {value} needs a value for {missing.args[0]}") from None
     return value
+
+
+@functools.lru_cache(1 << 16)
+def _symbols(value: sympy.Expr) -> tuple[sympy.Symbol, ...]:
+    return tuple(sorted(value.free_symbols, key=str))
+
+
+@functools.lru_cache(1 << 16)
+def _evaluated(value: sympy.Expr, env: tuple[tuple[sympy.Symbol, int], ...]) -> int:
+    """An expression at fixed symbols; cached, since the same few dimensions stand all over a model."""
+    result = value.subs(dict(env))
+    require(result.is_Integer, f"dimension {value} is not an integer ({result}) under {dict(env)}")
+    return int(result)
 
 
 @attrs.frozen
@@ -129,12 +159,12 @@ class TensorType:
     @property
     def size(self) -> Dim:
         """Number of elements."""
-        return product(self.shape)
+        return _size(self)
 
     @property
     def nbytes(self) -> Dim:
         """Bytes of the whole tensor."""
-        return dim(self.size * self.itemsize)
+        return product((self.size, self.itemsize))
 
     @property
     def symbols(self) -> frozenset[str]:
@@ -155,6 +185,11 @@ class TensorType:
 
     def __str__(self) -> str:
         return _shown(self)
+
+
+@functools.lru_cache(1 << 16)
+def _size(t: TensorType) -> Dim:
+    return product(t.shape)
 
 
 @functools.lru_cache(1 << 16)

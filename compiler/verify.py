@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from jisu.compiler.errors import VerifyError
 from jisu.compiler.graph import CONSTANT, INPUT, WEIGHT, Graph, Node
-from jisu.compiler.types import TensorType, TypeRuleError, dtype_name, same_type
+from jisu.compiler.types import TensorType, TupleType, TypeRuleError, dtype_name, same_type
 
 
 def complaints(graph: Graph) -> Iterator[str]:
@@ -35,8 +35,10 @@ def complaints(graph: Graph) -> Iterator[str]:
         if node.op is not INPUT:
             yield f"input {i} is a {node.op.name} node; inputs are made with placeholder(…)"
     for i, node in enumerate(graph.outputs):
-        if not isinstance(node.type, TensorType):
+        if isinstance(node.type, TupleType):
             yield f"output {i}: {node.op.name} has several results; return get(…, index=…) of it"
+    if any(node.type is None for node in graph.nodes):
+        return
     for name in graph.symbols:
         low, high = graph.ranges.get(name, (1, None))
         if high is not None and high < low:

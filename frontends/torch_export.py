@@ -41,7 +41,7 @@ from jisu.compiler import ops
 from jisu.compiler.errors import InputError, InputTypeError, JisuError, UnsupportedError
 from jisu.compiler.graph import MAX_INLINE, ArrayStorage, Graph, Node, Storage, constant, placeholder, weight
 from jisu.compiler.signature import Input, Parameter, Signature, Tree
-from jisu.compiler.types import Dim, TensorType, TupleType, TypeRuleError, dim, dtype_name, same_dim, symbol
+from jisu.compiler.types import Dim, TensorType, TypeRuleError, dim, dtype_name, same_dim, symbol
 from jisu.frontends.aten import LOWERINGS, Call, Refusal, decompositions
 from jisu.frontends.aten.spectral import COMPLEX, Complex
 from jisu.frontends.aten.table import cast, dtype_of
@@ -282,10 +282,6 @@ def _source(node: torch.fx.Node) -> str:
 # --------------------------------------------------------------------------------------------------------- building
 
 
-class _Poison:
-    """Stands for a value that couldn't be lowered; whatever uses it can't be lowered either, and isn't listed again."""
-
-
 @attrs.frozen
 class _Unsupported:
     """One operator that can't be lowered: its name, why, and where the model uses it."""
@@ -293,6 +289,16 @@ class _Unsupported:
     name: str
     reason: str
     source: str
+
+
+@attrs.frozen(eq=False)
+class _Poison:
+    """Stands for a value that couldn't be lowered; whatever uses it can't be lowered either, and isn't listed again.
+
+    A number that depends on the data is only a fault (`pending`) if something besides an assertion uses it.
+    """
+
+    pending: _Unsupported | None = None
 
 
 class _Dims:
@@ -359,20 +365,6 @@ class _Dims:
         return cast(ops.dim_value(value=dim(self._expression(expr))), "float64")
 
 
-def _shapes_by_leaf(value: Any, shapes: Any) -> Iterator[tuple[Any, Any]]:
-    """(tensor, its dynamic shape) for nested arguments and the nested dynamic_shapes that describe them."""
-    if isinstance(value, torch.Tensor):
-        yield value, shapes
-    elif shapes is None:
-        return
-    elif isinstance(value, (tuple, list)) and isinstance(shapes, (tuple, list)):
-        for v, s in zip(value, shapes, strict=False):
-            yield from _shapes_by_leaf(v, s)
-    elif isinstance(value, Mapping) and isinstance(shapes, Mapping):
-        for key, v in value.items():
-            yield from _shapes_by_leaf(v, shapes.get(key))
-
-
 class _Builder:
     """Turns one exported program into a Graph."""
 
@@ -386,9 +378,9 @@ class _Builder:
         self.unsupported: list[_Unsupported] = []
         self.weights: dict[str, Storage] = {}
         self.tied: dict[Any, Node] = {}
+        self.names: dict[str, tuple[str, ...]] | None = None
         self.inputs: list[Node] = []
         self.input_position: dict[str, int] = {}
-        self.seen: dict[Node, None] = {}
         self.dims = _Dims({})
 
     # -- the parts of the program
@@ -401,6 +393,7 @@ class _Builder:
         self._declare(signature, parameters)
         graph_module = self.program.graph_module
         results = self._run(graph_module, None)
+        self.unsupported += [r.pending for r in results if isinstance(r, _Poison) and r.pending]
         self._raise_unsupported()
         return self._finish(signature, parameters, results)
 
@@ -480,6 +473,8 @@ class _Builder:
                     self.values[nodes[spec.arg.name]] = getattr(spec.arg, "value", None)
                 continue
             node = nodes[spec.arg.name]
+            if spec.kind is not InputKind.USER_INPUT and not node.users:
+                continue
             try:
                 type = self._type(node.meta["val"])
             except Refusal as error:
@@ -503,7 +498,7 @@ class _Builder:
         tensor = self.program.state_dict.get(name)
         if tensor is None:
             tensor = self.program.constants.get(name)
-        given = self.storage.get(name)
+        given = next((self.storage[n] for n in (name, *self._aliases(name)) if n in self.storage), None)
         if given is None and isinstance(tensor, torch.Tensor) and not _valueless(tensor) and lifted:
             array = array_of(tensor)
             if array.size <= MAX_INLINE:
@@ -521,6 +516,16 @@ class _Builder:
         self.weights[name] = given
         self.tied[key] = weight(name, type, name)
         return self.tied[key]
+
+    def _aliases(self, name: str) -> tuple[str, ...]:
+        """The names under which the module has the very same parameter or buffer."""
+        if self.names is None:
+            groups: dict[int, list[str]] = {}
+            for found in (self.module.named_parameters, self.module.named_buffers):
+                for alias, tensor in found(remove_duplicate=False):
+                    groups.setdefault(id(tensor), []).append(alias)
+            self.names = {alias: tuple(group) for group in groups.values() for alias in group}
+        return self.names.get(name, ())
 
     @staticmethod
     def _identity(name: str, tensor: Any, given: Storage | None) -> Any:
@@ -568,7 +573,8 @@ class _Builder:
             target, torch._ops.HigherOrderOperator
         ):
             used = [self.values.get(n) for n in node.all_input_nodes]
-            return _Poison() if any(isinstance(v, _Poison) for v in used) else self._scalar(node, value)
+            poison = next((v for v in used if isinstance(v, _Poison)), None)
+            return poison or self._scalar(node, value)
         if _ASSERTIONS.search(name):
             return None
         arguments = [self._mapped(a) for a in node.args]
@@ -579,6 +585,7 @@ class _Builder:
         flat = pytree.tree_leaves((arguments, self._mapped(node.kwargs)))
         poisons = [a for a in flat if isinstance(a, _Poison)]
         if poisons:
+            self.unsupported += [p.pending for p in poisons if p.pending and p.pending not in self.unsupported]
             return _Poison()
         try:
             return self._lower(node, arguments)
@@ -597,7 +604,7 @@ class _Builder:
             if isinstance(value, torch.SymFloat):
                 return self.dims.real(value.node.expr)
         except Refusal as error:
-            return self._poisoned(node, str(error))
+            return _Poison(_Unsupported(_operator_name(node), str(error), _source(node)))
         return None if isinstance(value, torch.SymBool) else value
 
     def _item(self, node: torch.fx.Node, arguments: list[Any]) -> Any:
@@ -826,7 +833,7 @@ def _valueless(tensor: torch.Tensor) -> bool:
 
 
 def _operator_name(node: torch.fx.Node) -> str:
-    """An operator's name, behind that of the function of torch's that the model calls, where PyTorch took that apart."""
+    """An operator's name, behind that of the function which the model calls, where PyTorch took that apart."""
     name = str(node.target).removesuffix(".default")
     called = str((node.meta.get("torch_fn") or ("", ""))[1]).rpartition(".")[2]
     packet = getattr(node.target, "overloadpacket", None)
@@ -962,10 +969,12 @@ def _record(kind: Any, context: Any, items: tuple[Tree, ...]) -> Tree:
         return Tree("record", None, items, tuple(fields)[: len(items)], name)
     if dataclasses.is_dataclass(kind):
         # torch describes a dataclass by its fields' names, a model output (a mapping as well) by its keys
-        keys = context[0] if isinstance(context, (tuple, list)) and context and isinstance(context[0], (list, tuple)) else context
+        nested = isinstance(context, (tuple, list)) and context and isinstance(context[0], (list, tuple))
+        keys = context[0] if nested else context
         keys = keys if isinstance(keys, (list, tuple)) else [f.name for f in dataclasses.fields(kind)]
         if len(keys) == len(items):
             return Tree("record", None, items, tuple(keys), name)
     raise UnsupportedError(
-        f"forward() takes or returns a {kind.__qualname__}; use tensors, tuples, lists, dicts, named tuples or dataclasses"
+        f"forward() takes or returns a {kind.__qualname__}; "
+        "use tensors, tuples, lists, dicts, named tuples or dataclasses"
     )

@@ -37,7 +37,7 @@ def _load_runtime() -> Any:
         if _runtime is None:
             # Waking threads costs less than cores that spin while other programs want them; binding them is worse.
             os.environ.setdefault("TVM_BIND_THREADS", "0")
-            import tvm_ffi
+            tvm_ffi = _import_ffi()
 
             if "tvm" not in sys.modules:
                 spec = importlib.util.find_spec("tvm")
@@ -49,6 +49,20 @@ def _load_runtime() -> Any:
                 ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
             _runtime = tvm_ffi
     return _runtime
+
+
+def _import_ffi() -> Any:
+    """tvm_ffi, which imports torch if it can; where the program hasn't, that would cost a second and is of no use here."""
+    if "torch" in sys.modules:
+        import tvm_ffi
+
+        return tvm_ffi
+    sys.modules["torch"] = None  # type: ignore[assignment]  # "not installed", for this import only
+    try:
+        import tvm_ffi
+    finally:
+        del sys.modules["torch"]
+    return tvm_ffi
 
 
 class Prepared(tuple[Any, ...]):

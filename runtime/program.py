@@ -161,20 +161,18 @@ class Program:
         info = self._parts.decoder
         if info is None:
             raise JisuError("this program is no causal language model: it can't generate")
-        default = generation_config if generation_config is not None else self.default_generation()
+        default = generation_config if generation_config is not None else self.default_generation
         if "prefill_chunk" not in options:
             options["prefill_chunk"] = info.prefill_chunk
         config = GenerationConfig.from_any(default, **options)
         tokenizer = self.tokenizer if "tokenizer.json" in self._parts.files else None
         return generate(self.session, prompt, config, tokenizer=tokenizer, stream=stream)
 
-    def default_generation(self) -> dict[str, Any] | None:
-        """The options of the checkpoint's generation_config.json, or None."""
+    @property
+    def default_generation(self) -> GenerationConfig | None:
+        """The options of the checkpoint's generation_config.json, or None where it came without one."""
         raw = self._parts.files.get("generation_config.json")
-        if raw is None:
-            return None
-        values = json.loads(raw)
-        return {k: v for k, v in values.items() if not k.startswith("_") and k != "transformers_version"}
+        return GenerationConfig.from_saved(json.loads(raw)) if raw is not None else None
 
     # --- saying what it is -----------------------------------------------------------------------------------------
 

@@ -29,6 +29,8 @@ def golden(request: pytest.FixtureRequest) -> Callable[[str, object], None]:
         if request.config.getoption("--update-golden"):
             path.write_text(text, encoding="utf-8")
         assert path.exists(), f"{path} is missing; run pytest --update-golden and look at what it wrote"
-        assert text == path.read_text(encoding="utf-8"), f"differs from {path}; if that is meant: pytest --update-golden"
+        assert text == path.read_text(encoding="utf-8"), (
+            f"differs from {path}; if that is meant: pytest --update-golden"
+        )
 
     return check

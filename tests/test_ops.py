@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from jisu.compiler import ops
 from jisu.compiler.axes import flops, relate
 from jisu.compiler.errors import JisuError
@@ -111,7 +112,9 @@ def test_notation_bounds_what_an_element_reaches(op: Op, data: st.DataObject) ->
                 continue
             reached = int(place[relation.axis])
             if relation.kind == "same":
-                assert reached == at, f"{op.name}: operand {which} at {index} reaches {place}, the notation says same {rows}"
+                assert reached == at, (
+                    f"{op.name}: operand {which} at {index} reaches {place}, the notation says same {rows}"
+                )
             elif relation.kind == "prefix":
                 assert reached >= at, f"{op.name}: operand {which} at {index} reaches back to {place}"
 
@@ -234,7 +237,10 @@ def test_binary_agrees_with_torch(op: Op, dtype: str) -> None:
 ints = np.arange(-4, 5)
 RNG = np.random.default_rng(7)
 X = RNG.standard_normal((2, 3, 4)).astype(np.float32)
-IMAGE, KERNEL = RNG.standard_normal((2, 4, 6, 5)).astype(np.float32), RNG.standard_normal((6, 2, 3, 2)).astype(np.float32)
+IMAGE, KERNEL = (
+    RNG.standard_normal((2, 4, 6, 5)).astype(np.float32),
+    RNG.standard_normal((6, 2, 3, 2)).astype(np.float32),
+)
 Q, K, V = (RNG.standard_normal(s).astype(np.float32) for s in [(2, 3, 4, 8), (2, 5, 2, 8), (2, 5, 2, 6)])
 t = torch.from_numpy
 

@@ -9,6 +9,7 @@ from typing import Any
 import attrs
 import numpy as np
 import pytest
+
 from jisu.compiler import ops
 from jisu.compiler.graph import WEIGHT, ArrayStorage, Graph, Node, constant, defop, placeholder, weight
 from jisu.compiler.rewrite import Guard, Match, Rule, bind, guard, rank_is, rewrite, scalar, used_once, variables
@@ -80,7 +81,9 @@ def wide_window(missing: int) -> Rule:
     spans = guard("a window over all keys", lambda m: 0 < m["x"].shape[1] <= m["n"] + missing)
     pattern = ops.attention(x, y, y, scale=1.0, causal=True, window=bind("n"))
     types = {"x": "float[1 4 2 3]", "y": "float[1 4 2 3]"}
-    return Rule("wide window", pattern, ops.attention(x, y, y, scale=1.0, causal=True), (spans,), types, {"n": (2, 3, 4, 6)})
+    return Rule(
+        "wide window", pattern, ops.attention(x, y, y, scale=1.0, causal=True), (spans,), types, {"n": (2, 3, 4, 6)}
+    )
 
 
 def norm(replace: Callable[[Match], Node]) -> Rule:
@@ -113,7 +116,9 @@ def sum_of_bytes(dtype: str) -> Rule:
 def mean_of_squares(dtype: str) -> Rule:
     replace = ops.cast(ops.sum_(ops.mul(ops.square(ops.cast(x, dtype=dtype)), 0.25), axes=(0,)), dtype="float32")
     pattern = ops.mul(ops.sum_(ops.square(ops.cast(x, dtype="float32")), axes=(0,)), 0.25)
-    return Rule("mean of squares", pattern, replace, (guard("a scalar", lambda m: m.root.rank == 0),), {"x": "float16[4]"})
+    return Rule(
+        "mean of squares", pattern, replace, (guard("a scalar", lambda m: m.root.rank == 0),), {"x": "float16[4]"}
+    )
 
 
 def subtraction(replace: Node) -> Rule:
@@ -160,7 +165,9 @@ def test_wrong_rule_is_caught_and_its_twin_is_not(fault: str, wrong: Rule, right
 
 
 @pytest.mark.parametrize("seed", [1, 2])
-@pytest.mark.parametrize("row", [row for row in RULES if row[0] in ("lost used_once", "off-by-one window", "wrong guard")])
+@pytest.mark.parametrize(
+    "row", [row for row in RULES if row[0] in ("lost used_once", "off-by-one window", "wrong guard")]
+)
 def test_other_seeds_catch_them_too(row: tuple[str, Rule, Rule, str], seed: int) -> None:
     with pytest.raises(RuleFailure, match=row[3]):
         check_rule(row[1], seed=seed)
@@ -199,16 +206,24 @@ def clamp(a: TensorType) -> TensorType:
 
 def _negate_weights(graph: Graph, arrays: dict[str, np.ndarray]) -> Graph:
     """Read every weight's negative instead, through a second negation."""
-    if any(n.op is ops.neg and n.operands[0].op is WEIGHT for n in graph.nodes if n.operands and n.operands[0] is not None):
+    if any(
+        n.op is ops.neg and n.operands[0].op is WEIGHT for n in graph.nodes if n.operands and n.operands[0] is not None
+    ):
         return graph
-    made = {n.name: ops.neg(weight(n.name, n.tensor)) for n in graph.nodes if n.op is WEIGHT and n.dtype in ("float32", "bfloat16")}
+    made = {
+        n.name: ops.neg(weight(n.name, n.tensor))
+        for n in graph.nodes
+        if n.op is WEIGHT and n.dtype in ("float32", "bfloat16")
+    }
     new = graph.map(lambda old, rebuilt: made[old.name] if old.op is WEIGHT and old.name in made else rebuilt)
     return attrs.evolve(new, weights={k: ArrayStorage(arrays[k]) if k in made else v for k, v in graph.weights.items()})
 
 
 def _negate_in_place(graph: Graph) -> Graph:
     arrays = {k: v.numpy() for k, v in graph.weights.items()}
-    return _negate_weights(graph, {k: np.negative(a, out=a) if a.dtype.kind not in "biu" else a for k, a in arrays.items()})
+    return _negate_weights(
+        graph, {k: np.negative(a, out=a) if a.dtype.kind not in "biu" else a for k, a in arrays.items()}
+    )
 
 
 def _negate_copies(graph: Graph) -> Graph:
@@ -247,7 +262,10 @@ def _mutate_attributes(graph: Graph) -> Graph:
 
 def _round_trip(dtype: str) -> Callable[[Graph], Graph]:
     def narrowed(graph: Graph) -> Graph:
-        outputs = [o if o.dtype != "float32" or o.op is ops.cast else ops.cast(ops.cast(o, dtype=dtype), dtype="float32") for o in graph.outputs]
+        outputs = [
+            o if o.dtype != "float32" or o.op is ops.cast else ops.cast(ops.cast(o, dtype=dtype), dtype="float32")
+            for o in graph.outputs
+        ]
         return attrs.evolve(graph, outputs=tuple(outputs))
 
     return narrowed
@@ -270,7 +288,11 @@ _counter = itertools.count()
 
 def _numbered(graph: Graph) -> Graph:
     return _rename(graph, keep_ties=True).map(
-        lambda old, new: new if old.op is not ops.rms_norm else new.op.make(new.operands, {**new.attributes, "eps": 1e-9 * next(_counter)})
+        lambda old, new: (
+            new
+            if old.op is not ops.rms_norm
+            else new.op.make(new.operands, {**new.attributes, "eps": 1e-9 * next(_counter)})
+        )
     )
 
 
@@ -294,9 +316,12 @@ PASSES: tuple[tuple[str, Any, Any, Any, str], ...] = (
 )
 
 
-@pytest.mark.parametrize(("wrong", "right", "plant", "says"), [row[1:] for row in PASSES], ids=[row[0] for row in PASSES])
+@pytest.mark.parametrize(
+    ("wrong", "right", "plant", "says"), [row[1:] for row in PASSES], ids=[row[0] for row in PASSES]
+)
 def test_wrong_pass_is_caught_and_its_twin_is_not(wrong: Any, right: Any, plant: Any, says: str) -> None:
     from hypothesis import strategies as st
+
     from jisu.testing import graphs
 
     drawn = st.booleans().flatmap(lambda symbolic: graphs(plant, symbolic=symbolic)).map(_tied)

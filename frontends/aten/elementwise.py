@@ -40,9 +40,8 @@ for _name, _op in {
 
 @lowering(aten.floor.default, aten.ceil.default, aten.trunc.default, aten.round.default)
 def _integral(call: Call, x: Node) -> Node:
-    name = call.node.target._schema.name.removeprefix("aten::")
     functions = {"floor": ops.floor, "ceil": ops.ceil, "trunc": ops.trunc, "round": ops.round_}
-    return functions[name](x) if is_float(x.dtype) else x
+    return functions[call.name](x) if is_float(x.dtype) else x
 
 
 @lowering(aten.round.decimals)

@@ -10,6 +10,7 @@ import torch
 from jisu.compiler import ops
 from jisu.compiler.graph import CONSTANT, Node
 from jisu.compiler.types import Dim, TensorType, broadcast, dim, is_float, is_integer, product
+from jisu.frontends.aten.reductions import p_norm
 from jisu.frontends.aten.table import (
     HALF,
     Call,
@@ -29,7 +30,6 @@ from jisu.frontends.aten.table import (
     view,
     wide,
 )
-from jisu.frontends.aten.reductions import p_norm
 
 aten = torch.ops.aten
 

@@ -42,10 +42,9 @@ prims = torch.ops.prims
     aten.resolve_conj.default, aten.resolve_neg.default, aten.dropout.default, aten.native_dropout.default,
 )  # fmt: skip
 def _identity(call: Call, x: Node, *rest: Any) -> Any:
-    name = call.node.target._schema.name
-    if "dropout" in name and rest[1] and rest[0]:
+    if "dropout" in call.name and rest[1] and rest[0]:
         refuse("dropout in training mode is random; call model.eval() first")
-    return (x, filled(True, call.types[1])) if name.endswith("native_dropout") else x
+    return (x, filled(True, call.types[1])) if call.name == "native_dropout" else x
 
 
 @lowering(aten._to_copy.default, aten.to.dtype, prims.convert_element_type.default)
@@ -204,6 +203,15 @@ def _repeat_interleave(call: Call, x: Node, repeats: int, axis: int | None = Non
     return view(expand(unsqueeze(x, axis + 1), spread), call.shape)
 
 
+@lowering(aten.repeat_interleave.Tensor)
+def _repeat_indices(call: Call, repeats: Node, *, output_size: Any = None) -> Node:
+    """0 repeats[0] times, 1 repeats[1] times, …: the number of running totals that a position has reached."""
+    (size,) = call.shape
+    ends = ops.scan(cast(repeats, "int64"), axis=0, kind="sum")
+    place = ops.reshape(ops.iota(extent=size), shape=(size, 1))
+    return cast(ops.sum_(cast(ops.ge(place, ends), "int64"), axes=(1,), keepdims=False), call.dtype)
+
+
 @lowering(aten.flip.default)
 def _flip(call: Call, x: Node, axes: Sequence[int]) -> Node:
     return ops.flip(x, axes=axes_of(axes, x.rank)) if x.rank and axes else x
@@ -337,7 +345,7 @@ def _diag_embed(call: Call, x: Node, offset: int = 0, first: int = -2, second: i
 @lowering(aten.diagonal_scatter.default)
 def _diagonal_scatter(call: Call, x: Node, source: Node, offset: int = 0, first: int = 0, second: int = 1) -> Node:
     first, second = axis_of(first, x.rank), axis_of(second, x.rank)
-    rows, columns = x.shape[first], x.shape[second]
+    columns = x.shape[second]
     before = max(offset, 0)
     # Place element k of the source in its column, for every row; the band picks the right one.
     amounts: list[Dim] = [0] * source.rank
@@ -347,10 +355,7 @@ def _diagonal_scatter(call: Call, x: Node, source: Node, offset: int = 0, first:
     spread = unsqueeze(pad(cast(source, x.dtype), 0, amounts, behind), source.rank - 1)
     order = [i for i in range(x.rank) if i not in (first, second)] + [first, second]
     spread = permute(spread, [order.index(i) for i in range(x.rank)])
-    row, column = positions(x.shape, first), positions(x.shape, second)
-    on = ops.eq(ops.sub(column, row), operand(offset, "int64"))
-    del rows
-    return ops.where(on, spread, x)
+    return ops.where(_band(x.shape, offset, first, second), spread, x)
 
 
 def _triangle(x: Node, k: Dim, upper: bool) -> Node:

@@ -58,7 +58,7 @@ def _max_pool_with_indices(
     call: Call, x: Node, sizes: Sequence[int], strides: Sequence[int] = (), padding: Sequence[int] = (0,),
     dilations: Sequence[int] = (1,), ceil_mode: bool = False,
 ) -> Any:  # fmt: skip
-    n = int(call.node.target._schema.name.split("max_pool")[1][0])
+    n = int(call.name.split("max_pool")[1][0])
     sizes = _each(sizes, n)
     strides, padding, dilations = _each(strides, n, sizes), _each(padding, n), _each(dilations, n)
     if 0 in call.shape:
@@ -104,7 +104,7 @@ def _max_pool(
     call: Call, x: Node, sizes: Sequence[int], strides: Sequence[int] = (), padding: Sequence[int] = (0,),
     dilations: Sequence[int] = (1,), ceil_mode: bool = False,
 ) -> Node:  # fmt: skip
-    n = int(call.node.target._schema.name.split("max_pool")[1][0])
+    n = int(call.name.split("max_pool")[1][0])
     sizes = _each(sizes, n)
     strides, padding, dilations = _each(strides, n, sizes), _each(padding, n), _each(dilations, n)
     if 0 in call.shape:
@@ -118,7 +118,7 @@ def _avg_pool(
     call: Call, x: Node, sizes: Sequence[int], strides: Sequence[int] = (), padding: Sequence[int] = (0,),
     ceil_mode: bool = False, include_pad: bool = True, divisor: int | None = None,
 ) -> Node:  # fmt: skip
-    n = int(call.node.target._schema.name.split("avg_pool")[1][0])
+    n = int(call.name.split("avg_pool")[1][0])
     sizes = _each(sizes, n)
     strides, padding = _each(strides, n, sizes), _each(padding, n)
     if 0 in call.shape:
@@ -159,7 +159,7 @@ def _taps(
 @lowering(aten._adaptive_avg_pool2d.default, aten._adaptive_avg_pool3d.default, aten.adaptive_avg_pool1d.default)
 def _adaptive_avg_pool(call: Call, x: Node, *_: Any) -> Node:
     """Averages over floor(i n / m) … ceil((i + 1) n / m), one axis after the other, as products with a weight matrix."""
-    n = int(call.node.target._schema.name.split("avg_pool")[1][0])
+    n = int(call.name.split("avg_pool")[1][0])
     if 0 in call.shape:
         return filled(0, call.type)
 
@@ -189,7 +189,7 @@ def _adaptive_members(size: int, out: int) -> Node:
 
 @lowering(aten.adaptive_max_pool1d.default, aten.adaptive_max_pool2d.default, aten.adaptive_max_pool3d.default)
 def _adaptive_max_pool(call: Call, x: Node, *_: Any) -> Any:
-    n = int(call.node.target._schema.name.split("max_pool")[1][0])
+    n = int(call.name.split("max_pool")[1][0])
     if 0 in call.shape:
         return filled(0, call.types[0]), filled(0, call.types[1])
     lead = x.rank - n

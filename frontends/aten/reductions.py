@@ -344,7 +344,12 @@ def _topk(call: Call, x: Node, k: Dim, axis: int = -1, largest: bool = True, sor
     if x.rank == 0:
         return x, filled(0, call.types[1])
     along = axis_of(axis, x.rank)
-    return tuple(cut(v, along, 0, k) for v in _sorted(x, along, largest))
+    values, indices = (cut(v, along, 0, k) for v in _sorted(x, along, largest))
+    wanted = any(user.args[1] == 1 and user.users for user in call.node.users)
+    if wanted and not is_float(x.dtype):
+        # Among equal elements PyTorch picks whatever its C++ library's selection comes upon first.
+        refuse("which of several equal integers topk picks is unspecified; use torch.sort(stable=True)")
+    return values, indices
 
 
 @lowering(aten.kthvalue.default)
@@ -506,16 +511,9 @@ def _rms_norm(call: Call, x: Node, shape: Sequence[Dim], w: Any = None, eps: flo
     refuse("the second result of _fused_rms_norm")
 
 
-def _channelwise(x: Node | None, rank: int, dtype: str) -> Node | None:
+def _channelwise(x: Node, rank: int, dtype: str) -> Node:
     """A vector per channel, shaped to broadcast against [batch, channels, space…]."""
-    return None if x is None else view(cast(x, dtype), (1, x.shape[0], *(1,) * (rank - 2)))
-
-
-def _normalised(v: Node, mean: Node, rstd: Node, w: Node | None, b: Node | None) -> Node:
-    y = ops.mul(ops.sub(v, mean), rstd)
-    if w is not None:
-        y = ops.mul(y, w)
-    return y if b is None else ops.add(y, b)
+    return view(cast(x, dtype), (1, x.shape[0], *(1,) * (rank - 2)))
 
 
 @lowering(
@@ -543,9 +541,15 @@ def _batch_norm(call: Call, x: Node, w: Any, b: Any, *rest: Any) -> Any:
     if training:
         m, r = _moments(v, axes, eps)
     else:
-        m = _channelwise(mean, x.rank, inner)
-        r = ops.rsqrt(ops.add(_channelwise(variance, x.rank, inner), float(eps)))
-    y = cast(_normalised(v, m, r, _channelwise(w, x.rank, inner), _channelwise(b, x.rank, inner)), call.dtype)
+        assert mean is not None and variance is not None
+        m, r = _channelwise(mean, x.rank, inner), _channelwise(variance, x.rank, inner)
+        r = ops.rsqrt(ops.add(r, float(eps)))
+    y = ops.mul(ops.sub(v, m), r)
+    if w is not None:
+        y = ops.mul(y, _channelwise(w, x.rank, inner))
+    if b is not None:
+        y = ops.add(y, _channelwise(b, x.rank, inner))
+    y = cast(y, call.dtype)
     results: list[Node | None] = [y]
     for extra, type in zip((m, r), call.types[1:3], strict=False):
         results.append(_as_type(extra, type) if type.shape != (0,) else filled(0, type))
@@ -554,12 +558,14 @@ def _batch_norm(call: Call, x: Node, w: Any, b: Any, *rest: Any) -> Any:
     return tuple(results + [None] * (len(call.types) - len(results)))
 
 
-def _running_statistics(v: Node, m: Node, axes: Sequence[int], mean: Node, variance: Node, momentum: float) -> list[Node]:
+def _running_statistics(
+    v: Node, m: Node, axes: Sequence[int], mean: Any, variance: Any, momentum: float
+) -> list[Node | None]:
     """The running mean and (unbiased) variance after one batch."""
     n = count(v.shape, axes)
     squares = _sum(ops.square(ops.sub(v, m)), axes, False)
     unbiased = ops.div(squares, operand(dim(n - 1), v.dtype))
-    found = []
+    found: list[Node | None] = []
     for old, new in ((mean, view(m, mean.shape)), (variance, unbiased)):
         mixed = ops.add(ops.mul(cast(old, v.dtype), 1 - momentum), ops.mul(new, momentum))
         found.append(cast(mixed, old.dtype))

@@ -8,7 +8,7 @@ on both parts alike by the ordinary table.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import attrs
@@ -16,7 +16,7 @@ import torch
 
 from jisu.compiler import ops
 from jisu.compiler.graph import Node
-from jisu.compiler.types import Dim, dim
+from jisu.compiler.types import Dim
 from jisu.frontends.aten.table import (
     LOWERINGS,
     Call,
@@ -48,7 +48,7 @@ COMPLEX: dict[Any, Lowering] = {}
 """Lowerings of calls that take or give complex tensors. Types in `Call` are those of the parts."""
 
 
-def _complex(*targets: Any) -> Any:
+def _complex(*targets: Any) -> Callable[[Lowering], Lowering]:
     def enter(function: Lowering) -> Lowering:
         for target in targets:
             COMPLEX[target] = function
@@ -134,8 +134,9 @@ def _div(call: Call, a: Any, b: Any) -> Complex:
         return Complex(ops.div(x.re, by), ops.div(x.im, by))
     y = _pair(b, call.dtype)
     size = ops.add(ops.square(y.re), ops.square(y.im))
-    above = _mul(call, x, Complex(y.re, ops.neg(y.im)))
-    return Complex(ops.div(above.re, size), ops.div(above.im, size))
+    re = ops.add(ops.mul(x.re, y.re), ops.mul(x.im, y.im))
+    im = ops.sub(ops.mul(x.im, y.re), ops.mul(x.re, y.im))
+    return Complex(ops.div(re, size), ops.div(im, size))
 
 
 @_complex(aten.add.Tensor, aten.sub.Tensor)
@@ -159,7 +160,8 @@ def _angle(call: Call, x: Complex) -> Node:
 
 @_complex(aten.exp.default)
 def _exp(call: Call, x: Complex) -> Complex:
-    return _polar(call, ops.exp(x.re), x.im)
+    length = ops.exp(x.re)
+    return Complex(ops.mul(length, ops.cos(x.im)), ops.mul(length, ops.sin(x.im)))
 
 
 _ALIKE = (
@@ -177,11 +179,12 @@ _ZERO_FILL = ("constant_pad_nd.default",)
 def _alike(target: Any) -> Lowering:
     def lower(call: Call, x: Any, *rest: Any, **keywords: Any) -> Complex:
         function = LOWERINGS[target]
+        parts: list[Any]
         if isinstance(x, (list, tuple)):
             pairs = [_pair(v, call.dtype) for v in x]
             parts = [[p.re for p in pairs], [p.im for p in pairs]]
         else:
-            parts = [x.re, x.im]  # type: ignore[list-item]
+            parts = [x.re, x.im]
         return Complex(*(function(call, part, *rest, **keywords) for part in parts))
 
     return lower
@@ -274,4 +277,4 @@ def _c2r(call: Call, x: Complex, axes: Sequence[int], mode: int, length: Dim) ->
     once = ops.logical_or(ops.eq(k, 0), ops.eq(ops.mul(k, 2), n))
     weight = ops.where(once, operand(1.0, re.dtype), operand(2.0, re.dtype))
     y = ops.sub(_applied(re, ops.mul(cos, weight), last), _applied(im, ops.mul(sin, weight), last))
-    return _norm(y, mode, dim(size))  # type: ignore[arg-type]
+    return _norm(y, mode, size)

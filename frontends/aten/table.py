@@ -66,6 +66,11 @@ class Call:
     types: tuple[TensorType, ...]
 
     @property
+    def name(self) -> str:
+        """The operator's name without namespace and overload."""
+        return str(self.node.target).split(".")[-2]
+
+    @property
     def type(self) -> TensorType:
         """The type of the only, or first, result."""
         return self.types[0]

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import sympy
-from tvm import tirx
+from tvm import ir, tirx
 from tvm.tirx.stmt import ForKind
 
 from jisu.compiler.errors import CompileError
@@ -149,6 +149,10 @@ class Builder:
         if isinstance(value, (tirx.Var, tirx.IntImm, tirx.FloatImm)):
             return value
         self.count += 1
+        if dtype_of(value) == "bfloat16":  # TVM's legalisation of bfloat16 forgets the type of a bound variable
+            bits = tirx.Var(f"{hint}{self.count}", "uint16")
+            self.emit(tirx.Bind(bits, tirx.reinterpret("uint16", value)))
+            return tirx.reinterpret("bfloat16", bits)
         name = tirx.Var(f"{hint}{self.count}", dtype_of(value))
         self.emit(tirx.Bind(name, value))
         return name
@@ -276,7 +280,8 @@ class Builder:
 
     def require(self, condition: Expr, kind: str, message: str) -> None:
         """Make the call fail with an error of Python class `kind` unless `condition` holds."""
-        self.emit(tirx.AssertStmt(tirx.StringImm(kind), condition, [tirx.StringImm(message)]))
+        # The wrapper names its first two parameters in the other order than the constructor behind it takes them.
+        self.emit(tirx.AssertStmt(condition, ir.StringImm(kind), [ir.StringImm(message)]))
 
     def finish(self) -> Any:
         """The PrimFunc."""
