@@ -1,4 +1,4 @@
-"""Pictures of graphs: DOT for other tools, and SVG written here, with the layers of the data flow from top to bottom."""
+"""Pictures of graphs: DOT for other tools, and SVG written here, the data flowing from top to bottom."""
 
 from __future__ import annotations
 
@@ -79,7 +79,8 @@ def to_svg(graph: Graph) -> str:
             at[i] = ((column + (widest - len(row)) / 2 + 0.5) * _CELL[0], (layer + 0.5) * _CELL[1])
     width, height = widest * _CELL[0], (max(rows, default=0) + 1) * _CELL[1]
     lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height:.0f}" font-family="sans-serif" font-size="11">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height:.0f}" '
+        'font-family="sans-serif" font-size="11">',
         '<defs><marker id="arrow" viewBox="0 0 8 8" refX="8" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
         '<path d="M0,0 L8,4 L0,8 z" fill="#666"/></marker></defs>',
     ]
@@ -100,7 +101,8 @@ def _box(node: Node, at: tuple[float, float], returned: bool) -> list[str]:
     first, second = map(escape, _label(node))
     colour, stroke = _COLOURS.get(node.op.name, "#ffffff"), 2.5 if returned else 1
     return [
-        f'<rect x="{x - _BOX[0] / 2:.0f}" y="{y - _BOX[1] / 2:.0f}" width="{_BOX[0]:.0f}" height="{_BOX[1]:.0f}" rx="6" '
+        f'<rect x="{x - _BOX[0] / 2:.0f}" y="{y - _BOX[1] / 2:.0f}" width="{_BOX[0]:.0f}" height="{_BOX[1]:.0f}" '
+        'rx="6" '
         f'fill="{colour}" stroke="#333" stroke-width="{stroke}"/>',
         f'<text x="{x:.0f}" y="{y - 4:.0f}" text-anchor="middle" font-weight="bold">{first}</text>',
         f'<text x="{x:.0f}" y="{y + 12:.0f}" text-anchor="middle" fill="#555">{second}</text>',

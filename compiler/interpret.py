@@ -50,7 +50,9 @@ def _solve(node: Node, want: Dim, have: int, env: dict[str, int]) -> None:
     solutions = sympy.solve(want.subs({symbol(k): v for k, v in env.items()}) - have, symbol(unknown[0])) if len(unknown) == 1 else []
     whole = [int(s) for s in solutions if s.is_Integer and s > 0]
     if len(whole) != 1:
-        raise InputError(f"input {node.name!r}: expected {node.type}, got a dimension of {have}, which doesn't settle {want}")
+        raise InputError(
+            f"input {node.name!r}: expected {node.type}, got a dimension of {have}, which doesn't settle {want}"
+        )
     env[unknown[0]] = whole[0]
 
 

@@ -13,9 +13,9 @@ Everything is drawn by hypothesis, so a failure comes with the smallest case tha
 never contain a match and then prove nothing; `graphs(plant=rules)` therefore grows the rules' own left sides into them.
 
 Values are small exact integers most of the time (any difference is a bug), sometimes normal floats, and sometimes NaN,
-infinities and the ends of the dtype's range. Results are judged against the left side's value in float64: the right side
-may be off by a few roundings of its dtype, or a few times as much as the left side itself, no more. The signs of zeros
-are not compared.
+infinities and the ends of the dtype's range. Results are judged against the left side's value in float64: the right
+side may be off by a few roundings of its dtype, or a few times as much as the left side itself, no more. The signs of
+zeros are not compared.
 """
 
 from __future__ import annotations
@@ -214,7 +214,7 @@ def tensors(
     """Arrays of a type without symbols, given as TensorType or in notation ("float32[2, 3]", "int64[2] < 4").
 
     values: "digits" (integers from -2 to 2, exact in every dtype), "normal" (standard normal floats) or "special" (with
-    NaN, infinities, the ends of an integer dtype). bounds: inclusive range of integers, as for indices ("< 4" is (0, 3)).
+    NaN, infinities, the ends of an integer dtype). bounds: inclusive range of integers, as for indices ("< 4": (0, 3)).
     """
     if isinstance(type, str):
         spec = _spec(type)
@@ -224,8 +224,8 @@ def tensors(
     if type.symbols:
         raise InputError(f"{type} has symbols; draw a type without (TensorType.at)")
     found, dtype = type, numpy_dtype(type.dtype)
-    # Drawing each element lets small cases shrink to telling ones; hypothesis has no room for the elements of large ones.
-    if values == "digits" and found.size <= 24:  # type: ignore[operator]
+    # Drawing each element lets small cases shrink to telling ones; hypothesis has no room for large ones.
+    if values == "digits" and found.size <= 24:
         low, high = _digits(found.dtype, bounds)
         elements = st.integers(low, high)
         return hnp.arrays(np.int64, found.shape, elements=elements, fill=st.nothing()).map(lambda a: a.astype(dtype))
@@ -634,7 +634,7 @@ def _calls(op: Op) -> tuple[_Call, ...]:
 
 
 def _possible(call: _Call) -> bool:
-    """Whether the op accepts the call's dtypes at all (tried with every drawn size 2, and with literal sizes as given)."""
+    """Whether the op accepts the call's dtypes at all (tried with drawn sizes of 2)."""
 
     def leaf(p: Node | None) -> Node | None:
         if p is None:
@@ -941,8 +941,8 @@ def _prove(rule: Rule, graph: Graph, sample: Sample, trace: Trace) -> float:
     before, after = contraction_flops(graph, sample.sizes), contraction_flops(new, sample.sizes)
     if after > before:
         raise RuleFailure(
-            f"rule {rule.name!r} turns {before} FLOPs of matrix products into {after}: an inner value that others use is "
-            f"computed again; guard it with used_once(…)\n{_both(graph, new)}"
+            f"rule {rule.name!r} turns {before} FLOPs of matrix products into {after}: an inner value that others use "
+            f"is computed again; guard it with used_once(…)\n{_both(graph, new)}"
         )
     try:
         error, complaint = _difference(truth, new, sample.inputs)
@@ -964,10 +964,11 @@ def check_rule(
     """Prove a rule on its own: draw left sides, apply it to a fixed point, compare both sides.
 
     Draws shapes, dtypes, attributes, operands and values as the rule's `types` and `attributes` say; every branch of
-    `either`, absent optional operands, swapped operands of commutative ops, scalars of shape [1] and [1, 1, 1], one value in
-    two places, symbolic sizes, and outer users of inner values included. Checks that the rule fires in at least `share`
-    of the well-typed draws, ends, builds what the verifier accepts, keeps types and values (see the module's text), adds
-    no matrix product, and doesn't touch what it was given. special: also draw NaN, infinities and extreme values.
+    `either`, absent optional operands, swapped operands of commutative ops, scalars of shape [1] and [1, 1, 1], one
+    value in two places, symbolic sizes, and outer users of inner values included. Checks that the rule fires in at
+    least `share` of the well-typed draws, ends, builds what the verifier accepts, keeps types and values (see the
+    module's text),
+    adds no matrix product, and doesn't touch what it was given. special: also draw NaN, infinities and extreme values.
     examples: how many draws. seed: other draws (the same seed gives the same).
 
     Raises RuleFailure with the smallest failing case. Returns what it saw.
@@ -995,8 +996,8 @@ def check_rule(
         _run(prove, examples, seed)
     except Unsatisfiable:
         raise RuleFailure(
-            f"rule {rule.name!r}: no well-typed left side could be drawn; give types= for its variables and attributes= for "
-            "its bound names that fit together"
+            f"rule {rule.name!r}: no well-typed left side could be drawn; give types= for its variables and "
+            "attributes= for its bound names that fit together"
         ) from None
     if fired < max(1, share * draws):
         reasons = sorted(trace.refused.get(rule.name, {}).items(), key=lambda item: -item[1])
@@ -1079,12 +1080,13 @@ def check_pass(
     special: bool = False,
     max_error: float | None = None,
 ) -> PassReport:
-    """Prove a pass on drawn graphs (by default `graphs(plant=plant, …)` with and without symbols, in float32 and bfloat16).
+    """Prove a pass on drawn graphs (by default `graphs(plant=plant, …)` with and without symbols).
+
 
     Checks that it keeps inputs, output types, ranges and meaning (within rounding where it says `exact`; a lossy pass's
-    error, relative to the largest element, is reported and bounded by `max_error`), that the verifier accepts its result,
-    that it is a function (same text twice), idempotent (unless `idempotent=False`), neither unties nor grows the weights
-    (`may_add_weights`: folded constants may), adds no matrix product, and leaves its argument, weights and inputs alone.
+    error, relative to the largest element, is reported and bounded by `max_error`), that the verifier accepts it,
+    that it is a function (same text twice), idempotent (unless `idempotent=False`), neither unties nor grows weights
+    (`may_add_weights`: folded constants may), adds no matrix product, and leaves what it was given alone.
     share: how large a part of the graphs it must change (by default some, where rules are planted). special: also draw
     NaN, infinities and extremes.
 

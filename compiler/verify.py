@@ -37,8 +37,11 @@ def complaints(graph: Graph) -> Iterator[str]:
     for i, node in enumerate(graph.outputs):
         if isinstance(node.type, TupleType):
             yield f"output {i}: {node.op.name} has several results; return get(…, index=…) of it"
-    if any(node.type is None for node in graph.nodes):
-        return
+    if all(node.type is not None for node in graph.nodes):
+        yield from _check_ranges(graph)
+
+
+def _check_ranges(graph: Graph) -> Iterator[str]:
     for name in graph.symbols:
         low, high = graph.ranges.get(name, (1, None))
         if high is not None and high < low:
@@ -93,5 +96,6 @@ def verify(graph: Graph, after: str = "") -> Graph:
     """Return `graph` if it keeps all rules; else raise VerifyError with every complaint (`after` names the pass)."""
     found = list(complaints(graph))
     if found:
-        raise VerifyError("\n".join([f"the graph {f'after {after} ' if after else ''}breaks {len(found)} rule(s):", *found]))
+        when = f"after {after} " if after else ""
+        raise VerifyError("\n".join([f"the graph {when}breaks {len(found)} rule(s):", *found]))
     return graph

@@ -76,7 +76,7 @@ def main(
 @app.command("compile")
 def compile_command(
     model: Model,
-    out: Annotated[str, typer.Option("--out", "-o", metavar="DIR", help="A folder, or a file such as llama.jisu.")],
+    out: Annotated[str, typer.Option("--out", "-o", metavar="DIR", help="A folder, or a file such as model.jisu.")],
     target: Target = None,
     recipe: Recipe = None,
     threads: Threads = None,

@@ -17,7 +17,7 @@ import numpy as np
 from tvm import IRModule, relax, runtime, tirx, transform
 
 from jisu.compiler import ops
-from jisu.compiler.errors import CompileError
+from jisu.compiler.errors import CompileError, TargetError
 from jisu.compiler.graph import CONSTANT, INPUT, WEIGHT, Graph, Node, Op
 from jisu.compiler.text import attribute_text
 from jisu.compiler.types import Dim, TensorType
@@ -181,7 +181,10 @@ class _Module:
         leaves = tuple(dict.fromkeys(node.parents))
         key = describe(Region((node,), leaves))
         if key not in self.chosen:
-            kernel = chooser(node, self.target)
+            try:
+                kernel = chooser(node, self.target)
+            except TargetError:  # the kernel doesn't exist for this dtype or machine
+                kernel = None
             if kernel is not None:
                 name = self.unique(_clean(kernel_name(Region((node,), leaves))))
                 self.chosen[key] = (kernel, self.add(kernel.function, name))

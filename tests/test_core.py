@@ -148,7 +148,8 @@ def test_malformed_text_is_a_verify_error_that_says_where(case: str) -> None:
 
 
 def test_duplicate_input_name_is_found() -> None:
-    text = 'graph\n%0 = input(name="x"): float32[2]\n%1 = input(name="x"): float32[2]\n%2 = add(%0, %1): float32[2]\nreturn %2'
+    lines = ("graph", '%0 = input(name="x"): float32[2]', '%1 = input(name="x"): float32[2]', "return %0, %1")
+    text = "\n".join(lines)
     with pytest.raises(VerifyError, match=r"%1 = input: a second input is called 'x'"):
         verify(parse(text))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from tests_models import DECODERS, VOCABULARY, make
+from decoders import DECODERS, VOCABULARY, make
 
 import jisu
 

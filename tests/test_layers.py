@@ -32,7 +32,7 @@ def sources(*folders: str) -> list[Path]:
 
 
 def imports(path: Path) -> Iterator[tuple[str, bool]]:
-    """(module, whether it is imported when the file is) of every import; imports for type checkers alone are left out."""
+    """(module, whether it is imported when the file is) of every import but those for type checkers."""
     tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
 
     def visit(node: ast.AST, top: bool) -> Iterator[tuple[str, bool]]:

@@ -269,7 +269,10 @@ CASES = {
     "sum": lambda: (applied(ops.sum_, X, axes=(0, 2), keepdims=True), t(X).sum((0, 2), keepdim=True)),
     "prod": lambda: (applied(ops.prod, X, axes=(1,)), t(X).prod(1)),
     "reduce_max": lambda: (applied(ops.reduce_max, X, axes=(0, 1)), t(X).amax((0, 1))),
-    "argmax": lambda: (applied(ops.argmax, np.array([1, 3, 3, 2], np.int32), axis=0), torch.tensor([1, 3, 3, 2]).argmax(0)),
+    "argmax": lambda: (
+        applied(ops.argmax, np.array([1, 3, 3, 2], np.int32), axis=0),
+        torch.tensor([1, 3, 3, 2]).argmax(0),
+    ),
     "argmin of NaN": lambda: (
         applied(ops.argmin, np.array([1, np.nan, 0], np.float32), axis=0), torch.tensor([1, torch.nan, 0]).argmin(0)
     ),
@@ -279,15 +282,22 @@ CASES = {
         applied(ops.layer_norm, X, X[0, 0], X[1, 1], eps=1e-3),
         torch.nn.functional.layer_norm(t(X), (4,), t(X[0, 0]), t(X[1, 1]), 1e-3),
     ),
-    "rms_norm": lambda: (applied(ops.rms_norm, X, X[0, 0], eps=1e-3), torch.nn.functional.rms_norm(t(X), (4,), t(X[0, 0]), 1e-3)),
+    "rms_norm": lambda: (
+        applied(ops.rms_norm, X, X[0, 0], eps=1e-3),
+        torch.nn.functional.rms_norm(t(X), (4,), t(X[0, 0]), 1e-3),
+    ),
     "attention": lambda: (applied(ops.attention, Q, K, V, scale=0.3), sdpa(False)),
     "causal attention": lambda: (applied(ops.attention, Q, K, V, scale=0.3, causal=True), sdpa(True)),
     "transpose": lambda: (applied(ops.transpose, X, perm=(2, 0, 1)), t(X).permute(2, 0, 1)),
     "flip": lambda: (applied(ops.flip, X, axes=(0, 2)), t(X).flip(0, 2)),
     "concat": lambda: (applied(ops.concat, X, X, axis=1), torch.cat([t(X), t(X)], 1)),
-    "take": lambda: (applied(ops.take, X[0], np.array([[2, 0], [1, 1]]), axis=0), t(X[0])[torch.tensor([[2, 0], [1, 1]])]),
+    "take": lambda: (
+        applied(ops.take, X[0], np.array([[2, 0], [1, 1]]), axis=0),
+        t(X[0])[torch.tensor([[2, 0], [1, 1]])],
+    ),
     "gather": lambda: (
-        applied(ops.gather, X[0], np.array([[2, 0, 1, 1]]), axis=0), torch.gather(t(X[0]), 0, torch.tensor([[2, 0, 1, 1]]))
+        applied(ops.gather, X[0], np.array([[2, 0, 1, 1]]), axis=0),
+        torch.gather(t(X[0]), 0, torch.tensor([[2, 0, 1, 1]])),
     ),
     "scatter": lambda: (
         applied(ops.scatter, X[0], np.array([[2, 0, 1, 1]]), X[1, :1], axis=0),
@@ -304,8 +314,14 @@ CASES = {
     "shift_left": lambda: (applied(ops.shift_left, ints, np.full(9, 3)), t(ints) << 3),
     "shift_right": lambda: (applied(ops.shift_right, ints, np.full(9, 1)), t(ints) >> 1),
     "bit_not": lambda: (applied(ops.bit_not, ints), ~t(ints)),
-    "cast": lambda: (applied(ops.cast, np.array([1.7, -1.7, 0.0], np.float32), dtype="int32"), torch.tensor([1.7, -1.7, 0.0]).int()),
-    "cast to bool": lambda: (applied(ops.cast, np.array([0.5, 0.0, np.nan], np.float32), dtype="bool"), torch.tensor([0.5, 0.0, torch.nan]).bool()),
+    "cast": lambda: (
+        applied(ops.cast, np.array([1.7, -1.7, 0.0], np.float32), dtype="int32"),
+        torch.tensor([1.7, -1.7, 0.0]).int(),
+    ),
+    "cast to bool": lambda: (
+        applied(ops.cast, np.array([0.5, 0.0, np.nan], np.float32), dtype="bool"),
+        torch.tensor([0.5, 0.0, torch.nan]).bool(),
+    ),
     "gelu tanh": lambda: (applied(ops.gelu, X, approximate="tanh"), torch.nn.functional.gelu(t(X), approximate="tanh")),
 }  # fmt: skip
 

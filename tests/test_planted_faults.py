@@ -133,11 +133,25 @@ def double_negation(replace: Any, *guards: Guard) -> Rule:
 RULES: tuple[tuple[str, Rule, Rule, str], ...] = (
     ("wrong guard", times_one(keeps_shape), times_one(keeps_shape, is_value(1)), "changes the meaning"),
     ("missing broadcasting", times_one(is_value(1)), times_one(keeps_shape, is_value(1)), "replaces"),
-    ("missing guard", bias(used_once(product)), bias(used_once(product), rank_is(b, 1), one_bias_per_output), "ill-typed"),
-    ("lost used_once", bias(rank_is(b, 1), one_bias_per_output), bias(used_once(product), rank_is(b, 1), one_bias_per_output), "used_once"),
+    (
+        "missing guard",
+        bias(used_once(product)),
+        bias(used_once(product), rank_is(b, 1), one_bias_per_output),
+        "ill-typed",
+    ),
+    (
+        "lost used_once",
+        bias(rank_is(b, 1), one_bias_per_output),
+        bias(used_once(product), rank_is(b, 1), one_bias_per_output),
+        "used_once",
+    ),
     ("dropped truncation", casts("int32", "float32"), casts("float64", "float32"), "changes the meaning"),
     ("dropped rounding", casts("bfloat16", "float32"), casts("float32", "bfloat16"), "changes the meaning"),
-    ("dropped cast", difference(ops.sub(x, y)), difference(ops.add(ops.cast(x, dtype="float32"), ops.neg(ops.cast(y, dtype="float32")))),
+    (
+        "dropped cast",
+        difference(ops.sub(x, y)),
+        difference(ops.add(ops.cast(x, dtype="float32"), ops.neg(ops.cast(y, dtype="float32"))),
+    ),
      "replaces"),
     ("swapped operands", negated_sum(ops.sub(x, y)), negated_sum(ops.sub(y, x)), "changes the meaning"),
     ("swapped product", transposed_product(x, y), transposed_product(y, x), "changes the meaning"),
@@ -150,7 +164,12 @@ RULES: tuple[tuple[str, Rule, Rule, str], ...] = (
     ("float16 overflow", mean_of_squares("float16"), mean_of_squares("float64"), "changes the meaning"),
     ("endless", subtraction(ops.neg(ops.sub(y, x))), subtraction(ops.add(x, ops.neg(y))), "undo each other"),
     ("never fires", double_negation(x, rank_is(x, 7)), double_negation(x), "needs rank 7"),
-    ("crash on a symbol", double_negation(lambda m: ops.reshape(m["x"], shape=(int(m["x"].shape[0]),))), double_negation(x), "TypeError"),
+    (
+        "crash on a symbol",
+        double_negation(lambda m: ops.reshape(m["x"], shape=(int(m["x"].shape[0]),))),
+        double_negation(x),
+        "TypeError",
+    ),
 )  # fmt: skip
 
 

@@ -244,6 +244,7 @@ def experts(
     require(is_integer(index.dtype) and same_shape(index.shape, scores.shape), f"index {index} and scores {scores} don't fit")
     require(x.dtype == scores.dtype == gate_up.dtype == down.dtype, f"dtypes differ: {x}, {scores}, {gate_up}, {down}")
     e, two_i, h = gate_up.shape
+    require(not isinstance(two_i, int) or two_i % 2 == 0, f"gate_up {gate_up} must hold gate and up, an even number of rows")
     require(same_shape(down.shape, (e, h, dim(two_i // 2))) and same_dim(x.shape[1], h), f"{gate_up}, {down} and {x} don't fit")
     require(activation in ACTIVATIONS, f"unknown activation {activation!r}; known: {', '.join(ACTIVATIONS)}")
     return x

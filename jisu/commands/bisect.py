@@ -26,14 +26,16 @@ def run(shell: Shell, model: str, prompt: str, options: Options) -> None:
 
     The reference interpreter computes all of them, so it takes a while: a short prompt is enough.
     """
-    from jisu.frontends.huggingface import load_checkpoint
+    from jisu.frontends.checkpoint import load_checkpoint
+    from jisu.targets.compile import cache_folder
 
     if recognise(model) != "checkpoint":
         raise InputError(f"{model!r} is compiled already; give the checkpoint's folder")
     passes = _passes(options)
     with shell.progress() as tell:
         tell("tracing", 0.0)
-        decoder = load_checkpoint(Path(model))
+        kept = cache_folder(Path(options.cache_dir) if options.cache_dir is not None else None)
+        decoder = load_checkpoint(Path(model), kept)
         ids = _ids(model, prompt, decoder)
         tell("rewriting and comparing", 0.3)
         broken, want = _first_broken(decoder.graph, ids, passes, tell)

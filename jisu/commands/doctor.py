@@ -138,12 +138,12 @@ def _compiler() -> Iterator[Check]:
 
 
 def _folders() -> Iterator[Check]:
-    from jisu.targets.compile import _cache_folder
+    from jisu.targets.compile import cache_folder
 
     for name, folder, remedy in (
         (
             "cache folder",
-            _cache_folder(None),
+            cache_folder(None),
             "set JISU_CACHE_DIR to a folder that can be written; without one, every compilation is new",
         ),
         ("temporary folder", Path(tempfile.gettempdir()).parent, "set TMPDIR to a folder that can be written"),

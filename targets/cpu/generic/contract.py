@@ -309,27 +309,21 @@ def _conv(b: Builder, pull: Pull, node: Node, target: Flat) -> None:
 
 def _pack(b: Builder, pull: Pull, node: Node, target: Flat) -> None:
     sources = [pull.leaves[w] for w in node.parents]
-    n, k = (i64(int(d)) for d in node.parents[0].shape)
-
-    def element(source: Flat, panel: Expr, word: Expr, lane: Expr, within: Expr) -> Expr:
-        row, column = b.let(panel * i64(node.panel) + lane), b.let(word * i64(node.pair) + within)
-        inside = tirx.all(row < n, column < k)
-        nothing = literal(0, node.dtype) if node.dtype != "bfloat16" else narrow(b, literal(0, "float32"), node.dtype)
-        return tirx.if_then_else(inside, source[row * k + column], nothing)
+    *experts, n, k = node.parents[0].shape
+    gated = node.op is pack_gated
+    dtype = node.dtype
+    nothing = narrow(b, literal(0, "float32"), dtype) if dtype == "bfloat16" else literal(0, dtype)
 
     def row(outer: list[Expr]) -> None:
-        panel, *half, word = outer
-        lane_axis = node.shape[-2] if node.pair > 1 else node.shape[-1]
-        with b.loops([b.dim(lane_axis), i64(node.pair)]) as (lane, within):
-            index = [panel, *half, word, lane, *([within] if node.pair > 1 else [])]
-            if not half:
-                b.store(target, index, element(sources[0], panel, word, lane, within))
-            else:
-                values = [element(s, panel, word, lane, within) for s in sources]
-                b.store(target, index, tirx.if_then_else(tirx.EQ(half[0], i64(0)), *values))
+        lead, (panel, *half, word) = outer[: len(experts)], outer[len(experts) :]
+        with b.loops([i64(node.panel), i64(node.pair)]) as (lane, within):
+            index = [*outer, lane, *([within] if node.pair > 1 else [])]
+            line, column = b.let(panel * i64(node.panel) + lane), b.let(word * i64(node.pair) + within)
+            inside = tirx.all(line < b.dim(n), column < b.dim(k))
+            values = [tirx.if_then_else(inside, source[[*lead, line, column]], nothing) for source in sources]
+            b.store(target, index, tirx.if_then_else(tirx.EQ(half[0], i64(0)), *values) if gated else values[0])
 
-    lead = 3 if node.op is pack_gated else 2
-    b.spread(node.shape[:lead], node.tensor.size, row)
+    b.spread(node.shape[: len(experts) + (3 if gated else 2)], node.tensor.size, row)
 
 
 BODIES: Mapping[Op, Callable[[Builder, Pull, Node, Flat], None]] = {

@@ -15,15 +15,15 @@ from jisu.targets.cpu.generic.element import Pull
 from jisu.targets.cpu.generic.scalar import HALF, arithmetic, dtype_of, is_nan, maximum, minimum, narrow, widen
 
 
-def check(b: Builder, pull: Pull, indices: Node, size: Dim) -> None:
-    """Fail unless every index lies in -size … size - 1."""
+def check(b: Builder, pull: Pull, indices: Node, size: Dim, wrap: bool = True) -> None:
+    """Fail unless every index lies in -size … size - 1, or, without `wrap`, in 0 … size - 1."""
     bound = b.dim(size)
     text = f"index out of range for an axis of size {size}" if isinstance(size, int) else "index out of range"
     bad = b.scratch(1, "int64")
     b.store(bad, i64(0), i64(0))
     with b.loops([b.dim(d) for d in indices.shape]) as where:
         value = _signed(b, pull.fresh(), indices, list(where))
-        outside = tirx.any(value < i64(0) - bound, value >= bound)
+        outside = tirx.any(value < (i64(0) - bound if wrap else i64(0)), value >= bound)
         b.store(bad, i64(0), bad[i64(0)] | tirx.Cast("int64", outside))
     b.require(tirx.EQ(bad[i64(0)], i64(0)), "IndexError", text)
 
@@ -43,7 +43,7 @@ def resolve(b: Builder, pull: Pull, indices: Node, where: list[Expr], size: Expr
 def _take(b: Builder, pull: Pull, node: Node, targets: Sequence[Flat]) -> None:
     x, indices = node.parents
     (target,) = targets
-    check(b, pull, indices, x.shape[node.axis])
+    check(b, pull, indices, x.shape[node.axis], node.wrap)
     size = b.dim(x.shape[node.axis])
 
     def element(index: list[Expr], picked: Expr) -> Expr:

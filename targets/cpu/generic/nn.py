@@ -299,13 +299,54 @@ def _cache_append(b: Builder, pull: Pull, node: Node, targets: Sequence[Flat]) -
 
 def _experts(b: Builder, pull: Pull, node: Node, targets: Sequence[Flat]) -> None:
     x, index, scores, gate_up, down = node.parents
+    count, inner = gate_up.shape[0], down.shape[2]
+    first, second = pull.leaves[gate_up], pull.leaves[down]
+    _mixture(
+        b, pull, node, count, inner,
+        lambda e, half, i, d: load(b, first, first.offset([e, i + i64(half) * b.dim(inner), d])),
+        lambda e, i, d: load(b, second, second.offset([e, i, d])),
+        targets[0],
+    )  # fmt: skip
+
+
+def _packed_experts(b: Builder, pull: Pull, node: Node, targets: Sequence[Flat]) -> None:
+    _, _, _, gate_up, down = node.parents
+    first, second = pull.leaves[gate_up], pull.leaves[down]
+
+    def place(w: Node, row: Expr, column: Expr, half: list[Expr], lead: int) -> list[Expr]:
+        panel, *pairs = w.shape[lead:]
+        assert isinstance(panel, int)
+        index = [tirx.floordiv(row, i64(panel)), *half]
+        if not pairs:
+            return [*index, column, tirx.floormod(row, i64(panel))]
+        pair = b.dim(pairs[0])
+        return [*index, tirx.floordiv(column, pair), tirx.floormod(row, i64(panel)), tirx.floormod(column, pair)]
+
+    _mixture(
+        b, pull, node, gate_up.shape[0], node.inner,
+        lambda e, half, i, d: load(b, first, first.offset([e, *place(gate_up, i, d, [i64(half)], 4)])),
+        lambda e, i, d: load(b, second, second.offset([e, *place(down, i, d, [], 3)])),
+        targets[0],
+    )  # fmt: skip
+
+
+def _mixture(
+    b: Builder,
+    pull: Pull,
+    node: Node,
+    count: Dim,
+    inner: Dim,
+    up: Callable[[Expr, int, Expr, Expr], Expr],
+    down: Callable[[Expr, Expr, Expr], Expr],
+    target: Flat,
+) -> None:
+    """Experts whose weights are up(expert, 0 for the gate or 1, channel, input) and down(expert, output, channel)."""
+    x, index, scores = node.parents[:3]
     dtype = compute_dtype(x.dtype)
     tokens, h = x.shape
-    count, double, _ = gate_up.shape
-    inner = down.shape[2]
     hidden, width = b.dim(h), b.dim(inner)
-    first, second, rows = pull.leaves[gate_up], pull.leaves[down], pull.leaves[x]
-    vector = dtype == "float32"
+    rows = pull.leaves[x]
+    vector = dtype == "float32" and node.op is ops.experts
 
     def token(outer: list[Expr]) -> None:
         (t,) = outer
@@ -313,31 +354,29 @@ def _experts(b: Builder, pull: Pull, node: Node, targets: Sequence[Flat]) -> Non
         mixed = b.scratch(tirx.max(width, i64(1)), dtype, local=False)
         with b.loop(hidden) as i:
             b.store(result, i, literal(0, dtype))
+
+        def project(size: Expr, left: Callable[[Expr], Expr], right: Callable[[Expr], Expr]) -> Expr:
+            return b.let(round_to(b, line_product(b, size, dtype, left, right, vector), x.dtype), "dot")
+
         with b.loop(b.dim(index.shape[1])) as j:
             here = pull.fresh()
             e = b.let(tirx.Cast("int64", here(index, [t, j])), "e")
             with b.when(tirx.all(e >= i64(0), e < b.dim(count))):
                 weight = here.fresh().wide(scores, [t, j])
                 with b.loop(width) as i:
-                    halves = [
-                        b.let(round_to(b, line_product(
-                            b, hidden, dtype, lambda d: load(b, rows, t * hidden + d),
-                            lambda d, row=row: load(b, first, (e * b.dim(double) + row) * hidden + d), vector,
-                        ), x.dtype))
-                        for row in (i, i + width)
-                    ]  # fmt: skip
-                    active = b.let(round_to(b, ACTIVATE[node.activation](b, halves[0]), x.dtype))
-                    b.store(mixed, i, round_to(b, b.let(active * halves[1]), x.dtype))
-                with b.loop(hidden) as i:
-                    out = line_product(
-                        b, width, dtype, lambda d: mixed[d], lambda d, i=i: load(b, second, (e * hidden + i) * width + d), vector
+                    gate, linear = (
+                        project(hidden, lambda d: load(b, rows, t * hidden + d), lambda d, half=half, i=i: up(e, half, i, d))
+                        for half in (0, 1)
                     )
-                    out = b.let(round_to(b, out, x.dtype))
+                    active = b.let(round_to(b, ACTIVATE[node.activation](b, gate), x.dtype))
+                    b.store(mixed, i, round_to(b, b.let(active * linear), x.dtype))
+                with b.loop(hidden) as i:
+                    out = project(width, lambda d: mixed[d], lambda d, i=i: down(e, i, d))
                     b.store(result, i, result[i] + round_to(b, b.let(out * weight), x.dtype))
         with b.loop(hidden) as i:
-            b.store(targets[0], [t, i], narrow(b, result[i], x.dtype))
+            b.store(target, [t, i], narrow(b, result[i], x.dtype))
 
-    b.spread((tokens,), product((tokens, index.shape[1], double, h)) * 2, token)
+    b.spread((tokens,), product((tokens, index.shape[1], inner, h)) * 6, token)
 
 
 BODIES: Mapping[Op, Callable[[Builder, Pull, Node, Sequence[Flat]], None]] = {
@@ -348,4 +387,5 @@ BODIES: Mapping[Op, Callable[[Builder, Pull, Node, Sequence[Flat]], None]] = {
     ops.attention_cached: _attention_cached,
     ops.cache_append: _cache_append,
     ops.experts: _experts,
+    ops.packed_experts: _packed_experts,
 }
