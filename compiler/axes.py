@@ -176,7 +176,7 @@ def relate(node: Node) -> tuple[tuple[Relation, ...] | None, ...] | None:
 
 def flops(node: Node) -> Dim:
     """Floating-point operations of a node: points of its iteration space times the op's FLOPs per point."""
-    if node.op.leaf or not node.op.flops_per_point:
+    if node.op.leaf or not node.op.flops:
         return 0
     types = tuple(o.type if o is not None else None for o in node.operands)
     return _flops(node.op, types, tuple(node.attributes.items()), node.type)
@@ -184,6 +184,8 @@ def flops(node: Node) -> Dim:
 
 @functools.lru_cache(1 << 14)
 def _flops(op: Op, operands: tuple[Type | None, ...], attributes: tuple[tuple[str, Any], ...], result: Type) -> Dim:
+    if callable(op.flops):
+        return dim(op.flops(result, *operands, **dict(attributes)))
     types = list(operands)
     found = notation(op, types, dict(attributes))
     first = result.items[0] if isinstance(result, TupleType) else result
@@ -193,8 +195,7 @@ def _flops(op: Op, operands: tuple[Type | None, ...], attributes: tuple[tuple[st
         for (name, _), size in zip(_expand(found.results[0], first.rank), first.shape, strict=True):
             sizes[name] = size
         points = product(sizes.values())
-    per_point = op.flops_per_point
-    return dim(points * int(per_point)) if float(per_point).is_integer() else dim(points)
+    return dim(points * int(op.flops))
 
 
 def nbytes(node: Node) -> Dim:

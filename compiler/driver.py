@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -84,6 +85,19 @@ def compile(
     times = {"trace_s": time.perf_counter() - begin}
     with _memory_errors():
         return _build(source, machine, chosen, tuple(passes), num_threads, check, dump, stop_after, kept, tell, times)
+
+
+def load(path: str | os.PathLike[str], *, num_threads: int | None = None) -> Program:
+    """Load a saved program; needs neither torch nor TVM's compiler.
+
+    A saved program holds native code: load only what you would run. num_threads: threads that kernels use (default: all
+    cores). Raises ArtifactError for what is damaged, foreign, of another format version, or made for a processor with
+    features that this one lacks, OSError for a path that can't be read.
+    """
+    from jisu.runtime import program
+    from jisu.targets.target import host
+
+    return program.load(path, features=lambda: host().features, num_threads=num_threads)
 
 
 def _check_options(num_threads: int | None, check: str, passes: Sequence[Pass]) -> None:
@@ -184,8 +198,10 @@ def _build(
     times["passes_s"] = time.perf_counter() - begin
     begin = time.perf_counter()
     tell("compiling kernels", 0.4)
-    out = Path(tempfile.mkdtemp(prefix="jisu-"))
+    out = Path(tempfile.mkdtemp(prefix="jisu-"))  # stays where compiling fails: the error names it
     info = compile_graphs(finished, machine, out=out, cache_dir=kept)
+    library = info.library.read_bytes()
+    shutil.rmtree(out, ignore_errors=True)
     times["kernels_s"] = time.perf_counter() - begin
     begin = time.perf_counter()
     weights = _materialise(finished, tell)
@@ -197,7 +213,7 @@ def _build(
         "cache": None if decoder is None else decoder.reason or "derived",
     }
     parts = Compiled(
-        library=str(info.library),
+        library=library,
         weights=weights,
         orders={k: tuple(v) for k, v in info.weight_order.items()},
         graphs={k: str(g) for k, g in finished.items()},

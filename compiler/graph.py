@@ -142,7 +142,7 @@ class Op:
     axes: AxesRule
     commutative: bool = False
     leaf: bool = False
-    flops_per_point: float = 1.0
+    flops: float | Callable[..., Dim] = 1.0
     samples: Callable[[], Iterable[tuple[tuple[str, ...], Mapping[str, Any]]]] | None = None
 
     def __call__(self, *operands: Any, **attributes: Any) -> Node:
@@ -201,7 +201,7 @@ def defop(
     axes: AxesRule = None,
     commutative: bool = False,
     leaf: bool = False,
-    flops: float = 1.0,
+    flops: float | Callable[..., Dim] = 1.0,
     samples: Callable[[], Iterable[tuple[tuple[str, ...], Mapping[str, Any]]]] | None = None,
     name: str | None = None,
 ) -> Callable[[Callable[..., Any]], Op]:
@@ -210,7 +210,7 @@ def defop(
     Positional parameters are operands (a default of None makes one optional, `*xs` any number), keyword-only ones are
     attributes. The body is the type rule (TensorTypes in, a Type out); a body of `...` leaves it to `axes`, the index
     notation of `jisu.compiler.axes`. `meaning` is the NumPy reference. `flops` is per point of the iteration space that
-    `axes` spans. `samples` yields operand types (in notation, "float32[2, 3]") and attributes for tests, for ops whose
+    `axes` spans, or a function of the result's and the operands' types and the attributes that gives them all. `samples` yields operand types (in notation, "float32[2, 3]") and attributes for tests, for ops whose
     operands can't be drawn from `axes` alone.
     """
 
@@ -229,7 +229,7 @@ def defop(
             axes=axes,
             commutative=commutative,
             leaf=leaf,
-            flops_per_point=flops,
+            flops=flops,
             samples=samples,
         )
 

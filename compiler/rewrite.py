@@ -59,12 +59,12 @@ def variables(names: str) -> tuple[Node, ...]:
 
 
 def scalar(name: str) -> Node:
-    """A pattern that matches a constant of one element and binds its value as a Python number."""
+    """A pattern that matches a constant of rank 0 and binds its value as a Python number."""
     return Node(SCALAR, (), {"name": name}, None)
 
 
 def literal(value: float) -> Node:
-    """A pattern that matches a constant of one element equal to `value` (in the constant's dtype)."""
+    """A pattern that matches a constant of rank 0 equal to `value` (in the constant's dtype)."""
     return Node(LITERAL, (), {"value": value}, None)
 
 
@@ -196,7 +196,7 @@ def _matches(
             yield from _matches(choice, node, bindings, parts)
     elif pattern.op in (SCALAR, LITERAL):
         value = scalar_value(node)
-        if value is None:
+        if value is None or node.rank:
             return
         if pattern.op is SCALAR:
             if bindings.get(pattern.name, value) == value:

@@ -24,10 +24,10 @@ from jisu.compiler.errors import (
 )
 
 if TYPE_CHECKING:
-    from jisu.compiler.driver import compile
+    from jisu.compiler.driver import compile, load
     from jisu.compiler.recipe import Recipe
     from jisu.runtime.generate import GenerationConfig
-    from jisu.runtime.program import Program, load
+    from jisu.runtime.program import Program
     from jisu.targets.target import Target
 
 __version__ = "0.1.0"
@@ -37,7 +37,7 @@ _LAZY = {
     "Recipe": "jisu.compiler.recipe",
     "GenerationConfig": "jisu.runtime.generate",
     "Program": "jisu.runtime.program",
-    "load": "jisu.runtime.program",
+    "load": "jisu.compiler.driver",
     "Target": "jisu.targets.target",
 }
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from jisu.compiler import ops
 from jisu.compiler.errors import JisuError
-from jisu.compiler.graph import CONSTANT, INPUT, MAX_INLINE, WEIGHT, ArrayStorage, Graph, Node, constant, weight
+from jisu.compiler.graph import CONSTANT, INPUT, MAX_INLINE, WEIGHT, ArrayStorage, Graph, Node, Op, constant, weight
 from jisu.compiler.interpret import evaluate_node
 from jisu.compiler.rewrite import Match, Rule, bind, guard, rewrite, scalar, used_once, variable, variables
 from jisu.compiler.types import FLOATS, TensorType, is_float, is_integer, numpy_dtype, same_shape
@@ -169,11 +169,25 @@ RULES: tuple[Rule, ...] = (
 )  # fmt: skip
 """Identities that hold for every dtype named in their types."""
 
-BROADCAST_RULES: tuple[Rule, ...] = tuple(
-    Rule(f"{op.name} broadcasts by itself", op(*variables("x y")), _without_broadcast, (), {})
-    for op in sorted(ops.ELEMENTWISE, key=lambda o: o.name)
-    if len(op.operand_names) == 2
-) + (Rule("where broadcasts by itself", ops.where(*variables("x y z")), _without_broadcast, (), {}),)
+_LOGICAL = {ops.logical_and, ops.logical_or, ops.logical_xor}
+_BITS = {ops.bit_and, ops.bit_or, ops.bit_xor, ops.shift_left, ops.shift_right}
+
+
+def _broadcast_types(op: Op) -> dict[str, str]:
+    kind = "bool" if op in _LOGICAL else "int" if op in _BITS else "float"
+    return {"x": f"broadcast {kind}[*b k]", "y": f"{kind}[*b? k?]"}
+
+
+BROADCAST_RULES: tuple[Rule, ...] = (
+    *(
+        Rule(f"{op.name} broadcasts by itself", op(*variables("x y")), _without_broadcast, (), _broadcast_types(op))
+        for op in sorted(ops.ELEMENTWISE, key=lambda o: o.name)
+        if len(op.operand_names) == 2
+    ),
+    Rule("where broadcasts by itself", ops.where(*variables("x y z")), _without_broadcast, (),
+         {"x": "bool[*b k]", "y": "broadcast float[*b k]", "z": "float[*b? k?]"}),
+)  # fmt: skip
+"""Elementwise ops broadcast their operands, so an explicit broadcast before them is only a copy."""
 
 
 def deduplicate(graph: Graph) -> Graph:

@@ -186,11 +186,12 @@ def _split_rule(name: str) -> Rule:
         bound = attrs.evolve(m, bindings={**m.bindings, "act": name})
         return _split_gate(bound)
 
+    gate = _ACTIVATION_PATTERNS[name](_gate_slice)
     return Rule(
         f"halves of one projection, gated by {name}",
-        ops.mul(_ACTIVATION_PATTERNS[name](_gate_slice), _up_slice),
+        ops.mul(gate, _up_slice),
         build,
-        (used_once(_gate_slice, _up_slice),
+        (used_once(gate, _gate_slice, _up_slice),
          Guard("a product used by its halves only", lambda m: None if m.uses(m.at(_fused_product)) == 2 else "the product has other users")),
         {"x": "float[3 4]", "w": "float[6 4]"},
         {"gs": ((0, 0),), "ge": ((3, 3),), "gt": ((1, 1),), "us": ((0, 3),), "ue": ((3, 6),), "ut": ((1, 1),)},
@@ -215,8 +216,8 @@ def _last_axis(m: Match) -> bool:
 
 _over_last = guard("the mean over the whole last axis", _last_axis)
 _gain = guard("a gain per channel", lambda m: m["w"].rank == 1 and m["w"].dtype == m["x"].dtype and m["w"].shape == m["x"].shape[-1:])
-_NORM_TYPES = {"x": "float32[*b 4]", "w": "float32[4]"}
-_NORM_ATTRIBUTES = {"axes": ((1,), (0,), (2,)), "count": (4.0,), "eps": (1e-6, 1e-2)}
+_NORM_TYPES = {"x": "float32[a b 4]", "w": "float32[4]"}
+_NORM_ATTRIBUTES = {"axes": ((2,),), "count": (4.0,), "eps": (1e-6, 1e-2)}
 
 
 def _gained(offset: float, round_first: bool) -> Any:
@@ -236,7 +237,7 @@ NORMS: tuple[Rule, ...] = (
     Rule("RMS norm, gain in float32",
          ops.cast(ops.mul(_normed, ops.cast(w, dtype="float32")), dtype=bind("rounded")), _gained(0.0, False),
          (_over_last, _gain, guard("the root in x's dtype", lambda m: m.root.dtype == m["x"].dtype)),
-         {"x": "bfloat16[*b 4]", "w": "bfloat16[4]"}, {**_NORM_ATTRIBUTES, "rounded": ("bfloat16",)}),
+         {"x": "bfloat16[a b 4]", "w": "bfloat16[4]"}, {**_NORM_ATTRIBUTES, "rounded": ("bfloat16",)}),
     Rule("RMS norm, gain of 1 + w",
          either(ops.cast(ops.mul(_normed, ops.add(ops.cast(w, dtype="float32"), 1.0)), dtype=bind("rounded")),
                 ops.mul(_normed, ops.add(w, 1.0))), _gained(1.0, False),
@@ -383,9 +384,15 @@ q, k, v, bias = variables("q k v bias")
 scale = scalar("scale")
 _keys = ops.transpose(k, perm=(0, 1, 3, 2))
 _raw = ops.matmul(q, _keys)
-_scaled = either(ops.mul(_raw, scale), ops.div(_raw, scalar("divisor")), _raw)
-_biased_scores = either(ops.add(_scaled, bias), _scaled)
-_probabilities = maybe(ops.cast, ops.softmax(maybe(ops.cast, _biased_scores, dtype="float32"), axis=3), dtype=bind("back"))
+_times, _over = ops.mul(_raw, scale), ops.div(_raw, scalar("divisor"))
+_scaled = either(_times, _over, _raw)
+_sum = ops.add(_scaled, bias)
+_biased_scores = either(_sum, _scaled)
+_wide_scores = ops.cast(_biased_scores, dtype="float32")
+_softmax = ops.softmax(either(_wide_scores, _biased_scores), axis=3)
+_rounded_softmax = ops.cast(_softmax, dtype=bind("back"))
+_probabilities = either(_rounded_softmax, _softmax)
+_between = (_times, _over, _sum, _wide_scores, _softmax, _rounded_softmax)
 _attended = ops.matmul(_probabilities, v)
 
 
@@ -438,7 +445,7 @@ def _group(m: Match) -> Node:
 
 ATTENTION: tuple[Rule, ...] = (
     Rule("attention from its products", _attended, _attention,
-         (used_once(_raw), guard("rank 4", lambda m: m["q"].rank == m["k"].rank == m["v"].rank == 4)),
+         (used_once(_raw, *_between), guard("rank 4", lambda m: m["q"].rank == m["k"].rank == m["v"].rank == 4)),
          {"q": "float32[2 2 3 4]", "k": "float32[2 2 5 4]", "v": "float32[2 2 5 3]", "bias": "float32[1 1 3 5]"},
          {"scale": (0.5,), "divisor": (2.0,), "back": ("float32",)}),
     Rule("repeated KV heads are grouped queries", _grouped, _group, (guard("heads repeated in a row", _repeats_heads),),

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -38,11 +39,11 @@ TOKENIZER_FILES = (
 class Compiled:
     """The parts of a program, as the driver or `load` puts them together.
 
-    library: the shared library's path. weights: arrays by name. orders: per entry, the names of the weights that it takes,
+    library: the shared library's bytes. weights: arrays by name. orders: per entry, the names of the weights that it takes,
     in order. graphs: per entry, the IR text. report: what `explain` shows. files: tokenizer and configuration.
     """
 
-    library: str
+    library: bytes
     weights: Mapping[str, np.ndarray]
     orders: Mapping[str, Sequence[str]]
     graphs: Mapping[str, str]
@@ -65,7 +66,7 @@ class Program:
 
     def __init__(self, parts: Compiled, num_threads: int | None = None) -> None:
         self._parts = parts
-        self._executable = Executable.load(parts.library, num_threads=num_threads)
+        self._executable = _loaded(parts.library, num_threads)
         self._weights = {
             entry: self._executable.prepare([parts.weights[n] for n in order]) for entry, order in parts.orders.items()
         }
@@ -250,7 +251,7 @@ class Program:
         )
         tensors = {name: (array.dtype, array.shape, lambda array=array: array) for name, array in parts.weights.items()}
         files: dict[str, Any] = {
-            "library.so": Path(parts.library),
+            "library.so": parts.library,
             "weights.safetensors": lambda file: write_safetensors(file, tensors, {"format": "jisu"}),
             "recipe.toml": parts.recipe.encode(),
             "report.json": json.dumps(parts.report, indent=1).encode(),
@@ -276,15 +277,19 @@ def _described(graphs: Mapping[str, str]) -> artifact.Signature:
     )
 
 
-def load(path: str | os.PathLike[str], *, num_threads: int | None = None) -> Program:
-    """Load a saved program; needs neither torch nor TVM's compiler.
+def _loaded(library: bytes, num_threads: int | None) -> Executable:
+    """The library, loaded from a private folder that is gone afterwards."""
+    with tempfile.TemporaryDirectory(prefix="jisu-") as folder:
+        path = Path(folder) / "library.so"
+        path.write_bytes(library)
+        return Executable.load(str(path), num_threads=num_threads)
 
-    A saved program holds native code: load only what you would run. Raises ArtifactError for what is damaged, foreign,
-    of another format version, or made for a processor with features that this one lacks.
-    """
-    from jisu.targets.target import host
 
-    saved = artifact.read(path, features=lambda: host().features)
+def load(
+    path: str | os.PathLike[str], *, features: Callable[[], Iterable[str]], num_threads: int | None = None
+) -> Program:
+    """Load a saved program; `features` tells this processor's features. See `jisu.load` for the errors."""
+    saved = artifact.read(path, features=features)
     manifest = saved.manifest
     try:
         meta = manifest.meta
@@ -312,13 +317,12 @@ def load(path: str | os.PathLike[str], *, num_threads: int | None = None) -> Pro
         "features": list(manifest.target.features),
     }
     with saved.library() as library:
-        parts = Compiled(
-            library, weights, orders, graphs, signature, target, saved.bytes("recipe.toml").decode(), report, decoder, files,
-            manifest.producers,
-        )  # fmt: skip
-        program = Program(parts, num_threads)
-    program._keep = saved  # type: ignore[attr-defined]
-    return program
+        code = Path(library).read_bytes()
+    parts = Compiled(
+        code, weights, orders, graphs, signature, target, saved.bytes("recipe.toml").decode(), report, decoder, files,
+        manifest.producers,
+    )  # fmt: skip
+    return Program(parts, num_threads)
 
 
 # --- Arrays in and out ---------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import numpy as np
 from jisu.compiler.graph import defop
 from jisu.compiler.ops import elementwise as ew
 from jisu.compiler.ops.elementwise import widened
-from jisu.compiler.types import TensorType, broadcast, dim, is_float, require, same_dim, same_shape
+from jisu.compiler.types import TensorType, broadcast, dim, is_float, product, require, same_dim, same_shape
 
 Samples = Iterator[tuple[tuple[str, ...], dict[str, Any]]]
 
@@ -143,7 +143,11 @@ def _conv_samples() -> Samples:
     yield ("float32[1, 2, 5, 5]", "float32[3, 2, 2, 3]"), {"strides": (1, 2), "dilations": (2, 1), "groups": 1}
 
 
-@defop(meaning=widened(_conv), axes=_conv_axes, flops=2, samples=_conv_samples)
+def _conv_flops(result: TensorType, x: TensorType, w: TensorType, **_: Any) -> Any:
+    return 2 * result.size * product(w.shape[1:])
+
+
+@defop(meaning=widened(_conv), axes=_conv_axes, flops=_conv_flops, samples=_conv_samples)
 def conv(
     x: TensorType, w: TensorType, *, strides: tuple[int, ...], dilations: tuple[int, ...], groups: int = 1
 ) -> TensorType:
@@ -236,6 +240,10 @@ def _packed_rule(x: TensorType, w: TensorType, outputs: int, gated: bool) -> Ten
     return x.with_shape(*x.shape[:-1], outputs)
 
 
+def _packed_flops(result: TensorType, x: TensorType, *_: Any, **__: Any) -> Any:
+    return 2 * result.size * x.shape[-1]
+
+
 def _packed_linear_samples() -> Samples:
     yield ("float32[2, 3]", "float32[2, 3, 4]", "float32[5]", "float32[2, 5]"), {"outputs": 5, "activation": "relu"}
     yield ("float32[2, 3]", "float32[2, 2, 4, 2]", None, None), {"outputs": 7}  # type: ignore[misc]
@@ -246,7 +254,7 @@ def _packed_linear_samples() -> Samples:
         x, _unpack(w, outputs, x.shape[-1]), b, r, activation=activation
     ),
     axes=lambda x, w, b, r, **_: f"*b k, {'p q n' if w.rank == 3 else 'p q n t'}, {'o' if b else ''}, {'*b o' if r else ''} -> *b o",
-    flops=2,
+    flops=_packed_flops,
     samples=_packed_linear_samples,
 )
 def packed_linear(
@@ -273,7 +281,7 @@ def packed_linear(
         x, _unpack(w[:, 0], outputs, x.shape[-1]), _unpack(w[:, 1], outputs, x.shape[-1]), activation=activation
     ),
     axes=lambda x, w, **_: f"*b k, {'p g q n' if w.rank == 4 else 'p g q n t'} -> *b o",
-    flops=2,
+    flops=lambda result, x, w, **_: 2 * _packed_flops(result, x),
     samples=lambda: iter([(("float32[2, 3]", "float32[2, 2, 3, 4]"), {"outputs": 5, "activation": "silu"})]),
 )
 def packed_gated_linear(x: TensorType, w: TensorType, *, outputs: int, activation: str) -> TensorType:
@@ -323,7 +331,7 @@ def _packed_experts_samples() -> Samples:
 @defop(
     meaning=_packed_experts,
     axes=lambda x, i, s, up, down, **_: f"t h!, t k, t k, e p g {'q n' if up.rank == 5 else 'q n d'}, e u v w{'' if up.rank == 5 else ' d'} -> t h!",
-    flops=2,
+    flops=lambda result, x, index, scores, up, down, *, inner, **_: 6 * index.size * inner * x.shape[1],
     samples=_packed_experts_samples,
 )
 def packed_experts(

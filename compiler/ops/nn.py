@@ -10,7 +10,7 @@ import numpy as np
 from jisu.compiler.errors import InputError
 from jisu.compiler.graph import defop
 from jisu.compiler.ops.contract import ACTIVATIONS, _activate, _round, _wide
-from jisu.compiler.types import TensorType, dim, is_float, is_integer, require, same_dim, same_shape
+from jisu.compiler.types import TensorType, dim, product, is_float, is_integer, require, same_dim, same_shape
 
 Samples = Iterator[tuple[tuple[str | None, ...], dict[str, Any]]]
 
@@ -175,7 +175,12 @@ def _attention_samples() -> Samples:
     yield ("float32[1, 2, 2, 2]", "float32[1, 3, 1, 2]", "float32[1, 3, 1, 2]", None, "float32[2]"), {**plain, "softcap": 5.0}
 
 
-@defop(meaning=_attention, axes=_attention_axes, flops=4, samples=_attention_samples)
+def _attention_flops(result: TensorType, q: TensorType, k: TensorType, v: TensorType, *_: Any, **__: Any) -> Any:
+    b, s, h, d = q.shape
+    return 2 * b * s * h * k.shape[1] * (d + v.shape[3])
+
+
+@defop(meaning=_attention, axes=_attention_axes, flops=_attention_flops, samples=_attention_samples)
 def attention(
     q: TensorType,
     k: TensorType,
@@ -226,11 +231,15 @@ def _experts(
     return result.astype(x.dtype)
 
 
+def _experts_flops(result: TensorType, x: TensorType, index: TensorType, *weights: TensorType, **_: Any) -> Any:
+    return 6 * index.size * weights[-1].shape[2] * x.shape[1]
+
+
 def _experts_samples() -> Samples:
     yield ("float32[3, 4]", "int64[3, 2] < 5", "float32[3, 2]", "float32[5, 6, 4]", "float32[5, 4, 3]"), {"activation": "silu"}
 
 
-@defop(meaning=_experts, axes="t c, t k, t k, e i c, e h j -> t h", flops=2, samples=_experts_samples)
+@defop(meaning=_experts, axes="t c, t k, t k, e i c, e h j -> t h", flops=_experts_flops, samples=_experts_samples)
 def experts(
     x: TensorType, index: TensorType, scores: TensorType, gate_up: TensorType, down: TensorType, *, activation: str
 ) -> TensorType:
@@ -348,10 +357,17 @@ def _cached_samples() -> Samples:
     )
 
 
+def _cached_flops(
+    result: TensorType, q: TensorType, keys: TensorType, values: TensorType, length: Any, start: Any, table: Any, *_: Any, **__: Any
+) -> Any:
+    rows = keys.shape[2] * (table.shape[1] if table is not None else 1)
+    return 2 * product(q.shape[:3]) * rows * (q.shape[3] + values.shape[3])
+
+
 @defop(
     meaning=_attention_cached,
     axes="b s h d, c g r d, c g r e, one, b, b p, h -> b s h e",
-    flops=4,
+    flops=_cached_flops,
     samples=_cached_samples,
 )
 def attention_cached(

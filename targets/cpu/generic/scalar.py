@@ -40,11 +40,20 @@ def compute_dtype(dtype: str) -> str:
 
 def is_nan(x: Expr) -> Expr:
     """Whether x is NaN."""
-    return tirx.NE(x, x)
+    return tirx.Not(tirx.EQ(x, x))
+
+
+def unequal(a: Expr, c: Expr) -> Expr:
+    """a != c, true for NaN (TVM's own NE is LLVM's ordered comparison); also of bools, which LLVM can't compare."""
+    if dtype_of(a) == "bool":
+        return tirx.NE(tirx.Cast("int8", a), tirx.Cast("int8", c))
+    return tirx.Not(tirx.EQ(a, c)) if is_float(dtype_of(a)) else tirx.NE(a, c)
 
 
 def select(condition: Expr, a: Expr, b: Expr) -> Expr:
     """a where condition holds, else b; both are computed."""
+    if dtype_of(a) == "bfloat16":
+        return tirx.reinterpret("bfloat16", tirx.Select(condition, *(tirx.reinterpret("uint16", x) for x in (a, b))))
     return tirx.Select(condition, a, b)
 
 
@@ -96,7 +105,7 @@ def _to_odd(b: Builder, x: Expr) -> Expr:
     y = b.let(tirx.Cast("float32", x), "y")
     back = b.let(tirx.Cast("float64", y), "back")
     bits = b.let(tirx.reinterpret("uint32", y), "bits")
-    inexact = tirx.all(tirx.NE(back, x), tirx.EQ(bits & u32(1), u32(0)), tirx.EQ(x, x))
+    inexact = tirx.all(unequal(back, x), tirx.EQ(bits & u32(1), u32(0)), tirx.EQ(x, x))
     larger = intrinsic("fabs", back) > intrinsic("fabs", x)
     return b.let(tirx.reinterpret("float32", select(inexact, select(larger, bits - u32(1), bits + u32(1)), bits)), "odd")
 
@@ -108,7 +117,7 @@ def convert(b: Builder, x: Expr, dtype: str) -> Expr:
         return x
     if dtype == "bool":
         x = widen(b, x)
-        return tirx.NE(x, literal(0, dtype_of(x)))
+        return unequal(x, literal(0, dtype_of(x)))
     if source == "float64" and dtype in HALF:
         return narrow(b, _to_odd(b, b.let(x)), dtype)
     if source in ("int64", "int32") and dtype in HALF:
@@ -247,8 +256,14 @@ def arithmetic(kind: str, a: Expr, c: Expr) -> Expr:
     function = {"add": lambda p, q: p + q, "sub": lambda p, q: p - q, "mul": lambda p, q: p * q}[kind]
     if not is_integer(dtype):
         return function(a, c)
-    unsigned = f"uint{BITS[dtype]}"
-    return tirx.reinterpret(dtype, function(tirx.reinterpret(unsigned, a), tirx.reinterpret(unsigned, c)))
+    return tirx.reinterpret(dtype, function(_unsigned(a), _unsigned(c)))
+
+
+def _unsigned(x: Expr) -> Expr:
+    """An integer's bits as an unsigned one (TVM takes a reinterpreted literal 0 for a null pointer)."""
+    unsigned = f"uint{BITS[dtype_of(x)]}"
+    is_small = isinstance(x, tirx.IntImm) and x.value >= 0
+    return tirx.IntImm(unsigned, x.value) if is_small else x if dtype_of(x) == unsigned else tirx.reinterpret(unsigned, x)
 
 
 def divide(b: Builder, a: Expr, c: Expr, zero_message: str) -> tuple[Expr, Expr]:
@@ -271,7 +286,7 @@ def _floored(b: Builder, a: Expr, c: Expr) -> tuple[Expr, Expr]:
     zero, one = literal(0, dtype_of(a)), literal(1, dtype_of(a))
     if dtype_of(a).startswith("u"):
         return quotient, rest
-    down = b.let(tirx.all(tirx.NE(rest, zero), tirx.NE(c < zero, rest < zero)))
+    down = b.let(tirx.all(unequal(rest, zero), unequal(c < zero, rest < zero)))
     return select(down, quotient - one, quotient), select(down, rest + c, rest)
 
 
@@ -287,11 +302,11 @@ def _floor_div(b: Builder, a: Expr, c: Expr) -> Expr:
     rest = _float_mod(b, a, c)
     zero, one, half = literal(0, kind), literal(1, kind), literal(0.5, kind)
     quotient = b.let((a - rest) / c)
-    quotient = b.let(select(tirx.all(tirx.NE(rest, zero), tirx.NE(c < zero, rest < zero)), quotient - one, quotient))
+    quotient = b.let(select(tirx.all(unequal(rest, zero), unequal(c < zero, rest < zero)), quotient - one, quotient))
     rounded = b.let(intrinsic("floor", quotient))
     rounded = b.let(select(quotient - rounded > half, rounded + one, rounded))
     ratio = b.let(a / c)
-    result = select(tirx.NE(quotient, zero), rounded, intrinsic("copysign", zero, ratio))
+    result = select(unequal(quotient, zero), rounded, intrinsic("copysign", zero, ratio))
     return select(tirx.EQ(c, zero), ratio, result)
 
 
@@ -300,7 +315,7 @@ def _remainder(b: Builder, a: Expr, c: Expr) -> Expr:
         return _floored(b, a, c)[1]
     rest = _float_mod(b, a, c)
     zero = literal(0, dtype_of(a))
-    return select(tirx.all(tirx.NE(rest, zero), tirx.NE(c < zero, rest < zero)), rest + c, rest)
+    return select(tirx.all(unequal(rest, zero), unequal(c < zero, rest < zero)), rest + c, rest)
 
 
 def _pow(b: Builder, a: Expr, c: Expr) -> Expr:
@@ -330,13 +345,14 @@ def _pow(b: Builder, a: Expr, c: Expr) -> Expr:
 def _shift(b: Builder, a: Expr, c: Expr, left: bool) -> Expr:
     dtype = dtype_of(a)
     bits, zero = literal(BITS[dtype], dtype), literal(0, dtype)
-    inside = b.let(tirx.all(c >= zero, c < bits))
+    inside = b.let(c < bits if dtype.startswith("u") else tirx.all(c >= zero, c < bits))
     by = b.let(select(inside, c, zero))
     if left:
-        unsigned = f"uint{BITS[dtype]}"
-        shifted = tirx.reinterpret(dtype, tirx.reinterpret(unsigned, a) << tirx.reinterpret(unsigned, by))
+        shifted = tirx.reinterpret(dtype, _unsigned(a) << _unsigned(by))
         return select(inside, shifted, zero)
-    return select(inside, a >> by, select(a < zero, literal(-1, dtype) if not dtype.startswith("u") else zero, zero))
+    if dtype.startswith("u"):
+        return select(inside, a >> by, zero)
+    return select(inside, a >> by, select(a < zero, literal(-1, dtype), zero))
 
 
 def _negative(b: Builder, x: Expr) -> Expr:
@@ -448,14 +464,14 @@ SCALARS: Mapping[Op, Scalar] = {
     ops.atan2: _libm("atan2"),
     ops.copysign: _llvm("copysign"),
     ops.eq: _compare(tirx.EQ),
-    ops.ne: _compare(tirx.NE),
+    ops.ne: _simple(unequal),
     ops.lt: _compare(tirx.LT),
     ops.le: _compare(tirx.LE),
     ops.gt: _compare(tirx.GT),
     ops.ge: _compare(tirx.GE),
     ops.logical_and: _simple(tirx.And),
     ops.logical_or: _simple(tirx.Or),
-    ops.logical_xor: _compare(tirx.NE),
+    ops.logical_xor: _simple(unequal),
     ops.logical_not: _simple(tirx.Not),
     ops.bit_and: _simple(lambda a, c: a & c),
     ops.bit_or: _simple(lambda a, c: a | c),
@@ -485,7 +501,7 @@ def apply(b: Builder, op: Op, operands: list[Expr], attributes: Mapping[str, Any
     """One elementwise op on operands in their storage dtypes; the result is in storage dtype `dtype`, bound once."""
     if op is ops.cast:
         return b.let(convert(b, operands[0], attributes["dtype"]))
-    if op in (ops.where,):
+    if op is ops.where:
         return b.let(select(*operands))
     wide = [widen(b, o) for o in operands]
     result = SCALARS[op](b, *wide, **attributes)
