@@ -122,7 +122,14 @@ def _cases(dtype: str, target_name: str, only: str) -> Iterator[Case]:
         x, w = torch.randn(m, 768).to(kind), torch.randn(768).to(kind)
         y = torch.empty_like(x)
         run = build(norm.rms_norm(768, dtype, target, eps=1e-5))
-        yield "rms_norm 768", m, lambda: run(x, w, y), lambda: F.rms_norm(x, (768,), w, 1e-5), 4.0 * x.numel(), 2.0 * size * x.numel()
+        yield (
+            "rms_norm 768",
+            m,
+            lambda: run(x, w, y),
+            lambda: F.rms_norm(x, (768,), w, 1e-5),
+            4.0 * x.numel(),
+            2.0 * size * x.numel(),
+        )
         heads, tables = torch.randn(1, m, 12, 64).to(kind), [torch.randn(1, m, 64).to(kind) for _ in range(2)]
         turned = torch.empty_like(heads)
         turn = build(rotary.rotary(12, 64, 64, dtype, target))
@@ -132,10 +139,21 @@ def _cases(dtype: str, target_name: str, only: str) -> Iterator[Case]:
             half = torch.cat((-heads[..., 32:], heads[..., :32]), -1)
             return heads * cos + half * sin
 
-        yield "rotary 12x64", m, lambda: turn(heads, *tables, turned), eager, 3.0 * heads.numel(), 2.0 * size * heads.numel()
+        yield (
+            "rotary 12x64",
+            m,
+            lambda: turn(heads, *tables, turned),
+            eager,
+            3.0 * heads.numel(),
+            2.0 * size * heads.numel(),
+        )
 
     def everything() -> Iterator[Callable[[], Iterator[Case]]]:
-        for name, n, k in (("linear qkv 1280x768", 1280, 768), ("linear out 768x768", 768, 768), ("linear down 768x2048", 768, 2048)):
+        for name, n, k in (
+            ("linear qkv 1280x768", 1280, 768),
+            ("linear out 768x768", 768, 768),
+            ("linear down 768x2048", 768, 2048),
+        ):
             yield lambda name=name, n=n, k=k: linear(name, n, k, (1, 4, 128, 512)) if only in name else iter(())
         yield lambda: gated(2048, 768, (1, 4, 128, 512)) if only in "gated_mlp_up" else iter(())
         yield lambda: linear("linear head 32000x768", 32000, 768, (1, 128)) if only in "linear head" else iter(())

@@ -21,11 +21,17 @@ from jisu.compiler.types import Dim, TensorType, TupleType, Type, TypeRuleError,
 MAX_INLINE = 64  # elements of the largest constant that stands in the graph itself; larger ones are weights
 
 
+def _frozen(array: Any) -> np.ndarray:
+    array = np.array(array, copy=True)
+    array.setflags(write=False)
+    return array
+
+
 @attrs.frozen(eq=False)
 class Constant:
     """A small array as an attribute: compared and hashed by its bytes."""
 
-    array: np.ndarray = attrs.field(converter=lambda a: _frozen(np.asarray(a)))
+    array: np.ndarray = attrs.field(converter=_frozen)
 
     @property
     def key(self) -> tuple[str, tuple[int, ...], bytes]:
@@ -37,12 +43,6 @@ class Constant:
 
     def __hash__(self) -> int:
         return hash(self.key)
-
-
-def _frozen(array: np.ndarray) -> np.ndarray:
-    array = np.array(array, copy=True)
-    array.setflags(write=False)
-    return array
 
 
 def _freeze(value: Any) -> Any:
@@ -58,6 +58,10 @@ def _freeze(value: Any) -> Any:
     return value
 
 
+def _attributes(attributes: Mapping[str, Any]) -> Mapping[str, Any]:
+    return {k: _freeze(v) for k, v in attributes.items()}
+
+
 @attrs.frozen(eq=False, repr=False)
 class Node:
     """One application of an op. Nodes are compared by identity; `Graph` compares by content.
@@ -68,7 +72,7 @@ class Node:
 
     op: Op
     operands: tuple[Node | None, ...] = ()
-    attributes: Mapping[str, Any] = attrs.field(factory=dict, converter=lambda a: {k: _freeze(v) for k, v in a.items()})
+    attributes: Mapping[str, Any] = attrs.field(factory=dict, converter=_attributes)
     type: Any = None  # TensorType or TupleType; None only in patterns
     source: str = ""
 
@@ -143,7 +147,7 @@ class Op:
     commutative: bool = False
     leaf: bool = False
     flops: float | Callable[..., Dim] = 1.0
-    samples: Callable[[], Iterable[tuple[tuple[str, ...], Mapping[str, Any]]]] | None = None
+    samples: Callable[[], Iterable[tuple[tuple[str | None, ...], Mapping[str, Any]]]] | None = None
 
     def __call__(self, *operands: Any, **attributes: Any) -> Node:
         """Apply the op. Python numbers among the operands become scalar constants of the first operand's dtype."""
@@ -202,7 +206,7 @@ def defop(
     commutative: bool = False,
     leaf: bool = False,
     flops: float | Callable[..., Dim] = 1.0,
-    samples: Callable[[], Iterable[tuple[tuple[str, ...], Mapping[str, Any]]]] | None = None,
+    samples: Callable[[], Iterable[tuple[tuple[str | None, ...], Mapping[str, Any]]]] | None = None,
     name: str | None = None,
 ) -> Callable[[Callable[..., Any]], Op]:
     """Declare an op by a function.
@@ -298,6 +302,10 @@ class ArrayStorage:
         return self.array
 
 
+def _nodes(nodes: Iterable[Node]) -> tuple[Node, ...]:
+    return tuple(nodes)
+
+
 @attrs.frozen(eq=False, repr=False)
 class Graph:
     """An immutable program: inputs in order, outputs in order, weights' storage, ranges of symbols (inclusive).
@@ -305,8 +313,8 @@ class Graph:
     Two graphs are equal when their text forms are.
     """
 
-    inputs: tuple[Node, ...] = attrs.field(converter=tuple)
-    outputs: tuple[Node, ...] = attrs.field(converter=tuple)
+    inputs: tuple[Node, ...] = attrs.field(converter=_nodes)
+    outputs: tuple[Node, ...] = attrs.field(converter=_nodes)
     weights: Mapping[str, Storage] = attrs.field(factory=dict)
     ranges: Mapping[str, tuple[int, int | None]] = attrs.field(factory=dict)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, overload
 
 import numpy as np
 import sympy
@@ -70,6 +70,14 @@ def evaluate_node(node: Node, operands: Sequence[Any], env: Mapping[str, int], f
         return node.op.meaning(*operands, **attributes)
 
 
+@overload
+def interpret(
+    graph: Graph, inputs: Sequence[np.ndarray], *, float64: bool = False, keep: Literal[False] = False
+) -> tuple[np.ndarray, ...]: ...
+@overload
+def interpret(
+    graph: Graph, inputs: Sequence[np.ndarray], *, float64: bool = False, keep: Literal[True]
+) -> dict[Node, Any]: ...
 def interpret(
     graph: Graph, inputs: Sequence[np.ndarray], *, float64: bool = False, keep: bool = False
 ) -> tuple[np.ndarray, ...] | dict[Node, Any]:

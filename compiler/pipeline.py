@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -83,6 +83,10 @@ def _bisect_limit() -> int | None:
     return int(value) if value else None
 
 
+def _passes(passes: Iterable[Pass]) -> tuple[Pass, ...]:
+    return tuple(passes)
+
+
 @attrs.frozen
 class Pipeline:
     """A tuple of passes and how to run them.
@@ -92,7 +96,7 @@ class Pipeline:
     `limit` passes only. The environment's JISU_DUMP, JISU_VERIFY ("0" skips) and JISU_BISECT set dump, check and limit.
     """
 
-    passes: tuple[Pass, ...] = attrs.field(converter=tuple)
+    passes: tuple[Pass, ...] = attrs.field(converter=_passes)
     check: str = attrs.field(default="verify", validator=attrs.validators.in_(("none", "verify", "numeric")))
     dump: Path | None = attrs.field(default=None, converter=attrs.converters.optional(Path))
     stop_after: str | None = None

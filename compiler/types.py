@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Mapping
+from typing import Any, TypeAlias
 
 import attrs
 import ml_dtypes
@@ -15,7 +16,7 @@ import sympy
 
 from jisu.compiler.errors import JisuError
 
-Dim = int | sympy.Expr
+Dim: TypeAlias = "int | sympy.Expr"
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 INTEGERS = ("uint8", "int8", "int16", "int32", "int64")
@@ -135,11 +136,15 @@ def _evaluated(value: sympy.Expr, env: tuple[tuple[sympy.Symbol, int], ...]) -> 
     return int(result)
 
 
+def _dims(dims: Iterable[Any]) -> tuple[Dim, ...]:
+    return tuple(dim(d) for d in dims)
+
+
 @attrs.frozen
 class TensorType:
     """A tensor's dtype and shape; prints as `float32[2, s0]`."""
 
-    shape: tuple[Dim, ...] = attrs.field(converter=lambda dims: tuple(dim(d) for d in dims))
+    shape: tuple[Dim, ...] = attrs.field(converter=_dims)
     dtype: str = attrs.field()
 
     @dtype.validator

@@ -9,7 +9,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast, overload
 
 import attrs
 import numpy as np
@@ -149,6 +149,18 @@ class Program:
             raise JisuError("this program is no causal language model: it has no session and can't generate")
         return Session(self._parts.decoder, self._run, capacity)
 
+    @overload
+    def generate(
+        self, prompt: Any, *, generation_config: Any = None, stream: Literal[False] = False, **options: Any
+    ) -> Generation: ...
+    @overload
+    def generate(
+        self, prompt: Any, *, generation_config: Any = None, stream: Literal[True], **options: Any
+    ) -> Iterator[Chunk]: ...
+    @overload
+    def generate(
+        self, prompt: Any, *, generation_config: Any = None, stream: bool, **options: Any
+    ) -> Generation | Iterator[Chunk]: ...
     def generate(
         self, prompt: Any, *, generation_config: Any = None, stream: bool = False, **options: Any
     ) -> Generation | Iterator[Chunk]:

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,14 @@ def _pairs(peak: Mapping[str, float] | tuple[tuple[str, float], ...]) -> tuple[t
     return tuple(sorted((str(dtype), float(rate)) for dtype, rate in items))
 
 
+def _features(names: Iterable[str]) -> frozenset[str]:
+    return frozenset(names)
+
+
+def _levels(caches: Iterable[Cache]) -> tuple[Cache, ...]:
+    return tuple(caches)
+
+
 @attrs.frozen
 class Target:
     """A machine as data; hashable and comparable by value.
@@ -88,11 +96,11 @@ class Target:
     kind: str
     triple: str
     mcpu: str
-    features: frozenset[str] = attrs.field(converter=frozenset)
+    features: frozenset[str] = attrs.field(converter=_features)
     vector_bytes: int = 16
     vector_registers: int = 16
     cores: int = 1
-    caches: tuple[Cache, ...] = attrs.field(default=(), converter=tuple)
+    caches: tuple[Cache, ...] = attrs.field(default=(), converter=_levels)
     memory_bytes: int = 0
     memory_bandwidth: float = 0.0
     peak: tuple[tuple[str, float], ...] = attrs.field(default=(), converter=_pairs)
@@ -194,7 +202,9 @@ class Target:
         """The target that `to_json` (or a file in machines/) describes; raises TargetError for unknown fields."""
         known = {a.name for a in attrs.fields(cls)}
         if unknown := sorted(set(data) - known):
-            raise TargetError(f"target description has unknown fields {', '.join(unknown)}; known: {', '.join(sorted(known))}")
+            raise TargetError(
+                f"target description has unknown fields {', '.join(unknown)}; known: {', '.join(sorted(known))}"
+            )
         return cls(**{**data, "caches": tuple(Cache(**c) for c in data.get("caches", ()))})
 
 

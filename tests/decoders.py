@@ -20,8 +20,8 @@ _BASE: dict[str, Any] = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 160,
 }
-_MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
-_PLAIN = {k: v for k, v in _BASE.items() if k not in ("num_key_value_heads", "intermediate_size")}
+_MOE: dict[str, Any] = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
+_PLAIN: dict[str, Any] = {k: v for k, v in _BASE.items() if k not in ("num_key_value_heads", "intermediate_size")}
 
 DECODERS: dict[str, Callable[[], hf.PreTrainedConfig]] = {
     "llama": lambda: hf.LlamaConfig(**_BASE),
@@ -39,7 +39,7 @@ DECODERS: dict[str, Callable[[], hf.PreTrainedConfig]] = {
     "olmo2": lambda: hf.Olmo2Config(**_BASE),
     "cohere2": lambda: hf.Cohere2Config(**_BASE, sliding_window=WINDOW, layer_types=["sliding_attention", "full_attention"]),
     "mixtral": lambda: hf.MixtralConfig(**_BASE, num_local_experts=4),
-    "qwen3_moe": lambda: hf.Qwen3MoeConfig(**_BASE, **_MOE, num_experts=4, head_dim=8),
+    "qwen3_moe": lambda: hf.Qwen3MoeConfig(**_BASE, **_MOE, **{"num_experts": 4, "head_dim": 8}),
     "deepseek_v3": lambda: hf.DeepseekV3Config(
         **{**_BASE, "num_key_value_heads": 4}, **_MOE, n_routed_experts=4, n_group=2, topk_group=1, q_lora_rank=16,
         kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8, first_k_dense_replace=1, n_shared_experts=1,

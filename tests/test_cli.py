@@ -19,22 +19,20 @@ from typer.testing import CliRunner
 from jisu.cli import app
 
 DEMO = Path(__file__).parent.parent / "jisu" / "demo"
-Run = subprocess.CompletedProcess
 
 
-def jisu(*arguments: str | Path, stdin: str | None = None, **environment: str) -> Run[str]:
-    given = {} if stdin is None else {"input": stdin}
+def jisu(*arguments: str | Path, stdin: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "jisu", *map(str, arguments)],
         capture_output=True,
         text=True,
+        input=stdin,
         env={**os.environ, **environment},
         timeout=600,
-        **(given or {"stdin": subprocess.DEVNULL}),  # type: ignore[call-overload]
     )
 
 
-def result(done: Run[str], code: int = 0) -> dict[str, Any]:
+def result(done: subprocess.CompletedProcess[str], code: int = 0) -> dict[str, Any]:
     """The one JSON object on standard output."""
     assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr

@@ -24,16 +24,16 @@ def test_equals_transformers(name: str) -> None:
     ids = torch.randint(0, VOCABULARY, (2, 40), generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         want = model(ids).logits.numpy()
-    tolerance = {"atol": 1e-4 * max(1.0, float(np.abs(want).max())), "rtol": 0.0}
+    atol = 1e-4 * max(1.0, float(np.abs(want).max()))
     got = program(ids)
     assert type(got).__name__ == "CausalLMOutputWithPast"
-    np.testing.assert_allclose(got.logits.numpy(), want, **tolerance)
+    np.testing.assert_allclose(got.logits.numpy(), want, atol=atol, rtol=0)
 
     for chunks in ([13, 1, 16, 10], [1] * 40):
         session, done = program.session(), 0
         for size in chunks:
             part = session.append(ids[:, done : done + size].numpy())
-            np.testing.assert_allclose(part, want[:, done : done + size], **tolerance)
+            np.testing.assert_allclose(part, want[:, done : done + size], atol=atol, rtol=0)
             done += size
         assert session.length == 40
 

@@ -12,7 +12,7 @@ from jisu.compiler.ops import elementwise as ew
 from jisu.compiler.ops.elementwise import widened
 from jisu.compiler.types import TensorType, broadcast, dim, is_float, product, require, same_dim, same_shape
 
-Samples = Iterator[tuple[tuple[str, ...], dict[str, Any]]]
+Samples = Iterator[tuple[tuple[str | None, ...], dict[str, Any]]]
 
 
 @defop(meaning=widened(np.matmul), axes="*b m k, *b k n -> *b m n", flops=2)
@@ -56,7 +56,8 @@ def _round(x: np.ndarray, dtype: Any) -> np.ndarray:
     return x.astype(dtype).astype(np.float32) if dtype.itemsize == 2 else x
 
 
-def _wide(x: np.ndarray | None) -> np.ndarray | None:
+def _wide(x: Any) -> Any:
+    """Half precision as float32; anything else, None too, as it is."""
     return x.astype(np.float32) if x is not None and x.dtype.itemsize == 2 else x
 
 

@@ -13,7 +13,7 @@ from jisu.compiler.ops.elementwise import widened
 from jisu.compiler.ops.shape import require_axis
 from jisu.compiler.types import TensorType, TupleType, is_integer, require, same_dim
 
-Samples = Iterator[tuple[tuple[str, ...], dict[str, Any]]]
+Samples = Iterator[tuple[tuple[str | None, ...], dict[str, Any]]]
 
 
 def _checked(indices: np.ndarray, size: int, wrap: bool = True) -> np.ndarray:

@@ -12,7 +12,7 @@ from jisu.compiler.ops.elementwise import widened
 from jisu.compiler.ops.shape import require_axes, require_axis
 from jisu.compiler.types import TensorType, is_float, require
 
-Samples = Iterator[tuple[tuple[str, ...], dict[str, Any]]]
+Samples = Iterator[tuple[tuple[str | None, ...], dict[str, Any]]]
 
 
 def _reduce_axes(x: TensorType, *, axes: tuple[int, ...], keepdims: bool) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 from jisu.compiler.graph import defop
 from jisu.compiler.types import Dim, TensorType, TupleType, TypeRuleError, dim, numpy_dtype, product, require, same_dim, same_shape
 
-Samples = Iterator[tuple[tuple[str, ...], dict[str, Any]]]
+Samples = Iterator[tuple[tuple[str | None, ...], dict[str, Any]]]
 
 
 def names(rank: int, prefix: str = "a") -> list[str]:

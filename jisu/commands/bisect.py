@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from jisu.compiler.recipe import Recipe
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from jisu.frontends.huggingface import Decoder
+    from jisu.frontends.checkpoint import Decoder
 
 
 def run(shell: Shell, model: str, prompt: str, options: Options) -> None:
@@ -97,7 +97,7 @@ def _first_broken(
 ) -> tuple[Pass | None, np.ndarray]:
     positions = np.arange(ids.shape[1], dtype=np.int64)[None]
     samples = [positions if node.name == "position_ids" else ids for node in graph.inputs]
-    want = cast("tuple[np.ndarray, ...]", interpret(graph, samples))[0]
+    want = interpret(graph, samples)[0]
     broken = Pipeline(passes).bisect(graph, samples)
     tell("compared", 1.0)
     return broken, want

@@ -38,7 +38,7 @@ def run(
         chosen["do_sample"] = True
     opened = open_program(shell, path, options)
     program = opened.program
-    stream = cast("Iterator[Chunk]", program.generate(_encoded(program, text, chat), stream=True, **chosen))
+    stream = program.generate(_encoded(program, text, chat), stream=True, **chosen)
     live = not shell.as_json
     generation = _follow(shell, stream, live)
     written = generation.text if isinstance(generation.text, str) else (generation.text or [""])[0]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-
 from jisu.compiler import ops
 from jisu.compiler.graph import Node, Op
 from jisu.compiler.types import Dim, product, same_dim
@@ -109,7 +108,9 @@ def _append(node: Node, target: Target) -> Kernel | None:
     paged = node.operands[3] is not None
     layout = "paged" if paged else "ring" if node.ring else "contiguous"
     page = int(cache.shape[2]) if paged else 0
-    function = attention.cache_append(int(new.shape[2]), int(new.shape[3]), node.dtype, target, layout=layout, page=page)
+    function = attention.cache_append(
+        int(new.shape[2]), int(new.shape[3]), node.dtype, target, layout=layout, page=page
+    )
     return Kernel(function, (Argument(0), *_present(node, 3), Argument(2), Argument(1)))
 
 
@@ -158,14 +159,22 @@ def _take(node: Node, target: Target) -> Kernel | None:
     if not fits or not _computes(node, target) or not isinstance(table.shape[1], int) or table.shape[1] == 0:
         return None
     function = embedding.embedding(int(table.shape[1]), node.dtype, target)
-    return Kernel(function, (Argument(0), Argument(1, (indices.tensor.size,))), ((indices.tensor.size, table.shape[1]),))
+    return Kernel(
+        function, (Argument(0), Argument(1, (indices.tensor.size,))), ((indices.tensor.size, table.shape[1]),)
+    )
 
 
 def _experts(node: Node, target: Target) -> Kernel | None:
     x, index, _, up, _ = node.operands
     assert x is not None and index is not None and up is not None
     function = moe.experts(
-        int(up.shape[0]), int(x.shape[1]), node.inner, int(index.shape[1]), node.dtype, target, activation=node.activation
+        int(up.shape[0]),
+        int(x.shape[1]),
+        node.inner,
+        int(index.shape[1]),
+        node.dtype,
+        target,
+        activation=node.activation,
     )
     return Kernel(function, tuple(Argument(i) for i in range(5)))
 
@@ -185,4 +194,3 @@ CHOOSERS: Mapping[Op, Callable[[Node, Target], Kernel | None]] = {
     ops.take: _take,
 }
 """Choosers by op; see `jisu.targets.lowering.lower`."""
-

@@ -211,7 +211,9 @@ class Function:
         scalar = scalar_type(type_)
         if scalar == "float":
             # LLVM writes a float as the bits of the double of the same value.
-            text = f"0x{struct.unpack('<Q', struct.pack('<d', struct.unpack('<f', struct.pack('<f', value))[0]))[0]:016X}"
+            text = (
+                f"0x{struct.unpack('<Q', struct.pack('<d', struct.unpack('<f', struct.pack('<f', value))[0]))[0]:016X}"
+            )
         else:
             text = str(int(value))
         return Val(self, f"splat ({scalar} {text})" if type_.startswith("<") else text, type_)
@@ -608,7 +610,9 @@ def prim_func(
                         dims[d] = IRBuilder.name(d, T.int64())
                 shape = [dims[d] if isinstance(d, str) else T.int64(d) for d in arg.shape]
                 # The name appears in the errors about wrong shapes and dtypes.
-                buffers[arg.name] = IRBuilder.name(arg.name, T.match_buffer(handle, shape, arg.dtype, align=ITEMSIZE[arg.dtype]))
+                buffers[arg.name] = IRBuilder.name(
+                    arg.name, T.match_buffer(handle, shape, arg.dtype, align=ITEMSIZE[arg.dtype])
+                )
             with T.attr(T.int32(0), "pragma_import_llvm", link_text(micros)):
                 body(buffers, dims)
     return builder.get()

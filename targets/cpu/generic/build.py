@@ -118,7 +118,9 @@ class Builder:
     `outputs`.
     """
 
-    def __init__(self, name: str, inputs: Sequence[TensorType], outputs: Sequence[TensorType], symbols: Iterable[str]) -> None:
+    def __init__(
+        self, name: str, inputs: Sequence[TensorType], outputs: Sequence[TensorType], symbols: Iterable[str]
+    ) -> None:
         self.name = name
         self.symbols = {s: tirx.Var(s, "int64") for s in sorted(symbols)}
         self.scopes: list[list[Any]] = [[]]

@@ -150,7 +150,9 @@ def dots(
         for r, line in enumerate(lanes):
             for c, total in enumerate(line):
                 vector_value = tirx.BufferLoad(total.buffer, [tirx.Ramp(i64(0), i64(1), LANES)])
-                b.store(sums[r][c], i64(0), tirx.call_llvm_pure_intrin(dtype, "llvm.vector.reduce.fadd", zero, vector_value))
+                b.store(
+                    sums[r][c], i64(0), tirx.call_llvm_pure_intrin(dtype, "llvm.vector.reduce.fadd", zero, vector_value)
+                )
     with b.loop(depth - done) as rest:
         k = done + rest
         left, right = [row(k) for row in rows], [out(k) for out in outs]
@@ -249,7 +251,9 @@ def _packed(b: Builder, pull: Pull, node: Node, target: Flat) -> None:
             held = b.scratch(TILE, dtype)
 
             def weight(half: int, k: list[Expr], j: Expr) -> Expr:
-                word, within = (tirx.floordiv(k[0], i64(pair)), [tirx.floormod(k[0], i64(pair))]) if pair > 1 else (k[0], [])
+                word, within = (
+                    (tirx.floordiv(k[0], i64(pair)), [tirx.floormod(k[0], i64(pair))]) if pair > 1 else (k[0], [])
+                )
                 return load(b, right, right.offset([p, *([i64(half)] if gated else []), word, first + j, *within]))
 
             def run(half: int, put: Callable[[Expr, Expr], None]) -> None:
@@ -292,7 +296,9 @@ def _conv(b: Builder, pull: Pull, node: Node, target: Flat) -> None:
             channel, *inside = k
             where = [
                 p * i64(stride) + u * i64(dilation)
-                for p, u, stride, dilation in zip([*place, first + j], inside, node.strides, node.dilations, strict=True)
+                for p, u, stride, dilation in zip(
+                    [*place, first + j], inside, node.strides, node.dilations, strict=True
+                )
             ]
             return load(b, left, left.offset([image, base + channel, *where]))
 

@@ -134,5 +134,3 @@ def is_literal(node: Node) -> bool:
 def always_pulled(node: Node) -> bool:
     """Whether a node costs nothing to compute wherever it is used."""
     return is_literal(node) or node.op in (ops.iota, ops.dim_value)
-
-

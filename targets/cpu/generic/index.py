@@ -61,7 +61,9 @@ def _take(b: Builder, pull: Pull, node: Node, targets: Sequence[Flat]) -> None:
     if node.rank == 0:
         b.store(target, [], element([], resolve(b, pull, indices, [], size)))
     elif indices.rank == 0 and node.axis == node.rank:
-        _points(b, node, lambda index: b.store(target, index, element(index, resolve(b, pull.fresh(), indices, [], size))))
+        _points(
+            b, node, lambda index: b.store(target, index, element(index, resolve(b, pull.fresh(), indices, [], size)))
+        )
     else:
         b.spread(node.shape[:-1], node.tensor.size, row)
 
@@ -183,7 +185,9 @@ def _sort(b: Builder, pull: Pull, node: Node, targets: Sequence[Flat]) -> None:
     b.spread(others, x.tensor.size * 64, line)
 
 
-def _merge(b: Builder, descending: bool, keys: Flat, order: Flat, other: Flat, low: Expr, run: Expr, size: Expr) -> None:
+def _merge(
+    b: Builder, descending: bool, keys: Flat, order: Flat, other: Flat, low: Expr, run: Expr, size: Expr
+) -> None:
     """Merge order[low : low + run] and the run behind it into `other`."""
     zero = i64(0)
     middle = b.let(tirx.min(low + run, size), "middle")
@@ -197,7 +201,10 @@ def _merge(b: Builder, descending: bool, keys: Flat, order: Flat, other: Flat, l
         c = b.let(keys[order[tirx.min(j, size - i64(1))]], "c")
         wins = c > a if descending else c < a
         if is_float(dtype_of(a)):
-            wins = tirx.any(wins, tirx.all(is_nan(c), tirx.Not(is_nan(a))) if descending else tirx.all(is_nan(a), tirx.Not(is_nan(c))))
+            wins = tirx.any(
+                wins,
+                tirx.all(is_nan(c), tirx.Not(is_nan(a))) if descending else tirx.all(is_nan(a), tirx.Not(is_nan(c))),
+            )
             if not descending:
                 wins = tirx.all(wins, tirx.Not(is_nan(c)))
         takes = b.let(tirx.any(i >= middle, tirx.all(j < high, wins)), "takes")

@@ -106,7 +106,9 @@ class _FlatPull(Pull):
             if len(node.shape) <= len(shape):
                 pattern = _pattern(node.shape, shape)
                 self.has[node] = [pattern[run[0]] for run in runs]
-                sizes = [product(shape[k] for k in run) if has else 1 for run, has in zip(runs, self.has[node], strict=True)]
+                sizes = [
+                    product(shape[k] for k in run) if has else 1 for run, has in zip(runs, self.has[node], strict=True)
+                ]
                 flat[node] = Flat(tensor.buffer, [b.dim(s) for s in sizes], node.dtype)
         super().__init__(b, flat)
 
@@ -156,4 +158,3 @@ def pad(b: Builder, pull: Pull, node: Node, target: Flat) -> None:
 
     nodes = inside([x], pull)
     b.spread(x.shape[:-1], x.tensor.size * cost(nodes), row, parallel=not is_checked(nodes))
-

@@ -233,7 +233,11 @@ class _Cache:
                 page = tirx.Cast("int64", self.table[list(where)])
                 outside = tirx.any(page < i64(0), page >= self.cache.shape[0])
                 self.b.store(bad, i64(0), bad[i64(0)] | tirx.Cast("int64", outside))
-            self.b.require(tirx.EQ(bad[i64(0)], i64(0)), "IndexError", "index out of range: the page table names no page of the cache")
+            self.b.require(
+                tirx.EQ(bad[i64(0)], i64(0)),
+                "IndexError",
+                "index out of range: the page table names no page of the cache",
+            )
 
 
 def _attention_cached(b: Builder, pull: Pull, node: Node, targets: Sequence[Flat]) -> None:
@@ -365,7 +369,9 @@ def _mixture(
                 weight = here.fresh().wide(scores, [t, j])
                 with b.loop(width) as i:
                     gate, linear = (
-                        project(hidden, lambda d: load(b, rows, t * hidden + d), lambda d, half=half, i=i: up(e, half, i, d))
+                        project(
+                            hidden, lambda d: load(b, rows, t * hidden + d), lambda d, half=half, i=i: up(e, half, i, d)
+                        )
                         for half in (0, 1)
                     )
                     active = b.let(round_to(b, ACTIVATE[node.activation](b, gate), x.dtype))

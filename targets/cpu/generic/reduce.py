@@ -259,4 +259,3 @@ BODIES: Mapping[Op, Callable[[Builder, Pull, Node, Flat], None]] = {
     ops.scan: _scan,
     ops.softmax: _softmax,
 }
-

@@ -107,7 +107,9 @@ def _to_odd(b: Builder, x: Expr) -> Expr:
     bits = b.let(tirx.reinterpret("uint32", y), "bits")
     inexact = tirx.all(unequal(back, x), tirx.EQ(bits & u32(1), u32(0)), tirx.EQ(x, x))
     larger = intrinsic("fabs", back) > intrinsic("fabs", x)
-    return b.let(tirx.reinterpret("float32", select(inexact, select(larger, bits - u32(1), bits + u32(1)), bits)), "odd")
+    return b.let(
+        tirx.reinterpret("float32", select(inexact, select(larger, bits - u32(1), bits + u32(1)), bits)), "odd"
+    )
 
 
 def convert(b: Builder, x: Expr, dtype: str) -> Expr:
@@ -122,7 +124,9 @@ def convert(b: Builder, x: Expr, dtype: str) -> Expr:
         return narrow(b, _to_odd(b, b.let(x)), dtype)
     if source in ("int64", "int32") and dtype in HALF:
         # Through float64 an int32 is exact; of an int64 NumPy, too, rounds once more to float32 first.
-        return narrow(b, _to_odd(b, b.let(tirx.Cast("float64", x))) if source == "int32" else tirx.Cast("float32", x), dtype)
+        return narrow(
+            b, _to_odd(b, b.let(tirx.Cast("float64", x))) if source == "int32" else tirx.Cast("float32", x), dtype
+        )
     x = b.let(widen(b, x))
     if is_float(source) and is_integer(dtype):
         step = "int64" if dtype == "int64" else "int32"
@@ -160,7 +164,9 @@ def exp(b: Builder, x: Expr) -> Expr:
     whole = b.let(tirx.Cast("int32", select(is_nan(n), f32(0), n)), "k")
     half = b.let(whole >> tirx.IntImm("int32", 1), "k")
     rest = b.let(whole - half, "k")
-    scale = [tirx.reinterpret("float32", (k + tirx.IntImm("int32", 127)) << tirx.IntImm("int32", 23)) for k in (half, rest)]
+    scale = [
+        tirx.reinterpret("float32", (k + tirx.IntImm("int32", 127)) << tirx.IntImm("int32", 23)) for k in (half, rest)
+    ]
     return b.let(p * scale[0] * scale[1], "e")
 
 
@@ -200,7 +206,9 @@ def erf(b: Builder, x: Expr) -> Expr:
     coefficients = [-5.96761703e-4, 4.99119423e-3, -2.67681349e-2, 1.12819925e-1, -3.76125336e-1, 1.28379166e-1]
     small = b.let(fma(_polynomial(s, coefficients), x, x), "small")
     # Far out the polynomial in the exponent overflows to NaN; erf is 1 there.
-    return b.let(select(a > f32(0.927734375), select(a > f32(4.0), intrinsic("copysign", f32(1), x), big), small), "erf")
+    return b.let(
+        select(a > f32(0.927734375), select(a > f32(4.0), intrinsic("copysign", f32(1), x), big), small), "erf"
+    )
 
 
 def gelu(b: Builder, x: Expr, approximate: str) -> Expr:
@@ -263,7 +271,9 @@ def _unsigned(x: Expr) -> Expr:
     """An integer's bits as an unsigned one (TVM takes a reinterpreted literal 0 for a null pointer)."""
     unsigned = f"uint{BITS[dtype_of(x)]}"
     is_small = isinstance(x, tirx.IntImm) and x.value >= 0
-    return tirx.IntImm(unsigned, x.value) if is_small else x if dtype_of(x) == unsigned else tirx.reinterpret(unsigned, x)
+    return (
+        tirx.IntImm(unsigned, x.value) if is_small else x if dtype_of(x) == unsigned else tirx.reinterpret(unsigned, x)
+    )
 
 
 def divide(b: Builder, a: Expr, c: Expr, zero_message: str) -> tuple[Expr, Expr]:

@@ -116,7 +116,9 @@ def attention_cached(
     return _build("attention_cached", spec, args, target, dtype)
 
 
-def cache_append(kv_heads: int, dim: int, dtype: str, target: Target, *, layout: str = "contiguous", page: int = 0) -> Any:
+def cache_append(
+    kv_heads: int, dim: int, dtype: str, target: Target, *, layout: str = "contiguous", page: int = 0
+) -> Any:
     """PrimFunc that writes C new rows into one cache (of keys or of values) in place, for call_tir_inplace.
 
     Parameters in order: cache ([B, kv_heads, CAP, dim]; paged: [P, kv_heads, page, dim], then page_table
@@ -163,7 +165,9 @@ def _require_layout(layout: str, page: int) -> None:
     if layout not in LAYOUTS:
         raise TargetError(f"the CPU kernels know no cache layout {layout!r}; known: {', '.join(LAYOUTS)}")
     if (layout == "paged") != (page > 0):
-        raise TargetError(f"a page size belongs to the layout 'paged' and only to it, got layout {layout!r}, page {page}")
+        raise TargetError(
+            f"a page size belongs to the layout 'paged' and only to it, got layout {layout!r}, page {page}"
+        )
 
 
 def _spec(
@@ -241,7 +245,10 @@ def _build(name: str, spec: _Spec, args: Sequence[Arg], target: Target, bias_dty
             total = dims["t"]
             if spec.bias:
                 for dim, full in (("bias_b", batch), ("bias_h", T.int64(spec.heads))):
-                    _check(T.Or(dims[dim] == 1, dims[dim] == full), "the attention bias doesn't broadcast over batch or heads")
+                    _check(
+                        T.Or(dims[dim] == 1, dims[dim] == full),
+                        "the attention bias doesn't broadcast over batch or heads",
+                    )
         else:
             length = T.bind(buffers["length"][T.int64(0)])
             _assert_fits(spec.layout, spec.page, buffers, dims, length, spec.window)
@@ -271,7 +278,9 @@ def _build(name: str, spec: _Spec, args: Sequence[Arg], target: Target, bias_dty
                       total, *extra)  # fmt: skip
 
         def finish(t: Any) -> None:
-            merge.call(states.data, buffers["out"].data, t * parts * (rows * state), *place(t), parts, count, rows * state)
+            merge.call(
+                states.data, buffers["out"].data, t * parts * (rows * state), *place(t), parts, count, rows * state
+            )
 
         small = batch * count * T.max(seen, T.int64(1)) * (spec.heads * (spec.head_dim + spec.v_dim)) <= 1 << 17
         in_tasks(tasks * parts, attend, serial=small)
@@ -395,9 +404,12 @@ def _values(
             mr: product(mr, target, vectors=-(-width // lanes), columns=width, rows_of=spec.dtype, accumulate=True)
             for mr in block_sizes(target)
         }
-        row_blocks(f, rows, lambda mr, m, add=add, column=column: f.use(
-            add[mr], f.at(scores, m * KEYS, "float32"), KEYS, f.at(v_tile, column, spec.dtype), spec.v_stride,
-            f.at(states, m * state + (16 + column), "float32"), state, n), target)  # fmt: skip
+
+        def multiply(mr: int, m: Val, add: dict[int, Micro] = add, column: int = column) -> None:
+            values, sums = f.at(v_tile, column, spec.dtype), f.at(states, m * state + (16 + column), "float32")
+            f.use(add[mr], f.at(scores, m * KEYS, "float32"), KEYS, values, spec.v_stride, sums, state, n)
+
+        row_blocks(f, rows, multiply, target)
 
 
 def _dots(spec: _Spec, target: Target) -> Micro:

@@ -23,7 +23,9 @@ def embedding(d: int, dtype: str, target: Target, *, out_dtype: str | None = Non
     require_dtype(dtype, target)
     out = out_dtype or dtype
     require_dtype(out, target)
-    f = Function("gather", [("ptr", "table"), ("ptr", "ids"), ("ptr", "out"), ("i64", "first"), ("i64", "last")], target)
+    f = Function(
+        "gather", [("ptr", "table"), ("ptr", "ids"), ("ptr", "out"), ("i64", "first"), ("i64", "last")], target
+    )
     table, ids, result, first, last = f.params()
 
     def row(m: Val, _: list[Val]) -> None:

@@ -77,7 +77,7 @@ def pack_gated(gate: np.ndarray, up: np.ndarray, target: Target) -> np.ndarray:
     dtype = _matrix_dtype(gate)
     if gate.shape != up.shape or gate.dtype != up.dtype:
         raise InputError(f"gate {gate.dtype}{gate.shape} and up {up.dtype}{up.shape} must have one dtype and shape")
-    out = np.zeros(pack_gated_shape(*gate.shape, dtype, target), gate.dtype)
+    out = np.zeros(pack_gated_shape(gate.shape[0], gate.shape[1], dtype, target), gate.dtype)
     _pack_into(out[:, 0], gate, panel_width(target))
     _pack_into(out[:, 1], up, panel_width(target))
     return out
@@ -187,7 +187,9 @@ def _columns(f: Function, address: Val, weights: str, lanes: int) -> list[Val]:
     words = f.load(vector_type("i32", lanes), address)
     if weights == "bfloat16":
         return [f.cast("bitcast", part, "float") for part in (words << 16, words & -65536)]
-    return [f.cast("fpext", f.cast("bitcast", f.cast("trunc", p, "i16"), "half"), "float") for p in (words, words >> 16)]
+    return [
+        f.cast("fpext", f.cast("bitcast", f.cast("trunc", p, "i16"), "half"), "float") for p in (words, words >> 16)
+    ]
 
 
 def _dot(f: Function, pairs: Val, weights: Val, total: Val) -> Val:
@@ -205,7 +207,11 @@ def row_blocks(f: Function, rows: Val, run: Callable[[int, Val], None], target: 
     """Cover 0…rows with blocks of the sizes in `block_sizes`, largest first: run(size, first row)."""
     m = f.i64(0)
     for mr in block_sizes(target):
-        (m,) = f.loop(m, rows - (mr - 1), mr, [], lambda i, _, mr=mr: run(mr, i))
+
+        def block(i: Val, _: list[Val], mr: int = mr) -> None:
+            run(mr, i)
+
+        (m,) = f.loop(m, rows - (mr - 1), mr, [], block)
 
 
 def copy_row(n: int, dtype: str, out: str, target: Target, *, padded: int | None = None) -> Micro:
@@ -319,9 +325,12 @@ def layer(
     def panel(p: Val, _: list[Val]) -> None:
         for part in range(parts):
             here = f.at(at["w"], at["w0"] + (p * parts + part) * (depth * nr), "float32")
-            row_blocks(f, rows, lambda mr, m, here=here, part=part: f.use(
-                products[mr], f.at(at["a"], m * lda, "float32"), lda, here, nr,
-                f.at(at["tile"], m * nr + part * chunk * nr, "float32"), nr, depth), target)  # fmt: skip
+
+            def multiply(mr: int, m: Val, here: Val = here, part: int = part) -> None:
+                tile = f.at(at["tile"], m * nr + part * chunk * nr, "float32")
+                f.use(products[mr], f.at(at["a"], m * lda, "float32"), lda, here, nr, tile, nr, depth)
+
+            row_blocks(f, rows, multiply, target)
         column = p * nr
 
         def full() -> None:
@@ -341,7 +350,15 @@ def layer(
 
 
 def _layer_func(
-    name: str, n: int, k: int, dtype: str, target: Target, *, gated: bool = False, out_dtype: str | None = None, **options: Any
+    name: str,
+    n: int,
+    k: int,
+    dtype: str,
+    target: Target,
+    *,
+    gated: bool = False,
+    out_dtype: str | None = None,
+    **options: Any,
 ) -> Any:
     plan = layer(name, n, k, dtype, target, gated=gated, out_dtype=out_dtype, **options)
     panels = plan.panels

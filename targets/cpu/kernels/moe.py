@@ -44,7 +44,9 @@ def experts(
     up_words, down_words = (int(np.prod(s)) // words for s in (up_shape, down_shape))
 
     sort = _sort(count, target)
-    f = Function("combine", [*(("ptr", n) for n in ("d", "place", "weights", "y")), ("i64", "first"), ("i64", "last")], target)
+    f = Function(
+        "combine", [*(("ptr", n) for n in ("d", "place", "weights", "y")), ("i64", "first"), ("i64", "last")], target
+    )
     d, place, weights, y, start, stop = f.params()
 
     def token(t: Val, _: list[Val]) -> None:

@@ -28,8 +28,11 @@ def rms_norm(
     require_dtype(dtype, target)
 
     def finish(f: Function, at: Mapping[str, Val], row: Val) -> None:
-        squares, = f.vectors(d, lambda i, mask, vs: [f.fma(*[f.load_f32(at[source], row + i, dtype, mask)] * 2, vs[0])],
-                             [f.const(0.0, f"<{f.lanes} x float>")])  # fmt: skip
+        def square(i: Val, mask: Val | None, values: list[Val]) -> list[Val]:
+            v = f.load_f32(at[source], row + i, dtype, mask)
+            return [f.fma(v, v, values[0])]
+
+        (squares,) = f.vectors(d, square, [f.const(0.0, f"<{f.lanes} x float>")])
         mean = f.reduce("fadd", squares) * (1.0 / d)
         factor = f.splat(1.0 / f.call("float", "llvm.sqrt.f32", mean + eps), f.lanes)
 
@@ -64,7 +67,7 @@ def layer_norm(
         def load(i: Val, mask: Val | None) -> Val:
             return f.load_f32(at[source], row + i, dtype, mask)
 
-        total, = f.vectors(d, lambda i, mask, vs: [vs[0] + load(i, mask)], [zero])
+        (total,) = f.vectors(d, lambda i, mask, vs: [vs[0] + load(i, mask)], [zero])
         mean = f.splat(f.reduce("fadd", total) * (1.0 / d), f.lanes)
 
         def square(i: Val, mask: Val | None, values: list[Val]) -> list[Val]:
@@ -72,7 +75,7 @@ def layer_norm(
             v = v if mask is None else f.select(mask, v, 0.0)
             return [f.fma(v, v, values[0])]
 
-        squares, = f.vectors(d, square, [zero])
+        (squares,) = f.vectors(d, square, [zero])
         variance = f.reduce("fadd", squares) * (1.0 / d)
         factor = f.splat(1.0 / f.call("float", "llvm.sqrt.f32", variance + eps), f.lanes)
 
@@ -109,14 +112,14 @@ def softmax(dtype: str, target: Target, *, out_dtype: str | None = None) -> Any:
             v = f.load_f32(x, here + i, dtype, mask)
             return v if mask is None else f.select(mask, v, float("-inf"))
 
-        top, = f.vectors(n, lambda i, mask, vs: [f.maximum(vs[0], load(i, mask))], [f.const(float("-inf"), vec)])
+        (top,) = f.vectors(n, lambda i, mask, vs: [f.maximum(vs[0], load(i, mask))], [f.const(float("-inf"), vec)])
         peak = f.splat(f.reduce("fmax", top), f.lanes)
 
         def weight(i: Val, mask: Val | None) -> Val:
             w = f.exp(load(i, mask) - peak)
             return w if mask is None else f.select(mask, w, 0.0)
 
-        total, = f.vectors(n, lambda i, mask, vs: [vs[0] + weight(i, mask)], [f.const(0.0, vec)])
+        (total,) = f.vectors(n, lambda i, mask, vs: [vs[0] + weight(i, mask)], [f.const(0.0, vec)])
         factor = f.splat(1.0 / f.reduce("fadd", total), f.lanes)
         f.vectors(n, lambda i, mask, _: f.store_f32(weight(i, mask) * factor, y, here + i, out, mask))
 
