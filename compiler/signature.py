@@ -178,7 +178,9 @@ class Signature:
                 raise InputError(f"missing input {f'{variadic.name}.{len(extra)}'!r}; {self._usage()}")
             given[variadic.name] = extra
         elif extra:
-            raise InputError(f"expected at most {len(by_position)} positional arguments, got {len(args)}; {self._usage()}")
+            raise InputError(
+                f"expected at most {len(by_position)} positional arguments, got {len(args)}; {self._usage()}"
+            )
         by_name = {p.name for p in self.parameters if p.kind in ("plain", "keyword")}
         for name, value in kwargs.items():
             if name not in by_name:
@@ -206,7 +208,9 @@ class Signature:
                 raise InputError(f"the program was compiled for {where}={tree.name}, got {_shown(value)}")
         elif tree.kind in ("tuple", "list"):
             if not isinstance(value, (tuple, list)) or len(value) != len(tree.items):
-                raise InputError(f"argument {where!r}: expected a {tree.kind} of {len(tree.items)}, got {_shown(value)}")
+                raise InputError(
+                    f"argument {where!r}: expected a {tree.kind} of {len(tree.items)}, got {_shown(value)}"
+                )
             for i, (item, part) in enumerate(zip(tree.items, value, strict=True)):
                 self._fill(item, part, f"{where}.{i}", leaves)
         else:
@@ -229,7 +233,8 @@ class Signature:
         """As JSON values; `from_json` reads them back."""
         return {
             "parameters": [
-                {"name": p.name, "kind": p.kind, "optional": p.optional, "tree": p.tree.to_json()} for p in self.parameters
+                {"name": p.name, "kind": p.kind, "optional": p.optional, "tree": p.tree.to_json()}
+                for p in self.parameters
             ],
             "inputs": [
                 {"name": i.name, "dtype": i.type.dtype, "shape": [str(d) for d in i.type.shape]} for i in self.inputs

@@ -97,7 +97,7 @@ def capture(
     with _LOCK, torch.no_grad(), warnings.catch_warnings(), _off_meta_weights(module):
         warnings.simplefilter("ignore")
         program = _export(module, args, kwargs, dynamic_shapes)
-        return _Builder(module, program, args, kwargs, dynamic_shapes, storage or {}).build()
+        return _Builder(module, program, tuple(args), dict(kwargs), dynamic_shapes, storage or {}).build()
 
 
 def _check_arguments(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -138,7 +138,8 @@ def _off_meta_weights(module: torch.nn.Module) -> Iterator[None]:
     replaced: list[tuple[dict[str, Any], str, torch.Tensor]] = []
     try:
         for owner in module.modules():
-            for slots in (owner._parameters, owner._buffers):
+            both: tuple[dict[str, Any], ...] = (owner._parameters, owner._buffers)
+            for slots in both:
                 for name, tensor in slots.items():
                     if tensor is None or not tensor.is_meta:
                         continue
@@ -233,38 +234,32 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 def _first_lines(text: str) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return " ".join(lines[:2])[:300] if lines else "no message"
+    return " ".join(lines[:4])[:400] if lines else "no message"
 
 
-_OURS = (
-    os.path.dirname(os.path.abspath(torch.__file__)),
-    os.path.dirname(os.path.dirname(os.path.realpath(__file__))),
-    sysconfig.get_paths()["stdlib"] + os.sep,
-)
+_TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
+_HERE = os.path.dirname(os.path.realpath(__file__)) + os.sep
+_STANDARD = sysconfig.get_paths()["stdlib"] + os.sep
 
 
 def _is_user_file(path: str) -> bool:
+    """Whether a frame's file belongs to the model, rather than to torch, this package or Python itself."""
     if path.startswith("<"):
-        return path.startswith("<eval_with_key") is False and path == "<stdin>"
+        return path == "<stdin>"
     real = os.path.realpath(path)
-    inside = any(real.startswith(root) for root in _OURS[:2])
-    standard = real.startswith(_OURS[2]) and "site-packages" not in real
-    return not inside and not standard
+    standard = real.startswith(_STANDARD) and "site-packages" not in real
+    return os.path.exists(real) and not real.startswith((_TORCH, _HERE)) and not standard
 
 
 def _user_line(error: BaseException) -> str:
     """file:line of the deepest frame of the user's model in an exception and its causes."""
     for e in _chain(error):
         frames = [f for f in traceback.extract_tb(e.__traceback__) if _is_user_file(f.filename)]
-        forward = [f for f in frames if f.name == "forward"]
-        if forward:
-            last = frames[-1]
-            return f"{last.filename}:{last.lineno}"
-        found = re.search(r"User code:\s*(?:\S*\s)*?.*?File \"([^\"]+)\", line (\d+)", str(e)) or re.search(
-            r"\(([^()\s]+\.py):(\d+) in \w+\)", str(e)
-        )
-        if found:
-            return f"{found[1]}:{found[2]}"
+        if frames:
+            return f"{frames[-1].filename}:{frames[-1].lineno}"
+        for path, line in re.findall(r'File "([^"]+)", line (\d+)', str(e)):
+            if _is_user_file(path):
+                return f"{path}:{line}"
     return ""
 
 
@@ -424,7 +419,9 @@ class _Builder:
         for spec in specs:
             if not isinstance(spec.arg, TensorArgument):
                 if isinstance(spec.arg, (SymIntArgument, SymFloatArgument)):
-                    raise UnsupportedError(f"input {spec.arg.name!r} is a dynamic number; give it as a tensor or a constant")
+                    raise UnsupportedError(
+                        f"input {spec.arg.name!r} is a dynamic number; give it as a tensor or a constant"
+                    )
                 continue
             tensor = nodes[spec.arg.name].meta["val"]
             declared = next(given, None)
@@ -558,9 +555,11 @@ class _Builder:
         if isinstance(value, torch.fx.Node):
             return self.values[value]
         if isinstance(value, (tuple, list)):
-            return type(value)(self._mapped(v) for v in value) if type(value) in (tuple, list) else [
-                self._mapped(v) for v in value
-            ]
+            return (
+                type(value)(self._mapped(v) for v in value)
+                if type(value) in (tuple, list)
+                else [self._mapped(v) for v in value]
+            )
         if isinstance(value, dict):
             return {k: self._mapped(v) for k, v in value.items()}
         return value
@@ -620,8 +619,8 @@ class _Builder:
         return found
 
     def _inline(self, node: torch.fx.Node, arguments: list[Any]) -> Any:
-        name = node.target.name() if callable(getattr(node.target, "name", None)) else str(node.target)
-        short = name.rpartition(".")[2]
+        assert isinstance(node.target, torch._ops.HigherOrderOperator)
+        short = node.target.name().rpartition(".")[2]
         if short == "wrap_with_set_grad_enabled":
             _, body, *rest = arguments
         elif short == "wrap_with_autocast":
@@ -647,7 +646,7 @@ class _Builder:
         if any(isinstance(v, _Poison) for v in pytree.tree_leaves((predicate, list(operands)))):
             return _Poison()
         branches = [self._run(branch, operands) for branch in (yes, no)]
-        found = []
+        found: list[Node | _Poison] = []
         for a, b in zip(*branches, strict=True):
             if isinstance(a, _Poison) or isinstance(b, _Poison):
                 found.append(_Poison())
@@ -668,7 +667,9 @@ class _Builder:
         """The types of a call's results; for complex ones, those of their real parts."""
         found = value if isinstance(value, (tuple, list)) else [value]
         return tuple(
-            self._type(v, v.dtype.to_real() if v.is_complex() else v.dtype) for v in found if isinstance(v, torch.Tensor)
+            self._type(v, v.dtype.to_real() if v.is_complex() else v.dtype)
+            for v in found
+            if isinstance(v, torch.Tensor)
         )
 
     def _type(self, tensor: torch.Tensor, dtype: torch.dtype | None = None) -> TensorType:
@@ -679,10 +680,14 @@ class _Builder:
     def _lower(self, node: torch.fx.Node, arguments: list[Any]) -> Any:
         value = node.meta.get("val")
         gives_complex = isinstance(value, torch.Tensor) and value.is_complex()
-        if gives_complex or any(isinstance(a, Complex) for a in pytree.tree_leaves((arguments, self._mapped(node.kwargs)))):
+        if gives_complex or any(
+            isinstance(a, Complex) for a in pytree.tree_leaves((arguments, self._mapped(node.kwargs)))
+        ):
             function = COMPLEX.get(node.target)
             if function is None:
-                raise Refusal(f"dtype {str(value.dtype).removeprefix('torch.')}" if gives_complex else "complex numbers")
+                raise Refusal(
+                    f"dtype {str(getattr(value, 'dtype', '')).removeprefix('torch.')}" if gives_complex else "complex numbers"
+                )
         else:
             function = LOWERINGS.get(node.target) or LOWERINGS.get(str(node.target))
         if function is None:
@@ -713,8 +718,10 @@ class _Builder:
         return located[0] if isinstance(result, Node) else tuple(located)
 
     def _check(self, node: torch.fx.Node, result: Node, type: TensorType) -> None:
-        fits = result.dtype == type.dtype and result.rank == type.rank and all(
-            same_dim(a, b) or _agree(a, b) for a, b in zip(result.shape, type.shape, strict=True)
+        fits = (
+            result.dtype == type.dtype
+            and result.rank == type.rank
+            and all(same_dim(a, b) or _agree(a, b) for a, b in zip(result.shape, type.shape, strict=True))
         )
         if not fits:
             raise Refusal(f"its lowering gives {result.type} where PyTorch gives {type}; please report this")
@@ -749,7 +756,8 @@ class _Builder:
                 found += [Parameter(k, "keyword", t, False) for k, t in named.items()]
                 named = {}
             else:
-                kind = {p.KEYWORD_ONLY: "keyword", p.POSITIONAL_ONLY: "positional"}.get(p.kind, "plain")
+                keyword_only, positional_only = p.kind is p.KEYWORD_ONLY, p.kind is p.POSITIONAL_ONLY
+                kind = "keyword" if keyword_only else "positional" if positional_only else "plain"
                 if positional and p.kind is not p.KEYWORD_ONLY:
                     tree = positional.pop(0)
                 elif p.name in named:
@@ -766,7 +774,7 @@ class _Builder:
         leaves: list[Tree] = []
         for spec, value in zip(signature.output_specs, results, strict=True):
             if spec.kind is OutputKind.USER_INPUT_MUTATION:
-                mutated.append((value, self.input_position[spec.target]))
+                mutated.append((value, self.input_position[str(spec.target)]))
             elif spec.kind is OutputKind.USER_OUTPUT:
                 leaves.append(self._output(spec.arg, value, outputs))
             elif spec.kind is not OutputKind.TOKEN:
@@ -947,7 +955,8 @@ def _spec_trees(spec: pytree.TreeSpec, leaves: Iterator[Any]) -> tuple[Tree, Tre
 def _spec_tree(spec: pytree.TreeSpec, leaves: Iterator[Any]) -> Tree:
     """A Tree from torch's description of a nested value."""
     if spec.is_leaf():
-        return next(leaves)  # type: ignore[no-any-return]
+        leaf: Tree = next(leaves)
+        return leaf
     items = tuple(_spec_tree(child, leaves) for child in spec.children())
     kind = spec.type
     if kind in (tuple, list):

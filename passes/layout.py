@@ -78,6 +78,7 @@ class PackWeights:
             and node.dtype in self.pair
             and node.rank == rank
             and not node.tensor.symbols
+            and 0 not in node.shape
             and _is_stored(node)
         )
 

@@ -37,6 +37,8 @@ def _load_runtime() -> Any:
         if _runtime is None:
             # Waking threads costs less than cores that spin while other programs want them; binding them is worse.
             os.environ.setdefault("TVM_BIND_THREADS", "0")
+            # A pool can't grow beyond what TVM takes for the number of cores, which on x86 is half of them.
+            os.environ.setdefault("TVM_NUM_THREADS", str(os.cpu_count() or 1))
             tvm_ffi = _import_ffi()
 
             if "tvm" not in sys.modules:

@@ -221,7 +221,7 @@ class _Entry:
                     self.weights[node.name] = relax.Var(f"w{len(self.weights)}", self.type(node.tensor))
                 return self.weights[node.name]
             if node.op is CONSTANT:
-                array = np.ascontiguousarray(node.value.array)
+                array = np.ascontiguousarray(node.value.array).reshape(node.value.array.shape)  # which made 0-d arrays 1-d
                 self.values[node] = relax.const(runtime.tensor(array), node.dtype)
             else:
                 raise CompileError(f"{node!r} was not computed before its use")
@@ -275,7 +275,10 @@ class _Entry:
 
     def view(self, value: Any, t: TensorType) -> Any:
         """The same memory with other axes."""
-        return self.module.builder.emit(relax.op.reshape(value, relax.ShapeExpr([expression(d, self.symbols) for d in t.shape])))
+        shape = relax.ShapeExpr([expression(d, self.symbols) for d in t.shape])
+        if 0 in t.shape:  # which relax.op.reshape takes for "as it was"
+            return self.module.builder.emit(relax.call_pure_packed("vm.builtin.reshape", value, shape, ty_args=self.type(t)))
+        return self.module.builder.emit(relax.op.reshape(value, shape))
 
     def chosen(self, node: Node, kernel: Kernel, function: Any) -> list[Any]:
         """Call a specialised kernel, with the views that it wants."""

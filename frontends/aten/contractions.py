@@ -145,7 +145,13 @@ def _convolution(
 
 
 def _transposed(
-    x: Node, w: Node, stride: Sequence[int], padding: Sequence[Dim], dilation: Sequence[int], extra: Sequence[int], groups: int
+    x: Node,
+    w: Node,
+    stride: Sequence[int],
+    padding: Sequence[Dim],
+    dilation: Sequence[int],
+    extra: Sequence[int],
+    groups: int,
 ) -> Node:
     """The gradient of a convolution: space the input out, pad it, and correlate with the flipped kernel."""
     n = x.rank - 2
@@ -170,9 +176,7 @@ def _trilinear(
             for axis in sorted(axes):
                 x = unsqueeze(x, axis)
             parts.append(x)
-        return ops.sum_(
-            ops.mul(ops.mul(parts[0], parts[1]), parts[2]), axes=tuple(sorted(summed)), keepdims=False
-        )
+        return ops.sum_(ops.mul(ops.mul(parts[0], parts[1]), parts[2]), axes=tuple(sorted(summed)), keepdims=False)
 
     return wide(fused, call.dtype, a, b, c)
 

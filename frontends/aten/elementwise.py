@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import ml_dtypes
 import torch
 
 from jisu.compiler import ops
 from jisu.compiler.graph import Node, Op
-from jisu.compiler.types import is_float, numpy_dtype
+from jisu.compiler.types import is_float
 from jisu.frontends.aten.table import (
     HALF,
     Call,
@@ -571,7 +570,7 @@ def _lerp(call: Call, a: Node, b: Node, weight: Any) -> Node:
 def _nan_to_num(call: Call, x: Node, nan: float | None, posinf: float | None, neginf: float | None) -> Node:
     if not is_float(x.dtype):
         return x
-    largest = float(ml_dtypes.finfo(numpy_dtype(x.dtype)).max)
+    largest = torch.finfo(getattr(torch, x.dtype)).max
     x = ops.where(ops.isnan(x), operand(nan or 0.0, x.dtype), x)
     x = ops.where(ops.eq(x, float("inf")), operand(largest if posinf is None else posinf, x.dtype), x)
     return ops.where(ops.eq(x, -float("inf")), operand(-largest if neginf is None else neginf, x.dtype), x)

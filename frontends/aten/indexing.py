@@ -82,7 +82,8 @@ def index_range(x: Node) -> tuple[int, int] | None:
     if x.op is ops.iota and isinstance(x.extent, int) and x.extent > 0:
         return 0, x.extent - 1
     if x.op in (ops.reshape, ops.broadcast_to, ops.transpose, ops.slice_, ops.flip, ops.cast):
-        return index_range(x.operands[0]) if is_integer(x.operands[0].dtype) else None  # type: ignore[union-attr]
+        (source,) = x.parents
+        return index_range(source) if is_integer(source.dtype) else None
     if x.op in (ops.add, ops.sub, ops.mul, ops.minimum, ops.maximum):
         return _combined(x)
     return None
@@ -186,7 +187,9 @@ def _index_put(call: Call, x: Node, indices: Sequence[Node | None], values: Node
         return x
     rank = len(shape)
     # Updates come as [rest before, index axes, rest behind]; bring the index axes to the front.
-    updates = permute(expand(values, full), [*range(place, place + rank), *range(place), *range(place + rank, len(full))])
+    updates = permute(
+        expand(values, full), [*range(place, place + rank), *range(place), *range(place + rank, len(full))]
+    )
     sizes = [x.shape[a] for a in axes]
     order = [*axes, *others]
     joined = view(permute(x, order), (product(sizes), product(rest)))
@@ -370,9 +373,7 @@ def _embedding_bag(
     first = view(cast(starts, "int64"), (bags, 1))
     member = ops.ge(place, first)
     if bags != 1:
-        following = ops.concat(
-            cut(first, 0, 1, bags), view(operand(n, "int64"), (1, 1)), axis=0
-        )
+        following = ops.concat(cut(first, 0, 1, bags), view(operand(n, "int64"), (1, 1)), axis=0)
         member = ops.logical_and(member, ops.lt(place, following))
     if padding >= 0:
         member = ops.logical_and(member, ops.ne(cast(ids, "int64"), padding))
@@ -386,9 +387,7 @@ def _embedding_bag(
     else:
         if weights is not None:
             rows = ops.mul(rows, view(cast(weights, dtype), (n, 1)))
-        picked = ops.where(
-            view(member, (bags, n, 1)), view(rows, (1, n, table.shape[1])), operand(0.0, dtype)
-        )
+        picked = ops.where(view(member, (bags, n, 1)), view(rows, (1, n, table.shape[1])), operand(0.0, dtype))
         found = ops.sum_(picked, axes=(1,), keepdims=False)
         if mode == 1:
             members = ops.sum_(cast(member, dtype), axes=(1,), keepdims=True)

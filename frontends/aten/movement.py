@@ -31,6 +31,7 @@ from jisu.frontends.aten.table import (
     unsqueeze,
     view,
 )
+from jisu.frontends.aten.values import array_of
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -487,11 +488,10 @@ def _arange(call: Call, *arguments: Any, **keywords: Any) -> Node:
 
 def _evaluated(call: Call) -> Node:
     """What PyTorch itself computes for a creation with plain arguments."""
-    from jisu.frontends.aten.values import array_of
-
+    target: Any = call.node.target
     with torch.no_grad():
         kwargs = {k: v for k, v in call.node.kwargs.items() if k not in ("device", "pin_memory", "layout")}
-        return constant(array_of(call.node.target(*call.node.args, **kwargs)))
+        return constant(array_of(target(*call.node.args, **kwargs)))
 
 
 @lowering(aten.linspace.default)

@@ -128,7 +128,9 @@ def _avg_pool(
 
     def average(v: Node) -> Node:
         total = ops.sum_(
-            _covering(v, 0, out, sizes, strides, padding, (1,) * n), axes=tuple(range(v.rank, v.rank + n)), keepdims=False
+            _covering(v, 0, out, sizes, strides, padding, (1,) * n),
+            axes=tuple(range(v.rank, v.rank + n)),
+            keepdims=False,
         )
         if divisor:
             return ops.div(total, operand(divisor, v.dtype))
@@ -227,7 +229,5 @@ def _im2col(
         return filled(0, call.type)
     batched = x if x.rank == 4 else view(x, (1, *x.shape))
     padded = pad(batched, 0, (0, 0, *padding), (0, 0, *padding))
-    around = ops.windows(
-        padded, axes=(2, 3), sizes=tuple(sizes), strides=tuple(strides), dilations=tuple(dilations)
-    )
+    around = ops.windows(padded, axes=(2, 3), sizes=tuple(sizes), strides=tuple(strides), dilations=tuple(dilations))
     return view(permute(around, (0, 1, 4, 5, 2, 3)), call.shape)

@@ -210,7 +210,9 @@ def p_norm(v: Node, p: float, axes: Sequence[int], keepdim: bool) -> Node:
 
 
 @lowering(aten.linalg_vector_norm.default)
-def _vector_norm(call: Call, x: Node, p: Any = 2, axes: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Node:
+def _vector_norm(
+    call: Call, x: Node, p: Any = 2, axes: Any = None, keepdim: bool = False, *, dtype: Any = None
+) -> Node:
     along = axes_of(axes, x.rank)
     empty = any(x.shape[a] == 0 for a in along)
     if empty and math.isinf(p):
@@ -365,7 +367,9 @@ def _median(x: Node, axis: int, ignore_nan: bool) -> tuple[Node, Node]:
     """Lower median and its index along one axis, which stays with size 1; a NaN wins unless it is ignored."""
     values, indices = _sorted(x, axis, False)
     n = x.shape[axis]
-    middle: Any = expand(operand(dim((n - 1) // 2), "int64"), tuple(1 if i == axis else d for i, d in enumerate(x.shape)))
+    middle: Any = expand(
+        operand(dim((n - 1) // 2), "int64"), tuple(1 if i == axis else d for i, d in enumerate(x.shape))
+    )
     if is_float(x.dtype):
         nans = ops.sum_(cast(ops.isnan(x), "int64"), axes=(axis,), keepdims=True)
         if ignore_nan:
@@ -393,7 +397,14 @@ def _median_all(call: Call, x: Node) -> Node:
 
 @lowering(aten.searchsorted.Tensor, aten.searchsorted.Scalar)
 def _searchsorted(
-    call: Call, table: Node, x: Any, *, out_int32: bool = False, right: bool = False, side: Any = None, sorter: Any = None
+    call: Call,
+    table: Node,
+    x: Any,
+    *,
+    out_int32: bool = False,
+    right: bool = False,
+    side: Any = None,
+    sorter: Any = None,
 ) -> Node:
     right = right or side == "right"
     if sorter is not None:
@@ -462,7 +473,9 @@ def _log_softmax(call: Call, x: Node, axis: int, *_: Any) -> Node:
 
 
 @lowering(aten.layer_norm.default)
-def _layer_norm(call: Call, x: Node, shape: Sequence[Dim], w: Any = None, b: Any = None, eps: float = 1e-5, *_: Any) -> Node:
+def _layer_norm(
+    call: Call, x: Node, shape: Sequence[Dim], w: Any = None, b: Any = None, eps: float = 1e-5, *_: Any
+) -> Node:
     flat, w, b = _flattened(call, x, shape, w, b)
     return view(ops.layer_norm(flat, w, b, eps=float(eps)), call.shape)
 

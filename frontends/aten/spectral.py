@@ -121,9 +121,7 @@ def _mul(call: Call, a: Any, b: Any) -> Complex:
         return Complex(ops.mul(x.re, y.re), ops.mul(x.im, y.re))
     if not isinstance(a, (Complex, complex)):
         return Complex(ops.mul(x.re, y.re), ops.mul(x.re, y.im))
-    return Complex(
-        ops.sub(ops.mul(x.re, y.re), ops.mul(x.im, y.im)), ops.add(ops.mul(x.re, y.im), ops.mul(x.im, y.re))
-    )
+    return Complex(ops.sub(ops.mul(x.re, y.re), ops.mul(x.im, y.im)), ops.add(ops.mul(x.re, y.im), ops.mul(x.im, y.re)))
 
 
 @_complex(aten.div.Tensor, aten.div.Scalar)

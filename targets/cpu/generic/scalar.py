@@ -264,6 +264,8 @@ def arithmetic(kind: str, a: Expr, c: Expr) -> Expr:
     function = {"add": lambda p, q: p + q, "sub": lambda p, q: p - q, "mul": lambda p, q: p * q}[kind]
     if not is_integer(dtype):
         return function(a, c)
+    if kind == "sub" and isinstance(a, tirx.IntImm):  # TVM takes 0 - x of unsigned numbers for 0
+        return tirx.reinterpret(dtype, tirx.bitwise_not(_unsigned(c)) + _unsigned(tirx.IntImm(dtype, a.value + 1)))
     return tirx.reinterpret(dtype, function(_unsigned(a), _unsigned(c)))
 
 
