@@ -28,7 +28,7 @@ from jisu.compiler.rewrite import (
     variable,
     variables,
 )
-from jisu.compiler.types import Dim, same_dim, same_shape
+from jisu.compiler.types import Dim, is_float, same_dim, same_shape
 
 x, w, b, r = variables("x w b r")
 eps, count = scalar("eps"), scalar("count")
@@ -104,7 +104,7 @@ PROJECTIONS: tuple[Rule, ...] = (
         "product with weights is linear",
         ops.matmul(x, w),
         _linear_of_product,
-        (_weight_matrix,),
+        (_weight_matrix, guard("floats", lambda m: is_float(m["x"].dtype))),
         {"x": "float[*b m k]", "w": "weight float[k n]"},
     ),
     Rule(

@@ -87,7 +87,12 @@ def _rotary_samples() -> Samples:
     yield ("float32[1, 3, 2, 4]", "float32[1, 3, 4]", "float32[1, 3, 4]"), {"interleaved": True}
 
 
-@defop(meaning=_rotary, axes="b s h d!, b s r, b s r -> b s h d!", flops=3, samples=_rotary_samples)
+def _rotary_axes(x: TensorType, cos: TensorType, sin: TensorType, **_: Any) -> str:
+    angles = "1 s r" if cos.shape[0] == 1 else "b s r"
+    return f"b s h d!, {angles}, {angles} -> b s h d!"
+
+
+@defop(meaning=_rotary, axes=_rotary_axes, flops=3, samples=_rotary_samples)
 def rotary(x: TensorType, cos: TensorType, sin: TensorType, *, interleaved: bool = False) -> TensorType:
     """Rotary embedding of x [batch, sequence, heads, d] by cos, sin [batch or 1, sequence, r] (Su et al., 2021).
 

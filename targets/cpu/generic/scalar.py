@@ -265,8 +265,9 @@ def arithmetic(kind: str, a: Expr, c: Expr) -> Expr:
     if not is_integer(dtype):
         return function(a, c)
     if kind == "sub" and isinstance(a, tirx.IntImm):  # TVM takes 0 - x of unsigned numbers for 0
-        return tirx.reinterpret(dtype, tirx.bitwise_not(_unsigned(c)) + _unsigned(tirx.IntImm(dtype, a.value + 1)))
-    return tirx.reinterpret(dtype, function(_unsigned(a), _unsigned(c)))
+        return tirx.Cast(dtype, tirx.bitwise_not(_unsigned(c)) + _unsigned(tirx.IntImm(dtype, a.value + 1)))
+    # A cast back, not a reinterpretation: x - x is simplified to a literal, which could not be reinterpreted.
+    return tirx.Cast(dtype, function(_unsigned(a), _unsigned(c)))
 
 
 def _unsigned(x: Expr) -> Expr:
