@@ -1,7 +1,7 @@
 """How a program is called and what it returns: Python structures around flat lists of tensors, without torch.
 
-A `Tree` describes a nested value whose leaves are positions in a flat list. Everything that is no tensor was specialised
-when the model was captured and stands in the tree as a constant.
+A `Tree` describes a nested value whose leaves are positions in a flat list. Everything that is no tensor was
+specialised when the model was captured and stands in the tree as a constant.
 """
 
 from __future__ import annotations
@@ -142,9 +142,9 @@ class Output(collections.OrderedDict[str, Any]):
 class Signature:
     """How to call a program.
 
-    `parameters` of forward() in order; `inputs`, the tensors among them; `outputs`, the structure of the result over the
-    program's outputs; `mutations`, (output, input) positions: what such an output holds must be written back into that
-    input. Outputs that only serve mutations stand behind those in the structure.
+    `parameters` of forward() in order; `inputs`, the tensors among them; `outputs`, the structure of the result
+    over the program's outputs; `mutations`, (output, input) positions: what such an output holds must be written
+    back into that input. Outputs that only serve mutations stand behind those in the structure.
     """
 
     parameters: tuple[Parameter, ...]

@@ -211,8 +211,8 @@ def _explain(error: BaseException, dynamic_shapes: Any) -> NoReturn:
             "use torch.where or torch.cond, or give the value as a constant"
         ) from error
     raise UnsupportedError(
-        f"torch.export can't trace the model{place}: {kind}: {text}; rewrite that line, or check that the example inputs "
-        "fit the model"
+        f"torch.export can't trace the model{place}: {kind}: {text}; rewrite that line, or check that the "
+        "example inputs fit the model"
     ) from error
 
 
@@ -685,9 +685,8 @@ class _Builder:
         ):
             function = COMPLEX.get(node.target)
             if function is None:
-                raise Refusal(
-                    f"dtype {str(getattr(value, 'dtype', '')).removeprefix('torch.')}" if gives_complex else "complex numbers"
-                )
+                dtype = str(getattr(value, "dtype", "")).removeprefix("torch.")
+                raise Refusal(f"dtype {dtype}" if gives_complex else "complex numbers")
         else:
             function = LOWERINGS.get(node.target) or LOWERINGS.get(str(node.target))
         if function is None:

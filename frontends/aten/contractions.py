@@ -121,8 +121,8 @@ def _linear(call: Call, x: Node, w: Node, b: Node | None = None) -> Node:
 
 @lowering(aten.convolution.default)
 def _convolution(
-    call: Call, x: Node, w: Node, b: Node | None, stride: Sequence[int], padding: Sequence[Dim], dilation: Sequence[int],
-    transposed: bool, output_padding: Sequence[int], groups: int,
+    call: Call, x: Node, w: Node, b: Node | None, stride: Sequence[int], padding: Sequence[Dim],
+    dilation: Sequence[int], transposed: bool, output_padding: Sequence[int], groups: int,
 ) -> Node:  # fmt: skip
     n = x.rank - 2
     stride, padding, dilation, extra = (
@@ -249,7 +249,7 @@ def _mask4(mask: Node, full: Sequence[Dim]) -> Node:
 
 @lowering("transformers.grouped_mm_fallback.default", "aten._grouped_mm.default")
 def _grouped_mm(call: Call, x: Node, w: Node, offs: Node | None = None, *rest: Any, **_: Any) -> Node:
-    """Rows sorted by group times their group's matrix: x [rows, k], w [groups, k, n], offs int32 [groups] cumulative."""
+    """Rows sorted by group times their group's matrix: x [rows, k], w [groups, k, n], cumulative offs [groups]."""
     if x.rank != 2 or w.rank != 3 or offs is None or any(r is not None for r in rest):
         refuse("a grouped product of another form than [rows, k] by [groups, k, n]")
     row = ops.reshape(ops.iota(extent=x.shape[0], dtype=offs.dtype), shape=(x.shape[0], 1))

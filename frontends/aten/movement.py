@@ -314,10 +314,8 @@ def _diagonal(call: Call, x: Node, offset: int = 0, first: int = 0, second: int 
     start = dim(offset if offset >= 0 else -offset * columns)
     stop = dim(start + (length - 1) * (columns + 1) + 1)
     if not isinstance(columns, int):
-        return ops.take(
-            flat, ops.add(ops.mul(ops.iota(extent=length), operand(dim(columns + 1), "int64")), operand(start, "int64")),
-            axis=len(batch),
-        )  # fmt: skip
+        place = ops.mul(ops.iota(extent=length), operand(dim(columns + 1), "int64"))
+        return ops.take(flat, ops.add(place, operand(start, "int64")), axis=len(batch))
     return cut(flat, len(batch), start, stop, columns + 1)
 
 

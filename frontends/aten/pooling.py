@@ -160,7 +160,7 @@ def _taps(
 
 @lowering(aten._adaptive_avg_pool2d.default, aten._adaptive_avg_pool3d.default, aten.adaptive_avg_pool1d.default)
 def _adaptive_avg_pool(call: Call, x: Node, *_: Any) -> Node:
-    """Averages over floor(i n / m) … ceil((i + 1) n / m), one axis after the other, as products with a weight matrix."""
+    """Averages over floor(i n / m) … ceil((i + 1) n / m), axis by axis, as products with a weight matrix."""
     n = int(call.name.split("avg_pool")[1][0])
     if 0 in call.shape:
         return filled(0, call.type)

@@ -1,8 +1,8 @@
 """Complex numbers as pairs of real tensors, and Fourier transforms as products with cosines and sines.
 
 The IR has no complex dtypes. Inside a model complex values are `Complex` pairs; at its inputs, outputs and weights they
-are refused. `COMPLEX` holds the lowerings for calls that take or give complex tensors; what only moves elements is lowered
-on both parts alike by the ordinary table.
+are refused. `COMPLEX` holds the lowerings for calls that take or give complex tensors; what only moves elements is
+lowered on both parts alike by the ordinary table.
 """
 
 from __future__ import annotations

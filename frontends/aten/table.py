@@ -137,7 +137,7 @@ def wide(function: Callable[..., Node], dtype: str, *operands: Any) -> Node:
 
 
 def rounded(function: Callable[..., Node], dtype: str, *operands: Any) -> Node:
-    """As `wide`, but in `dtype` itself where that changes nothing: ops round once anyway, only scalars may lose bits."""
+    """As `wide`, but in `dtype` itself where that changes nothing: ops round once, only scalars may lose bits."""
     if dtype in HALF and not all(exact(x, dtype) for x in operands):
         return wide(function, dtype, *operands)
     return function(*(operand(x, dtype) for x in operands))

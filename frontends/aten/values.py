@@ -10,7 +10,7 @@ import torch
 
 
 def array_of(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
-    """The values of a torch tensor as an array of the same dtype and shape, without a copy where it is dense on the CPU."""
+    """The values of a torch tensor as an array, without a copy where it is dense and on the CPU."""
     tensor = tensor.detach()
     if tensor.is_conj() or tensor.is_neg():
         tensor = tensor.resolve_conj().resolve_neg()
