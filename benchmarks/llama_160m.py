@@ -309,7 +309,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="for checkpoints and compiled kernels, kept between runs")
     parser.add_argument("--tiny", action="store_true", help="a tiny model, to try the benchmark itself")
     given = parser.parse_args()
-    folder = given.folder or Path(tempfile.gettempdir()) / f"jisu-benchmarks-{os.getuid()}"
+    folder = given.folder or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jisu-benchmarks"
     folder.mkdir(parents=True, exist_ok=True)
     peers = tuple(name for name in given.peers.split(",") if name)
     plan = Plan(given.subject, peers, given.prompt, given.gen, given.repeat, folder)

@@ -142,7 +142,7 @@ _POOLS = threading.local()
 
 def _translated(error: Exception) -> Exception:
     text = _first_line(error)
-    if "out of range" in text:
+    if "out of range" in text or "outside" in text:
         return IndexOutOfRangeError(text)
     if "division by zero" in text:
         return InputError(text)

@@ -14,7 +14,9 @@ from typing import Any, Literal, cast, overload
 import attrs
 import numpy as np
 
-from jisu.compiler.errors import ArtifactError, InputError, InputTypeError, JisuError
+from jisu.compiler import ops
+from jisu.compiler.errors import ArtifactError, IndexOutOfRangeError, InputError, InputTypeError, JisuError, TensorMemoryError
+from jisu.compiler.graph import Graph
 from jisu.compiler.interpret import bind_symbols
 from jisu.compiler.signature import Signature
 from jisu.compiler.storage import write_safetensors
@@ -74,6 +76,7 @@ class Program:
         self._tokenizer: Tokenizer | None = None
         main = parts.graphs.get(MAIN)
         self._checker = parse(main) if main is not None and parts.decoder is None else None
+        self._looked_up = _tables(self._checker) if self._checker is not None else ()
 
     # --- calling ---------------------------------------------------------------------------------------------------
 
@@ -91,8 +94,13 @@ class Program:
         arrays = [
             _as_array(leaf, node.name, node.tensor) for leaf, node in zip(leaves, self._checker.inputs, strict=True)
         ]
-        bind_symbols(self._checker, [a.shape for a in arrays])
-        outputs = self._run(MAIN, arrays)
+        sizes = bind_symbols(self._checker, [a.shape for a in arrays])
+        for position, size, wraps in self._looked_up:
+            _check_indices(arrays[position], self._checker.inputs[position].name, size, wraps)
+        try:
+            outputs = self._run(MAIN, arrays)
+        except TensorMemoryError as error:
+            raise TensorMemoryError(_largest(self._checker, sizes)) from error
         as_torch = any(_is_torch(leaf) for leaf in leaves) or (not leaves and "torch" in sys.modules)
         values = [_to_torch(o) if as_torch else np.asarray(o) for o in outputs]
         for position, index in signature.mutations:
@@ -335,6 +343,37 @@ def load(
         manifest.producers,
     )  # fmt: skip
     return Program(parts, num_threads)
+
+
+def _largest(graph: Graph, sizes: Mapping[str, int]) -> str:
+    """Which value was too much: the largest, with its size."""
+    types = [(n, n.tensor.at(sizes)) for n in graph.nodes if isinstance(n.type, TensorType)]
+    node, kind = max(types, key=lambda item: int(item[1].nbytes))  # type: ignore[call-overload]
+    where = f" at {node.source}" if node.source else ""
+    return f"out of memory: {node.op.name} gives {kind}, {int(kind.nbytes) / 2**30:.1f} GiB{where}"  # type: ignore[call-overload]
+
+
+def _tables(graph: Graph) -> tuple[tuple[int, int, bool], ...]:
+    """(input position, size of the table, whether negative indices count from its end) for inputs that are indices."""
+    found = []
+    position = {node: i for i, node in enumerate(graph.inputs)}
+    for node in graph.nodes:
+        if node.op not in (ops.take, ops.packed_take):
+            continue
+        indices = node.operands[1]
+        while indices is not None and indices.op in (ops.reshape, ops.cast):
+            indices = indices.operands[0]
+        size = node.rows if node.op is ops.packed_take else node.parents[0].shape[node.axis]
+        if indices in position and isinstance(size, int):
+            found.append((position[indices], size, bool(node.attributes.get("wrap", False))))
+    return tuple(found)
+
+
+def _check_indices(indices: np.ndarray, name: str, size: int, wraps: bool) -> None:
+    """A kernel would refuse them too, but without their name and value."""
+    wrong = (indices < (-size if wraps else 0)) | (indices >= size)
+    if wrong.any():
+        raise IndexOutOfRangeError(f"input {name!r}: index {indices[wrong][0]} is outside the table of {size} rows")
 
 
 # --- Arrays in and out ---------------------------------------------------------------------------------------------

@@ -85,12 +85,14 @@ def _build(request: Mapping[str, Any], stage: Callable[[str], None]) -> dict[str
 def _build_library(module: Any, target: Any, path: Path, stage: Callable[[str], None]) -> int:
     import tvm
 
-    from jisu.targets.lowering import pipeline, planned_bytes
+    from jisu.targets.lowering import KERNEL_PIPELINE, pipeline, planned_bytes
 
     linker = find_linker()
     stage("code generation")
     sizes: list[int] = []
-    executable = tvm.compile(module, target=target, relax_pipeline=pipeline(lambda m: sizes.append(planned_bytes(m))))
+    executable = tvm.compile(
+        module, target=target, relax_pipeline=pipeline(lambda m: sizes.append(planned_bytes(m))), tir_pipeline=KERNEL_PIPELINE
+    )
     stage("linking")
     executable.export_library(str(path), fcompile=lambda output, objects, **_: _link(linker, output, objects))
     return sizes[0]
@@ -100,10 +102,12 @@ def _build_each(module: Any, target: Any, stage: Callable[[str], None]) -> None:
     import tvm
     from tvm import tirx
 
+    from jisu.targets.lowering import KERNEL_PIPELINE
+
     for var, function in module.functions.items():
         if isinstance(function, tirx.PrimFunc):
             stage(f"kernel {var.name_hint}")
-            tvm.compile(tvm.IRModule({var: function}), target=target)
+            tvm.compile(tvm.IRModule({var: function}), target=target, tir_pipeline=KERNEL_PIPELINE)
 
 
 def find_linker() -> list[str]:

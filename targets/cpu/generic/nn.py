@@ -100,6 +100,7 @@ def attend(
     storage: str,
     low: Expr,
     high: Expr,
+    most: Expr,
     query: Callable[[Expr], Expr],
     key: Callable[[Expr], Callable[[Expr], Expr]],
     value: Callable[[Expr], Callable[[Expr], Expr]],
@@ -112,7 +113,8 @@ def attend(
     empty_nan: bool,
     put: Callable[[Expr, Expr], None],
 ) -> None:
-    """One row of attention over the keys low … high - 1.
+    """One row of attention over the keys low … high - 1, which are at most `most` (a function of shapes alone: TVM can't
+    allocate memory whose size depends on data).
 
     key(j) and value(j) are rows, as functions of the element; adjust(j, score) adds a bias or hides the key with -inf.
     """
@@ -120,7 +122,7 @@ def attend(
     least = literal(-np.inf, dtype)
     zero = literal(0, dtype)
     count = b.let(tirx.max(high - low, i64(0)), "count")
-    scores = b.scratch(tirx.max(count, i64(1)), dtype, local=False)
+    scores = b.scratch(tirx.max(most, i64(1)), dtype, local=False)
     with b.loop(count) as t:
         j = b.let(low + t, "j")
         total = line_product(b, width, dtype, query, key(j), vector)
@@ -194,7 +196,7 @@ def _attention(b: Builder, pull: Pull, node: Node, targets: Sequence[Flat]) -> N
             return score + pull.fresh().wide(bias, aligned([image, head, i, j], bias.shape, full))
 
         attend(
-            b, dtype=dtype, storage=q.dtype, low=low, high=high,
+            b, dtype=dtype, storage=q.dtype, low=low, high=high, most=b.dim(t),
             query=lambda d: load(b, queries, q_base + d),
             key=lambda j: row_of(b, keys, keys.offset([image, j, group, i64(0)])),
             value=lambda j: row_of(b, values, values.offset([image, j, group, i64(0)])),
@@ -213,7 +215,7 @@ class _Cache:
     def __init__(self, b: Builder, cache: Flat, table: Flat | None) -> None:
         self.b, self.cache, self.table = b, cache, table
         self.page = cache.shape[2]
-        self.capacity = self.page if table is None else b.let(table.shape[1] * self.page, "capacity")
+        self.capacity = self.page if table is None else table.shape[1] * self.page
 
     def base(self, sequence: Expr, group: Expr, slot: Expr) -> Expr:
         """The position of the first element of a slot's row."""
@@ -265,7 +267,7 @@ def _attention_cached(b: Builder, pull: Pull, node: Node, targets: Sequence[Flat
             low = b.let(tirx.max(low, high - i64(node.window)), "low")
         q_base = b.let(queries.offset([image, i, head, i64(0)]), "q")
         attend(
-            b, dtype=dtype, storage=q.dtype, low=low, high=high,
+            b, dtype=dtype, storage=q.dtype, low=low, high=high, most=keys.capacity,
             query=lambda d: load(b, queries, q_base + d),
             key=lambda j: row_of(b, keys.cache, keys.base(image, group, j)),
             value=lambda j: row_of(b, values.cache, values.base(image, group, j)),

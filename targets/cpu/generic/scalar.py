@@ -39,15 +39,22 @@ def compute_dtype(dtype: str) -> str:
 
 
 def is_nan(x: Expr) -> Expr:
-    """Whether x is NaN."""
-    return tirx.Not(tirx.EQ(x, x))
+    """Whether x is NaN, by its bits: TVM folds x == x, and its != is LLVM's ordered comparison."""
+    if dtype_of(x) == "float64":
+        high = tirx.Cast("uint32", tirx.reinterpret("uint64", x) >> tirx.IntImm("uint64", 32))
+        low = tirx.NE(tirx.Cast("uint32", tirx.reinterpret("uint64", x)), u32(0))
+        magnitude = high & u32(0x7FFFFFFF)
+        return tirx.any(magnitude > u32(0x7FF00000), tirx.all(tirx.EQ(magnitude, u32(0x7FF00000)), low))
+    return (tirx.reinterpret("uint32", x) & u32(0x7FFFFFFF)) > u32(0x7F800000)
 
 
 def unequal(a: Expr, c: Expr) -> Expr:
-    """a != c, true for NaN (TVM's own NE is LLVM's ordered comparison); also of bools, which LLVM can't compare."""
+    """a != c, true for NaN; also of bools, which LLVM can't compare."""
     if dtype_of(a) == "bool":
         return tirx.NE(tirx.Cast("int8", a), tirx.Cast("int8", c))
-    return tirx.Not(tirx.EQ(a, c)) if is_float(dtype_of(a)) else tirx.NE(a, c)
+    if not is_float(dtype_of(a)):
+        return tirx.NE(a, c)
+    return tirx.any(a < c, c < a, is_nan(a), is_nan(c))
 
 
 def select(condition: Expr, a: Expr, b: Expr) -> Expr:
@@ -105,7 +112,7 @@ def _to_odd(b: Builder, x: Expr) -> Expr:
     y = b.let(tirx.Cast("float32", x), "y")
     back = b.let(tirx.Cast("float64", y), "back")
     bits = b.let(tirx.reinterpret("uint32", y), "bits")
-    inexact = tirx.all(unequal(back, x), tirx.EQ(bits & u32(1), u32(0)), tirx.EQ(x, x))
+    inexact = tirx.all(unequal(back, x), tirx.EQ(bits & u32(1), u32(0)), tirx.Not(is_nan(x)))
     larger = intrinsic("fabs", back) > intrinsic("fabs", x)
     return b.let(
         tirx.reinterpret("float32", select(inexact, select(larger, bits - u32(1), bits + u32(1)), bits)), "odd"
@@ -414,6 +421,8 @@ def _compare(function: Callable[..., Expr]) -> Scalar:
     def compare(b: Builder, a: Expr, c: Expr) -> Expr:
         if dtype_of(a) == "bool":
             a, c = tirx.Cast("int8", a), tirx.Cast("int8", c)
+        if a.same_as(c) and is_float(dtype_of(a)) and function in (tirx.EQ, tirx.LE, tirx.GE):
+            return tirx.Not(is_nan(a))  # TVM would take it for true
         return function(a, c)
 
     return compare

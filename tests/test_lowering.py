@@ -1,0 +1,191 @@
+"""Compiled kernels against the NumPy meaning, op by op: drawn operands, special values, symbolic sizes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jisu.compiler import ops
+from jisu.compiler.errors import CompileError, IndexOutOfRangeError, InputError
+from jisu.compiler.graph import ArrayStorage, Graph, Node, Op, placeholder, weight
+from jisu.compiler.interpret import interpret
+from jisu.compiler.pipeline import relative_error
+from jisu.compiler.types import TensorType, TupleType, symbol
+from jisu.runtime.executable import Executable
+from jisu.targets.compile import compile_graphs
+from jisu.targets.target import Target
+from jisu.testing import arrays_for, op_calls
+
+CPU = Target.resolve("cpu")
+TOLERANCE = {"float16": 2e-3, "bfloat16": 2e-2, "float32": 2e-5, "float64": 1e-12}
+# What the layout pass computes ahead of time has no kernel.
+KERNELS = [op for op in ops.OPS.values() if not op.leaf and op not in (ops.get, ops.pack, ops.pack_gated)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("lowering")
+
+
+def build(folder: Path, **entries: Graph) -> tuple[Executable, dict[str, list[np.ndarray]]]:
+    info = compile_graphs(entries, CPU, out=folder / f"out{len(list(folder.iterdir()))}", cache_dir=folder / "cache")
+    weights = {k: [g.weights[n].numpy() for n in info.weight_order[k]] for k, g in entries.items()}
+    return Executable.load(info.library, num_threads=2), weights
+
+
+def results(node: Node) -> tuple[Node, ...]:
+    if isinstance(node.type, TupleType):
+        return tuple(ops.get(node, index=i) for i in range(len(node.type.items)))
+    return (node,)
+
+
+def check(got: object, want: np.ndarray, dtype: str, what: str) -> None:
+    array = np.asarray(got)
+    assert array.shape == want.shape and array.dtype == want.dtype, what
+    if dtype in TOLERANCE:
+        assert relative_error(array, want) <= TOLERANCE[dtype], f"{what}\n{array}\n{want}"
+    else:
+        np.testing.assert_array_equal(array, want, err_msg=what)
+
+
+@pytest.mark.parametrize("group", range(6))
+def test_every_op_computes_its_meaning(group: int, folder: Path) -> None:
+    """Many ops in one library, so that few compilations cover all."""
+
+    @settings(max_examples=1)
+    @given(st.data())
+    def run(data: st.DataObject) -> None:
+        entries, samples = {}, {}
+        for op in KERNELS[group::6]:
+            node = data.draw(op_calls(op), label=op.name)
+            inputs = tuple(dict.fromkeys(p for p in node.parents if p.op.name == "input"))
+            graph = Graph(inputs, results(node))
+            sample = data.draw(arrays_for(graph))
+            entries[op.name] = sample.fill(graph)
+            samples[op.name] = sample.inputs
+        program, weights = build(folder, **entries)
+        for name, graph in entries.items():
+            want = interpret(graph, samples[name])
+            given_arrays = [np.array(a) for a in samples[name]]
+            for got, w, output in zip(program.call(name, given_arrays, weights[name]), want, graph.outputs, strict=True):
+                check(got, w, output.dtype, f"{name}\n{graph}")
+
+    run()
+
+
+SPECIAL = np.array([np.nan, np.inf, -np.inf, 0.0, -0.0, 1.5, -2.5, 1e-30, 3.0], np.float32)
+PAIRS = [(a, b) for a in SPECIAL for b in SPECIAL]
+
+
+def test_special_values(folder: Path) -> None:
+    """NaN, infinities and zeros through every elementwise op of floats."""
+    t = TensorType((len(PAIRS),), "float32")
+    x, y = placeholder("x", t), placeholder("y", t)
+    entries = {}
+    for op in KERNELS:
+        if op not in ops.ELEMENTWISE or op is ops.cast:
+            continue
+        try:
+            entries[op.name] = Graph((x, y), (op(*(x, y)[: len(op.operand_names)]),))
+        except Exception:  # ops of integers and bools
+            continue
+    assert len(entries) > 40
+    entries["same"] = Graph((x, y), (ops.eq(x, x), ops.ne(x, x), ops.le(x, x), ops.ge(x, x), ops.lt(x, x), ops.gt(x, x)))
+    program, weights = build(folder, **entries)
+    arrays = [np.array(column, np.float32) for column in zip(*PAIRS, strict=True)]
+    for name, graph in entries.items():
+        want = interpret(graph, arrays)
+        for got, w, output in zip(program.call(name, arrays, weights[name]), want, graph.outputs, strict=True):
+            check(got, w, output.dtype, name)
+
+
+@pytest.mark.parametrize("dtype", ["int32", "int64", "uint8", "int8"])
+def test_integers_wrap(dtype: str, folder: Path) -> None:
+    info = np.iinfo(dtype)
+    values = np.array([info.min, info.min + 1, -1 if info.min else 0, 0, 1, 7, info.max - 1, info.max]).astype(dtype)
+    a, b = (np.array(v, dtype) for v in zip(*[(p, q) for p in values for q in values], strict=True))
+    t = TensorType(a.shape, dtype)
+    x, y = placeholder("x", t), placeholder("y", t)
+    outputs = (ops.add(x, y), ops.sub(x, y), ops.mul(x, y), ops.neg(x), ops.abs_(x), ops.sub(x, x), ops.square(x))
+    graph = Graph((x, y), outputs)
+    program, _ = build(folder, main=graph)
+    for got, want in zip(program.call("main", [a, b]), interpret(graph, [a, b]), strict=True):
+        np.testing.assert_array_equal(np.asarray(got), want)
+
+
+def test_symbolic_sizes(folder: Path) -> None:
+    n, m = symbol("n"), symbol("m")
+    x = placeholder("x", TensorType((n, m, 4), "float32"))
+    flat = ops.reshape(x, shape=(n * m, 4))
+    w = weight("w", TensorType((4, 6), "float32"))
+    outputs = (
+        ops.softmax(ops.matmul(flat, w), axis=1),
+        ops.sum_(x, axes=(0, 1)),
+        ops.concat(flat, flat, axis=0),
+        ops.slice_(x, starts=(0, m - 1, 0), stops=(n, m, 4), steps=(1, 1, 1)),
+        ops.scan(x, axis=1, kind="sum"),
+        ops.dim_value(value=n * m + 1),
+    )
+    graph = Graph((x,), outputs, {"w": ArrayStorage(np.random.default_rng(0).standard_normal((4, 6)).astype(np.float32))})
+    program, weights = build(folder, main=graph)
+    for shape in ((1, 1, 4), (3, 5, 4), (17, 2, 4)):
+        array = np.random.default_rng(1).standard_normal(shape).astype(np.float32)
+        want = interpret(graph, [array])
+        for got, w_, output in zip(program.call("main", [array], weights["main"]), want, outputs, strict=True):
+            check(got, w_, output.dtype, f"{shape} {output}")
+
+
+def test_outputs_share_nothing(folder: Path) -> None:
+    x = placeholder("x", TensorType((4,), "float32"))
+    same = ops.reshape(x, shape=(2, 2))
+    program, _ = build(folder, main=Graph((x,), (x, same, same, ops.neg(x))))
+    array = np.arange(4, dtype=np.float32)
+    outputs = [np.asarray(o) for o in program.call("main", [array])]
+    for i, a in enumerate(outputs):
+        assert not np.shares_memory(a, array)
+        assert not any(np.shares_memory(a, b) for b in outputs[i + 1 :])
+
+
+def indexed(op: Op) -> Graph:
+    x, i = placeholder("x", TensorType((3, 2), "float32")), placeholder("i", TensorType((4, 2), "int64"))
+    if op is ops.scatter:
+        return Graph((x, i), (ops.scatter(x, i, ops.cast(i, dtype="float32"), axis=0, mode="add"),))
+    return Graph((x, i), (op(x, i, axis=0),))
+
+
+@pytest.mark.parametrize("op", [ops.take, ops.gather, ops.scatter], ids=lambda o: o.name)
+def test_an_index_outside_is_an_error(op: Op, folder: Path) -> None:
+    program, _ = build(folder, main=indexed(op))
+    x = np.ones((3, 2), np.float32)
+    for wrong in (3, 4, -4, 2**40):
+        index = np.zeros((4, 2), np.int64)
+        index[3, 1] = wrong
+        with pytest.raises(IndexOutOfRangeError):
+            program.call("main", [x, index])
+    index[3, 1] = -1
+    np.testing.assert_allclose(np.asarray(program.call("main", [x, index])[0]), interpret(indexed(op), [x, index])[0])
+
+
+def test_integer_division_by_zero_is_an_error(folder: Path) -> None:
+    t = TensorType((2,), "int64")
+    x, y = placeholder("x", t), placeholder("y", t)
+    program, _ = build(folder, main=Graph((x, y), (ops.floor_div(x, y),)))
+    with pytest.raises(InputError, match="division by zero"):
+        program.call("main", [np.array([1, 2]), np.array([1, 0])])
+
+
+def test_a_failing_compiler_is_an_error_that_names_the_ir(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = placeholder("x", TensorType((2,), "float32"))
+    monkeypatch.setenv("CXX", "false")
+    from jisu.targets.compile import _WORKER
+
+    _WORKER.stop()  # a new one sees the environment
+    try:
+        with pytest.raises(CompileError, match="IR in"):
+            build(folder, main=Graph((x,), (ops.exp(ops.exp(x)),)))
+    finally:
+        _WORKER.stop()
