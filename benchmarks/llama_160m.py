@@ -17,7 +17,7 @@ import shlex
 import shutil
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from rich.table import Table
 from worker import SEED, SHAPE, TINY
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2}
+Keep = Callable[[dict[str, Any]], None]
 
 
 @attrs.frozen
@@ -146,7 +147,11 @@ def check(plan: Plan, workers: Mapping[str, Worker], dtype: str, prompt: list[in
 
 
 def measure_speed(
-    plan: Plan, workers: Mapping[str, Worker], lanes: Sequence[Lane], prompts: Mapping[int, list[int]], note: Any
+    plan: Plan,
+    workers: Mapping[str, Worker],
+    lanes: Sequence[Lane],
+    prompts: Mapping[int, list[int]],
+    note: Callable[[str], None],
 ) -> dict[int, dict[Lane, list[dict[str, Any]]]]:
     """Per prompt length and lane, one measurement per round; odd rounds go through the lanes backwards."""
     found: dict[int, dict[Lane, list[dict[str, Any]]]] = {n: {lane: [] for lane in lanes} for n in prompts}
@@ -249,8 +254,8 @@ def compile_table(dtype: str, found: Mapping[str, Any]) -> Table:
 # --- The run -------------------------------------------------------------------------------------------------------
 
 
-def run(plan: Plan, dtypes: Sequence[str], threads: Sequence[int], tiny: bool, console: Console) -> dict[str, Any]:
-    """All measurements, shown as they come; returns what the JSON file holds."""
+def run(plan: Plan, dtypes: Sequence[str], threads: Sequence[int], tiny: bool, console: Console, keep: Keep) -> None:
+    """All measurements, shown as they come; `keep` is given what there is so far, time and again."""
     results: dict[str, Any] = {"checks": [], "compile": {}, "speed": [], "limits": [], "roofs": {}, "model": {}}
     for n in threads:
         results["roofs"][n] = one_answer(["roofs", "--threads", str(n)], plan.environment(n), plan.log("roofs"))
@@ -275,7 +280,7 @@ def run(plan: Plan, dtypes: Sequence[str], threads: Sequence[int], tiny: bool, c
             for length, found in runs.items():
                 results["speed"].append(summarise(plan, dtype, n, length, found))
                 console.print(speed_table(results["speed"][-1], bound))
-    return results
+            keep(results)
 
 
 def start(plan: Plan, stack: ExitStack, checkpoint: Path, threads: int) -> tuple[dict[str, Worker], list[Lane]]:
@@ -323,10 +328,14 @@ def main() -> None:
         "load_before": os.getloadavg()[0],
     }
     console.print(header)
-    results = {**header, **run(plan, dtypes, given.threads, given.tiny, console), "load_after": os.getloadavg()[0]}
-    if given.json:
-        given.json.parent.mkdir(parents=True, exist_ok=True)
-        given.json.write_text(json.dumps(results, indent=1) + "\n")
+
+    def keep(results: dict[str, Any]) -> None:
+        if given.json:
+            given.json.parent.mkdir(parents=True, exist_ok=True)
+            whole = {**header, **results, "load_after": os.getloadavg()[0]}
+            given.json.write_text(json.dumps(whole, indent=1) + "\n")
+
+    run(plan, dtypes, given.threads, given.tiny, console, keep)
 
 
 if __name__ == "__main__":

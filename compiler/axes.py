@@ -50,7 +50,9 @@ def parse(text: str) -> Notation:
     require(arrow, f"axis notation {text!r} has no '->'")
 
     def side(part: str) -> tuple[tuple[Axis, ...], ...]:
-        return tuple(tuple(_axis(token) for token in item.split()) for item in part.split(",")) if part.strip() else ((),)
+        return (
+            tuple(tuple(_axis(token) for token in item.split()) for item in part.split(",")) if part.strip() else ((),)
+        )
 
     return Notation(side(left), side(right))
 
@@ -86,7 +88,10 @@ def _expand(axes: tuple[Axis, ...], rank: int) -> list[tuple[str, str]]:
     stars = [a for a in axes if a.star]
     require(len(stars) <= 1, "one starred group per operand")
     spread = rank - (len(axes) - len(stars))
-    require(spread >= 0 and (stars or spread == 0), f"expected {'at least ' if stars else ''}{len(axes) - len(stars)} axes, got {rank}")
+    require(
+        spread >= 0 and (stars or spread == 0),
+        f"expected {'at least ' if stars else ''}{len(axes) - len(stars)} axes, got {rank}",
+    )
     result: list[tuple[str, str]] = []
     for a in axes:
         result += [(f"{a.name}.{k}", a.mark) for k in range(-spread, 0)] if a.star else [(a.name, a.mark)]

@@ -101,7 +101,9 @@ def load(path: str | os.PathLike[str], *, num_threads: int | None = None) -> Pro
 
 
 def _check_options(num_threads: int | None, check: str, passes: Sequence[Pass]) -> None:
-    if num_threads is not None and (isinstance(num_threads, bool) or not isinstance(num_threads, int) or num_threads < 1):
+    if num_threads is not None and (
+        isinstance(num_threads, bool) or not isinstance(num_threads, int) or num_threads < 1
+    ):
         raise InputError(f"num_threads must be a positive integer, not {num_threads!r}")
     if check not in ("none", "verify", "numeric"):
         raise InputError(f"check is 'none', 'verify' or 'numeric', not {check!r}")
@@ -130,7 +132,9 @@ def _capture(model: Any, example_inputs: Any, example_kwargs: Any, dynamic_shape
         from jisu.frontends.checkpoint import load_checkpoint
 
         if example_inputs is not None or dynamic_shapes is not None:
-            raise InputError("a checkpoint folder is traced with dynamic batch and sequence; drop example_inputs and dynamic_shapes")
+            raise InputError(
+                "a checkpoint folder is traced with dynamic batch and sequence; drop example_inputs and dynamic_shapes"
+            )
         return _from_decoder(load_checkpoint(Path(model), kept))
     if example_inputs is None and example_kwargs is None and _comes_from_transformers(model):
         from jisu.frontends.huggingface import is_decoder, trace_decoder
@@ -140,7 +144,9 @@ def _capture(model: Any, example_inputs: Any, example_kwargs: Any, dynamic_shape
     from jisu.frontends.torch_export import capture
 
     if example_inputs is not None and not isinstance(example_inputs, (tuple, list)):
-        raise InputTypeError(f"example_inputs must be a tuple of arguments, got {type(example_inputs).__name__}; write (x,)")
+        raise InputTypeError(
+            f"example_inputs must be a tuple of arguments, got {type(example_inputs).__name__}; write (x,)"
+        )
     captured = capture(model, tuple(example_inputs or ()), dict(example_kwargs or {}), dynamic_shapes)
     return Source(captured.graph, captured.signature)
 
@@ -152,9 +158,7 @@ def _comes_from_transformers(model: Any) -> bool:
 def _from_decoder(decoder: Any) -> Source:
     result = Tree("record", items=(Tree("leaf", 0),), keys=("logits",), name=decoder.result)
     signature = Signature((), (), result)
-    return Source(
-        decoder.graph, signature, decoder.sequence, decoder.vocabulary, decoder.max_positions, decoder.files
-    )
+    return Source(decoder.graph, signature, decoder.sequence, decoder.vocabulary, decoder.max_positions, decoder.files)
 
 
 # --- Passes --------------------------------------------------------------------------------------------------------
@@ -185,16 +189,24 @@ def _build(
     def note(done: Report, graph: Graph) -> None:
         report["passes"].append(_pass_report(done, graph, env, machine))
 
-    report["passes"].append(_pass_report(Report("frontend", True, len(source.graph.nodes), times["trace_s"]), source.graph, env, machine))
+    report["passes"].append(
+        _pass_report(Report("frontend", True, len(source.graph.nodes), times["trace_s"]), source.graph, env, machine)
+    )
     pipeline = Pipeline(
-        (*default_passes(recipe.fuse, recipe.max_fold_bytes), *extra), check=check, dump=dump, stop_after=stop_after, on_pass=note
+        (*default_passes(recipe.fuse, recipe.max_fold_bytes), *extra),
+        check=check,
+        dump=dump,
+        stop_after=stop_after,
+        on_pass=note,
     )
     samples = sample_inputs(source.graph) if check == "numeric" else None
     graph, _ = pipeline.run(source.graph, samples)
     entries, decoder = _entries(source, graph, recipe, report)
     finished: dict[str, Graph] = {}
     for entry, step in entries.items():
-        finished[entry] = _lay_out(step, recipe, machine, check, note if entry == next(iter(entries)) else None, stop_after)
+        finished[entry] = _lay_out(
+            step, recipe, machine, check, note if entry == next(iter(entries)) else None, stop_after
+        )
     times["passes_s"] = time.perf_counter() - begin
     begin = time.perf_counter()
     tell("compiling kernels", 0.4)
@@ -253,9 +265,7 @@ def _entries(source: Source, graph: Graph, recipe: Recipe, report: dict[str, Any
     return {APPEND: step.graph, APPEND_LAST: last.graph}, DecoderInfo(page=recipe.cache.page, state=state, **facts)
 
 
-def _lay_out(
-    graph: Graph, recipe: Recipe, machine: Target, check: str, note: Any, stop_after: str | None
-) -> Graph:
+def _lay_out(graph: Graph, recipe: Recipe, machine: Target, check: str, note: Any, stop_after: str | None) -> Graph:
     from jisu.passes import layout_passes
     from jisu.targets.cpu import packing
 
@@ -348,7 +358,10 @@ def _layer_report(graph: Graph, env: Mapping[str, int], machine: Any) -> list[di
         if not node.op.leaf:
             where = node.source.partition(" ")[0] or "(other)"
             found[where] = found.get(where, Cost()) + node_cost(node, sizes, machine)
-    return [{"layer": k, "flops": c.flops, "bytes": c.bytes, "launches": c.launches, "predicted_s": c.seconds} for k, c in found.items()]
+    return [
+        {"layer": k, "flops": c.flops, "bytes": c.bytes, "launches": c.launches, "predicted_s": c.seconds}
+        for k, c in found.items()
+    ]
 
 
 def _producers() -> dict[str, str]:
@@ -357,4 +370,3 @@ def _producers() -> dict[str, str]:
         with contextlib.suppress(PackageNotFoundError):
             found[name] = version(name)
     return found
-

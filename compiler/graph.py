@@ -166,7 +166,9 @@ class Op:
             for name, optional, operand in zip(self.operand_names, self.optional, operands, strict=True):
                 require(optional or operand is not None, f"{self.name} needs operand {name!r}")
         unknown = set(attributes) - set(self.defaults)
-        require(not unknown, f"{self.name} has no attribute {', '.join(sorted(unknown))}; known: {', '.join(self.defaults)}")
+        require(
+            not unknown, f"{self.name} has no attribute {', '.join(sorted(unknown))}; known: {', '.join(self.defaults)}"
+        )
         full = {k: attributes.get(k, v) for k, v in self.defaults.items()}
         missing = [k for k, v in full.items() if v is inspect.Parameter.empty]
         require(not missing, f"{self.name} needs attribute {', '.join(missing)}")
@@ -175,7 +177,9 @@ class Op:
         if is_pattern:
             from jisu.compiler.rewrite import literal
 
-            return Node(self, tuple(o if o is None or isinstance(o, Node) else literal(o) for o in operands), full, None)
+            return Node(
+                self, tuple(o if o is None or isinstance(o, Node) else literal(o) for o in operands), full, None
+            )
         dtype = next((n.dtype for n in nodes if isinstance(n.type, TensorType)), "float32")
         operands = tuple(o if o is None or isinstance(o, Node) else constant(o, dtype) for o in operands)
         full = {k: _freeze(v) for k, v in full.items()}
@@ -214,7 +218,8 @@ def defop(
     Positional parameters are operands (a default of None makes one optional, `*xs` any number), keyword-only ones are
     attributes. The body is the type rule (TensorTypes in, a Type out); a body of `...` leaves it to `axes`, the index
     notation of `jisu.compiler.axes`. `meaning` is the NumPy reference. `flops` is per point of the iteration space that
-    `axes` spans, or a function of the result's and the operands' types and the attributes that gives them all. `samples` yields operand types (in notation, "float32[2, 3]") and attributes for tests, for ops whose
+    `axes` spans, or a function of the result's and the operands' types and the attributes that gives them all.
+    `samples` yields operand types (in notation, "float32[2, 3]") and attributes for tests, for ops whose
     operands can't be drawn from `axes` alone.
     """
 
@@ -383,9 +388,7 @@ class Graph:
         for node in self.nodes:
             rebuilt = node.with_operands(done[o] if o is not None else None for o in node.operands)
             done[node] = transform(node, rebuilt)
-        return self.replace(
-            inputs=tuple(done[i] for i in self.inputs), outputs=tuple(done[o] for o in self.outputs)
-        )
+        return self.replace(inputs=tuple(done[i] for i in self.inputs), outputs=tuple(done[o] for o in self.outputs))
 
     def draw(self, path: str | None = None) -> str:
         """The graph in DOT (`path=None` or `*.dot`) or SVG (`*.svg`); returns the text and writes it to `path`."""

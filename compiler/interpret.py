@@ -33,7 +33,9 @@ def bind_symbols(graph: Graph, shapes: Sequence[Sequence[int]]) -> dict[str, int
         _solve(node, want, have, env)
         value = substitute(want, env)
         if value != have:
-            raise InputError(f"input {node.name!r}: expected {node.type}, got a dimension of {have} where {want} = {value}")
+            raise InputError(
+                f"input {node.name!r}: expected {node.type}, got a dimension of {have} where {want} = {value}"
+            )
     for name, value in env.items():
         low, high = graph.ranges.get(name, (1, None))
         if value < low or (high is not None and value > high):
@@ -47,7 +49,11 @@ def _solve(node: Node, want: Dim, have: int, env: dict[str, int]) -> None:
     unknown = [] if isinstance(want, int) else sorted(s.name for s in want.free_symbols if s.name not in env)
     if not unknown:
         return
-    solutions = sympy.solve(want.subs({symbol(k): v for k, v in env.items()}) - have, symbol(unknown[0])) if len(unknown) == 1 else []
+    solutions = (
+        sympy.solve(want.subs({symbol(k): v for k, v in env.items()}) - have, symbol(unknown[0]))  # type: ignore[union-attr]
+        if len(unknown) == 1
+        else []
+    )
     whole = [int(s) for s in solutions if s.is_Integer and s > 0]
     if len(whole) != 1:
         raise InputError(

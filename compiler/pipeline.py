@@ -138,7 +138,9 @@ class Pipeline:
                 want = want if step.exact else got
             graph = new
             _dump(dump, i, step.name, graph)
-            report = Report(step.name, step.exact, len(graph.nodes), seconds, error, dict(getattr(step, "notes", {}) or {}))
+            report = Report(
+                step.name, step.exact, len(graph.nodes), seconds, error, dict(getattr(step, "notes", {}) or {})
+            )
             reports.append(report)
             if self.on_pass is not None:
                 self.on_pass(report, graph)
@@ -179,7 +181,9 @@ def sample_inputs(graph: Graph, seed: int = 0, sizes: int = 5) -> list[np.ndarra
     env = {}
     for name in graph.symbols:
         low, high = graph.ranges.get(name, (1, None))
-        env[name] = int(rng.integers(max(low, 1), min(high if high is not None else max(low, 1) + sizes, max(low, 1) + sizes) + 1))
+        env[name] = int(
+            rng.integers(max(low, 1), min(high if high is not None else max(low, 1) + sizes, max(low, 1) + sizes) + 1)
+        )
     arrays = []
     for node in graph.inputs:
         shape = tuple(int(d) for d in node.tensor.at(env).shape)

@@ -153,7 +153,11 @@ def _explain(error: BaseException) -> str:
         inner = error.exceptions[0]
         notes = [str(n) for n in getattr(inner, "__notes__", ())]
         field = notes[0].rpartition(" ")[2] if notes else ""
-        return f"{field}: {_explain(inner)}" if field and not isinstance(inner, ForbiddenExtraKeysError) else _explain(inner)
+        return (
+            f"{field}: {_explain(inner)}"
+            if field and not isinstance(inner, ForbiddenExtraKeysError)
+            else _explain(inner)
+        )
     return str(error)
 
 

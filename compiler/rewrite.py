@@ -172,7 +172,11 @@ class Rule:
 def scalar_value(node: Node) -> float | int | bool | None:
     """The value of a constant of one element, else None."""
     if node.op is CONSTANT and node.value.array.size == 1:
-        item = node.value.array.reshape(()).item() if node.value.array.dtype.kind in "biuf" else float(node.value.array.reshape(()))
+        item = (
+            node.value.array.reshape(()).item()
+            if node.value.array.dtype.kind in "biuf"
+            else float(node.value.array.reshape(()))
+        )
         return item  # type: ignore[no-any-return]
     return None
 
@@ -362,9 +366,7 @@ def _sweep(graph: Graph, by_op: Mapping[Op, Sequence[Rule]], trace: Trace) -> Gr
     return graph.replace(inputs=graph.inputs, outputs=tuple(done[o] for o in graph.outputs))
 
 
-def _apply_first(
-    rules: Sequence[Rule], node: Node, uses: Callable[[Node], int], trace: Trace
-) -> Node | None:
+def _apply_first(rules: Sequence[Rule], node: Node, uses: Callable[[Node], int], trace: Trace) -> Node | None:
     for rule in rules:
         new, refused = apply(rule, node, uses)
         trace.note(rule, new, refused)

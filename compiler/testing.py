@@ -557,7 +557,7 @@ class _Instance:
             return None
         spec = _spec(self.types.get(pattern.name, "float[*b? k?]"))
         known = growth.known(spec, self.env)
-        if known and draw(st.integers(0, 3)):
+        if known and draw(st.integers(0, 3)):  # type: ignore[arg-type]
             node, self.env = _pick(draw, known)
             return node
         node = growth.leaf(growth.type(spec, self.env, self.fixed), spec.source)

@@ -1,10 +1,10 @@
 """The text form of a graph: stable, readable, and parsed back to an equal graph.
 
-    graph [s0 in 1..64]
-    %0 = input(name="x"): float32[s0, 4]
-    %1 = weight(name="w"): float32[3, 4]
-    %2 = linear(%0, %1, none, none, activation="silu"): float32[s0, 3]
-    return %2
+graph [s0 in 1..64]
+%0 = input(name="x"): float32[s0, 4]
+%1 = weight(name="w"): float32[3, 4]
+%2 = linear(%0, %1, none, none, activation="silu"): float32[s0, 3]
+return %2
 """
 
 from __future__ import annotations
@@ -74,7 +74,14 @@ def to_text(graph: Graph, sources: bool = False) -> str:
 _LINE = re.compile(r"^%(\d+) = (\w+)\((.*)\): (.+?)(?:  # (.*))?$")
 _REFERENCE = re.compile(r'"(?:[^"\\]|\\.)*"|%(\d+)')  # %3, and strings, in which it means nothing
 _TYPE = re.compile(r"^(\w+)\[(.*)\]$")
-_FUNCTIONS = {"floor": sympy.floor, "ceiling": sympy.ceiling, "Max": sympy.Max, "Min": sympy.Min, "Mod": sympy.Mod, "Abs": sympy.Abs}
+_FUNCTIONS = {
+    "floor": sympy.floor,
+    "ceiling": sympy.ceiling,
+    "Max": sympy.Max,
+    "Min": sympy.Min,
+    "Mod": sympy.Mod,
+    "Abs": sympy.Abs,
+}
 _NAMES = {"true": True, "false": False, "none": None, "inf": math.inf, "nan": math.nan}
 
 

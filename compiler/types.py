@@ -219,8 +219,11 @@ Type = TensorType | TupleType
 def same_type(a: Type, b: Type) -> bool:
     """Whether two types are provably equal."""
     if isinstance(a, TupleType) or isinstance(b, TupleType):
-        return isinstance(a, TupleType) and isinstance(b, TupleType) and len(a.items) == len(b.items) and all(
-            map(same_type, a.items, b.items)
+        return (
+            isinstance(a, TupleType)
+            and isinstance(b, TupleType)
+            and len(a.items) == len(b.items)
+            and all(map(same_type, a.items, b.items))
         )
     return a.dtype == b.dtype and same_shape(a.shape, b.shape)
 

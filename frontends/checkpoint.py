@@ -67,7 +67,9 @@ def load_checkpoint(folder: Path, cache: Path | None = None) -> Decoder:
     damaged weights, UnsupportedError for a model that can't be compiled.
     """
     if not folder.is_dir():
-        raise InputError(f"{str(folder)!r} is no folder; give a local checkpoint (config.json + safetensors) or a model object")
+        raise InputError(
+            f"{str(folder)!r} is no folder; give a local checkpoint (config.json + safetensors) or a model object"
+        )
     if not (folder / "config.json").is_file():
         raise InputError(f"{str(folder)!r} has no config.json; give a checkpoint folder as transformers saves it")
     tensors = open_checkpoint(folder)

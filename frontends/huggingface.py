@@ -30,6 +30,8 @@ from jisu.frontends.checkpoint import Decoder, travelling_files
 from jisu.frontends.torch_export import capture
 
 NAME = "jisu"  # under which our functions stand in transformers' registries
+
+
 @attrs.frozen
 class Visible:
     """What a mask means: causal, and only the last `window` keys where that is not 0."""
@@ -63,7 +65,12 @@ def _(q, k, v, bias, sinks, scale, causal, window, softcap):  # type: ignore[no-
 
 @torch.library.custom_op("jisu::experts", mutates_args=())
 def _experts_op(
-    x: torch.Tensor, index: torch.Tensor, scores: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, activation: str
+    x: torch.Tensor,
+    index: torch.Tensor,
+    scores: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    activation: str,
 ) -> torch.Tensor:
     """A mixture of gated MLPs (see `jisu.compiler.ops.experts`); it is traced, never run."""
     raise RuntimeError("jisu::experts exists in traces only")
@@ -92,7 +99,9 @@ def _attention(
 ) -> tuple[torch.Tensor, None]:
     strange = [k for k, v in others.items() if isinstance(v, torch.Tensor) and k not in _HARMLESS]
     if strange or others.get("cache") is not None:
-        raise UnsupportedError(f"{type(module).__name__} gives attention {', '.join(strange) or 'a cache'}, which jisu does not compile")
+        raise UnsupportedError(
+            f"{type(module).__name__} gives attention {', '.join(strange) or 'a cache'}, which jisu does not compile"
+        )
     if is_causal is None:
         is_causal = bool(getattr(module, "is_causal", True))
     bias, window = None, 0
@@ -194,7 +203,16 @@ def register() -> None:
 
 
 def _lower_attention(
-    call: Call, q: Node, k: Node, v: Node, bias: Node | None, sinks: Node | None, scale: float, causal: bool, window: int, softcap: float
+    call: Call,
+    q: Node,
+    k: Node,
+    v: Node,
+    bias: Node | None,
+    sinks: Node | None,
+    scale: float,
+    causal: bool,
+    window: int,
+    softcap: float,
 ) -> Node:
     swap = (0, 2, 1, 3)
     query, key, value = (ops.transpose(n, perm=swap) for n in (q, k, v))
@@ -230,7 +248,11 @@ class _Whole(nn.Module):
 def _our_functions(model: transformers.PreTrainedModel) -> Iterator[None]:
     """Let `model` (and its parts) look up our functions; restored at the end."""
     register()
-    configs = {id(m.config): m.config for m in model.modules() if isinstance(getattr(m, "config", None), transformers.PreTrainedConfig)}
+    configs = {
+        id(m.config): m.config
+        for m in model.modules()
+        if isinstance(getattr(m, "config", None), transformers.PreTrainedConfig)
+    }
     fields = ("_attn_implementation_internal", "_experts_implementation_internal")
     before = [(c, f, getattr(c, f)) for c in configs.values() for f in fields if hasattr(c, f)]
     for c, f, _ in before:
@@ -254,7 +276,10 @@ def is_decoder(model: object) -> bool:
 
 
 def trace_decoder(
-    model: transformers.PreTrainedModel, *, storage: Mapping[str, Storage] | None = None, files: Mapping[str, bytes] | None = None
+    model: transformers.PreTrainedModel,
+    *,
+    storage: Mapping[str, Storage] | None = None,
+    files: Mapping[str, bytes] | None = None,
 ) -> Decoder:
     """Capture a causal language model, batch and sequence dynamic.
 
@@ -317,7 +342,9 @@ def _real_buffers(model: transformers.PreTrainedModel) -> dict[str, np.ndarray]:
 def load_config(folder: Path) -> transformers.PreTrainedConfig:
     """The configuration of a checkpoint folder; InputError says what is missing or unknown."""
     if not folder.is_dir():
-        raise InputError(f"{str(folder)!r} is no folder; give a local checkpoint (config.json + safetensors) or a model object")
+        raise InputError(
+            f"{str(folder)!r} is no folder; give a local checkpoint (config.json + safetensors) or a model object"
+        )
     if not (folder / "config.json").is_file():
         raise InputError(f"{str(folder)!r} has no config.json; give a checkpoint folder as transformers saves it")
     try:

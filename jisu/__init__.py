@@ -1,8 +1,8 @@
 """jisu compiles PyTorch language models for fast inference.
 
-    import jisu
-    program = jisu.compile(model, target="cpu")
-    program.generate("Once upon a time", max_new_tokens=64)
+import jisu
+program = jisu.compile(model, target="cpu")
+program.generate("Once upon a time", max_new_tokens=64)
 """
 
 from __future__ import annotations

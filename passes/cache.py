@@ -55,7 +55,11 @@ def _where(node: Node) -> str:
 
 
 def _sequence_axes(node_type: TensorType, sequence: str) -> list[int]:
-    return [i for i, d in enumerate(node_type.shape) if not isinstance(d, int) and sequence in {s.name for s in d.free_symbols}]
+    return [
+        i
+        for i, d in enumerate(node_type.shape)
+        if not isinstance(d, int) and sequence in {s.name for s in d.free_symbols}
+    ]
 
 
 def prove_causal(graph: Graph, sequence: str) -> dict[Node, Tokens | None]:
@@ -106,7 +110,9 @@ def _follow(node: Node, found: Mapping[Node, Tokens | None], sequence: str) -> T
             continue
         relation = row[place.axis]
         if relation.kind != "same" or relation.axis is None:
-            how = {"prefix": "reads all earlier tokens", "whole": "mixes tokens"}.get(relation.kind, "spreads one token over all")
+            how = {"prefix": "reads all earlier tokens", "whole": "mixes tokens"}.get(
+                relation.kind, "spreads one token over all"
+            )
             raise NotCausal(f"{_where(node)}: {how} along axis {place.axis} of operand {i}")
         here = Tokens(relation.axis, place.before, place.behind)
         if result is not None and not _same_place(result, here):
@@ -229,7 +235,12 @@ def _positions(batch: Dim, sequence: str, length: Node, start: Node) -> Node:
 
 
 def derive_step(
-    graph: Graph, *, sequence: str, tokens: str = "input_ids", positions: str = "position_ids", layout: CacheLayout | None = None
+    graph: Graph,
+    *,
+    sequence: str,
+    tokens: str = "input_ids",
+    positions: str = "position_ids",
+    layout: CacheLayout | None = None,
 ) -> Step:
     """Derive the program of one chunk from a stateless causal graph.
 

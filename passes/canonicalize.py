@@ -44,8 +44,9 @@ def _same_shape_as_root(m: Match) -> bool:
 
 def _cast_back(m: Match) -> Node | None:
     """cast(cast(x)) is one cast where the first loses nothing."""
-    inner = m.root.operands[0].operands[0]  # type: ignore[union-attr]
-    if not _holds(inner.dtype, m.root.operands[0].dtype):  # type: ignore[union-attr]
+    (outer,) = m.root.parents
+    (inner,) = outer.parents
+    if not _holds(inner.dtype, outer.dtype):
         return None
     return inner if inner.dtype == m.root.dtype else ops.cast(inner, dtype=m.root.dtype)
 
@@ -96,7 +97,9 @@ def _float_root(m: Match) -> bool:
 c = scalar("c")
 _keeps = guard("the shape to stay", _same_shape_as_root)
 _float = guard("floats", _float_root)
-_wide = guard("float32 or float64, where nothing is rounded in between", lambda m: m.root.dtype in ("float32", "float64"))
+_wide = guard(
+    "float32 or float64, where nothing is rounded in between", lambda m: m.root.dtype in ("float32", "float64")
+)
 _SHAPE = {"x": "any[a b c]"}
 
 
@@ -223,9 +226,19 @@ def fold_constants(graph: Graph, max_bytes: int) -> Graph:
         return None
 
     def fold(old: Node, new: Node) -> Node:
-        if new.op.leaf or new.op in (ops.broadcast_to, ops.dim_value) or not isinstance(new.type, TensorType) or new.tensor.symbols:
+        if (
+            new.op.leaf
+            or new.op in (ops.broadcast_to, ops.dim_value)
+            or not isinstance(new.type, TensorType)
+            or new.tensor.symbols
+        ):
             return new
-        if _symbolic(new.attributes.values()) or new.tensor.nbytes > max_bytes or not new.parents and new.op is not ops.iota:
+        if (
+            _symbolic(new.attributes.values())
+            or new.tensor.nbytes > max_bytes
+            or not new.parents
+            and new.op is not ops.iota
+        ):
             return new
         if all(p.op is WEIGHT for p in new.parents) and new.parents:
             return new  # a view of a stored tensor stays lazy: `fold_weights` deals with it
@@ -270,5 +283,3 @@ class Canonicalize:
             if str(graph) == str(before):
                 break
         return graph
-
-

@@ -84,7 +84,8 @@ _cube = either(ops.pow_(x, 3.0), ops.mul(x, ops.square(x)))
 _inner = ops.add(x, ops.mul(_cube, scalar("cubic")))
 _curve = ops.add(ops.tanh(ops.mul(_inner, scalar("slope"))), 1.0)
 _near_gelu = guard(
-    "the constants of the approximation", lambda m: abs(m["cubic"] - 0.044715) < 1e-7 and abs(m["slope"] - 0.7978845608) < 1e-6
+    "the constants of the approximation",
+    lambda m: abs(m["cubic"] - 0.044715) < 1e-7 and abs(m["slope"] - 0.7978845608) < 1e-6,
 )
 
 ACTIVATIONS: tuple[Rule, ...] = (
@@ -166,8 +167,17 @@ def _split_gate(m: Match) -> Node | None:
     half = full // 2
     halves = []
     for part in (gate_slice, up_slice):
-        ends = {(s, e) for s, e, n in zip(part.starts[:-1], part.stops[:-1], whole.shape[:-1], strict=True) if s != 0 or not same_dim(e, n)}
-        if ends or set(part.steps) != {1} or part.stops[-1] - part.starts[-1] != half or part.starts[-1] not in (0, half):
+        ends = {
+            (s, e)
+            for s, e, n in zip(part.starts[:-1], part.stops[:-1], whole.shape[:-1], strict=True)
+            if s != 0 or not same_dim(e, n)
+        }
+        if (
+            ends
+            or set(part.steps) != {1}
+            or part.stops[-1] - part.starts[-1] != half
+            or part.starts[-1] not in (0, half)
+        ):
             return None
         start = part.starts[-1]
         columns = m["w"].shape[1]
@@ -215,7 +225,10 @@ def _last_axis(m: Match) -> bool:
 
 
 _over_last = guard("the mean over the whole last axis", _last_axis)
-_gain = guard("a gain per channel", lambda m: m["w"].rank == 1 and m["w"].dtype == m["x"].dtype and m["w"].shape == m["x"].shape[-1:])
+_gain = guard(
+    "a gain per channel",
+    lambda m: m["w"].rank == 1 and m["w"].dtype == m["x"].dtype and m["w"].shape == m["x"].shape[-1:],
+)
 _NORM_TYPES = {"x": "float32[a b 4]", "w": "float32[4]"}
 _NORM_ATTRIBUTES = {"axes": ((2,),), "count": (4.0,), "eps": (1e-6, 1e-2)}
 
@@ -265,7 +278,10 @@ def _is_last_slice(m: Match, kind: str, start: int, step: int) -> bool:
     """Whether slice `kind` (h or l) takes start::step of the last axis (start: half of it) and all of the others."""
     shape = m["x"].shape
     starts, stops, steps = m[f"{kind}s"], m[f"{kind}e"], m[f"{kind}t"]
-    others = all(s == 0 and same_dim(e, n) and t == 1 for s, e, t, n in zip(starts[:-1], stops[:-1], steps[:-1], shape[:-1], strict=True))
+    others = all(
+        s == 0 and same_dim(e, n) and t == 1
+        for s, e, t, n in zip(starts[:-1], stops[:-1], steps[:-1], shape[:-1], strict=True)
+    )
     width = shape[-1]
     if not others or not isinstance(width, int) or steps[-1] != step:
         return False
@@ -307,9 +323,7 @@ _shared_angles = Guard("angles shared by the heads", _angles)
 _even = ops.slice_(x, starts=bind("ls"), stops=bind("le"), steps=bind("lt"))
 _odd = ops.slice_(x, starts=bind("hs"), stops=bind("he"), steps=bind("ht"))
 _pairs = ops.reshape(
-    ops.concat(
-        ops.reshape(ops.neg(_odd), shape=bind("one")), ops.reshape(_even, shape=bind("two")), axis=4
-    ),
+    ops.concat(ops.reshape(ops.neg(_odd), shape=bind("one")), ops.reshape(_even, shape=bind("two")), axis=4),
     shape=bind("pairs"),
 )
 _turn_pairs = ops.add(ops.mul(x, cos), ops.mul(_pairs, sin))
@@ -322,7 +336,9 @@ def _splits_last(m: Match) -> bool:
     """The two slices cut the last axis in two and leave the others whole."""
     shape = m["x"].shape
     whole = all(
-        m[k + "s"][i] == 0 and same_dim(m[k + "e"][i], shape[i]) and m[k + "t"][i] == 1 for k in "lh" for i in range(len(shape) - 1)
+        m[k + "s"][i] == 0 and same_dim(m[k + "e"][i], shape[i]) and m[k + "t"][i] == 1
+        for k in "lh"
+        for i in range(len(shape) - 1)
     )
     last = m["ls"][-1] == 0 and m["le"][-1] == m["hs"][-1] and same_dim(m["he"][-1], shape[-1])
     return bool(whole and last and m["lt"][-1] == m["ht"][-1] == 1)
@@ -439,7 +455,15 @@ def _group(m: Match) -> Node:
     swap = (0, 2, 1, 3)
     key, value = ops.transpose(m["k"], perm=swap), ops.transpose(m["v"], perm=swap)
     return ops.attention(
-        m["q"], key, value, m["bias"], m["sinks"], scale=m["scale"], causal=m["causal"], window=m["window"], softcap=m["softcap"]
+        m["q"],
+        key,
+        value,
+        m["bias"],
+        m["sinks"],
+        scale=m["scale"],
+        causal=m["causal"],
+        window=m["window"],
+        softcap=m["softcap"],
     )
 
 

@@ -217,7 +217,12 @@ class _Words:
 
     def __init__(self, tensor: Any, count: int) -> None:
         self._tensor = tensor
-        self.__array_interface__ = {"data": (tensor.data_ptr(), False), "shape": (count,), "typestr": "<u2", "version": 3}
+        self.__array_interface__ = {
+            "data": (tensor.data_ptr(), False),
+            "shape": (count,),
+            "typestr": "<u2",
+            "version": 3,
+        }
 
 
 # DLPack by hand (dlpack.h, version 0.8), for what NumPy's own export refuses: bfloat16, read-only and empty arrays.

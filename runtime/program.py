@@ -15,7 +15,14 @@ import attrs
 import numpy as np
 
 from jisu.compiler import ops
-from jisu.compiler.errors import ArtifactError, IndexOutOfRangeError, InputError, InputTypeError, JisuError, TensorMemoryError
+from jisu.compiler.errors import (
+    ArtifactError,
+    IndexOutOfRangeError,
+    InputError,
+    InputTypeError,
+    JisuError,
+    TensorMemoryError,
+)
 from jisu.compiler.graph import Graph
 from jisu.compiler.interpret import bind_symbols
 from jisu.compiler.signature import Signature

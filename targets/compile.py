@@ -137,7 +137,12 @@ def _read(folder: Path, key: str) -> dict[str, Any] | None:
     """The entry in `folder` if it is whole and was made for exactly this key."""
     try:
         entry = json.loads((folder / INFO).read_bytes())
-        if isinstance(entry, dict) and entry.get("key") == key and isinstance(entry.get("sha256"), str) and "info" in entry:
+        if (
+            isinstance(entry, dict)
+            and entry.get("key") == key
+            and isinstance(entry.get("sha256"), str)
+            and "info" in entry
+        ):
             return entry
     except (OSError, ValueError):
         pass
@@ -242,11 +247,15 @@ class _Worker:
                     result: dict[str, Any] = message["result"]
                     return result
                 else:
-                    prefix = "" if message["kind"] == "CompileError" else f"TVM failed while {stage}: {message['kind']}: "
+                    prefix = (
+                        "" if message["kind"] == "CompileError" else f"TVM failed while {stage}: {message['kind']}: "
+                    )
                     raise CompileError(f"{prefix}{message['error'][-4000:]} (IR in {Path(request['out']) / IR})")
         except TimeoutError:
             self.stop()
-            raise CompileError(f"TVM took longer than {timeout:.0f} s ({stage}); the IR is in {request['out']}/{IR}") from None
+            raise CompileError(
+                f"TVM took longer than {timeout:.0f} s ({stage}); the IR is in {request['out']}/{IR}"
+            ) from None
         except (BrokenPipeError, ConnectionError):
             pass
         except BaseException:  # the answer to an interrupted request would be taken for the next one's

@@ -43,7 +43,9 @@ class Region:
 
 def regions(graph: Graph, chosen: Container[object]) -> tuple[Region, ...]:
     """The graph's kernels in an order in which every region stands behind those that it reads."""
-    needed = {o for n in graph.nodes if n.op in generic.STORED or n.op in chosen for o in n.parents} | set(graph.outputs)
+    needed = {o for n in graph.nodes if n.op in generic.STORED or n.op in chosen for o in n.parents} | set(
+        graph.outputs
+    )
     found = []
     for node in graph.nodes:
         if node.op in (INPUT, WEIGHT, CONSTANT) or (always_pulled(node) and node not in needed):

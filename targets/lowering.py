@@ -54,6 +54,7 @@ class Kernel:
 
 Choosers = Mapping[Op, Callable[[Node, Target], Kernel | None]]
 
+
 @attrs.frozen
 class KernelUse:
     """A kernel in the module: its name, the ops it computes, and at how many places it is called."""
@@ -77,9 +78,9 @@ def lower(entries: Mapping[str, Graph], target: Target, *, kernels: Choosers | N
 
     Raises CompileError for a graph that can't be lowered, naming the op.
     """
-    if kernels is None:
-        from jisu.targets.cpu.choose import CHOOSERS as kernels
-    module = _Module(target, kernels)
+    from jisu.targets.cpu.choose import CHOOSERS  # which imports this module
+
+    module = _Module(target, CHOOSERS if kernels is None else kernels)
     weights = {name: _Entry(module, name, graph).emit() for name, graph in entries.items()}
     return Lowered(module.builder.get(), weights, module.uses())
 
@@ -248,7 +249,9 @@ class _Entry:
                     self.weights[node.name] = relax.Var(f"w{len(self.weights)}", self.type(node.tensor))
                 return self.weights[node.name]
             if node.op is CONSTANT:
-                array = np.ascontiguousarray(node.value.array).reshape(node.value.array.shape)  # which made 0-d arrays 1-d
+                array = np.ascontiguousarray(node.value.array).reshape(
+                    node.value.array.shape
+                )  # which made 0-d arrays 1-d
                 self.values[node] = relax.const(runtime.tensor(array), node.dtype)
             else:
                 raise CompileError(f"{node!r} was not computed before its use")
@@ -289,22 +292,30 @@ class _Entry:
     def call(self, region: Region) -> list[Any]:
         """Call the generic kernel of a region."""
         types = [t for n in region.results for t in generic.results_of(n)]
-        extra = extra_symbols([leaf.tensor for leaf in region.leaves], generic.region_symbols(region.results, region.leaves))
+        extra = extra_symbols(
+            [leaf.tensor for leaf in region.leaves], generic.region_symbols(region.results, region.leaves)
+        )
         return self.call_tir(self.module.generic(region), [self.value(n) for n in region.leaves], types, extra)
 
-    def call_tir(self, function: Any, arguments: Sequence[Any], types: Sequence[TensorType], extra: Sequence[str]) -> list[Any]:
+    def call_tir(
+        self, function: Any, arguments: Sequence[Any], types: Sequence[TensorType], extra: Sequence[str]
+    ) -> list[Any]:
         """Call a kernel that writes results of these types."""
         b = self.module.builder
         out = [self.type(t) for t in types]
         scalars = [self.symbols[s] for s in extra]
-        result = b.emit(relax.call_tir(function, relax.Tuple([*arguments, *scalars]), out_ty=out if len(out) > 1 else out[0]))
+        result = b.emit(
+            relax.call_tir(function, relax.Tuple([*arguments, *scalars]), out_ty=out if len(out) > 1 else out[0])
+        )
         return [result] if len(out) == 1 else [b.emit(relax.TupleGetItem(result, i)) for i in range(len(out))]
 
     def view(self, value: Any, t: TensorType) -> Any:
         """The same memory with other axes."""
         shape = relax.ShapeExpr([expression(d, self.symbols) for d in t.shape])
         if 0 in t.shape:  # which relax.op.reshape takes for "as it was"
-            return self.module.builder.emit(relax.call_pure_packed("vm.builtin.reshape", value, shape, ty_args=self.type(t)))
+            return self.module.builder.emit(
+                relax.call_pure_packed("vm.builtin.reshape", value, shape, ty_args=self.type(t))
+            )
         return self.module.builder.emit(relax.op.reshape(value, shape))
 
     def chosen(self, node: Node, kernel: Kernel, function: Any) -> list[Any]:
@@ -315,7 +326,9 @@ class _Entry:
             if operand is None:
                 raise CompileError(f"the kernel for {node!r} takes operand {argument.operand}, which is absent")
             value = self.value(operand)
-            arguments.append(value if argument.shape is None else self.view(value, operand.tensor.with_shape(*argument.shape)))
+            arguments.append(
+                value if argument.shape is None else self.view(value, operand.tensor.with_shape(*argument.shape))
+            )
         types = generic.results_of(node)
         if kernel.results is None:
             return self.call_tir(function, arguments, types, kernel.symbols)
@@ -401,4 +414,3 @@ def kernel_name(region: Region) -> str:
 
 def _clean(name: str) -> str:
     return re.sub(r"\W+", "_", name)[:100]
-

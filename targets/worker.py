@@ -91,7 +91,10 @@ def _build_library(module: Any, target: Any, path: Path, stage: Callable[[str], 
     stage("code generation")
     sizes: list[int] = []
     executable = tvm.compile(
-        module, target=target, relax_pipeline=pipeline(lambda m: sizes.append(planned_bytes(m))), tir_pipeline=KERNEL_PIPELINE
+        module,
+        target=target,
+        relax_pipeline=pipeline(lambda m: sizes.append(planned_bytes(m))),
+        tir_pipeline=KERNEL_PIPELINE,
     )
     stage("linking")
     executable.export_library(str(path), fcompile=lambda output, objects, **_: _link(linker, output, objects))
@@ -132,4 +135,3 @@ def _link(linker: list[str], output: str, objects: list[str]) -> None:
     done = subprocess.run([*linker, "-o", output, *objects], capture_output=True, text=True)
     if done.returncode:
         raise CompileError(f"{linker[0]} can't link the kernels: {done.stderr.strip()[-2000:]}")
-

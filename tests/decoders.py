@@ -21,6 +21,7 @@ _BASE: dict[str, Any] = {
     "max_position_embeddings": 160,
 }
 _MOE: dict[str, Any] = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
+_QWEN3_MOE: dict[str, Any] = {**_BASE, **_MOE, "num_experts": 4, "head_dim": 8}
 _PLAIN: dict[str, Any] = {k: v for k, v in _BASE.items() if k not in ("num_key_value_heads", "intermediate_size")}
 
 DECODERS: dict[str, Callable[[], hf.PreTrainedConfig]] = {
@@ -30,19 +31,33 @@ DECODERS: dict[str, Callable[[], hf.PreTrainedConfig]] = {
     "qwen3": lambda: hf.Qwen3Config(**_BASE, head_dim=8),
     "mistral": lambda: hf.MistralConfig(**_BASE, sliding_window=WINDOW),
     "gemma2": lambda: hf.Gemma2Config(**_BASE, head_dim=8, sliding_window=WINDOW, query_pre_attn_scalar=8),
-    "gemma3": lambda: hf.Gemma3TextConfig(**_BASE, head_dim=8, sliding_window=WINDOW, layer_types=["sliding_attention", "full_attention"]),
+    "gemma3": lambda: hf.Gemma3TextConfig(
+        **_BASE, head_dim=8, sliding_window=WINDOW, layer_types=["sliding_attention", "full_attention"]
+    ),
     "phi3": lambda: hf.Phi3Config(**_BASE, pad_token_id=0),
     "gpt2": lambda: hf.GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=160),
     "gpt_neox": lambda: hf.GPTNeoXConfig(**_PLAIN, intermediate_size=48),
     "opt": lambda: hf.OPTConfig(**_PLAIN, ffn_dim=48, word_embed_proj_dim=32),
     "starcoder2": lambda: hf.Starcoder2Config(**_BASE, sliding_window=WINDOW),
     "olmo2": lambda: hf.Olmo2Config(**_BASE),
-    "cohere2": lambda: hf.Cohere2Config(**_BASE, sliding_window=WINDOW, layer_types=["sliding_attention", "full_attention"]),
+    "cohere2": lambda: hf.Cohere2Config(
+        **_BASE, sliding_window=WINDOW, layer_types=["sliding_attention", "full_attention"]
+    ),
     "mixtral": lambda: hf.MixtralConfig(**_BASE, num_local_experts=4),
-    "qwen3_moe": lambda: hf.Qwen3MoeConfig(**_BASE, **_MOE, **{"num_experts": 4, "head_dim": 8}),
+    "qwen3_moe": lambda: hf.Qwen3MoeConfig(**_QWEN3_MOE),
     "deepseek_v3": lambda: hf.DeepseekV3Config(
-        **{**_BASE, "num_key_value_heads": 4}, **_MOE, n_routed_experts=4, n_group=2, topk_group=1, q_lora_rank=16,
-        kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8, first_k_dense_replace=1, n_shared_experts=1,
+        **{**_BASE, "num_key_value_heads": 4},
+        **_MOE,
+        n_routed_experts=4,
+        n_group=2,
+        topk_group=1,
+        q_lora_rank=16,
+        kv_lora_rank=16,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=8,
+        v_head_dim=8,
+        first_k_dense_replace=1,
+        n_shared_experts=1,
     ),  # fmt: skip
 }
 """Configurations by name; windows are shorter than the prompts of the tests."""

@@ -53,7 +53,9 @@ def same(function: Callable[..., Any], x: torch.Tensor) -> None:
     want = function(x.clone())
     got = compiled(function, x)(x.clone())
     assert type(got) is type(want)
-    for g, w in zip(got if isinstance(got, tuple) else (got,), want if isinstance(want, tuple) else (want,), strict=True):
+    for g, w in zip(
+        got if isinstance(got, tuple) else (got,), want if isinstance(want, tuple) else (want,), strict=True
+    ):
         assert g.dtype == w.dtype and g.shape == w.shape
         torch.testing.assert_close(g, w, equal_nan=True)
 
@@ -205,7 +207,9 @@ def test_nan_weights() -> None:
     with torch.no_grad():
         model.weight[1, 2] = float("nan")
     x = torch.randn(3, 4)
-    torch.testing.assert_close(jisu.compile(model, example_inputs=(x,))(x), model(x), equal_nan=True, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        jisu.compile(model, example_inputs=(x,))(x), model(x), equal_nan=True, atol=1e-5, rtol=1e-5
+    )
 
 
 def test_nan_input() -> None:
@@ -524,7 +528,7 @@ def test_damaged_checkpoint(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ('graph\n%0 = neg(%1): float32[2]\n%1 = neg(%0): float32[2]\nreturn %1', "%1 is used before"),
+        ("graph\n%0 = neg(%1): float32[2]\n%1 = neg(%0): float32[2]\nreturn %1", "%1 is used before"),
         ('graph\n%0 = input(name="x"): float32[2]\n%0 = neg(%0): float32[2]\nreturn %0', "%0 is defined twice"),
         ('graph\n%0 = input(name="x"): float32[2]\nreturn %3', "%3, which is not defined"),
         ('graph\n%0 = input(name="x"): float32[2]\n%1 = negate(%0): float32[2]\nreturn %1', "no op 'negate'"),

@@ -39,7 +39,7 @@ def test_equals_transformers(name: str) -> None:
 
     prompt = ids[:1, :20]
     with torch.no_grad():
-        tokens = model.generate(prompt, max_new_tokens=64, do_sample=False)[0, 20:].tolist()
+        tokens = model.generate(prompt, max_new_tokens=64, do_sample=False)[0, 20:].tolist()  # type: ignore[operator]
     assert program.generate(prompt.numpy(), max_new_tokens=64, do_sample=False).sequences[0] == tokens
 
 

@@ -71,7 +71,9 @@ def test_every_op_computes_its_meaning(group: int, folder: Path) -> None:
         for name, graph in entries.items():
             want = interpret(graph, samples[name])
             given_arrays = [np.array(a) for a in samples[name]]
-            for got, w, output in zip(program.call(name, given_arrays, weights[name]), want, graph.outputs, strict=True):
+            for got, w, output in zip(
+                program.call(name, given_arrays, weights[name]), want, graph.outputs, strict=True
+            ):
                 check(got, w, output.dtype, f"{name}\n{graph}")
 
     run()
@@ -94,7 +96,9 @@ def test_special_values(folder: Path) -> None:
         except Exception:  # ops of integers and bools
             continue
     assert len(entries) > 40
-    entries["same"] = Graph((x, y), (ops.eq(x, x), ops.ne(x, x), ops.le(x, x), ops.ge(x, x), ops.lt(x, x), ops.gt(x, x)))
+    entries["same"] = Graph(
+        (x, y), (ops.eq(x, x), ops.ne(x, x), ops.le(x, x), ops.ge(x, x), ops.lt(x, x), ops.gt(x, x))
+    )
     program, weights = build(folder, **entries)
     arrays = [np.array(column, np.float32) for column in zip(*PAIRS, strict=True)]
     for name, graph in entries.items():
@@ -130,7 +134,9 @@ def test_symbolic_sizes(folder: Path) -> None:
         ops.scan(x, axis=1, kind="sum"),
         ops.dim_value(value=n * m + 1),
     )
-    graph = Graph((x,), outputs, {"w": ArrayStorage(np.random.default_rng(0).standard_normal((4, 6)).astype(np.float32))})
+    graph = Graph(
+        (x,), outputs, {"w": ArrayStorage(np.random.default_rng(0).standard_normal((4, 6)).astype(np.float32))}
+    )
     program, weights = build(folder, main=graph)
     for shape in ((1, 1, 4), (3, 5, 4), (17, 2, 4)):
         array = np.random.default_rng(1).standard_normal(shape).astype(np.float32)

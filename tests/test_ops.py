@@ -203,7 +203,7 @@ def applied(op: Op, *arrays: np.ndarray, **attributes: object) -> np.ndarray:
 def test_unary_agrees_with_torch(op: Op, dtype: str) -> None:
     with np.errstate(all="ignore"):
         x = np.array(ODD).astype(numpy_dtype(dtype))
-        got, want = applied(op, x), UNARY[op](to_torch(x))
+        got, want = applied(op, x), UNARY[op](to_torch(x))  # type: ignore[operator]
         if op is ops.gelu:  # torch's vectorised gelu(inf) is NaN, and its error function is good to 1e-6 only
             finite = np.isfinite(x)
             np.testing.assert_allclose(got[finite].astype(float), want.double().numpy()[finite], rtol=1e-2, atol=1e-6)
@@ -231,7 +231,7 @@ def test_binary_agrees_with_torch(op: Op, dtype: str) -> None:
             b = np.abs(b.astype(np.int64)).clip(0, 4).astype(dtype)
         if floating and op in (ops.fmod, ops.remainder, ops.floor_div, ops.trunc_div):
             a, b = a[np.isfinite(a[:, 0])], b[:, np.isfinite(b[0])]
-        agree(applied(op, a, b), BINARY[op](to_torch(a), to_torch(b)), dtype)
+        agree(applied(op, a, b), BINARY[op](to_torch(a), to_torch(b)), dtype)  # type: ignore[operator]
 
 
 ints = np.arange(-4, 5)

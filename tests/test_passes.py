@@ -123,7 +123,10 @@ def test_padded_prompts_equal_their_own() -> None:
 MIXERS: dict[str, tuple[Callable[[Node], Node], str]] = {
     "a running sum": (lambda h: ops.scan(h, axis=1, kind="sum"), "scan.*reads all earlier tokens along axis 1"),
     "a softmax over the sequence": (lambda h: ops.softmax(h, axis=1), "softmax.*mixes tokens along axis 1"),
-    "a mean over the sequence": (lambda h: ops.add(h, ops.sum_(h, axes=(1,), keepdims=True)), "sum.*mixes tokens along axis 1"),
+    "a mean over the sequence": (
+        lambda h: ops.add(h, ops.sum_(h, axes=(1,), keepdims=True)),
+        "sum.*mixes tokens along axis 1",
+    ),
     "tokens in reverse order": (lambda h: ops.flip(h, axes=(1,)), "flip.*mixes tokens along axis 1"),
     "a transposed sequence": (
         lambda h: ops.reshape(ops.transpose(h, perm=(0, 2, 1)), shape=(BATCH, LENGTH, 8)),
@@ -153,7 +156,9 @@ def test_shared_keys_share_a_cache() -> None:
     def attend_again(h: Node) -> Node:
         parts = [ops.reshape(h, shape=(BATCH, LENGTH, 2, 4))] * 3
         first = ops.attention(*parts, scale=1.0, causal=True)
-        return ops.add(h, ops.reshape(ops.attention(first, *parts[1:], scale=1.0, causal=True), shape=(BATCH, LENGTH, 8)))
+        return ops.add(
+            h, ops.reshape(ops.attention(first, *parts[1:], scale=1.0, causal=True), shape=(BATCH, LENGTH, 8))
+        )
 
     step = derive_step(Model(0, mixing=attend_again).graph, sequence="s")
     assert len(step.state) == 2
@@ -188,7 +193,10 @@ def test_golden_pipeline(golden: Callable[[str, object], None]) -> None:
     golden("model-fused", fused)
     step = derive_step(fused, sequence="s")
     golden("model-step", step.graph)
-    golden("model-last-packed", Pipeline((PackWeights(4, {"float32": 1}), FoldWeights())).run(keep_last_token(step, "s").graph)[0])
+    golden(
+        "model-last-packed",
+        Pipeline((PackWeights(4, {"float32": 1}), FoldWeights())).run(keep_last_token(step, "s").graph)[0],
+    )
 
 
 def test_memory_plan_reuses_what_is_dead() -> None:

@@ -101,7 +101,7 @@ def test_either_and_maybe() -> None:
 def test_attributes() -> None:
     node = ops.sum_(p, axes=(1,), keepdims=True)
     assert matches(ops.sum_(x, axes=(1,), keepdims=True), node) and not matches(ops.sum_(x, axes=(1,)), node)
-    assert matches(ops.sum_(x, axes=bind("axes"), keepdims=bind("keep")), node)[0].bindings | {"x": 0} == {
+    assert matches(ops.sum_(x, axes=bind("axes"), keepdims=bind("keep")), node)[0].bindings | {"x": 0} == {  # type: ignore[operator]
         "x": 0,
         "axes": (1,),
         "keep": True,

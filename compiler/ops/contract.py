@@ -61,9 +61,7 @@ def _wide(x: Any) -> Any:
     return x.astype(np.float32) if x is not None and x.dtype.itemsize == 2 else x
 
 
-def _linear(
-    x: np.ndarray, w: np.ndarray, b: np.ndarray | None, r: np.ndarray | None, *, activation: str
-) -> np.ndarray:
+def _linear(x: np.ndarray, w: np.ndarray, b: np.ndarray | None, r: np.ndarray | None, *, activation: str) -> np.ndarray:
     product = np.matmul(_wide(x), _wide(w).T)  # type: ignore[union-attr]
     if b is not None:
         product = product + _wide(b)
@@ -92,7 +90,8 @@ def linear(
     require(w.dtype == x.dtype, f"dtypes differ: {x} and {w}")
     require(b is None or b == TensorType((w.shape[0],), x.dtype), f"the bias must be {x.dtype}[{w.shape[0]}], got {b}")
     require(
-        r is None or (r.dtype == x.dtype and same_shape(r.shape, result.shape)), f"the residual must be {result}, got {r}"
+        r is None or (r.dtype == x.dtype and same_shape(r.shape, result.shape)),
+        f"the residual must be {result}, got {r}",
     )
     return result
 
@@ -154,15 +153,23 @@ def conv(
 ) -> TensorType:
     """Cross-correlation of x [batch, channels, *space] with w [outputs, channels / groups, *kernel], without padding."""
     n = x.rank - 2
-    require(n >= 1 and w.rank == x.rank, f"needs [batch, channels, space…] and [outputs, channels, kernel…], got {x} and {w}")
+    require(
+        n >= 1 and w.rank == x.rank,
+        f"needs [batch, channels, space…] and [outputs, channels, kernel…], got {x} and {w}",
+    )
     require(len(strides) == len(dilations) == n, f"strides and dilations need {n} entries each")
     require(x.dtype == w.dtype and x.dtype != "bool", f"dtypes differ: {x} and {w}")
-    require(same_dim(x.shape[1], dim(w.shape[1] * groups)), f"{x} has {x.shape[1]} channels, w takes {w.shape[1]} x {groups}")
+    require(
+        same_dim(x.shape[1], dim(w.shape[1] * groups)),
+        f"{x} has {x.shape[1]} channels, w takes {w.shape[1]} x {groups}",
+    )
     require(not isinstance(w.shape[0], int) or w.shape[0] % groups == 0, f"{w.shape[0]} outputs in {groups} groups")
     space = []
     for size, kernel, stride, dilation in zip(x.shape[2:], w.shape[2:], strides, dilations, strict=True):
         span = dilation * (kernel - 1) + 1
-        require(not isinstance(size, int) or not isinstance(span, int) or size >= span, f"kernel span {span} exceeds {size}")
+        require(
+            not isinstance(size, int) or not isinstance(span, int) or size >= span, f"kernel span {span} exceeds {size}"
+        )
         space.append(dim(size - span + 1) if stride == 1 else dim((size - span) // stride + 1))
     return x.with_shape(x.shape[0], w.shape[0], *space)
 
@@ -212,7 +219,7 @@ def _pack_samples() -> Samples:
 def pack(w: TensorType, *, panel: int, pair: int = 1) -> TensorType:
     """A weight [n, k], or one per expert [e, n, k], in panels of `panel` outputs, padded with zeros."""
     require(w.rank in (2, 3) and w.size and isinstance(w.size, int), f"needs matrices of fixed size, got {w}")
-    return w.with_shape(*w.shape[:-2], *packed_shape(*w.shape[-2:], panel, pair))  # type: ignore[arg-type]
+    return w.with_shape(*w.shape[:-2], *packed_shape(*w.shape[-2:], panel, pair))  # type: ignore[arg-type, call-arg]
 
 
 def _pack_gated(gate: np.ndarray, up: np.ndarray, *, panel: int, pair: int) -> np.ndarray:
@@ -228,7 +235,7 @@ def _pack_gated(gate: np.ndarray, up: np.ndarray, *, panel: int, pair: int) -> n
 def pack_gated(gate: TensorType, up: TensorType, *, panel: int, pair: int = 1) -> TensorType:
     """Gate and up projections [n, k], or one per expert [e, n, k], panel by panel side by side."""
     require(gate == up and gate.rank in (2, 3), f"needs matrices of one type, got {gate} and {up}")
-    first, *rest = packed_shape(*gate.shape[-2:], panel, pair)  # type: ignore[arg-type]
+    first, *rest = packed_shape(*gate.shape[-2:], panel, pair)  # type: ignore[arg-type, call-arg]
     return gate.with_shape(*gate.shape[:-2], first, 2, *rest)
 
 
@@ -254,7 +261,9 @@ def _packed_linear_samples() -> Samples:
     meaning=lambda x, w, b, r, *, outputs, activation: _linear(
         x, _unpack(w, outputs, x.shape[-1]), b, r, activation=activation
     ),
-    axes=lambda x, w, b, r, **_: f"*b k, {'p q n' if w.rank == 3 else 'p q n t'}, {'o' if b else ''}, {'*b o' if r else ''} -> *b o",
+    axes=lambda x, w, b, r, **_: (
+        f"*b k, {'p q n' if w.rank == 3 else 'p q n t'}, {'o' if b else ''}, {'*b o' if r else ''} -> *b o"
+    ),
     flops=_packed_flops,
     samples=_packed_linear_samples,
 )
@@ -271,7 +280,8 @@ def packed_linear(
     result = _packed_rule(x, w, outputs, gated=False)
     require(b is None or b == TensorType((outputs,), x.dtype), f"the bias must be {x.dtype}[{outputs}], got {b}")
     require(
-        r is None or (r.dtype == x.dtype and same_shape(r.shape, result.shape)), f"the residual must be {result}, got {r}"
+        r is None or (r.dtype == x.dtype and same_shape(r.shape, result.shape)),
+        f"the residual must be {result}, got {r}",
     )
     require(activation in ACTIVATIONS, f"unknown activation {activation!r}; known: {', '.join(ACTIVATIONS)}")
     return result
@@ -312,7 +322,14 @@ def packed_take(w: TensorType, indices: TensorType, *, rows: int, width: int) ->
 
 
 def _packed_experts(
-    x: np.ndarray, index: np.ndarray, scores: np.ndarray, up: np.ndarray, down: np.ndarray, *, inner: int, activation: str
+    x: np.ndarray,
+    index: np.ndarray,
+    scores: np.ndarray,
+    up: np.ndarray,
+    down: np.ndarray,
+    *,
+    inner: int,
+    activation: str,
 ) -> np.ndarray:
     from jisu.compiler.ops.nn import _experts
 
@@ -331,12 +348,21 @@ def _packed_experts_samples() -> Samples:
 
 @defop(
     meaning=_packed_experts,
-    axes=lambda x, i, s, up, down, **_: f"t h!, t k, t k, e p g {'q n' if up.rank == 5 else 'q n d'}, e u v w{'' if up.rank == 5 else ' d'} -> t h!",
+    axes=lambda x, i, s, up, down, **_: (
+        f"t h!, t k, t k, e p g {'q n' if up.rank == 5 else 'q n d'}, e u v w{'' if up.rank == 5 else ' d'} -> t h!"
+    ),
     flops=lambda result, x, index, scores, up, down, *, inner, **_: 6 * index.size * inner * x.shape[1],
     samples=_packed_experts_samples,
 )
 def packed_experts(
-    x: TensorType, index: TensorType, scores: TensorType, up: TensorType, down: TensorType, *, inner: int, activation: str
+    x: TensorType,
+    index: TensorType,
+    scores: TensorType,
+    up: TensorType,
+    down: TensorType,
+    *,
+    inner: int,
+    activation: str,
 ) -> TensorType:
     """`experts` of `inner` channels, with gate and up projections packed by `pack_gated` and down ones by `pack`."""
     require(x.rank == 2 and same_shape(index.shape, scores.shape), f"index {index} and scores {scores} don't fit {x}")

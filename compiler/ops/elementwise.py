@@ -48,7 +48,13 @@ def _unary(name: str, meaning: Callable[..., Any], doc: str) -> Op:
 
 
 def _binary(
-    name: str, meaning: Callable[..., Any], doc: str, *, allow: str = "number", commutative: bool = False, result: str = ""
+    name: str,
+    meaning: Callable[..., Any],
+    doc: str,
+    *,
+    allow: str = "number",
+    commutative: bool = False,
+    result: str = "",
 ) -> Op:
     kinds = {
         "number": (lambda d: d != "bool", "numbers"),
@@ -100,7 +106,9 @@ def _floor_div(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     quotient = np.where((remainder != 0) & ((b < 0) != (remainder < 0)), quotient - 1, quotient)
     rounded = np.floor(quotient)
     rounded = np.where(quotient - rounded > 0.5, rounded + 1, rounded)
-    return np.where(b == 0, a / b, np.where(quotient != 0, rounded, np.copysign(np.zeros_like(a), a / b))).astype(a.dtype)
+    return np.where(b == 0, a / b, np.where(quotient != 0, rounded, np.copysign(np.zeros_like(a), a / b))).astype(
+        a.dtype
+    )
 
 
 def _remainder(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -129,7 +137,9 @@ def _shift(function: Callable[..., Any], fill: Callable[[np.ndarray], Any]) -> C
 
 neg = _unary("neg", np.negative, "The negative.")
 abs_ = _unary("abs", np.abs, "The absolute value.")
-sign = _unary("sign", lambda x: (x > 0).astype(x.dtype) - (x < 0).astype(x.dtype), "-1, 0 or 1; 0 for NaN, as in PyTorch.")
+sign = _unary(
+    "sign", lambda x: (x > 0).astype(x.dtype) - (x < 0).astype(x.dtype), "-1, 0 or 1; 0 for NaN, as in PyTorch."
+)
 relu = _unary("relu", lambda x: np.maximum(x, np.zeros((), x.dtype)), "max(x, 0); NaN stays NaN.")
 square = _unary("square", np.square, "x * x.")
 
@@ -206,7 +216,10 @@ bit_and = _binary("bit_and", np.bitwise_and, "Bitwise and.", allow="integer", co
 bit_or = _binary("bit_or", np.bitwise_or, "Bitwise or.", allow="integer", commutative=True)
 bit_xor = _binary("bit_xor", np.bitwise_xor, "Bitwise exclusive or.", allow="integer", commutative=True)
 shift_left = _binary(
-    "shift_left", _shift(np.left_shift, lambda a: np.zeros_like(a)), "Bits moved up; 0 for a shift outside the width.", allow="integer"
+    "shift_left",
+    _shift(np.left_shift, lambda a: np.zeros_like(a)),
+    "Bits moved up; 0 for a shift outside the width.",
+    allow="integer",
 )
 shift_right = _binary(
     "shift_right",

@@ -30,7 +30,7 @@ def _take(x: np.ndarray, indices: np.ndarray, *, axis: int, wrap: bool = True) -
 def _take_axes(x: TensorType, indices: TensorType, *, axis: int, wrap: bool = True) -> str:
     inside = [f"a{i}" for i in range(x.rank)]
     index = [f"i{i}" for i in range(indices.rank)]
-    return f"{' '.join(inside)}, {' '.join(index)} -> {' '.join(inside[:axis] + index + inside[axis + 1:])}"
+    return f"{' '.join(inside)}, {' '.join(index)} -> {' '.join(inside[:axis] + index + inside[axis + 1 :])}"
 
 
 def _take_samples() -> Samples:
@@ -51,7 +51,7 @@ def take(x: TensorType, indices: TensorType, *, axis: int, wrap: bool = True) ->
 
 
 def _open(shape: tuple[int, ...], axis: int, indices: np.ndarray) -> tuple[Any, ...]:
-    grids = list(np.indices(indices.shape, sparse=True))
+    grids: list[Any] = list(np.indices(indices.shape, sparse=True))
     grids[axis] = _checked(indices, shape[axis])
     return tuple(grids)
 
@@ -85,7 +85,10 @@ def _gather_samples() -> Samples:
 def gather(x: TensorType, indices: TensorType, *, axis: int) -> TensorType:
     """result[i, j] = x[indices[i, j], j] for axis 0; `indices` may be smaller than `x` along the other axes."""
     require_axis(axis, x.rank)
-    require(is_integer(indices.dtype) and indices.rank == x.rank, f"indices must be integers of rank {x.rank}, got {indices}")
+    require(
+        is_integer(indices.dtype) and indices.rank == x.rank,
+        f"indices must be integers of rank {x.rank}, got {indices}",
+    )
     _require_inside(x, indices, axis)
     return x.with_shape(*indices.shape)
 
@@ -122,7 +125,10 @@ def _scatter_samples() -> Samples:
 def scatter(x: TensorType, indices: TensorType, updates: TensorType, *, axis: int, mode: str = "set") -> TensorType:
     """`x` with updates[i, j] put at (or combined into) x[indices[i, j], j] for axis 0, in row-major order of `indices`."""
     require_axis(axis, x.rank)
-    require(is_integer(indices.dtype) and indices.rank == x.rank, f"indices must be integers of rank {x.rank}, got {indices}")
+    require(
+        is_integer(indices.dtype) and indices.rank == x.rank,
+        f"indices must be integers of rank {x.rank}, got {indices}",
+    )
     _require_inside(x, indices, axis)
     require(mode in MODES, f"mode is one of {', '.join(MODES)}, not {mode!r}")
     require(updates.dtype == x.dtype, f"updates must be {x.dtype}, got {updates}")

@@ -10,7 +10,7 @@ import numpy as np
 from jisu.compiler.errors import InputError
 from jisu.compiler.graph import defop
 from jisu.compiler.ops.contract import ACTIVATIONS, _activate, _round, _wide
-from jisu.compiler.types import TensorType, dim, product, is_float, is_integer, require, same_dim, same_shape
+from jisu.compiler.types import TensorType, dim, is_float, is_integer, product, require, same_dim, same_shape
 
 Samples = Iterator[tuple[tuple[str | None, ...], dict[str, Any]]]
 
@@ -40,7 +40,9 @@ def rms_norm(
     `round_first`: round to x's dtype before the gain (as Llama does) instead of behind it (as Gemma does).
     """
     require(x.rank >= 1 and is_float(x.dtype), f"needs floats with a last axis, got {x}")
-    require(w is None or w == TensorType((x.shape[-1],), x.dtype), f"the gain must be {x.dtype}[{x.shape[-1]}], got {w}")
+    require(
+        w is None or w == TensorType((x.shape[-1],), x.dtype), f"the gain must be {x.dtype}[{x.shape[-1]}], got {w}"
+    )
     return x
 
 
@@ -65,7 +67,10 @@ def layer_norm(x: TensorType, w: TensorType | None = None, b: TensorType | None 
     """(x - mean) / sqrt(variance + eps) * w + b over the last axis, computed in float32 (Ba et al., 2016)."""
     require(x.rank >= 1 and is_float(x.dtype), f"needs floats with a last axis, got {x}")
     for name, v in (("gain", w), ("bias", b)):
-        require(v is None or v == TensorType((x.shape[-1],), x.dtype), f"the {name} must be {x.dtype}[{x.shape[-1]}], got {v}")
+        require(
+            v is None or v == TensorType((x.shape[-1],), x.dtype),
+            f"the {name} must be {x.dtype}[{x.shape[-1]}], got {v}",
+        )
     return x
 
 
@@ -105,7 +110,9 @@ def rotary(x: TensorType, cos: TensorType, sin: TensorType, *, interleaved: bool
         f"cos {cos} doesn't fit {x}",
     )
     r, d = cos.shape[2], x.shape[3]
-    require(isinstance(r, int) and isinstance(d, int) and r % 2 == 0 and r <= d, f"turned width {r} must be even and <= {d}")
+    require(
+        isinstance(r, int) and isinstance(d, int) and r % 2 == 0 and r <= d, f"turned width {r} must be even and <= {d}"
+    )
     return x
 
 
@@ -169,15 +176,28 @@ def _attention_axes(
     q: TensorType, k: TensorType, v: TensorType, bias: Any, sinks: Any, *, causal: bool, **_: Any
 ) -> str:
     t = "t<" if causal and bias is None else "t"
-    bias_axes = "" if bias is None else " ".join(["1" if n == 1 else a for n, a in zip(bias.shape, ("b", "h", "s", "t"), strict=True)])
+    bias_axes = (
+        ""
+        if bias is None
+        else " ".join(["1" if n == 1 else a for n, a in zip(bias.shape, ("b", "h", "s", "t"), strict=True)])
+    )
     return f"b s h d, b {t} g d, b {t} g e, {bias_axes}, {'h' if sinks is not None else ''} -> b s h e"
 
 
 def _attention_samples() -> Samples:
     plain = {"scale": 0.5}
-    yield ("float32[2, 3, 4, 2]", "float32[2, 3, 2, 2]", "float32[2, 3, 2, 3]", None, None), {**plain, "causal": True, "window": 2}
-    yield ("float32[1, 2, 2, 2]", "float32[1, 3, 1, 2]", "float32[1, 3, 1, 2]", "float32[1, 1, 2, 3]", "float32[2]"), plain
-    yield ("float32[1, 2, 2, 2]", "float32[1, 3, 1, 2]", "float32[1, 3, 1, 2]", None, "float32[2]"), {**plain, "softcap": 5.0}
+    yield (
+        ("float32[2, 3, 4, 2]", "float32[2, 3, 2, 2]", "float32[2, 3, 2, 3]", None, None),
+        {**plain, "causal": True, "window": 2},
+    )
+    yield (
+        ("float32[1, 2, 2, 2]", "float32[1, 3, 1, 2]", "float32[1, 3, 1, 2]", "float32[1, 1, 2, 3]", "float32[2]"),
+        plain,
+    )
+    yield (
+        ("float32[1, 2, 2, 2]", "float32[1, 3, 1, 2]", "float32[1, 3, 1, 2]", None, "float32[2]"),
+        {**plain, "softcap": 5.0},
+    )
 
 
 def _attention_flops(result: TensorType, q: TensorType, k: TensorType, v: TensorType, *_: Any, **__: Any) -> Any:
@@ -206,14 +226,19 @@ def attention(
     """
     require(q.rank == k.rank == v.rank == 4 and is_float(q.dtype), f"needs [b, s, h, d] floats, got {q}, {k} and {v}")
     require(q.dtype == k.dtype == v.dtype, f"dtypes differ: {q}, {k} and {v}")
-    require(same_shape(k.shape[:3], v.shape[:3]) and same_dim(q.shape[3], k.shape[3]), f"{q}, {k} and {v} don't fit together")
+    require(
+        same_shape(k.shape[:3], v.shape[:3]) and same_dim(q.shape[3], k.shape[3]),
+        f"{q}, {k} and {v} don't fit together",
+    )
     require(same_dim(q.shape[0], k.shape[0]), f"batches differ: {q} and {k}")
     h, g = q.shape[2], k.shape[2]
     require(isinstance(h, int) and isinstance(g, int) and g > 0 and h % g == 0, f"{g} KV heads don't divide {h} heads")
     require(window >= 0 and (causal or not window), "a window needs causal=True and at least one key")
     full = (q.shape[0], h, q.shape[1], k.shape[1])
     if bias is not None:
-        require(bias.dtype in ("bool", q.dtype) and bias.rank == 4, f"bias must be bool or {q.dtype} of rank 4, got {bias}")
+        require(
+            bias.dtype in ("bool", q.dtype) and bias.rank == 4, f"bias must be bool or {q.dtype} of rank 4, got {bias}"
+        )
         fits = all(n == 1 or same_dim(n, m) for n, m in zip(bias.shape, full, strict=True))
         require(fits, f"bias {bias} doesn't broadcast to {full}")
     require(sinks is None or sinks == TensorType((h,), q.dtype), f"sinks must be {q.dtype}[{h}], got {sinks}")
@@ -241,7 +266,10 @@ def _experts_flops(result: TensorType, x: TensorType, index: TensorType, *weight
 
 
 def _experts_samples() -> Samples:
-    yield ("float32[3, 4]", "int64[3, 2] < 5", "float32[3, 2]", "float32[5, 6, 4]", "float32[5, 4, 3]"), {"activation": "silu"}
+    yield (
+        ("float32[3, 4]", "int64[3, 2] < 5", "float32[3, 2]", "float32[5, 6, 4]", "float32[5, 4, 3]"),
+        {"activation": "silu"},
+    )
 
 
 @defop(meaning=_experts, axes="t c, t k, t k, e i c, e h j -> t h", flops=_experts_flops, samples=_experts_samples)
@@ -254,12 +282,23 @@ def experts(
     x [tokens, h], index [tokens, k] integers, scores [tokens, k], gate_up [e, 2i, h], down [e, h, i]. An index outside
     0..e-1 contributes nothing.
     """
-    require(x.rank == 2 and gate_up.rank == down.rank == 3, f"needs x [t, h] and weights of rank 3, got {x}, {gate_up}, {down}")
-    require(is_integer(index.dtype) and same_shape(index.shape, scores.shape), f"index {index} and scores {scores} don't fit")
+    require(
+        x.rank == 2 and gate_up.rank == down.rank == 3,
+        f"needs x [t, h] and weights of rank 3, got {x}, {gate_up}, {down}",
+    )
+    require(
+        is_integer(index.dtype) and same_shape(index.shape, scores.shape),
+        f"index {index} and scores {scores} don't fit",
+    )
     require(x.dtype == scores.dtype == gate_up.dtype == down.dtype, f"dtypes differ: {x}, {scores}, {gate_up}, {down}")
     e, two_i, h = gate_up.shape
-    require(not isinstance(two_i, int) or two_i % 2 == 0, f"gate_up {gate_up} must hold gate and up, an even number of rows")
-    require(same_shape(down.shape, (e, h, dim(two_i // 2))) and same_dim(x.shape[1], h), f"{gate_up}, {down} and {x} don't fit")
+    require(
+        not isinstance(two_i, int) or two_i % 2 == 0, f"gate_up {gate_up} must hold gate and up, an even number of rows"
+    )
+    require(
+        same_shape(down.shape, (e, h, dim(two_i // 2))) and same_dim(x.shape[1], h),
+        f"{gate_up}, {down} and {x} don't fit",
+    )
     require(activation in ACTIVATIONS, f"unknown activation {activation!r}; known: {', '.join(ACTIVATIONS)}")
     return x
 
@@ -311,11 +350,18 @@ def cache_append(
     length: int64 [1], slots filled before. With `ring` slot n lives at row n % capacity; else a slot beyond the
     capacity is an error.
     """
-    require(cache.rank == new.rank == 4 and cache.dtype == new.dtype, f"needs rank 4 and one dtype, got {cache} and {new}")
-    require(same_dim(cache.shape[1], new.shape[2]) and same_dim(cache.shape[3], new.shape[3]), f"{new} doesn't fit {cache}")
+    require(
+        cache.rank == new.rank == 4 and cache.dtype == new.dtype, f"needs rank 4 and one dtype, got {cache} and {new}"
+    )
+    require(
+        same_dim(cache.shape[1], new.shape[2]) and same_dim(cache.shape[3], new.shape[3]), f"{new} doesn't fit {cache}"
+    )
     require(table is not None or same_dim(cache.shape[0], new.shape[0]), f"batches differ: {cache} and {new}")
     require(length == TensorType((1,), "int64"), f"length must be int64[1], got {length}")
-    require(table is None or (table.rank == 2 and table.dtype == "int32"), f"the page table must be int32[b, n], got {table}")
+    require(
+        table is None or (table.rank == 2 and table.dtype == "int32"),
+        f"the page table must be int32[b, n], got {table}",
+    )
     return cache
 
 
@@ -345,7 +391,15 @@ def _attention_cached(
 
 def _cached_samples() -> Samples:
     yield (
-        ("float32[2, 2, 4, 3]", "float32[2, 2, 9, 3]", "float32[2, 2, 9, 3]", "int64[1] < 7", "int64[2] < 2", None, None),
+        (
+            "float32[2, 2, 4, 3]",
+            "float32[2, 2, 9, 3]",
+            "float32[2, 2, 9, 3]",
+            "int64[1] < 7",
+            "int64[2] < 2",
+            None,
+            None,
+        ),
         {"scale": 0.5, "window": 3},
     )
     yield (
@@ -363,7 +417,15 @@ def _cached_samples() -> Samples:
 
 
 def _cached_flops(
-    result: TensorType, q: TensorType, keys: TensorType, values: TensorType, length: Any, start: Any, table: Any, *_: Any, **__: Any
+    result: TensorType,
+    q: TensorType,
+    keys: TensorType,
+    values: TensorType,
+    length: Any,
+    start: Any,
+    table: Any,
+    *_: Any,
+    **__: Any,
 ) -> Any:
     rows = keys.shape[2] * (table.shape[1] if table is not None else 1)
     return 2 * product(q.shape[:3]) * rows * (q.shape[3] + values.shape[3])
@@ -394,14 +456,21 @@ def attention_cached(
     gives 0. A ring cache must have at least window + c - 1 rows.
     """
     require(q.rank == k_cache.rank == v_cache.rank == 4, f"needs rank 4, got {q}, {k_cache} and {v_cache}")
-    require(q.dtype == k_cache.dtype == v_cache.dtype and is_float(q.dtype), f"dtypes differ: {q}, {k_cache} and {v_cache}")
+    require(
+        q.dtype == k_cache.dtype == v_cache.dtype and is_float(q.dtype), f"dtypes differ: {q}, {k_cache} and {v_cache}"
+    )
     require(same_shape(k_cache.shape[:3], v_cache.shape[:3]), f"caches differ: {k_cache} and {v_cache}")
     require(same_dim(q.shape[3], k_cache.shape[3]), f"head sizes differ: {q} and {k_cache}")
     h, g = q.shape[2], k_cache.shape[1]
     require(isinstance(h, int) and isinstance(g, int) and h % g == 0, f"{g} KV heads don't divide {h} heads")
     require(length == TensorType((1,), "int64"), f"length must be int64[1], got {length}")
-    require(start.rank == 1 and start.dtype == "int64" and same_dim(start.shape[0], q.shape[0]), f"start must be int64[b], got {start}")
-    require(table is None or (table.rank == 2 and table.dtype == "int32"), f"the page table must be int32[b, n], got {table}")
+    require(
+        start.rank == 1 and start.dtype == "int64" and same_dim(start.shape[0], q.shape[0]),
+        f"start must be int64[b], got {start}",
+    )
+    require(
+        table is None or (table.rank == 2 and table.dtype == "int32"),
+        f"the page table must be int32[b, n], got {table}",
+    )
     require(sinks is None or sinks == TensorType((h,), q.dtype), f"sinks must be {q.dtype}[{h}], got {sinks}")
     return q.with_shape(*q.shape[:3], v_cache.shape[3])
-

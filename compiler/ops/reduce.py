@@ -46,7 +46,10 @@ def _reduction(name: str, function: Callable[..., Any], doc: str, kind: str) -> 
 
     rule.__doc__ = doc
     return defop(
-        meaning=widened(meaning), axes=_reduce_axes, name=name, samples=_samples("bool" if kind == "bool" else "float32")
+        meaning=widened(meaning),
+        axes=_reduce_axes,
+        name=name,
+        samples=_samples("bool" if kind == "bool" else "float32"),
     )(rule)
 
 
@@ -94,7 +97,7 @@ def argmin(x: TensorType, *, axis: int) -> TensorType:
 
 def _scan(x: np.ndarray, *, axis: int, kind: str) -> np.ndarray:
     function = {"sum": np.cumsum, "prod": np.cumprod, "max": np.maximum.accumulate, "min": np.minimum.accumulate}[kind]
-    return np.asarray(function(x, axis=axis)).astype(x.dtype)
+    return np.asarray(function(x, axis=axis)).astype(x.dtype)  # type: ignore[operator]
 
 
 def _scan_axes(x: TensorType, *, axis: int, kind: str) -> str:

@@ -8,7 +8,18 @@ from typing import Any
 import numpy as np
 
 from jisu.compiler.graph import defop
-from jisu.compiler.types import Dim, TensorType, TupleType, TypeRuleError, dim, numpy_dtype, product, require, same_dim, same_shape
+from jisu.compiler.types import (
+    Dim,
+    TensorType,
+    TupleType,
+    TypeRuleError,
+    dim,
+    numpy_dtype,
+    product,
+    require,
+    same_dim,
+    same_shape,
+)
 
 Samples = Iterator[tuple[tuple[str | None, ...], dict[str, Any]]]
 
@@ -102,7 +113,7 @@ def transpose(x: TensorType, *, perm: tuple[int, ...]) -> TensorType:
 
 def _broadcast_axes(x: TensorType, *, shape: tuple[Dim, ...]) -> str:
     letters = names(len(shape))
-    return f"{' '.join(letters[len(shape) - x.rank:])} -> {' '.join(letters)}"
+    return f"{' '.join(letters[len(shape) - x.rank :])} -> {' '.join(letters)}"
 
 
 def _broadcast_samples() -> Samples:
@@ -247,9 +258,7 @@ def iota(*, extent: Dim, dtype: str = "int64") -> TensorType:
     return TensorType((extent,), dtype)
 
 
-@defop(
-    meaning=lambda *, value: np.asarray(value, np.int64), flops=0, samples=lambda: iter([((), {"value": 7})])
-)
+@defop(meaning=lambda *, value: np.asarray(value, np.int64), flops=0, samples=lambda: iter([((), {"value": 7})]))
 def dim_value(*, value: Dim) -> TensorType:
     """A symbolic dimension as an int64 scalar."""
     return TensorType((), "int64")
@@ -285,7 +294,9 @@ def windows(
 ) -> TensorType:
     """Sliding windows along `axes`; each axis becomes the window's position, and its inside a new last axis."""
     require_axes(axes, x.rank)
-    require(len(axes) == len(sizes) == len(strides) == len(dilations), "axes, sizes, strides, dilations differ in length")
+    require(
+        len(axes) == len(sizes) == len(strides) == len(dilations), "axes, sizes, strides, dilations differ in length"
+    )
     shape = list(x.shape)
     for axis, size, stride, dilation in zip(axes, sizes, strides, dilations, strict=True):
         span = dilation * (size - 1) + 1

@@ -202,8 +202,8 @@ def _linear(b: Builder, pull: Pull, node: Node, target: Flat) -> None:
         def cover(row: Expr, many: int, column: Expr, outs: int) -> None:
             found = dots(
                 b, dtype, depth,
-                [lambda k, r=r: load(b, left, (row + i64(r)) * depth + k) for r in range(many)],
-                [lambda k, w=w, c=c: load(b, w, (column + i64(c)) * depth + k) for w in matrices for c in range(outs)],
+                [lambda k, r=r: load(b, left, (row + i64(r)) * depth + k) for r in range(many)],  # type: ignore[misc]
+                [lambda k, w=w, c=c: load(b, w, (column + i64(c)) * depth + k) for w in matrices for c in range(outs)],  # type: ignore[misc]
             )  # fmt: skip
             for r in range(many):
                 for c in range(outs):

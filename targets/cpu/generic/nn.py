@@ -372,14 +372,16 @@ def _mixture(
                 with b.loop(width) as i:
                     gate, linear = (
                         project(
-                            hidden, lambda d: load(b, rows, t * hidden + d), lambda d, half=half, i=i: up(e, half, i, d)
+                            hidden,
+                            lambda d: load(b, rows, t * hidden + d),
+                            lambda d, half=half, i=i: up(e, half, i, d),  # type: ignore[misc]
                         )
                         for half in (0, 1)
                     )
                     active = b.let(round_to(b, ACTIVATE[node.activation](b, gate), x.dtype))
                     b.store(mixed, i, round_to(b, b.let(active * linear), x.dtype))
                 with b.loop(hidden) as i:
-                    out = project(width, lambda d: mixed[d], lambda d, i=i: down(e, i, d))
+                    out = project(width, lambda d: mixed[d], lambda d, i=i: down(e, i, d))  # type: ignore[misc]
                     b.store(result, i, result[i] + round_to(b, b.let(out * weight), x.dtype))
         with b.loop(hidden) as i:
             b.store(target, [t, i], narrow(b, result[i], x.dtype))
