@@ -390,7 +390,7 @@ def _abs(b: Builder, x: Expr) -> Expr:
 def _sign(b: Builder, x: Expr) -> Expr:
     dtype = dtype_of(x)
     zero, one = literal(0, dtype), literal(1, dtype)
-    positive = select(x > zero, one, x)
+    positive = select(x > zero, one, zero)
     return positive if dtype.startswith("u") else select(x < zero, literal(-1, dtype), positive)
 
 
