@@ -1,4 +1,4 @@
-"""Every Python block of the documents runs, and so do the examples."""
+"""Every Python block of the documents runs and prints the text block behind it; and the examples run."""
 
 from __future__ import annotations
 
@@ -11,21 +11,24 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/architecture.md")
+BLOCK = re.compile(r"^```python\n(.*?)^```$(?:\n\n^```text\n(.*?)^```$)?", re.S | re.M)
 BLOCKS = [
-    pytest.param(block, id=f"{name}-{i}")
+    pytest.param(*match.groups(), id=f"{name}-{i}")
     for name in DOCUMENTS
-    for i, block in enumerate(re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), re.S))
+    for i, match in enumerate(BLOCK.finditer((ROOT / name).read_text(encoding="utf-8")))
 ]
 
 
-def run(arguments: list[str], folder: Path) -> None:
+def run(arguments: list[str], folder: Path) -> str:
     done = subprocess.run([sys.executable, *arguments], cwd=folder, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
 
 
-@pytest.mark.parametrize("block", BLOCKS)
-def test_block_runs(block: str, tmp_path: Path) -> None:
-    run(["-c", block], tmp_path)
+@pytest.mark.parametrize(("block", "shown"), BLOCKS)
+def test_block_runs(block: str, shown: str | None, tmp_path: Path) -> None:
+    printed = run(["-c", block], tmp_path)
+    assert shown is None or printed == shown
 
 
 @pytest.mark.parametrize("name", ["quickstart.py", "own_rule.py"])
