@@ -73,7 +73,10 @@ class Stopwatch:
 class Engine(Protocol):
     """Something that generates."""
 
-    lanes: Sequence[str]
+    @property
+    def lanes(self) -> Sequence[str]:
+        """The kinds of cache that it can generate with."""
+        ...
 
     def begin(self, lane: str, capacity: int) -> None:
         """Forget the last sequence; what comes next fits into `capacity` tokens."""

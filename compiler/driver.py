@@ -62,7 +62,7 @@ def compile(
 
     model: a torch.nn.Module (with `example_inputs`, a tuple, and `example_kwargs`), a causal language model of
     transformers, or the path of a local checkpoint folder. target: a name such as "cpu", or a Target. recipe: a preset's
-    name, a TOML file, a mapping or a Recipe. passes: extra passes, run before the cache is derived. dynamic_shapes: as
+    name, a TOML file, a mapping or a Recipe. passes: extra passes, run behind the fusions and before the cache is derived. dynamic_shapes: as
     `torch.export` takes them. num_threads: threads that kernels use (default: all cores). check: "verify" runs the
     verifier after each pass, "numeric" also compares meanings with the interpreter, "none" neither. dump: a folder for
     the IR after each pass. stop_after: the name of the last pass to run. cache_dir: where compiled libraries are kept
@@ -204,9 +204,9 @@ def _build(
     entries, decoder = _entries(source, graph, recipe, report)
     finished: dict[str, Graph] = {}
     for entry, step in entries.items():
-        finished[entry] = _lay_out(
-            step, recipe, machine, check, note if entry == next(iter(entries)) else None, stop_after
-        )
+        told = note if entry == next(iter(entries)) else None
+        folder = dump or os.environ.get("JISU_DUMP")
+        finished[entry] = _lay_out(step, recipe, machine, check, told, Path(folder) / entry if folder else None)
     times["passes_s"] = time.perf_counter() - begin
     begin = time.perf_counter()
     tell("compiling kernels", 0.4)
@@ -265,13 +265,15 @@ def _entries(source: Source, graph: Graph, recipe: Recipe, report: dict[str, Any
     return {APPEND: step.graph, APPEND_LAST: last.graph}, DecoderInfo(page=recipe.cache.page, state=state, **facts)
 
 
-def _lay_out(graph: Graph, recipe: Recipe, machine: Target, check: str, note: Any, stop_after: str | None) -> Graph:
+def _lay_out(graph: Graph, recipe: Recipe, machine: Target, check: str, note: Any, dump: Path | None) -> Graph:
     from jisu.passes import layout_passes
     from jisu.targets.cpu import packing
 
     panel, pair = packing(machine)
     steps = layout_passes(panel, pair) if recipe.pack else layout_passes(panel, {})
-    return Pipeline(steps, check="verify" if check == "numeric" else check, on_pass=note).run(graph)[0]
+    # The kernels need every layout pass, so that JISU_BISECT, which limits the passes before, doesn't count here.
+    light = "verify" if check == "numeric" else check
+    return Pipeline(steps, check=light, dump=dump, limit=len(steps), on_pass=note).run(graph)[0]
 
 
 # --- Weights -------------------------------------------------------------------------------------------------------

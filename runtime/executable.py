@@ -24,6 +24,7 @@ from jisu.compiler.types import numpy_dtype
 _ALIGNMENT = 64
 _CPU = 1
 _POOLED = 2
+_BFLOAT16 = numpy_dtype("bfloat16")
 _BFLOAT = 4  # DLPack's type code of bfloat16
 
 _runtime_lock = threading.Lock()
@@ -173,9 +174,9 @@ def as_tensor(value: Any) -> Any:
                 value = _copied(value)
         else:
             value = np.asarray(value)
-    if not value.flags.c_contiguous or value.ctypes.data % _ALIGNMENT or value.dtype.byteorder == ">":
+    if not value.flags.c_contiguous or _address(value) % _ALIGNMENT or value.dtype.byteorder == ">":
         value = aligned_copy(value)
-    if value.dtype.name == "bfloat16" or not value.flags.writeable or not value.size:
+    if value.dtype == _BFLOAT16 or not value.flags.writeable or not value.size:
         return ffi.from_dlpack(_Exported(value))
     return ffi.from_dlpack(value)
 
@@ -189,11 +190,17 @@ def _copied(value: Any) -> Any:
     return aligned_copy(np.from_dlpack(value))
 
 
+def _address(array: np.ndarray) -> int:
+    """Where an array's elements begin; `array.ctypes.data` says the same in three times the time."""
+    address: int = array.__array_interface__["data"][0]
+    return address
+
+
 def aligned_copy(array: np.ndarray) -> np.ndarray:
     """A contiguous copy in memory aligned to 64 bytes."""
-    dtype = array.dtype.newbyteorder("=")
+    dtype = array.dtype if array.dtype.isnative else array.dtype.newbyteorder("=")
     raw = np.empty(array.size * dtype.itemsize + _ALIGNMENT, np.uint8)
-    shift = -raw.ctypes.data % _ALIGNMENT
+    shift = -_address(raw) % _ALIGNMENT
     result = raw[shift : shift + array.size * dtype.itemsize].view(dtype).reshape(array.shape)
     result[...] = array
     return result
