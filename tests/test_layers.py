@@ -143,6 +143,6 @@ def test_golden_files_are_all_used() -> None:
     wanted = {
         name
         for f in sources("tests")
-        for name in re.findall(r'golden\("(\w+)"', (ROOT / f).read_text(encoding="utf-8"))
+        for name in re.findall(r'golden\(\s*"([\w-]+)"', (ROOT / f).read_text(encoding="utf-8"))
     }
     assert {f.stem for f in (ROOT / "tests" / "golden").glob("*.txt")} <= wanted

@@ -159,3 +159,31 @@ def test_a_failing_compiler_is_an_error_that_names_the_ir(folder: Path, monkeypa
             build(folder, main=Graph((x,), (ops.exp(ops.exp(x)),)))
     finally:
         _WORKER.stop()
+
+
+def test_elementwise_chains_are_one_kernel(folder: Path) -> None:
+    n = symbol("n")
+    x, b = placeholder("x", TensorType((n, 8), "float32")), placeholder("b", TensorType((8,), "float32"))
+    gate = ops.tanh(ops.add(x, b))
+    chain = ops.where(ops.lt(x, b), ops.mul(gate, x), ops.sub(gate, b))
+    total = ops.sum_(ops.square(chain), axes=(1,))
+    graph = Graph((x, b), (chain, total, ops.exp(gate)))
+    info = compile_graphs({"main": graph}, CPU, out=folder / "fused", cache_dir=folder / "cache")
+    # The chain and the exponential share `gate`: one kernel with two results; the sum pulls the square.
+    assert sum(count for _, _, count in info.kernels) == 2
+    arrays = [np.random.default_rng(0).standard_normal(s).astype(np.float32) for s in ((5, 8), (8,))]
+    program = Executable.load(info.library, num_threads=2)
+    for got, want in zip(program.call("main", arrays), interpret(graph, arrays), strict=True):
+        check(got, want, "float32", "fused")
+
+
+def test_fusion_never_makes_a_cycle(folder: Path) -> None:
+    x = placeholder("x", TensorType((4, 4), "float32"))
+    a = ops.exp(x)
+    peak = ops.reduce_max(a, axes=(1,), keepdims=True)  # reads a, and b reads it: a and b can't be one kernel
+    b = ops.add(ops.sub(a, peak), ops.tanh(a))
+    graph = Graph((x,), (ops.mul(b, a), ops.softmax(ops.transpose(b, perm=(1, 0)), axis=1)))
+    program, _ = build(folder, main=graph)
+    array = np.random.default_rng(0).standard_normal((4, 4)).astype(np.float32)
+    for got, want in zip(program.call("main", [array]), interpret(graph, [array]), strict=True):
+        check(got, want, "float32", "cycle")

@@ -132,7 +132,6 @@ def double_negation(replace: Any, *guards: Guard) -> Rule:
 # name, the faulty rule, its right twin, what the failure says
 RULES: tuple[tuple[str, Rule, Rule, str], ...] = (
     ("wrong guard", times_one(keeps_shape), times_one(keeps_shape, is_value(1)), "changes the meaning"),
-    ("missing broadcasting", times_one(is_value(1)), times_one(keeps_shape, is_value(1)), "replaces"),
     (
         "missing guard",
         bias(used_once(product)),
