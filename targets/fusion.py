@@ -52,9 +52,9 @@ _CHEAP_USES = 4
 
 _MOVES = frozenset({ops.broadcast_to, ops.transpose, ops.slice_, ops.flip, windows})
 # These read an operand at each index once; every other op that pulls may come back to an element.
-_ONCE = frozenset({*_MOVES - {ops.broadcast_to, windows}, *ELEMENTWISE, *reduce.BODIES, ops.concat, ops.pad, ops.sort}) - {
-    ops.softmax
-}
+_ONCE = frozenset(
+    {*_MOVES - {ops.broadcast_to, windows}, *ELEMENTWISE, *reduce.BODIES, ops.concat, ops.pad, ops.sort}
+) - {ops.softmax}
 _PULLING = _ONCE | {ops.broadcast_to, windows, ops.softmax}
 
 
@@ -62,7 +62,9 @@ def regions(graph: Graph, chosen: Container[object]) -> tuple[Region, ...]:
     """The graph's kernels in an order in which every region stands behind those that it reads."""
     inlined = _inlined(graph, chosen)
     found = [
-        Region((node,), _leaves((node,), inlined, node.op in generic.STORED or node.op in chosen), node.op is ops.reshape)
+        Region(
+            (node,), _leaves((node,), inlined, node.op in generic.STORED or node.op in chosen), node.op is ops.reshape
+        )
         for node in graph.nodes
         if node.op not in (INPUT, WEIGHT, CONSTANT) and node not in inlined
     ]
@@ -163,7 +165,11 @@ def _merged(graph: Graph, found: list[Region], inlined: Container[Node], chosen:
         own = tuple(r.results[0] for r in sorted(parts, key=lambda r: graph.nodes.index(r.results[0])))
         leaves = _leaves(own, inlined)
         inside = set(Region(own, leaves).nodes)
-        outer = [n for n in own if n in graph.outputs or any(_lives_outside(u, inside, inlined, graph) for u in graph.users[n])]
+        outer = [
+            n
+            for n in own
+            if n in graph.outputs or any(_lives_outside(u, inside, inlined, graph) for u in graph.users[n])
+        ]
         merged.append(Region(tuple(outer), leaves))
     return merged
 

@@ -15,7 +15,9 @@ import attrs
 import numpy as np
 from tvm.script.ir_builder import tirx as T
 
+from jisu.compiler import ops
 from jisu.compiler.errors import InputError
+from jisu.compiler.graph import Op
 from jisu.targets.cpu.isa import (
     ITEMSIZE,
     Arg,
@@ -31,7 +33,6 @@ from jisu.targets.cpu.isa import (
 from jisu.targets.target import Target
 
 VECTORS = 2  # vector registers per panel row
-_PACK_PANELS = 64  # panels transposed at a time while packing
 
 
 def panel_width(target: Target) -> int:
@@ -59,11 +60,7 @@ def pack(w: np.ndarray, target: Target) -> np.ndarray:
 
     Raises InputError unless `w` is a matrix of float32, float16 or (ml_dtypes) bfloat16.
     """
-    dtype = _matrix_dtype(w)
-    n, k = w.shape
-    out = np.zeros(pack_shape(n, k, dtype, target), w.dtype)
-    _pack_into(out, w, panel_width(target))
-    return out
+    return _op_meaning(ops.pack, target, w)
 
 
 def pack_gated_shape(f: int, k: int, dtype: str, target: Target) -> tuple[int, ...]:
@@ -74,13 +71,17 @@ def pack_gated_shape(f: int, k: int, dtype: str, target: Target) -> tuple[int, .
 
 def pack_gated(gate: np.ndarray, up: np.ndarray, target: Target) -> np.ndarray:
     """gate[f, k] and up[f, k] packed panel by panel side by side, as `gated_mlp_up` reads them."""
-    dtype = _matrix_dtype(gate)
     if gate.shape != up.shape or gate.dtype != up.dtype:
         raise InputError(f"gate {gate.dtype}{gate.shape} and up {up.dtype}{up.shape} must have one dtype and shape")
-    out = np.zeros(pack_gated_shape(gate.shape[0], gate.shape[1], dtype, target), gate.dtype)
-    _pack_into(out[:, 0], gate, panel_width(target))
-    _pack_into(out[:, 1], up, panel_width(target))
-    return out
+    return _op_meaning(ops.pack_gated, target, gate, up)
+
+
+def _op_meaning(op: Op, target: Target, *weights: np.ndarray) -> np.ndarray:
+    """What the IR's packing op makes of these weights for the target: the layout is defined there alone."""
+    pair = 2 if _paired(_matrix_dtype(weights[0])) else 1
+    assert op.meaning is not None
+    packed: np.ndarray = op.meaning(*weights, panel=panel_width(target), pair=pair)
+    return packed
 
 
 def _matrix_dtype(w: np.ndarray) -> str:
@@ -88,27 +89,6 @@ def _matrix_dtype(w: np.ndarray) -> str:
     if w.ndim != 2 or name not in ("float32", "bfloat16", "float16"):
         raise InputError(f"a weight to pack is a matrix of float32, bfloat16 or float16, not {name}{w.shape}")
     return name
-
-
-def _pack_into(out: np.ndarray, w: np.ndarray, nr: int) -> None:
-    """Fill out[panels, k(/2), nr(, 2)] from w[n, k], a few panels at a time; pairs of k move as one 32-bit word."""
-    n, k = w.shape
-    paired = out.ndim == 4
-    step = nr * _PACK_PANELS
-    for start in range(0, n, step):
-        block = w[start : start + step]
-        if paired:
-            if k % 2:
-                block = np.concatenate([block, np.zeros((len(block), 1), w.dtype)], 1)
-            block = np.ascontiguousarray(block).view(np.uint32)
-        whole = len(block) // nr
-        words = out.view(np.uint32)[..., 0] if paired else out
-        first = start // nr
-        full = block[: whole * nr].reshape(whole, nr, block.shape[1])
-        words[first : first + whole] = full.transpose(0, 2, 1)
-        if len(block) > whole * nr:
-            rest = block[whole * nr :]
-            words[first + whole, :, : len(rest)] = rest.T
 
 
 def product(
