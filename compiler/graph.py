@@ -390,6 +390,18 @@ class Graph:
             done[node] = transform(node, rebuilt)
         return self.replace(inputs=tuple(done[i] for i in self.inputs), outputs=tuple(done[o] for o in self.outputs))
 
+    def apply(self, operands: Iterable[Node]) -> tuple[Node, ...]:
+        """The outputs' values with `operands` in the place of the inputs, in order: the graph as a function, inlined.
+
+        Weights stand there by name; their storage is the caller's to add. Raises TypeRuleError where an operand's type
+        doesn't fit.
+        """
+        done: dict[Node, Node] = dict(zip(self.inputs, operands, strict=True))
+        for node in self.nodes:
+            if node not in done:
+                done[node] = node.with_operands(done[o] if o is not None else None for o in node.operands)
+        return tuple(done[o] for o in self.outputs)
+
     def draw(self, path: str | None = None) -> str:
         """The graph in DOT (`path=None` or `*.dot`) or SVG (`*.svg`); returns the text and writes it to `path`."""
         from jisu.compiler.drawing import draw

@@ -52,7 +52,6 @@ class Decoder:
     max_positions: int
     files: Mapping[str, bytes]
     result: str
-    converted: bool = False
 
 
 def travelling_files(folder: Path) -> dict[str, bytes]:
@@ -80,7 +79,7 @@ def load_checkpoint(folder: Path, cache: Path | None = None) -> Decoder:
         from jisu.frontends.huggingface import trace_checkpoint
 
         found = trace_checkpoint(folder, tensors)
-        if kept is not None and not found.converted:
+        if kept is not None:
             _keep(kept, key, found)
     return found
 

@@ -24,9 +24,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from jisu.compiler import ops
 from jisu.compiler.errors import InputError, UnsupportedError
-from jisu.compiler.graph import ArrayStorage, Node, Storage
+from jisu.compiler.graph import WEIGHT, ArrayStorage, Graph, Node, Storage
+from jisu.compiler.types import TensorType, numpy_dtype
 from jisu.frontends.aten import LOWERINGS, Call
 from jisu.frontends.checkpoint import Decoder, travelling_files
+from jisu.frontends.conversion import Stored, find_parameters
 from jisu.frontends.torch_export import capture
 
 NAME = "jisu"  # under which our functions stand in transformers' registries
@@ -279,12 +281,13 @@ def trace_decoder(
     model: transformers.PreTrainedModel,
     *,
     storage: Mapping[str, Storage] | None = None,
+    converted: Stored | None = None,
     files: Mapping[str, bytes] | None = None,
 ) -> Decoder:
     """Capture a causal language model, batch and sequence dynamic.
 
-    storage: where weights' values are, by the model's parameter names, for a model on the meta device. Raises
-    UnsupportedError for what can't be compiled, all of it at once.
+    storage: where weights' values are, by the model's parameter names, for a model on the meta device. converted: what
+    other parameters are made of. Raises UnsupportedError for what can't be compiled, all of it at once.
     """
     import inspect
 
@@ -299,13 +302,18 @@ def trace_decoder(
     positions = torch.arange(7, device=device).expand(2, 7)
     batch, sequence = torch.export.Dim("batch", min=1, max=1 << 16), torch.export.Dim("sequence", min=1, max=1 << 24)
     shapes = {"input_ids": {0: batch, 1: sequence}, "position_ids": {0: batch, 1: sequence}}
-    prefixed = {f"model.{k}": v for k, v in (storage or {}).items()} or None
+    made = converted.converted if converted is not None else {}
+    blanks = {value: _Blank(value.tensor) for value in made.values()}
+    given = {**(storage or {}), **{name: blanks[value] for name, value in made.items()}}
+    prefixed = {f"model.{k}": v for k, v in given.items()} or None
     try:
         with _our_functions(model):
             captured = capture(_Whole(model, takes_positions), (ids, positions), {}, shapes, storage=prefixed)
     finally:
         model.train(was_training)
     graph = captured.graph
+    if converted is not None and made:
+        graph = _with_conversions(graph, converted)
     if not takes_positions:
         graph = graph.replace(inputs=tuple(i for i in graph.inputs if i.name != "position_ids"))
     (name,) = graph.inputs[0].shape[1].free_symbols  # type: ignore[union-attr]
@@ -318,6 +326,32 @@ def trace_decoder(
         dict(files or {}),
         _result_class(model),
     )
+
+
+@attrs.frozen(eq=False)
+class _Blank:
+    """A parameter without a value of its own: what it is made of takes its place in the graph."""
+
+    type: TensorType
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(int(d) for d in self.type.shape)
+
+    @property
+    def dtype(self) -> np.dtype:
+        return numpy_dtype(self.type.dtype)
+
+    def numpy(self) -> np.ndarray:
+        raise RuntimeError("a converted parameter was read before its conversion stood in the graph")
+
+
+def _with_conversions(graph: Graph, stored: Stored) -> Graph:
+    """The graph with what converted parameters are made of in their place."""
+    values = {f"model.{name}": value for name, value in stored.converted.items()}
+    weights = {**{n: s for n, s in graph.weights.items() if n not in values}, **stored.sources}
+    changed = graph.map(lambda old, new: values.get(new.name, new) if new.op is WEIGHT else new)
+    return attrs.evolve(changed, weights=weights).replace()
 
 
 def _result_class(model: nn.Module) -> str:
@@ -336,6 +370,8 @@ def _real_buffers(model: transformers.PreTrainedModel) -> dict[str, np.ndarray]:
         parent._buffers[name.rpartition(".")[2]] = torch.full_like(buffer, -1, device="cpu")
         model._init_weights(parent)
         values[name] = parent._buffers[name.rpartition(".")[2]].numpy()  # type: ignore[union-attr]
+        if values[name].size and (values[name] == -1).all():
+            raise UnsupportedError(f"{type(parent).__name__} doesn't say how its buffer {name!r} is computed")
     return values
 
 
@@ -364,35 +400,16 @@ def trace_checkpoint(folder: Path, tensors: Mapping[str, Any]) -> Decoder:
     model_type = transformers.AutoModelForCausalLM._model_mapping
     if type(config) not in model_type:
         raise UnsupportedError(f"{folder}: {config.model_type!r} has no causal language model in transformers")
-    kinds = {str(t.dtype) for t in tensors.values()}
-    dtype = config.dtype or torch.float32
-    model = None
-    if len(kinds) == 1:
-        with torch.device("meta"):
-            model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
-        storage = _match(model, tensors)
-    if model is None or storage is None:  # stored under other names or dtypes: transformers knows how to convert them
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=dtype)
-        return attrs.evolve(trace_decoder(model, files=travelling_files(folder)), converted=True)
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None:
+        fields = quantization if isinstance(quantization, dict) else quantization.to_dict()
+        method = fields.get("quant_method", "unknown")
+        raise UnsupportedError(
+            f"{folder}: the checkpoint is quantised ({method}), which jisu doesn't read; give the original"
+        )
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.float32)
+    stored = find_parameters(model, tensors, str(folder))
+    storage: dict[str, Storage] = {**stored.direct}
     storage |= {name: ArrayStorage(value) for name, value in _real_buffers(model).items()}
-    return trace_decoder(model, storage=storage, files=travelling_files(folder))
-
-
-def _match(model: transformers.PreTrainedModel, tensors: Mapping[str, Any]) -> dict[str, Storage] | None:
-    """Stored tensors by the model's parameter names, or None where names, shapes or dtypes need a conversion."""
-    groups: dict[int, list[str]] = {}
-    persistent = set(model.state_dict(keep_vars=True))
-    everything = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    for name, tensor in everything:
-        if name in persistent:
-            groups.setdefault(id(tensor), []).append(name)
-    kinds = {name: tensor for name, tensor in everything}
-    found: dict[str, Storage] = {}
-    for names in groups.values():
-        stored = next((tensors[n] for n in names if n in tensors), None)
-        if stored is None or tuple(stored.shape) != tuple(kinds[names[0]].shape):
-            return None
-        if np.dtype(stored.dtype).name != str(kinds[names[0]].dtype).removeprefix("torch."):
-            return None
-        found |= dict.fromkeys(names, stored)
-    return found
+    return trace_decoder(model, storage=storage, converted=stored, files=travelling_files(folder))

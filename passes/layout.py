@@ -6,6 +6,7 @@ stored tensor that is computed when it is first read, one at a time, so that com
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -141,12 +142,26 @@ class Derived:
                 release()
 
 
-def _expression(node: Node) -> str:
-    """The expression as a name, complete so that equal names mean equal values: pack(model.w, panel=32, pair=1)."""
+_LONGEST = 200  # characters of an expression that is spelled out
+
+
+def _expression(node: Node, known: dict[Node, str]) -> str:
+    """The expression as a name, so that equal names mean equal values: pack(model.w, panel=32, pair=1).
+
+    An operand whose own expression is long (experts stored one by one) is named by its op and the expression's hash.
+    """
     if node.op is WEIGHT:
         return str(node.name)
-    shown = ["none" if o is None else _expression(o) for o in node.operands]
-    return f"{node.op.name}({', '.join([*shown, *(f'{k}={attribute_text(v)}' for k, v in node.attributes.items())])})"
+    if node not in known:
+        shown = ["none" if o is None else _short(o, known) for o in node.operands]
+        attributes = (f"{k}={attribute_text(v)}" for k, v in node.attributes.items())
+        known[node] = f"{node.op.name}({', '.join([*shown, *attributes])})"
+    return known[node]
+
+
+def _short(node: Node, known: dict[Node, str]) -> str:
+    whole = _expression(node, known)
+    return whole if len(whole) <= _LONGEST else f"{node.op.name}#{hashlib.sha256(whole.encode()).hexdigest()[:32]}"
 
 
 @attrs.frozen
@@ -167,6 +182,7 @@ class FoldWeights:
                 stored[node] = fixed and not grows and bool(node.parents) and all(stored[p] for p in node.parents)
         weights = dict(graph.weights)
         names: dict[Node, str] = {}
+        known: dict[Node, str] = {}
 
         def transform(old: Node, new: Node) -> Node:
             if not stored[old] or old.op in (WEIGHT, CONSTANT):
@@ -174,7 +190,7 @@ class FoldWeights:
             outside = any(not stored[u] for u in graph.users[old]) or old in graph.outputs
             if not outside:
                 return new
-            name = _expression(old)
+            name = _short(old, known)
             weights[name] = Derived(old, graph.weights)
             names[old] = name
             return weight(name, old.tensor, old.source)
