@@ -165,6 +165,8 @@ class Op:
             )
             for name, optional, operand in zip(self.operand_names, self.optional, operands, strict=True):
                 require(optional or operand is not None, f"{self.name} needs operand {name!r}")
+        for i, name in enumerate(self.operand_names[:-1] if self.variadic else ()):
+            require(len(operands) > i, f"{self.name} needs operand {name!r}")
         unknown = set(attributes) - set(self.defaults)
         require(
             not unknown, f"{self.name} has no attribute {', '.join(sorted(unknown))}; known: {', '.join(self.defaults)}"

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from jisu.compiler.pipeline import Pass
 from jisu.passes.canonicalize import Canonicalize
 from jisu.passes.fusion import FUSIONS
-from jisu.passes.layout import FoldWeights, PackWeights
+from jisu.passes.layout import FoldWeights, MergeProjections, PackWeights
 
 
 def default_passes(fuse: bool = True, max_fold_bytes: int = 1 << 20) -> tuple[Pass, ...]:
@@ -20,4 +20,4 @@ def default_passes(fuse: bool = True, max_fold_bytes: int = 1 << 20) -> tuple[Pa
 
 def layout_passes(panel: int, pair: Mapping[str, int]) -> tuple[Pass, ...]:
     """The passes that bring weights into their kernels' order; `panel` and `pair` come from the target."""
-    return (PackWeights(panel, pair), FoldWeights())
+    return (PackWeights(panel, pair), MergeProjections(), FoldWeights())

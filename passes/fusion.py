@@ -28,7 +28,7 @@ from jisu.compiler.rewrite import (
     variable,
     variables,
 )
-from jisu.compiler.types import Dim, is_float, same_dim, same_shape
+from jisu.compiler.types import Dim, is_float, product, same_dim, same_shape
 
 x, w, b, r = variables("x w b r")
 eps, count = scalar("eps"), scalar("count")
@@ -118,6 +118,62 @@ PROJECTIONS: tuple[Rule, ...] = (
         {**_LINEAR_TYPES, "b": "float[n]"},
     ),
 )  # fmt: skip
+
+_flattened = ops.reshape(x, shape=bind("flat"))
+
+
+def _linear_below(m: Match) -> Node | None:
+    """linear(reshape(x)) as reshape(linear(x)), where x's last axes are the layer's inputs together."""
+    node, shape, width = m.root, m["x"].shape, m["w"].shape[1]
+    for cut in range(len(shape) - 1, -1, -1):
+        if same_dim(product(shape[cut:]), width):
+            rows = (*shape[:cut], width)
+            if same_shape(rows, m["flat"]):
+                return None
+            below = ops.linear(ops.reshape(m["x"], shape=rows), m["w"], m["b"], activation=node.activation)
+            return ops.reshape(below, shape=node.shape)
+    return None
+
+
+_flattened_twin = ops.reshape(variable("y"), shape=bind("twin"))
+_flat_product = ops.reshape(_biased, shape=bind("flat"))
+
+
+def _activation_below(name: str) -> Rule:
+    apply = _ACTIVATION_PATTERNS[name]
+    return Rule(
+        f"{name} above a reshape of a projection",
+        apply(_flat_product),
+        lambda m: ops.reshape(apply(m.at(_biased)), shape=m.root.shape),
+        (used_once(_flat_product),),
+        {"x": "float[2 3 4]", "w": "float[5 4]", "b": "float[5]"},
+        {"flat": ((6, 5),)},
+    )
+
+
+FLAT_PROJECTIONS: tuple[Rule, ...] = (
+    *(_activation_below(name) for name in _ACTIVATION_PATTERNS),
+    Rule(
+        "product above two reshapes",
+        ops.mul(_flattened, _flattened_twin),
+        lambda m: ops.reshape(ops.mul(m["x"], m["y"]), shape=m.root.shape),
+        (
+            used_once(_flattened, _flattened_twin),
+            guard("operands of one shape", lambda m: same_shape(m["x"].shape, m["y"].shape) and same_shape(m["flat"], m["twin"])),
+        ),
+        {"x": "float[2 3 4]", "y": "float[2 3 4]"},
+        {"flat": ((6, 4),), "twin": ((6, 4),)},
+    ),
+    Rule(
+        "linear above a reshape",
+        ops.linear(_flattened, w, variable("b", optional=True), activation=bind("act")),
+        _linear_below,
+        (),
+        {"x": "float[2 3 2 2]", "w": "float[n 4]", "b": "float[n]"},
+        {"flat": ((6, 4), (3, 2, 4)), "act": ("none", "silu")},
+    ),
+)  # fmt: skip
+"""Rows of a matrix are the leading axes of what was flattened: the reshape goes behind, where it often meets its inverse."""
 
 EPILOGUES: tuple[Rule, ...] = (
     *(_activated(name) for name in _ACTIVATION_PATTERNS),
@@ -258,6 +314,36 @@ NORMS: tuple[Rule, ...] = (
          {**_NORM_ATTRIBUTES, "rounded": ("float32",)}),
 )  # fmt: skip
 
+_mean = ops.div(ops.sum_(x, axes=bind("axes"), keepdims=True), count)
+_centred = ops.sub(x, _mean)
+_wide_layer_norm = ops.layer_norm(
+    ops.cast(x, dtype="float32"), either(ops.cast(w, dtype="float32"), w), variable("b", optional=True), eps=bind("eps")
+)
+_unbiased = ops.layer_norm(x, w, eps=bind("eps"))
+_BARE_GAIN = {"offset": 0.0, "round_first": bind("first")}
+
+
+def _narrow_layer_norm(m: Match) -> Node | None:
+    gain, bias = m["w"], m["b"]
+    if bias is not None and bias.op is ops.cast and bias.operands[0].dtype == m.root.dtype:
+        bias = bias.operands[0]
+    fits = all(p is None or p.dtype == m.root.dtype for p in (gain, bias))
+    return ops.layer_norm(m["x"], gain, bias, eps=m["eps"]) if fits and m["x"].dtype == m.root.dtype else None
+
+
+LAYER_NORMS: tuple[Rule, ...] = (
+    # Written out by hand; in float32 alone, as half precision would round in between.
+    Rule("RMS norm of centred values", ops.rms_norm(_centred, variable("w", optional=True), eps=bind("eps"), **_BARE_GAIN),
+         ops.layer_norm(x, variable("w", optional=True), None, eps=bind("eps")),
+         (_over_last, dtype_in(x, "float32", "float64")), {"x": "float32[a b 4]", "w": "float32[4]"},
+         {"axes": ((2,),), "count": (4.0,), "eps": (1e-6, 1e-2), "first": (True, False)}),
+    Rule("bias joins layer norm", ops.add(_unbiased, b), ops.layer_norm(x, w, b, eps=bind("eps")),
+         (used_once(_unbiased), guard("a bias per channel", lambda m: m["b"].type == m["w"].type), dtype_in(x, "float32", "float64")),
+         {"x": "float32[a b 4]", "w": "float32[4]", "b": "float32[4]"}, {"eps": (1e-5,)}),
+    Rule("layer norm computed in float32", ops.cast(_wide_layer_norm, dtype=bind("narrow")), _narrow_layer_norm, (),
+         {"x": "bfloat16[a b 4]", "w": "bfloat16[4]"}, {"narrow": ("bfloat16",), "eps": (1e-5,)}),
+)  # fmt: skip
+
 BARE_NORMS: tuple[Rule, ...] = (
     # Behind the rules with a gain: those would never see the inner product again.
     Rule("RMS norm without gain", either(_rounded, _normed), _bare_norm,
@@ -285,8 +371,8 @@ def _is_last_slice(m: Match, kind: str, start: int, step: int) -> bool:
     width = shape[-1]
     if not others or not isinstance(width, int) or steps[-1] != step:
         return False
-    if step == 2:
-        return bool(starts[-1] == start and stops[-1] == width)
+    if step == 2:  # of the odd channels up to the width or to the last of them
+        return bool(starts[-1] == start and width % 2 == 0 and width - 1 + start <= stops[-1] <= width)
     begin = start * width // 2
     return bool(starts[-1] == begin and stops[-1] == begin + width // 2)
 
@@ -480,6 +566,63 @@ ATTENTION: tuple[Rule, ...] = (
 
 
 @attrs.frozen
+class SplitProjections:
+    """A product of which only slices of its outputs are used becomes one product per slice, with slices of the weights.
+
+    Weights are sliced when they are packed, once; the slices of values (queries, keys and values of one projection) would
+    be copies at every step. Layers of one input are merged again when they are laid out, without copies.
+    """
+
+    name: str = "split projections"
+    exact: bool = True
+
+    def __call__(self, graph: Graph) -> Graph:
+        outputs = set(graph.outputs)
+        split = {
+            node: parts
+            for node in graph.nodes
+            if node.op is ops.linear and node not in outputs and (parts := self._parts(node, graph.users[node]))
+        }
+        whole = {part: node for node, parts in split.items() for part in parts}
+
+        def transform(old: Node, new: Node) -> Node:
+            if old not in whole:
+                return new
+            product = new.operands[0]
+            assert product is not None
+            x, weights, bias, _ = product.operands
+            assert x is not None and weights is not None
+            begin, end = old.starts[-1], old.stops[-1]
+            rows = ops.slice_(weights, starts=(begin, 0), stops=(end, weights.shape[1]), steps=(1, 1))
+            own = None if bias is None else ops.slice_(bias, starts=(begin,), stops=(end,), steps=(1,))
+            return ops.linear.make((x, rows, own, None), {"activation": product.activation}, old.source)
+
+        return graph.map(transform) if split else graph
+
+    @staticmethod
+    def _parts(node: Node, users: tuple[Node, ...]) -> tuple[Node, ...]:
+        """The slices that use the product, if nothing else does, and they don't overlap; else none."""
+        _, weights, _, residual = node.operands
+        assert weights is not None
+        if residual is not None or not _from_weights(weights) or len(users) < 2:
+            return ()
+        cuts = []
+        for user in users:
+            if user.op is not ops.slice_ or set(user.steps) != {1}:
+                return ()
+            same = (
+                s == 0 and same_dim(e, n)
+                for s, e, n in zip(user.starts[:-1], user.stops[:-1], node.shape[:-1], strict=True)
+            )
+            ends = (user.starts[-1], user.stops[-1])
+            if not all(same) or not all(isinstance(e, int) for e in ends):
+                return ()
+            cuts.append(ends)
+        cuts.sort()
+        return users if all(a[1] <= b[0] for a, b in zip(cuts, cuts[1:], strict=False)) else ()
+
+
+@attrs.frozen
 class Fusion:
     """Apply one group of fusion rules to a fixed point."""
 
@@ -491,15 +634,18 @@ class Fusion:
         return rewrite(graph, self.rules)
 
 
-FUSIONS: tuple[Fusion, ...] = (
+FUSIONS: tuple[Fusion | SplitProjections, ...] = (
     Fusion("fuse activations", ACTIVATIONS),
     Fusion("fuse projections", PROJECTIONS),
+    Fusion("unflatten projections", FLAT_PROJECTIONS),
     Fusion("fuse norms", NORMS),
     Fusion("fuse bare norms", BARE_NORMS),
+    Fusion("fuse layer norms", LAYER_NORMS),
     Fusion("fuse rotary", ROTARY),
     Fusion("fuse attention", ATTENTION),
     Fusion("fuse epilogues", EPILOGUES[:-1]),
     Fusion("fuse gated", GATED),
     Fusion("fuse residuals", EPILOGUES[-1:]),
+    SplitProjections(),
 )
 """All fusions, in the order in which they run (between them runs canonicalisation)."""

@@ -1,7 +1,8 @@
 """Weight layout: each weight is packed once into the order in which its kernel reads it, without loading it here.
 
-`PackWeights` writes the packing into the graph; `FoldWeights` turns every value that depends on weights alone into one
-stored tensor that is computed when it is first read, one at a time, so that compiling needs no second copy of a model.
+`PackWeights` writes the packing into the graph; `MergeProjections` joins layers of one input; `FoldWeights` turns every
+value that depends on weights alone into one stored tensor that is computed when it is first read, one at a time, so that
+compiling needs no second copy of a model.
 """
 
 from __future__ import annotations
@@ -140,6 +141,41 @@ class Derived:
             release = getattr(self.weights.get(node.name), "release", None) if node.op is WEIGHT else None
             if release is not None:
                 release()
+
+
+@attrs.frozen
+class MergeProjections:
+    """Linear layers of one x (queries, keys and values) become one op with several results: x is read once, in one region.
+
+    Layers with an activation or a residual keep their own epilogue and stay apart; so do those whose bias isn't stored.
+    """
+
+    name: str = "merge projections"
+    exact: bool = True
+
+    def __call__(self, graph: Graph) -> Graph:
+        groups: dict[tuple[Node, bool], list[Node]] = {}
+        for node in graph.nodes:
+            if node.op is ops.packed_linear and node.activation == "none" and node.operands[3] is None:
+                x, _, b, _ = node.operands
+                assert x is not None
+                if b is None or _is_stored(b):
+                    groups.setdefault((x, b is not None), []).append(node)
+        member = {n: (group, i) for group in groups.values() if len(group) > 1 for i, n in enumerate(group)}
+        merged: dict[int, Node] = {}
+
+        def transform(old: Node, new: Node) -> Node:
+            if old not in member:
+                return new
+            group, index = member[old]
+            if id(group) not in merged:
+                biased = old.operands[2] is not None
+                stored = [n.operands[1] for n in group] + ([n.operands[2] for n in group] if biased else [])
+                attributes = {"outputs": tuple(n.outputs for n in group), "biased": biased}
+                merged[id(group)] = ops.packed_projections.make((new.operands[0], *stored), attributes, new.source)
+            return ops.get(merged[id(group)], index=index)
+
+        return graph.map(transform)
 
 
 _LONGEST = 200  # characters of an expression that is spelled out

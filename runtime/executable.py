@@ -6,6 +6,7 @@ crosses by a hand-made DLPack capsule.
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import importlib.util
 import os
@@ -263,6 +264,14 @@ _exports: dict[int, tuple[Any, ...]] = {}  # what exported tensors need, until t
 @_Deleter
 def _release(managed: Any) -> None:
     _exports.pop(ctypes.addressof(managed.contents), None)
+
+
+@atexit.register
+def _leave_exports() -> None:
+    """Programs may outlive the interpreter, which can't be called back any more: let their memory go with the process."""
+    for *_, managed in _exports.values():
+        managed.deleter = _Deleter()
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(_exports))
 
 
 _new_capsule = ctypes.pythonapi.PyCapsule_New

@@ -538,3 +538,16 @@ def test_damaged_checkpoint(tmp_path: Path) -> None:
 def test_ir_cycle(text: str, reason: str) -> None:
     with pytest.raises(jisu.VerifyError, match=reason):
         parse(text)
+
+
+def test_a_program_may_outlive_the_interpreter() -> None:
+    """What a module still holds when Python ends is let go too late to call Python back."""
+    code = (
+        "import json, torch, jisu\n"
+        "def keep(): pass\n"
+        "json.keep = keep\n"  # whose globals thereby outlive this module
+        "m = torch.nn.Linear(4, 4).to(torch.bfloat16)\n"
+        "program = jisu.compile(m, example_inputs=(torch.ones(2, 4, dtype=torch.bfloat16),))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-500:]

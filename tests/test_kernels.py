@@ -122,6 +122,32 @@ def test_linear(n: int, k: int, options: dict[str, Any], dtype: str, where: str)
 
 
 @everywhere
+@both
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("widths", [(64, 16, 16), (33, 7)], ids=str)
+def test_projections(widths: tuple[int, ...], bias: bool, dtype: str, where: str) -> None:
+    """Several layers in one region give, to the bit, what each gives by itself."""
+    k = 50
+    run = compiled(matmul.projections, where, widths, k, dtype, bias=bias)
+    alone = {n: compiled(matmul.linear, where, n, k, dtype, bias=bias) for n in widths}
+    packed = [matmul.pack(draw(i, n, k, dtype=dtype, scale=k**-0.5), target(where)) for i, n in enumerate(widths)]
+    biases = [draw(9 + i, n, dtype=dtype) for i, n in enumerate(widths)] if bias else []
+
+    @few
+    @given(rows)
+    def check(m: int) -> None:
+        x = draw(3, m, k, dtype=dtype)
+        got = [empty(m, n, dtype=dtype) for n in widths]
+        run(x, *packed, *biases, *got)
+        for i, n in enumerate(widths):
+            want = empty(m, n, dtype=dtype)
+            alone[n](x, packed[i], *biases[i : i + 1], want)
+            np.testing.assert_array_equal(got[i], want)
+
+    check()
+
+
+@everywhere
 @pytest.mark.parametrize("name", isa.ACTIVATIONS)
 def test_activations_are_accurate_everywhere(name: str, where: str) -> None:
     run = compiled(matmul.linear, where, 8, 1, "float32", activation=name)

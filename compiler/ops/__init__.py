@@ -16,6 +16,7 @@ from jisu.compiler.ops.contract import (
     packed_experts,
     packed_gated_linear,
     packed_linear,
+    packed_projections,
     packed_take,
 )
 from jisu.compiler.ops.elementwise import (
@@ -122,7 +123,7 @@ __all__ = [
     "erf", "exp", "exp2", "experts", "expm1", "flip", "floor", "floor_div", "fmod", "gated_linear", "gather", "ge", "gelu",
     "get", "gt", "iota", "isnan", "layer_norm", "le", "linear", "log", "log10", "log1p", "log2", "logical_and",
     "logical_not", "logical_or", "logical_xor", "lt", "matmul", "maximum", "minimum", "mul", "ne", "neg", "pack",
-    "pack_gated", "packed_experts", "packed_gated_linear", "packed_linear", "packed_take", "pad", "pow_",
+    "pack_gated", "packed_experts", "packed_gated_linear", "packed_linear", "packed_projections", "packed_take", "pad", "pow_",
     "prod", "reciprocal", "reduce_max", "reduce_min", "relu", "remainder", "reshape", "rms_norm", "rotary", "round_",
     "rsqrt", "scan", "scatter", "shift_left", "shift_right", "sigmoid", "sign", "silu", "sin", "sinh", "slice_", "softmax",
     "sort", "sqrt", "square", "sub", "sum_", "take", "tan", "tanh", "transpose", "trunc", "trunc_div", "where", "windows",

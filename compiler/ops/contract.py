@@ -10,7 +10,7 @@ import numpy as np
 from jisu.compiler.graph import defop
 from jisu.compiler.ops import elementwise as ew
 from jisu.compiler.ops.elementwise import widened
-from jisu.compiler.types import TensorType, broadcast, dim, is_float, product, require, same_dim, same_shape
+from jisu.compiler.types import TensorType, TupleType, broadcast, dim, is_float, product, require, same_dim, same_shape
 
 Samples = Iterator[tuple[tuple[str | None, ...], dict[str, Any]]]
 
@@ -299,6 +299,50 @@ def packed_gated_linear(x: TensorType, w: TensorType, *, outputs: int, activatio
     """`gated_linear` with weights that `pack_gated` made."""
     require(activation in ACTIVATIONS, f"unknown activation {activation!r}; known: {', '.join(ACTIVATIONS)}")
     return _packed_rule(x, w, outputs, gated=True)
+
+
+def _packed_projections(x: np.ndarray, *operands: np.ndarray, outputs: tuple[int, ...], biased: bool) -> Any:
+    ws, bs = operands[: len(outputs)], operands[len(outputs) :] if biased else (None,) * len(outputs)
+    unpacked = [_unpack(w, n, x.shape[-1]) for w, n in zip(ws, outputs, strict=True)]
+    return tuple(_linear(x, w, b, None, activation="none") for w, b in zip(unpacked, bs, strict=True))
+
+
+def _packed_projections_axes(x: TensorType, *operands: TensorType, outputs: tuple[int, ...], biased: bool) -> str:
+    ws = operands[: len(outputs)]
+    packs = [f"p{i} q n" if w.rank == 3 else f"p{i} q n t" for i, w in enumerate(ws)]
+    biases = [f"o{i}" for i in range(len(outputs))] if biased else []
+    return f"{', '.join(['*b k', *packs, *biases])} -> {', '.join(f'*b o{i}' for i in range(len(outputs)))}"
+
+
+def _packed_projections_flops(result: TupleType, x: TensorType, *_: Any, **__: Any) -> Any:
+    return sum((2 * t.size * x.shape[-1] for t in result.items), start=0)
+
+
+def _packed_projections_samples() -> Samples:
+    biases = ("float32[5]", "float32[7]")
+    yield ("float32[2, 3]", "float32[2, 3, 4]", "float32[2, 3, 4]", *biases), {"outputs": (5, 7), "biased": True}
+    yield ("float32[2, 3]", "float32[2, 2, 4, 2]", "float32[1, 2, 4, 2]"), {"outputs": (7, 3), "biased": False}
+
+
+@defop(
+    meaning=_packed_projections,
+    axes=_packed_projections_axes,
+    flops=_packed_projections_flops,
+    samples=_packed_projections_samples,
+)
+def packed_projections(
+    x: TensorType, *operands: TensorType, outputs: tuple[int, ...], biased: bool = False
+) -> TupleType:
+    """Several linear layers of one x at once (queries, keys and values): their results [*b, outputs[i]], in order.
+
+    `operands` are the layers' weights, packed one by one, and then, if `biased`, their biases.
+    """
+    count = len(outputs)
+    require(len(operands) == count * (2 if biased else 1), f"{count} layers with {len(operands)} weights and biases")
+    results = tuple(_packed_rule(x, w, n, gated=False) for w, n in zip(operands, outputs, strict=False))
+    for b, n in zip(operands[count:], outputs, strict=False):
+        require(b == TensorType((n,), x.dtype), f"the bias must be {x.dtype}[{n}], got {b}")
+    return TupleType(results)
 
 
 def _packed_take(w: np.ndarray, indices: np.ndarray, *, rows: int, width: int) -> np.ndarray:

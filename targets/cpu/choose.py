@@ -50,6 +50,14 @@ def _linear(node: Node, target: Target) -> Kernel | None:
     return Kernel(function, tuple(arguments), (_rows(node),))
 
 
+def _projections(node: Node, target: Target) -> Kernel | None:
+    x = _operand(node, 0)
+    function = matmul.projections(node.outputs, int(x.shape[-1]), x.dtype, target, bias=node.biased)
+    rows = _rows(x)
+    arguments = (Argument(0, rows), *(Argument(i) for i in range(1, len(node.operands))))
+    return Kernel(function, arguments, tuple((rows[0], n) for n in node.outputs))
+
+
 def _gated(node: Node, target: Target) -> Kernel | None:
     x = _operand(node, 0)
     function = matmul.gated_mlp_up(node.outputs, int(x.shape[-1]), node.dtype, target, activation=node.activation)
@@ -182,6 +190,7 @@ def _experts(node: Node, target: Target) -> Kernel | None:
 CHOOSERS: Mapping[Op, Callable[[Node, Target], Kernel | None]] = {
     ops.packed_linear: _linear,
     ops.packed_gated_linear: _gated,
+    ops.packed_projections: _projections,
     ops.packed_experts: _experts,
     ops.matmul: _matmul,
     ops.attention: _attention,

@@ -26,16 +26,17 @@ BODIES: Mapping[Op, Body] = {
     ops.pad: _single(moves.pad),
     **{op: _single(body) for op, body in reduce.BODIES.items()},
     **{op: _single(body) for op, body in contract.BODIES.items()},
+    **contract.SEVERAL,
     **index.BODIES,
     **nn.BODIES,
 }
 """Ops with loops of their own; all others are computed element by element."""
 
 
-STORED = frozenset({*contract.BODIES, *nn.BODIES, index.packed_take})
+STORED = frozenset({*contract.BODIES, *contract.SEVERAL, *nn.BODIES, index.packed_take})
 """Ops that read their operands in memory: nothing is pulled into their kernels."""
 
-MULTIPLE = frozenset({ops.sort})
+MULTIPLE = frozenset({ops.sort, *contract.SEVERAL})
 """Ops with several results."""
 
 

@@ -111,6 +111,10 @@ class Flat:
         return tirx.BufferLoad(self.buffer, [at])
 
 
+def _is_one(extent: Expr | int) -> bool:
+    return int(extent) == 1 if isinstance(extent, (int, tirx.IntImm)) else False
+
+
 class Builder:
     """A PrimFunc under construction.
 
@@ -150,12 +154,16 @@ class Builder:
         """Bind `value` to a fresh variable, so that it is computed once; literals and variables stay as they are."""
         if isinstance(value, (tirx.Var, tirx.IntImm, tirx.FloatImm)):
             return value
-        self.count += 1
         if dtype_of(value) == "bfloat16":  # TVM's legalisation of bfloat16 forgets the type of a bound variable
-            bits = tirx.Var(f"{hint}{self.count}", "uint16")
-            self.emit(tirx.Bind(bits, tirx.reinterpret("uint16", value)))
-            return tirx.reinterpret("bfloat16", bits)
+            return tirx.reinterpret("bfloat16", self.let(tirx.reinterpret("uint16", value), hint))
+        self.count += 1
         name = tirx.Var(f"{hint}{self.count}", dtype_of(value))
+        if "int" not in dtype_of(value):
+            # By way of memory, which LLVM removes: TVM's simplifier puts a bound value wherever its name stands, and a
+            # chain of selections grows exponentially. Indices it may see through.
+            cell = self.scratch(1, dtype_of(value))
+            self.store(cell, i64(0), value)
+            value = cell[i64(0)]
         self.emit(tirx.Bind(name, value))
         return name
 
@@ -183,7 +191,10 @@ class Builder:
 
     @contextmanager
     def loop(self, extent: Expr | int, kind: ForKind = ForKind.SERIAL, start: Expr | int = 0) -> Iterator[Expr]:
-        """for i in start … start + extent - 1."""
+        """for i in start … start + extent - 1; a loop that runs once is its body (TVM would unroll it, inlining every value)."""
+        if _is_one(extent):
+            yield i64(start) if isinstance(start, int) else start
+            return
         self.count += 1
         index = tirx.Var(f"i{self.count}", "int64")
         with self.scope() as body:
@@ -202,14 +213,14 @@ class Builder:
     def loops(self, extents: Sequence[Expr]) -> Iterator[list[Expr]]:
         """Nested serial loops over `extents`, outermost first."""
         indices: list[Expr] = []
-        scopes: list[list[Any]] = []
-        for _ in extents:
+        for extent in extents:
             self.count += 1
-            indices.append(tirx.Var(f"i{self.count}", "int64"))
-            scopes.append([])
+            indices.append(i64(0) if _is_one(extent) else tirx.Var(f"i{self.count}", "int64"))
         with self.scope() as body:
             yield indices
         for index, extent in zip(reversed(indices), reversed(list(extents)), strict=True):
+            if _is_one(extent):
+                continue
             body = [tirx.For(index, i64(0), extent, ForKind.SERIAL, block(body))]
         for statement in body:
             self.emit(statement)

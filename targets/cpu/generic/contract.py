@@ -10,7 +10,7 @@ from tvm.tirx.stmt import ForKind
 
 from jisu.compiler import ops
 from jisu.compiler.graph import Node, Op
-from jisu.compiler.ops.contract import pack, pack_gated, packed_gated_linear, packed_linear
+from jisu.compiler.ops.contract import pack, pack_gated, packed_gated_linear, packed_linear, packed_projections
 from jisu.compiler.types import Dim, is_integer, product
 from jisu.targets.cpu.generic.build import Builder, Expr, Flat, block, i64, literal
 from jisu.targets.cpu.generic.element import Pull, aligned
@@ -277,6 +277,14 @@ def _packed(b: Builder, pull: Pull, node: Node, target: Flat) -> None:
     b.spread([m, panels], product((m, node.outputs, x.shape[-1])) * (2 if gated else 1), strip)
 
 
+def _packed_projections(b: Builder, pull: Pull, node: Node, targets: Sequence[Flat]) -> None:
+    x, *operands = node.parents
+    count = len(node.outputs)
+    for i, (outputs, target) in enumerate(zip(node.outputs, targets, strict=True)):
+        bias = operands[count + i] if node.biased else None
+        _packed(b, pull, packed_linear(x, operands[i], bias, outputs=outputs), target)
+
+
 def _conv(b: Builder, pull: Pull, node: Node, target: Flat) -> None:
     x, w = node.parents
     dtype = compute_dtype(node.dtype)
@@ -331,6 +339,11 @@ def _pack(b: Builder, pull: Pull, node: Node, target: Flat) -> None:
 
     b.spread(node.shape[: len(experts) + (3 if gated else 2)], node.tensor.size, row)
 
+
+SEVERAL: Mapping[Op, Callable[[Builder, Pull, Node, Sequence[Flat]], None]] = {
+    packed_projections: _packed_projections,
+}
+"""Bodies of ops with several results."""
 
 BODIES: Mapping[Op, Callable[[Builder, Pull, Node, Flat], None]] = {
     ops.matmul: _matmul,

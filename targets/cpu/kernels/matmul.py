@@ -395,6 +395,46 @@ def linear(
                        softcap=softcap, out_dtype=out_dtype)  # fmt: skip
 
 
+def projections(outputs: Sequence[int], k: int, dtype: str, target: Target, *, bias: bool = False) -> Any:
+    """PrimFunc y_i[M, outputs[i]] = x[M, k] W_i^T + b_i for several layers in one parallel region.
+
+    Parameters in order: x[M, k], every w_i[pack_shape], every b_i[outputs[i]] if `bias`, every y_i.
+    """
+    plans = [layer("linear", n, k, dtype, target, bias=bias) for n in outputs]
+    args = [Arg("x", ("m", k), dtype)]
+    args += [Arg(f"w{i}", pack_shape(n, k, dtype, target), dtype) for i, n in enumerate(outputs)]
+    args += [Arg(f"bias{i}", (n,), dtype) for i, n in enumerate(outputs) if bias]
+    args += [Arg(f"y{i}", ("m", n), dtype) for i, n in enumerate(outputs)]
+
+    def body(buffers: Mapping[str, Any], dims: Mapping[str, Any]) -> None:
+        m, chunk = dims["m"], plans[0].chunk  # which depends on k alone
+        chunks = T.max(T.ceildiv(m, chunk), T.int64(1))
+        groups = [plan.groups(m) for plan in plans]
+        counts = [T.ceildiv(T.int64(plan.panels), group) * chunks for plan, group in zip(plans, groups, strict=True)]
+        ends = [sum(counts[: i + 1], start=T.int64(0)) for i in range(len(counts))]
+
+        def run(t: Any, i: int = 0) -> None:
+            def one() -> None:
+                plan, group = plans[i], groups[i]
+                own = t - (ends[i] - counts[i])
+                p0, m0 = T.floordiv(own, chunks) * group, T.floormod(own, chunks) * chunk
+                data = [buffers[o if o == "x" else f"{o}{i}"].data for o in plan.operands]
+                plan.call(data, m0, T.min(m - m0, T.int64(chunk)), p0, T.min(p0 + group, T.int64(plan.panels)), 0)
+
+            if i == len(plans) - 1:
+                one()
+                return
+            with T.If(t < ends[i]):
+                with T.Then():
+                    one()
+                with T.Else():
+                    run(t, i + 1)
+
+        in_tasks(T.Select(m == 0, T.int64(0), ends[-1]), run, serial=m * (sum(outputs) * k) <= SERIAL_WORK)
+
+    return prim_func("projections", args, [plan.task for plan in plans], body)
+
+
 def gated_mlp_up(f: int, k: int, dtype: str, target: Target, *, activation: str = "silu", bias: bool = False) -> Any:
     """PrimFunc y[M, f] = act(x Wg^T + bg) * (x Wu^T + bu), with both weights packed together by `pack_gated`.
 
