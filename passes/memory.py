@@ -7,10 +7,11 @@ from collections.abc import Mapping
 import attrs
 
 from jisu.compiler import ops
+from jisu.compiler.cost import VIEWS
 from jisu.compiler.graph import Graph, Node
 from jisu.compiler.types import TensorType, TupleType, substitute
 
-VIEWS = (ops.reshape, ops.get, ops.cache_append)
+SHARING = VIEWS | {ops.cache_append}
 """Ops whose result shares its operand's storage."""
 
 
@@ -31,7 +32,7 @@ def plan_memory(graph: Graph, env: Mapping[str, int]) -> MemoryPlan:
     owner: dict[Node, Node] = {}
     last: dict[Node, int] = {}
     for i, node in enumerate(graph.nodes):
-        owner[node] = owner[node.parents[0]] if node.op in VIEWS else node
+        owner[node] = owner[node.parents[0]] if node.op in SHARING else node
         for parent in node.parents:
             last[owner[parent]] = i
         last[owner[node]] = max(last.get(owner[node], i), i)

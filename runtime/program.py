@@ -23,8 +23,8 @@ from jisu.compiler.errors import (
     JisuError,
     TensorMemoryError,
 )
-from jisu.compiler.graph import Graph
-from jisu.compiler.interpret import bind_symbols
+from jisu.compiler.graph import ArrayStorage, Graph
+from jisu.compiler.interpret import bind_symbols, interpret
 from jisu.compiler.signature import Signature
 from jisu.compiler.storage import write_safetensors
 from jisu.compiler.text import parse, parse_type
@@ -108,11 +108,25 @@ class Program:
             outputs = self._run(MAIN, arrays)
         except TensorMemoryError as error:
             raise TensorMemoryError(_largest(self._checker, sizes)) from error
+        except IndexOutOfRangeError as error:
+            raise IndexOutOfRangeError(self._index_at_fault(arrays) or str(error)) from None
         as_torch = any(_is_torch(leaf) for leaf in leaves) or (not leaves and "torch" in sys.modules)
         values = [_to_torch(o) if as_torch else np.asarray(o) for o in outputs]
         for position, index in signature.mutations:
             _write_back(leaves[index], values[position])
         return signature.unflatten(values)
+
+    def _index_at_fault(self, arrays: Sequence[np.ndarray]) -> str:
+        """Which computed index lies outside its table: kernels only say that one does, the interpreter finds it."""
+        assert self._checker is not None
+        graph = attrs.evolve(self._checker, weights={k: ArrayStorage(v) for k, v in self._parts.weights.items()})
+        for node in graph.nodes:
+            if node.op in (ops.take, ops.packed_take, ops.gather, ops.scatter):
+                try:
+                    interpret(graph.replace(outputs=(node,)), arrays)
+                except IndexOutOfRangeError as error:
+                    return f"{error} ({node.op.name} of {node.parents[0].type})"
+        return ""
 
     def _run(self, entry: str, arrays: Sequence[Any]) -> tuple[Any, ...]:
         with self._lock:

@@ -7,6 +7,7 @@ process. The child is started at the first compilation and kept, since importing
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
@@ -34,6 +35,9 @@ LIBRARY = "library.so"
 INFO = "info.json"
 IR = "module.txt"
 TIMEOUT = 1800.0
+KEPT_BYTES = 2 << 30
+"""How much the cache of compiled libraries may hold."""
+_STAGING = "new-"
 _FORMAT = 1
 _ROOT = Path(__file__).resolve().parent.parent
 
@@ -143,6 +147,8 @@ def _read(folder: Path, key: str) -> dict[str, Any] | None:
             and isinstance(entry.get("sha256"), str)
             and "info" in entry
         ):
+            with contextlib.suppress(OSError):  # a cache that can't be written serves all the same
+                os.utime(folder)  # used just now
             return entry
     except (OSError, ValueError):
         pass
@@ -166,7 +172,7 @@ def _write(folder: Path, key: str, info: Mapping[str, Any], library: Path) -> No
     staging = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix="new-", dir=folder.parent))
+        staging = Path(tempfile.mkdtemp(prefix=_STAGING, dir=folder.parent))
         data = library.read_bytes()
         entry = {"key": key, "sha256": hashlib.sha256(data).hexdigest(), "info": dict(info)}
         for name, content in ((LIBRARY, data), (INFO, json.dumps(entry).encode())):
@@ -177,9 +183,28 @@ def _write(folder: Path, key: str, info: Mapping[str, Any], library: Path) -> No
         if folder.exists() and not _whole(folder, key):
             shutil.rmtree(folder, ignore_errors=True)
         os.rename(staging, folder)
+        prune(folder.parent)
     except OSError:
         if staging is not None:  # another process was faster, or the disk is full or read-only
             shutil.rmtree(staging, ignore_errors=True)
+
+
+def prune(folder: Path, limit: int = KEPT_BYTES) -> None:
+    """Drop the entries of a cache that were not used for longest until the rest fits `limit` bytes.
+
+    What other processes are just writing stays, and an entry that is gone is only a miss to whoever looks for it.
+    """
+    entries = []
+    for entry in folder.iterdir():
+        with contextlib.suppress(OSError):  # another process drops entries, too
+            if not entry.name.startswith(_STAGING):
+                entries.append((entry.stat().st_mtime, sum(f.stat().st_size for f in entry.iterdir()), entry))
+    total = sum(size for _, size, _ in entries)
+    for _, size, entry in sorted(entries, key=lambda e: e[0]):
+        if total <= limit:
+            return
+        shutil.rmtree(entry, ignore_errors=True)
+        total -= size
 
 
 def _whole(folder: Path, key: str) -> bool:

@@ -246,6 +246,15 @@ def test_embedding_oob(embedding: jisu.Program, index: int) -> None:
         embedding(ids)
 
 
+def test_computed_index_oob() -> None:
+    """An index that the model computes is named like one that was given."""
+    table = torch.arange(12.0).reshape(4, 3)
+    program = compiled(lambda x: table[(x * 2).long()], torch.tensor([0.0, 1.0]))
+    torch.testing.assert_close(program(torch.tensor([1.5, 0.0])), table[[3, 0]])
+    with pytest.raises(IndexError, match=r"index 6 is out of range for an axis of size 4.*float32\[4, 3\]"):
+        program(torch.tensor([0.0, 3.0]))
+
+
 @pytest.mark.parametrize(
     ("bad", "kind", "reason"),
     [
