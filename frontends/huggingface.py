@@ -23,13 +23,13 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from jisu.compiler import ops
-from jisu.compiler.errors import InputError, UnsupportedError
+from jisu.compiler.errors import InputError, JisuError, UnsupportedError
 from jisu.compiler.graph import WEIGHT, ArrayStorage, Graph, Node, Storage
 from jisu.compiler.types import TensorType, numpy_dtype
 from jisu.frontends.aten import LOWERINGS, Call
 from jisu.frontends.checkpoint import Decoder, travelling_files
 from jisu.frontends.conversion import Stored, find_parameters
-from jisu.frontends.torch_export import capture
+from jisu.frontends.torch_export import Captured, capture
 
 NAME = "jisu"  # under which our functions stand in transformers' registries
 
@@ -246,16 +246,19 @@ class _Whole(nn.Module):
         return out.logits  # type: ignore[no-any-return]
 
 
+_REGISTRIES = {"attention": "_attn_implementation_internal", "experts": "_experts_implementation_internal"}
+
+
 @contextlib.contextmanager
-def _our_functions(model: transformers.PreTrainedModel) -> Iterator[None]:
-    """Let `model` (and its parts) look up our functions; restored at the end."""
+def _our_functions(model: transformers.PreTrainedModel, *kinds: str) -> Iterator[None]:
+    """Let `model` (and its parts) look up our functions of these kinds; restored at the end."""
     register()
     configs = {
         id(m.config): m.config
         for m in model.modules()
         if isinstance(getattr(m, "config", None), transformers.PreTrainedConfig)
     }
-    fields = ("_attn_implementation_internal", "_experts_implementation_internal")
+    fields = [_REGISTRIES[kind] for kind in kinds]
     before = [(c, f, getattr(c, f)) for c in configs.values() for f in fields if hasattr(c, f)]
     for c, f, _ in before:
         setattr(c, f, NAME)
@@ -264,6 +267,45 @@ def _our_functions(model: transformers.PreTrainedModel) -> Iterator[None]:
     finally:
         for c, f, old in before:
             setattr(c, f, old)
+
+
+_LONGEST = 1 << 24
+
+
+def _captured(model: transformers.PreTrainedModel, takes_positions: bool, limit: int, storage: Any) -> Captured:
+    """The trace, by the first way that works.
+
+    With our attention in the registry no mask is a tensor. A model that computes with its mask, or whose mask isn't causal,
+    is traced with transformers' own attention, and one that doesn't accept any length for lengths up to about `limit`.
+    """
+    device = next(model.parameters()).device
+    ids = torch.zeros((2, 7), dtype=torch.long, device=device)
+    # Distinct, increasing positions, as the shapes of the trace are all that matters.
+    positions = torch.arange(7, device=device).expand(2, 7)
+    batch = torch.export.Dim("batch", min=1, max=1 << 16)
+    fault: JisuError | None = None
+    for kinds in (("attention", "experts"), ("experts",)):
+        for longest in (
+            _LONGEST,
+            limit,
+            limit - 1,
+        ):  # slices of a table of `limit` rows have another trace at `limit` itself
+            sequence = torch.export.Dim("sequence", min=1, max=longest)
+            shapes = {"input_ids": {0: batch, 1: sequence}, "position_ids": {0: batch, 1: sequence}}
+            try:
+                with _our_functions(model, *kinds):
+                    return capture(_Whole(model, takes_positions), (ids, positions), {}, shapes, storage=storage)
+            except UnsupportedError as error:
+                fault = error
+                break  # another range of lengths won't help
+            except InputError as error:
+                fault = error
+    if isinstance(fault, UnsupportedError):
+        raise fault
+    raise UnsupportedError(
+        f"{type(model).__name__} can't be traced for sequences of any length: {fault}; "
+        "give example_inputs=(input_ids,) to compile it for one length"
+    ) from fault
 
 
 def is_decoder(model: object) -> bool:
@@ -296,19 +338,14 @@ def trace_decoder(
     text = model.config.get_text_config()
     was_training = model.training
     model.eval()
-    device = next(model.parameters()).device
-    ids = torch.zeros((2, 7), dtype=torch.long, device=device)
-    # Distinct, increasing positions, as the shapes of the trace are all that matters.
-    positions = torch.arange(7, device=device).expand(2, 7)
-    batch, sequence = torch.export.Dim("batch", min=1, max=1 << 16), torch.export.Dim("sequence", min=1, max=1 << 24)
-    shapes = {"input_ids": {0: batch, 1: sequence}, "position_ids": {0: batch, 1: sequence}}
+    names = ("max_position_embeddings", "n_positions", "max_seq_len")
+    limit = next((int(n) for n in (getattr(text, name, None) for name in names) if n), 1 << 20)
     made = converted.converted if converted is not None else {}
     blanks = {value: _Blank(value.tensor) for value in made.values()}
     given = {**(storage or {}), **{name: blanks[value] for name, value in made.items()}}
     prefixed = {f"model.{k}": v for k, v in given.items()} or None
     try:
-        with _our_functions(model):
-            captured = capture(_Whole(model, takes_positions), (ids, positions), {}, shapes, storage=prefixed)
+        captured = _captured(model, takes_positions, limit, prefixed)
     finally:
         model.train(was_training)
     graph = captured.graph
@@ -317,12 +354,11 @@ def trace_decoder(
     if not takes_positions:
         graph = graph.replace(inputs=tuple(i for i in graph.inputs if i.name != "position_ids"))
     (name,) = graph.inputs[0].shape[1].free_symbols  # type: ignore[union-attr]
-    limit = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None) or 1 << 20
     return Decoder(
         graph,
         name.name,
         int(graph.outputs[0].shape[-1]),
-        int(limit),
+        min(limit, graph.ranges[name.name][1] or limit),
         dict(files or {}),
         _result_class(model),
     )

@@ -270,7 +270,8 @@ def derive_step(
         if key not in caches:
             capacity = symbol(f"ring_{window}") if ring else symbol("capacity")
             rows = (symbol("pages"), new.shape[2], layout.page) if layout.page else (batch, new.shape[2], capacity)
-            spec = StateSpec(f"{role}.{len(state) // 2}", TensorType((*rows, new.shape[3]), new.dtype), window, ring)
+            number = sum(s.name.startswith(role) for s, _, _ in state)  # attentions may share keys and not values
+            spec = StateSpec(f"{role}.{number}", TensorType((*rows, new.shape[3]), new.dtype), window, ring)
             cache = placeholder(spec.name, spec.type)
             caches[key] = ops.cache_append(cache, new, length, table, ring=ring)
             state.append((spec, cache, caches[key]))

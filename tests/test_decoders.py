@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import torch
+import transformers
 from decoders import DECODERS, VOCABULARY, make
 
 import jisu
@@ -80,3 +83,80 @@ def test_bfloat16_is_as_close_as_eager() -> None:
     got = jisu.compile(rounded)(ids).logits
     assert got.dtype == torch.bfloat16
     assert (got.float() - want).abs().mean() < 1.5 * (eager.float() - want).abs().mean()
+
+
+UNCACHED: dict[str, tuple[transformers.PreTrainedConfig, str]] = {
+    # Biases that grow with the distance, computed from the mask.
+    "bloom": (
+        transformers.BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4),
+        "scan.*earlier tokens",
+    ),
+    # Adds its mask to its scores by itself.
+    "falcon": (
+        transformers.FalconConfig(
+            vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, alibi=False
+        ),
+        "length of the whole sequence",
+    ),
+    # Every token reads every other.
+    "bert": (
+        transformers.BertConfig(
+            vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48
+        ),
+        ".",
+    ),
+    # Slices a table of positions.
+    "openai-gpt": (
+        transformers.OpenAIGPTConfig(vocab_size=VOCABULARY, n_positions=64, n_embd=32, n_layer=2, n_head=4),
+        "operands have the sequence",
+    ),
+}
+"""Models for which no cache is derived, with what the reason says."""
+
+
+@pytest.mark.parametrize("name", [n if n == "falcon" else pytest.param(n, marks=pytest.mark.slow) for n in UNCACHED])
+def test_without_a_cache(name: str) -> None:
+    """Where the proof fails, the program computes whole sequences, gives the same results, and says why."""
+    config, reason = UNCACHED[name]
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    program = jisu.compile(model)
+    assert program.decoder is not None and re.search(reason, program.decoder.reason), program.decoder
+    assert program.explain()["cache"] == program.decoder.reason
+    ids = torch.randint(3, VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        want = model(ids).logits.numpy()
+    np.testing.assert_allclose(program(ids).logits.numpy(), want, atol=1e-4)
+    greedy = ids[:1]
+    for _ in range(5):
+        with torch.no_grad():
+            token = model(greedy).logits[:, -1:].argmax(-1)
+        greedy = torch.cat([greedy, token], 1)
+    tokens = program.generate(ids[:1].numpy(), max_new_tokens=5, do_sample=False, eos_token_id=None).sequences[0]
+    assert tokens == greedy[0, 12:].tolist()
+
+
+@pytest.mark.slow
+def test_attentions_that_share_keys() -> None:
+    """Two attentions of a layer read the same keys with other values: each value has a cache, the keys have one."""
+    torch.manual_seed(0)
+    config = transformers.DiffLlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    model = transformers.DiffLlamaForCausalLM(config).eval()
+    program = jisu.compile(model)
+    assert program.decoder is not None and not program.decoder.reason
+    ids = torch.randint(3, VOCABULARY, (1, 9))
+    with torch.no_grad():
+        want = model(ids).logits.numpy()
+    session = program.session()
+    got = np.concatenate([session.append(ids[:, i : i + 3].numpy()) for i in (0, 3, 6)], 1)
+    np.testing.assert_allclose(got, want, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_model_of_one_length_is_refused_by_name() -> None:
+    config = transformers.MambaConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=1, state_size=4)
+    with pytest.raises(jisu.UnsupportedError, match=r"MambaForCausalLM.*any length.*example_inputs"):
+        jisu.compile(transformers.MambaForCausalLM(config).eval())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +10,10 @@ import pytest
 
 from jisu.compiler import ops
 from jisu.compiler.errors import CompileError, IndexOutOfRangeError, InputError
-from jisu.compiler.graph import ArrayStorage, Graph, Op, placeholder, weight
+from jisu.compiler.graph import ArrayStorage, Graph, Node, Op, placeholder, weight
 from jisu.compiler.interpret import interpret
 from jisu.compiler.pipeline import relative_error
-from jisu.compiler.types import TensorType, symbol
+from jisu.compiler.types import TensorType, is_float, numpy_dtype, symbol
 from jisu.runtime.executable import Executable
 from jisu.targets.compile import compile_graphs
 from jisu.targets.target import Target
@@ -187,3 +188,71 @@ def test_fusion_never_makes_a_cycle(folder: Path) -> None:
     array = np.random.default_rng(0).standard_normal((4, 4)).astype(np.float32)
     for got, want in zip(program.call("main", [array]), interpret(graph, [array]), strict=True):
         check(got, want, "float32", "cycle")
+
+
+SYMBOL = symbol("n")
+PRODUCERS: dict[str, Callable[[Node, Node], Node]] = {
+    "as it is": lambda x, ids: x,
+    "square": lambda x, ids: ops.square(x),
+    "silu": lambda x, ids: ops.silu(x),
+    "gelu": lambda x, ids: ops.gelu(x, approximate="tanh"),
+    "scaled": lambda x, ids: ops.add(ops.mul(x, 0.5), 1.0),
+    "broadcast": lambda x, ids: ops.sub(x, ops.slice_(x, starts=(0, 0), stops=(1, 37), steps=(1, 1))),
+    "transposed": lambda x, ids: ops.transpose(ops.transpose(ops.neg(x), perm=(1, 0)), perm=(1, 0)),
+    "looked up": lambda x, ids: ops.take(x, ids, axis=0),
+    "wide": lambda x, ids: ops.cast(x, dtype="float32"),
+    "chosen": lambda x, ids: ops.where(ops.gt(x, 0.0), x, ops.exp(x)),
+}
+CONSUMERS: dict[str, Callable[[Node], Node]] = {
+    "sum rows": lambda x: ops.sum_(x, axes=(1,), keepdims=True),
+    "sum columns": lambda x: ops.sum_(x, axes=(0,)),
+    "sum all": lambda x: ops.sum_(x, axes=(0, 1)),
+    "prod": lambda x: ops.prod(ops.mul(x, 0.1), axes=(1,)),
+    "largest": lambda x: ops.reduce_max(x, axes=(1,), keepdims=True),
+    "least": lambda x: ops.reduce_min(x, axes=(0,)),
+    "any": lambda x: ops.any_(ops.gt(x, 1.0), axes=(1,)),
+    "all": lambda x: ops.all_(ops.gt(x, -1.0), axes=(0,)),
+    "where largest": lambda x: ops.argmax(x, axis=1),
+    "where least": lambda x: ops.argmin(x, axis=0),
+    "softmax rows": lambda x: ops.softmax(x, axis=1),
+    "softmax columns": lambda x: ops.softmax(x, axis=0),
+    "running sum": lambda x: ops.scan(x, axis=1, kind="sum"),
+    "running sum down": lambda x: ops.scan(x, axis=0, kind="sum"),
+    "sorted": lambda x: ops.get(ops.sort(x, axis=1), index=0),
+    "twice": lambda x: ops.concat(x, ops.neg(x), axis=1),
+    "padded": lambda x: ops.pad(x, 0.5, low=(1, 2), high=(0, 3), interior=(0, 0)),
+    "reversed": lambda x: ops.flip(x, axes=(1,)),
+    "turned": lambda x: ops.transpose(x, perm=(1, 0)),
+    "every other": lambda x: ops.slice_(x, starts=(0, 1), stops=x.shape, steps=(1, 2)),
+    "normalised": lambda x: ops.rms_norm(x, eps=1e-5),
+    "centred": lambda x: ops.layer_norm(x, eps=1e-5),
+    "product": lambda x: ops.matmul(ops.transpose(x, perm=(1, 0)), x),
+}
+
+
+@pytest.mark.parametrize("rows", [5, SYMBOL], ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+def test_every_consumer_of_every_producer(dtype: str, rows: int, folder: Path) -> None:
+    """What is computed inside its user's kernel equals what the interpreter computes; rows are longer than vectors."""
+    x, ids = placeholder("x", TensorType((rows, 37), dtype)), placeholder("ids", TensorType((rows,), "int64"))
+    ranges = {"n": (1, 64)} if rows is SYMBOL else {}
+    entries = {
+        f"{p} {c}".replace(" ", "_"): Graph((x, ids), (consume(produce(x, ids)),), ranges=ranges)
+        for p, produce in PRODUCERS.items()
+        for c, consume in CONSUMERS.items()
+    }
+    run, _ = build(folder, **entries)
+    rng = np.random.default_rng(0)
+    array = rng.standard_normal((5, 37)).astype(numpy_dtype(dtype))
+    given = [array, rng.integers(0, 5, 5)]
+    for name, graph in entries.items():
+        (want,), (got,) = interpret(graph, given), run.call(name, given)
+        exact = interpret(graph, given, float64=True)[0]
+        assert np.asarray(got).shape == want.shape and np.asarray(got).dtype == want.dtype, name
+        if is_float(graph.outputs[0].dtype):
+            # Where the meaning itself rounds in between, it is off from float64 as well.
+            allowed = max(TOLERANCE[graph.outputs[0].dtype], 3 * relative_error(want, exact))
+            error = relative_error(np.asarray(got), exact.astype(np.float64))
+            assert error <= allowed, f"{name}: {error} of {allowed}\n{graph}"
+        else:
+            np.testing.assert_array_equal(got, want, err_msg=name)

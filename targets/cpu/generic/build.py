@@ -130,6 +130,7 @@ class Builder:
         self.scopes: list[list[Any]] = [[]]
         self.parameters: list[Any] = []
         self.count = 0
+        self.vectors = False  # inside a loop that becomes vector instructions
         self.inputs = [self._parameter(f"x{i}", t) for i, t in enumerate(inputs)]
         self.parameters += [self.symbols[s] for s in extra_symbols(inputs, self.symbols)]
         self.outputs = [self._parameter(f"y{i}", t) for i, t in enumerate(outputs)]
@@ -158,7 +159,7 @@ class Builder:
             return tirx.reinterpret("bfloat16", self.let(tirx.reinterpret("uint16", value), hint))
         self.count += 1
         name = tirx.Var(f"{hint}{self.count}", dtype_of(value))
-        if "int" not in dtype_of(value):
+        if "int" not in dtype_of(value) and not self.vectors:  # a cell would be one for all lanes
             # By way of memory, which LLVM removes: TVM's simplifier puts a bound value wherever its name stands, and a
             # chain of selections grows exponentially. Indices it may see through.
             cell = self.scratch(1, dtype_of(value))
@@ -197,8 +198,11 @@ class Builder:
             return
         self.count += 1
         index = tirx.Var(f"i{self.count}", "int64")
+        vectors = self.vectors or kind == ForKind.VECTORIZED
         with self.scope() as body:
+            before, self.vectors = self.vectors, vectors
             yield index
+            self.vectors = before
         start, extent = (i64(v) if isinstance(v, int) else v for v in (start, extent))
         self.emit(tirx.For(index, start, extent, kind, block(body)))
 
