@@ -9,6 +9,7 @@ weights never materialise in torch: they stay references into the memory-mapped 
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from jisu.compiler import ops
 from jisu.compiler.errors import InputError, JisuError, UnsupportedError
-from jisu.compiler.graph import WEIGHT, ArrayStorage, Graph, Node, Storage
+from jisu.compiler.graph import WEIGHT, ArrayStorage, Graph, Node, Storage, weight
 from jisu.compiler.types import TensorType, numpy_dtype
 from jisu.frontends.aten import LOWERINGS, Call
 from jisu.frontends.checkpoint import Decoder, travelling_files
@@ -351,6 +352,7 @@ def trace_decoder(
     graph = captured.graph
     if converted is not None and made:
         graph = _with_conversions(graph, converted)
+    graph = _named_as_in(graph)
     if not takes_positions:
         graph = graph.replace(inputs=tuple(i for i in graph.inputs if i.name != "position_ids"))
     (name,) = graph.inputs[0].shape[1].free_symbols  # type: ignore[union-attr]
@@ -388,6 +390,22 @@ def _with_conversions(graph: Graph, stored: Stored) -> Graph:
     weights = {**{n: s for n, s in graph.weights.items() if n not in values}, **stored.sources}
     changed = graph.map(lambda old, new: values.get(new.name, new) if new.op is WEIGHT else new)
     return attrs.evolve(changed, weights=weights).replace()
+
+
+_WRAPPER = re.compile(r"^model(\.|(?= )|$)")
+
+
+def _named_as_in(graph: Graph) -> Graph:
+    """Weights and sources by their names in the user's model, not in the module that we wrapped around it."""
+
+    def named(old: Node, new: Node) -> Node:
+        source = _WRAPPER.sub("", new.source, count=1).lstrip()
+        if new.op is WEIGHT:
+            return weight(_WRAPPER.sub("", new.name, count=1), new.tensor, source)
+        return new if source == new.source else attrs.evolve(new, source=source)
+
+    weights = {_WRAPPER.sub("", name, count=1): storage for name, storage in graph.weights.items()}
+    return attrs.evolve(graph.map(named), weights=weights).replace()
 
 
 def _result_class(model: nn.Module) -> str:
