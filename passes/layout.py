@@ -8,7 +8,7 @@ compiling needs no second copy of a model.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -44,7 +44,52 @@ class PackWeights:
                 packed[key] = op(*operands, panel=self.panel, pair=self.pair[operands[0].dtype])
             return packed[key]
 
+        def coded(weights: Sequence[Node]) -> tuple[Node, Node]:
+            """Codes and scales of one matrix, or of gate and up side by side, in panels."""
+            found = []
+            for w in weights:
+                c, s, z = w.operands
+                attributes = {"scheme": w.scheme, "panel": self.panel}
+                parts = (
+                    ops.pack_codes.make((c,), {**attributes, "k": w.k}),
+                    ops.pack_scales.make((s, z), {**attributes, "whole": w.whole}),
+                )
+                found.append([packed.setdefault((w, p.op), p) for p in parts])
+            if len(found) == 1:
+                return found[0][0], found[0][1]
+            codes, scales = (
+                ops.concat(*(ops.reshape(p, shape=(p.shape[0], 1, *p.shape[1:])) for p in part), axis=1)
+                for part in zip(*found, strict=True)
+            )
+            return codes, scales
+
+        def quantized(new: Node, weights: Sequence[Node], b: Node | None, r: Node | None, source: str) -> Node:
+            first = weights[0]
+            attributes = {
+                "outputs": first.shape[0],
+                "scheme": first.scheme,
+                "group": first.group,
+                "gated": len(weights) > 1,
+            }
+            operands = (new.operands[0], *coded(weights), b, r)
+            return ops.quantized_linear.make(operands, {**attributes, "activation": new.activation}, source)
+
         def transform(old: Node, new: Node) -> Node:
+            if new.op is ops.linear and self._quantized(new.operands[1]):
+                _, w, b, r = new.operands
+                assert w is not None
+                return quantized(new, (w,), b, r, new.source)
+            if new.op is ops.gated_linear and self._quantized(*new.operands[1:]):
+                x, *weights = new.parents
+                if len({(w.scheme, w.group) for w in weights}) == 1:
+                    return quantized(new, weights, None, None, new.source)
+                gate, up = (ops.linear.make((x, w, None, None), {"activation": a}, new.source)
+                            for w, a in zip(weights, (new.activation, "none"), strict=True))  # fmt: skip
+                return ops.mul.make(
+                    [quantized(n, (n.operands[1],), None, None, n.source) for n in (gate, up)], {}, new.source
+                )
+            if new.op is ops.take and new.axis == 0 and self._quantized(new.operands[0]):
+                return self._looked_up(new)
             if new.op is ops.linear and self._packs(old.operands[1]):
                 x, w, b, r = new.operands
                 assert w is not None
@@ -81,8 +126,21 @@ class PackWeights:
             and node.rank == rank
             and not node.tensor.symbols
             and 0 not in node.shape
+            and node.op is not ops.dequantize
             and _is_stored(node)
         )
+
+    def _quantized(self, *nodes: Node | None) -> bool:
+        """Whether all are matrices of codes that kernels read."""
+        return all(n is not None and n.op is ops.dequantize and n.dtype in self.pair and _is_stored(n) for n in nodes)
+
+    @staticmethod
+    def _looked_up(node: Node) -> Node:
+        """Rows of a matrix of codes: the rows' codes are looked up, not the whole matrix computed."""
+        table, indices = node.parents
+        flat = ops.reshape(indices, shape=(indices.tensor.size,))
+        rows = [None if p is None else ops.take(p, flat, axis=0, wrap=node.wrap) for p in table.operands]
+        return ops.reshape(ops.dequantize.make(rows, table.attributes, node.source), shape=node.shape)
 
     @staticmethod
     def _halves(gate_up: Node) -> tuple[Node, Node]:
@@ -214,7 +272,7 @@ class FoldWeights:
                 stored[node] = True
             else:
                 fixed = isinstance(node.type, TensorType) and not node.tensor.symbols
-                grows = node.op in (ops.broadcast_to, ops.iota, ops.dim_value) or node.op is INPUT
+                grows = node.op in (ops.broadcast_to, ops.iota, ops.dim_value, ops.dequantize) or node.op is INPUT
                 stored[node] = fixed and not grows and bool(node.parents) and all(stored[p] for p in node.parents)
         weights = dict(graph.weights)
         names: dict[Node, str] = {}

@@ -1,10 +1,10 @@
 """Every op of the IR. The signature is the schema, the notation or body the type rule, `meaning` the truth.
 
-`OPS` maps names to ops. Modules by family: elementwise, shape, index, reduce, contract, nn.
+`OPS` maps names to ops. Modules by family: elementwise, shape, index, reduce, contract, nn, quantize.
 """
 
 from jisu.compiler.graph import CONSTANT, INPUT, WEIGHT, Op
-from jisu.compiler.ops import contract, elementwise, index, nn, reduce, shape
+from jisu.compiler.ops import contract, elementwise, index, nn, quantize, reduce, shape
 from jisu.compiler.ops.contract import (
     ACTIVATIONS,
     conv,
@@ -90,6 +90,7 @@ from jisu.compiler.ops.elementwise import (
 )
 from jisu.compiler.ops.index import gather, scatter, sort, take
 from jisu.compiler.ops.nn import attention, attention_cached, cache_append, experts, layer_norm, rms_norm, rotary
+from jisu.compiler.ops.quantize import dequantize, pack_codes, pack_scales, quantized_linear
 from jisu.compiler.ops.reduce import all_, any_, argmax, argmin, prod, reduce_max, reduce_min, scan, softmax, sum_
 from jisu.compiler.ops.shape import (
     broadcast_to,
@@ -107,7 +108,7 @@ from jisu.compiler.ops.shape import (
 
 OPS: dict[str, Op] = {
     value.name: value
-    for module in (elementwise, shape, index, reduce, contract, nn)
+    for module in (elementwise, shape, index, reduce, contract, nn, quantize)
     for value in vars(module).values()
     if isinstance(value, Op)
 } | {op.name: op for op in (INPUT, WEIGHT, CONSTANT)}
@@ -119,12 +120,12 @@ ELEMENTWISE: frozenset[Op] = frozenset(v for v in vars(elementwise).values() if 
 __all__ = [
     "ACTIVATIONS", "ELEMENTWISE", "OPS", "abs_", "acos", "acosh", "add", "all_", "any_", "argmax", "argmin", "asin",
     "asinh", "atan", "atan2", "atanh", "attention", "attention_cached", "bit_and", "bit_not", "bit_or", "bit_xor",
-    "broadcast_to", "cache_append", "cast", "ceil", "concat", "conv", "copysign", "cos", "cosh", "dim_value", "div", "eq",
+    "broadcast_to", "cache_append", "cast", "ceil", "concat", "conv", "copysign", "cos", "cosh", "dequantize", "dim_value", "div", "eq",
     "erf", "exp", "exp2", "experts", "expm1", "flip", "floor", "floor_div", "fmod", "gated_linear", "gather", "ge", "gelu",
     "get", "gt", "iota", "isnan", "layer_norm", "le", "linear", "log", "log10", "log1p", "log2", "logical_and",
     "logical_not", "logical_or", "logical_xor", "lt", "matmul", "maximum", "minimum", "mul", "ne", "neg", "pack",
-    "pack_gated", "packed_experts", "packed_gated_linear", "packed_linear", "packed_projections", "packed_take", "pad", "pow_",
-    "prod", "reciprocal", "reduce_max", "reduce_min", "relu", "remainder", "reshape", "rms_norm", "rotary", "round_",
+    "pack_codes", "pack_gated", "pack_scales", "packed_experts", "packed_gated_linear", "packed_linear", "packed_projections", "packed_take", "pad", "pow_",
+    "prod", "quantized_linear", "reciprocal", "reduce_max", "reduce_min", "relu", "remainder", "reshape", "rms_norm", "rotary", "round_",
     "rsqrt", "scan", "scatter", "shift_left", "shift_right", "sigmoid", "sign", "silu", "sin", "sinh", "slice_", "softmax",
     "sort", "sqrt", "square", "sub", "sum_", "take", "tan", "tanh", "transpose", "trunc", "trunc_div", "where", "windows",
 ]  # fmt: skip

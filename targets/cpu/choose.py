@@ -58,6 +58,20 @@ def _projections(node: Node, target: Target) -> Kernel | None:
     return Kernel(function, arguments, tuple((rows[0], n) for n in node.outputs))
 
 
+def _quantized(node: Node, target: Target) -> Kernel | None:
+    x = _operand(node, 0)
+    if not _computes(node, target) or _operand(node, 1).shape[-1] != matmul.panel_width(target):
+        return None
+    function = matmul.quantized_linear(
+        node.outputs, int(x.shape[-1]), node.dtype, target, scheme=node.scheme, group=node.group, gated=node.gated,
+        bias=node.operands[3] is not None, activation=node.activation, residual=node.operands[4] is not None,
+    )  # fmt: skip
+    arguments = [Argument(0, _rows(x)), Argument(1), Argument(2), *_present(node, 3)]
+    if node.operands[4] is not None:
+        arguments.append(Argument(4, _rows(node)))
+    return Kernel(function, tuple(arguments), (_rows(node),))
+
+
 def _gated(node: Node, target: Target) -> Kernel | None:
     x = _operand(node, 0)
     function = matmul.gated_mlp_up(node.outputs, int(x.shape[-1]), node.dtype, target, activation=node.activation)
@@ -191,6 +205,7 @@ CHOOSERS: Mapping[Op, Callable[[Node, Target], Kernel | None]] = {
     ops.packed_linear: _linear,
     ops.packed_gated_linear: _gated,
     ops.packed_projections: _projections,
+    ops.quantized_linear: _quantized,
     ops.packed_experts: _experts,
     ops.matmul: _matmul,
     ops.attention: _attention,

@@ -8,7 +8,7 @@ import sympy
 from tvm import tirx
 from tvm.tirx.stmt import ForKind
 
-from jisu.compiler import ops
+from jisu.compiler import ops, schemes
 from jisu.compiler.graph import Node, Op
 from jisu.compiler.ops.contract import pack, pack_gated, packed_gated_linear, packed_linear, packed_projections
 from jisu.compiler.types import Dim, is_integer, product
@@ -163,8 +163,8 @@ def dots(
 
 
 def _epilogue(b: Builder, pull: Pull, node: Node, value: Expr, row: Expr, column: Expr) -> Expr:
-    """bias, activation and residual of `linear`, each rounded as its meaning says."""
-    _, _, bias, residual = node.operands
+    """bias, activation and residual of a linear layer (its last two operands), each rounded as its meaning says."""
+    *_, bias, residual = node.operands
     if bias is not None:
         value = value + load(b, pull.leaves[bias], column)
     value = b.let(round_to(b, value, node.dtype))
@@ -340,6 +340,113 @@ def _pack(b: Builder, pull: Pull, node: Node, target: Flat) -> None:
     b.spread(node.shape[: len(experts) + (3 if gated else 2)], node.tensor.size, row)
 
 
+def level(b: Builder, scheme: str, code: Expr) -> Expr:
+    """The level float32 of a scheme's code (an int32)."""
+    kind = schemes.scheme(scheme)
+    if kind.uniform:
+        return tirx.Cast("float32", code)
+    if scheme == "fp8" or kind.bits == 4 and kind.levels[1] == 0.5:  # exponent and mantissa lie as in float32, moved
+        mantissa, bias = (3, 7) if scheme == "fp8" else (1, 1)
+        sign = 1 << (kind.bits - 1)
+        bits = tirx.bitwise_and(code, sign - 1) << (23 - mantissa)
+        size = b.let(tirx.reinterpret("float32", bits) * tirx.FloatImm("float32", 2.0 ** (127 - bias)))
+        return tirx.Select(tirx.NE(tirx.bitwise_and(code, sign), 0), -size, size)
+    found: Expr = literal(float(kind.levels[-1]), "float32")
+    for i in range(len(kind.levels) - 2, -1, -1):
+        found = tirx.Select(tirx.EQ(code, i), literal(float(kind.levels[i]), "float32"), found)
+    return found
+
+
+def _byte(b: Builder, flat: Flat, position: Expr) -> Expr:
+    return tirx.Cast("int32", b.let(flat[position]))
+
+
+def _dequantize(b: Builder, pull: Pull, node: Node, target: Flat) -> None:
+    codes, scales, zeros = node.operands
+    assert codes is not None and scales is not None
+    kind = schemes.scheme(node.scheme)
+    n, k = node.shape
+    group = node.group or k
+    row_bytes, groups = kind.row_bytes(k), kind.groups(k, node.group)
+    packed, stored = pull.leaves[codes], pull.leaves[scales]
+    mask = 2**kind.bits - 1
+
+    def element(outer: list[Expr]) -> None:
+        row, column = outer
+        bit = column * i64(kind.bits)
+        at = b.let(row * i64(row_bytes) + tirx.floordiv(bit, i64(8)), "byte")
+        code = _byte(b, packed, at)
+        if 8 % kind.bits:  # a code may go on in the next byte
+            last = i64(row_bytes - 1) + row * i64(row_bytes)
+            code = tirx.bitwise_or(code, _byte(b, packed, tirx.min(at + i64(1), last)) << 8)
+        shift = tirx.Cast("int32", tirx.floormod(bit, i64(8)))
+        code = b.let(tirx.bitwise_and(code >> shift, mask), "code")
+        where = b.let(row * i64(groups) + tirx.floordiv(column, i64(group)), "group")
+        if kind.scale == "e8m0":
+            scale = tirx.reinterpret("float32", tirx.max(_byte(b, stored, where) << 23, 1 << 22))
+        elif kind.scale == "e4m3":
+            scale = level(b, "fp8", _byte(b, stored, where)) * literal(node.whole, "float32")
+        else:
+            scale = tirx.Cast("float32", b.let(stored[where]))
+        zero = (
+            literal(kind.middle, "float32")
+            if zeros is None
+            else tirx.Cast("float32", _byte(b, pull.leaves[zeros], where))
+        )
+        value = b.let((level(b, node.scheme, code) - zero) * scale)
+        wide = value if node.dtype != "float64" else tirx.Cast("float64", value)
+        b.store(target, outer, narrow(b, wide, node.dtype))
+
+    b.spread([n, k], product((n, k, 8)), element)
+
+
+def _quantized(b: Builder, pull: Pull, node: Node, target: Flat) -> None:
+    x, codes, scales = node.operands[:3]
+    assert x is not None and codes is not None and scales is not None
+    dtype = compute_dtype(node.dtype)
+    left, packed, stored = pull.leaves[x], pull.leaves[codes], pull.leaves[scales]
+    kind, k = schemes.scheme(node.scheme), x.shape[-1]
+    panels, panel = codes.shape[0], codes.shape[-1]
+    assert isinstance(panel, int) and isinstance(k, int)
+    per_byte, mask = (1, 255) if kind.bits == 8 else (2, 2**kind.bits - 1)
+    depth, width, m = i64(k), i64(node.outputs), product(node.shape[:-1])
+
+    def strip(outer: list[Expr]) -> None:
+        row, p = outer
+        with b.loop((panel + TILE - 1) // TILE) as part:
+            first = b.let(part * i64(TILE), "first")
+            column = b.let(p * i64(panel) + first, "column")
+            count = b.let(tirx.max(tirx.min(tirx.min(i64(TILE), i64(panel) - first), width - column), i64(0)), "count")
+            held = b.scratch(TILE, dtype)
+
+            def weight(half: int, k: Expr, j: Expr) -> Expr:
+                lead = [p, *([i64(half)] if node.gated else [])]
+                byte = _byte(b, packed, packed.offset([*lead, tirx.floordiv(k, i64(per_byte)), first + j]))
+                shift = tirx.Cast("int32", tirx.floormod(k, i64(per_byte))) * 4
+                code = b.let(tirx.bitwise_and(byte >> shift, mask), "code")
+                group = tirx.floordiv(k, i64(node.group or int(depth)))
+                scale, move = (b.let(stored[stored.offset([*lead, group, i64(i), first + j])]) for i in (0, 1))
+                value = level(b, node.scheme, code) * scale + move
+                return b.let(value if dtype == "float32" else tirx.Cast(dtype, value))
+
+            def run(half: int, put: Callable[[Expr, Expr], None]) -> None:
+                columns(
+                    b, dtype, count, [depth], lambda i: load(b, left, row * depth + i[0]),
+                    lambda i, j: weight(half, i[0], j), put,
+                )  # fmt: skip
+
+            def put(j: Expr, value: Expr) -> None:
+                gate = node.gated
+                done = _gate(b, node, held[j], value) if gate else _epilogue(b, pull, node, value, row, column + j)
+                b.store(target, row * width + column + j, done)
+
+            if node.gated:
+                run(0, lambda j, value: b.store(held, j, value))
+            run(1 if node.gated else 0, put)
+
+    b.spread([m, panels], product((m, node.outputs, k)) * (2 if node.gated else 1), strip)
+
+
 SEVERAL: Mapping[Op, Callable[[Builder, Pull, Node, Sequence[Flat]], None]] = {
     packed_projections: _packed_projections,
 }
@@ -354,4 +461,6 @@ BODIES: Mapping[Op, Callable[[Builder, Pull, Node, Flat], None]] = {
     ops.conv: _conv,
     pack: _pack,
     pack_gated: _pack,
+    ops.dequantize: _dequantize,
+    ops.quantized_linear: _quantized,
 }

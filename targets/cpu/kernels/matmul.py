@@ -15,8 +15,8 @@ import attrs
 import numpy as np
 from tvm.script.ir_builder import tirx as T
 
-from jisu.compiler import ops
-from jisu.compiler.errors import InputError
+from jisu.compiler import ops, schemes
+from jisu.compiler.errors import InputError, TargetError
 from jisu.compiler.graph import Op
 from jisu.targets.cpu.isa import (
     ITEMSIZE,
@@ -157,6 +157,113 @@ def product(
     return f.finish()
 
 
+@attrs.frozen
+class Codes:
+    """Weights of a layer that are codes of a scheme, with a scale per `group` inputs (0: per output)."""
+
+    scheme: str
+    group: int
+
+    @property
+    def per_byte(self) -> int:
+        """Codes in a byte of the packed layout."""
+        return 1 if schemes.scheme(self.scheme).bits == 8 else 2
+
+    def words(self, k: int) -> int:
+        """Bytes per output in panels."""
+        return ops.quantize.code_words(schemes.scheme(self.scheme).bits, k)
+
+    def groups(self, k: int) -> int:
+        """Scales per output."""
+        return schemes.scheme(self.scheme).groups(k, self.group)
+
+
+def quantized_product(mr: int, target: Target, codes: Codes, k: int) -> Micro:
+    """C[mr, NR] = A[mr, k] @ B[k, NR] in float32, B being codes and scales of one panel (see `ops.quantize`).
+
+    void(A, lda, codes, scales, C, ldc): strides in float32 words; A is padded with a zero to an even k.
+    """
+    f = Function(
+        f"quantized{mr}",
+        [("ptr", "a"), ("i64", "lda"), ("ptr", "b"), ("ptr", "s"), ("ptr", "c"), ("i64", "ldc")],
+        target,
+    )
+    a, lda, b, s, c, ldc = f.params()
+    nr, per_byte = panel_width(target), codes.per_byte
+    vec = vector_type("float", f.lanes)
+    rows = [f.at(a, lda * m, "float32") for m in range(mr)]
+    # One row has too few accumulators to hide the multiply-add's latency: several words go on at once.
+    chains = (4 if mr == 1 else 2 if mr == 2 else 1) // per_byte or 1
+    width = mr * VECTORS * per_byte
+
+    def step(word: Val, sums: list[Val], scale: list[Val], shift: list[Val]) -> list[Val]:
+        result = list(sums)
+        at = f.at(b, word * nr, "i8")
+        if mr <= 2:
+            f.prefetch(f.at(at, 4 * _PREFETCH_WORDS, "i8"))
+        for j in range(VECTORS):
+            both = f.cast("zext", f.load(vector_type("i8", f.lanes), f.at(at, j * f.lanes, "i8")), "i32")
+            parts = [both] if per_byte == 1 else [both & 15, both >> 4]
+            for half, code in enumerate(parts):
+                w = f.fma(_level(f, codes.scheme, code), scale[j], shift[j])
+                for m in range(mr):
+                    x = f.splat(f.load("float", f.at(rows[m], word * per_byte + half, "float32")), f.lanes)
+                    slot = (half * mr + m) * VECTORS + j
+                    result[slot] = f.fma(x, w, result[slot])
+        return result
+
+    def over_group(first: Val | int, last: Val | int, at: Val, sums: list[Val]) -> list[Val]:
+        scale = [f.load(vec, f.at(at, j * f.lanes, "float32")) for j in range(VECTORS)]
+        shift = [f.load(vec, f.at(at, nr + j * f.lanes, "float32")) for j in range(VECTORS)]
+
+        def chained(word: Val, carried: list[Val]) -> list[Val]:
+            return [
+                v for n in range(chains) for v in step(word + n, carried[n * width : (n + 1) * width], scale, shift)
+            ]
+
+        *sums, end = f.loop(first, f.i64(last) - (chains - 1), chains, sums, chained)
+        *first_chain, _ = f.loop(end, last, 1, sums[:width], lambda w, v: step(w, v, scale, shift))
+        return [*first_chain, *sums[width:]]
+
+    groups, words = codes.groups(k), codes.words(k)
+    each = (codes.group or k + k % per_byte) // per_byte
+    sums = [f.const(0.0, vec)] * (width * chains)
+
+    def group(i: Val, carried: list[Val]) -> list[Val]:
+        first = i * each
+        return over_group(first, f.minimum(first + each, words), f.at(s, i * (2 * nr), "float32"), carried)
+
+    *sums, _ = f.loop(0, groups, 1, sums, group)
+    for m in range(mr):
+        for j in range(VECTORS):
+            parts = [
+                sums[(n * per_byte + h) * mr * VECTORS + m * VECTORS + j]
+                for n in range(chains)
+                for h in range(per_byte)
+            ]
+            total = parts[0]
+            for part in parts[1:]:
+                total = total + part
+            f.store(total, f.at(f.at(c, ldc * m, "float32"), j * f.lanes, "float32"))
+    return f.finish()
+
+
+def _level(f: Function, scheme: str, code: Val) -> Val:
+    """The levels float32 of codes (i32 lanes)."""
+    kind = schemes.scheme(scheme)
+    if kind.uniform:
+        return f.cast("sitofp", code, "float")
+    if scheme == "fp8" or (kind.bits == 4 and kind.levels[1] == 0.5):  # exponent and mantissa lie as in float32, moved
+        mantissa, bias = (3, 7) if scheme == "fp8" else (1, 1)
+        size = (code & (2 ** (kind.bits - 1) - 1)) << (23 - mantissa)
+        sign = (code & 2 ** (kind.bits - 1)) << (32 - kind.bits)
+        return f.cast("bitcast", size | sign, "float") * 2.0 ** (127 - bias)
+    found = f.like(float(kind.levels[-1]), f.cast("bitcast", code, "float"))
+    for i in range(len(kind.levels) - 2, -1, -1):
+        found = f.select(code.cmp("eq", i), f.like(float(kind.levels[i]), found), found)
+    return found
+
+
 _PREFETCH_WORDS = 1024  # how far ahead of its use a streamed weight is asked for
 
 
@@ -240,18 +347,22 @@ class Layer:
 def layer(
     name: str, n: int, k: int, dtype: str, target: Target, *, gated: bool = False, bias: bool = False,
     activation: str = "none", residual: bool = False, scale: float | None = None, softcap: float | None = None,
-    out_dtype: str | None = None, gather: int = 0,
+    out_dtype: str | None = None, gather: int = 0, codes: Codes | None = None,
 ) -> Layer:  # fmt: skip
-    """The tasks of a linear layer; with `gather` g, row i is computed from x[index[i] / g] (an operand `index`)."""
+    """The tasks of a linear layer; with `gather` g, row i is computed from x[index[i] / g] (an operand `index`).
+
+    codes: how weights are stored, where they are codes; an operand `scales` then follows them.
+    """
     require_dtype(dtype, target)
     require_activation(activation)
     out = out_dtype or dtype
     require_dtype(out, target)
     nr, parts = panel_width(target), 2 if gated else 1
     panels = -(-n // nr)
-    dot = _uses_dot(dtype, target)
-    depth = -(-k // 2) if _paired(dtype) else k  # words of B per column
-    a_words = depth if dot or not _paired(dtype) else 2 * depth
+    dot = codes is None and _uses_dot(dtype, target)
+    paired = _paired(dtype) if codes is None else codes.per_byte == 2
+    depth = -(-k // 2) if paired else k  # words of B per column
+    a_words = depth if dot or not paired else 2 * depth
     lines = align_up(a_words, 16) // 16
     lda = 16 * (lines + 1 - lines % 2)  # an odd number of cache lines: rows fall into different sets
     block = block_sizes(target)[0]
@@ -260,12 +371,13 @@ def layer(
     weights = "dot" if dot else dtype
 
     biases = (["bias_gate", "bias_up"] if gated else ["bias"]) if bias else []
-    operands = ("x", *(["index"] if gather else []), "w", *biases, *(["residual"] if residual else []), "y")
+    scaled = ["scales"] if codes is not None else []
+    operands = ("x", *(["index"] if gather else []), "w", *scaled, *biases, *(["residual"] if residual else []), "y")
     scalars = ("m0", "rows", "p0", "p1", "w0")
     f = Function(name, [("ptr", o) for o in (*operands, "a", "tile")] + [("i64", s) for s in scalars], target)
     at = dict(zip((*operands, "a", "tile", *scalars), f.params(), strict=True))
     rows = at["rows"]
-    copy = copy_row(k, dtype, dtype if dot else "float32", target, padded=2 * depth if _paired(dtype) else None)
+    copy = copy_row(k, dtype, dtype if dot else "float32", target, padded=2 * depth if paired else None)
 
     def fetch(i: Val, _: list[Val]) -> None:
         row = at["m0"] + i
@@ -274,7 +386,18 @@ def layer(
         f.use(copy, f.at(at["x"], row * k, dtype), f.at(at["a"], i * lda, "float32"))
 
     f.loop(0, rows, 1, [], fetch)
-    products = {mr: product(mr, target, weights=weights, k=depth) for mr in block_sizes(target)}
+    if codes is None:
+        products = {mr: product(mr, target, weights=weights, k=depth) for mr in block_sizes(target)}
+    else:
+        products = {mr: quantized_product(mr, target, codes, k) for mr in block_sizes(target)}
+
+    def weights_of(p: Val, part: int) -> tuple[Val, ...]:
+        """What a product reads of a panel: its words, or codes and scales."""
+        number = p * parts + part
+        if codes is None:
+            return (f.at(at["w"], at["w0"] + number * (depth * nr), "float32"), f.i64(nr))
+        scales = f.at(at["scales"], number * (codes.groups(k) * 2 * nr), "float32")
+        return (f.at(at["w"], number * (depth * nr), "i8"), scales)
 
     def finish(v: Val, gate: Val | None, y_at: Val, mask: Val | None) -> Val:
         if scale is not None:
@@ -304,11 +427,12 @@ def layer(
 
     def panel(p: Val, _: list[Val]) -> None:
         for part in range(parts):
-            here = f.at(at["w"], at["w0"] + (p * parts + part) * (depth * nr), "float32")
+            here = weights_of(p, part)
 
-            def multiply(mr: int, m: Val, here: Val = here, part: int = part) -> None:
+            def multiply(mr: int, m: Val, here: tuple[Val, ...] = here, part: int = part) -> None:
                 tile = f.at(at["tile"], m * nr + part * chunk * nr, "float32")
-                f.use(products[mr], f.at(at["a"], m * lda, "float32"), lda, here, nr, tile, nr, depth)
+                rest = (depth,) if codes is None else ()
+                f.use(products[mr], f.at(at["a"], m * lda, "float32"), lda, *here, tile, nr, *rest)
 
             row_blocks(f, rows, multiply, target)
         column = p * nr
@@ -342,9 +466,16 @@ def _layer_func(
 ) -> Any:
     plan = layer(name, n, k, dtype, target, gated=gated, out_dtype=out_dtype, **options)
     panels = plan.panels
-    packed = pack_gated_shape(n, k, dtype, target) if gated else pack_shape(n, k, dtype, target)
+    codes: Codes | None = options.get("codes")
     shapes: dict[str, tuple[int | str, ...]] = {b: (n,) for b in ("bias", "bias_gate", "bias_up")}
-    shapes |= {"x": ("m", k), "w": packed, "residual": ("m", n), "y": ("m", n)}
+    shapes |= {"x": ("m", k), "residual": ("m", n), "y": ("m", n)}
+    dtypes = {"y": out_dtype or dtype}
+    if codes is None:
+        shapes["w"] = pack_gated_shape(n, k, dtype, target) if gated else pack_shape(n, k, dtype, target)
+    else:
+        lead, nr = (panels, 2) if gated else (panels,), panel_width(target)
+        shapes |= {"w": (*lead, codes.words(k), nr), "scales": (*lead, codes.groups(k), 2, nr)}
+        dtypes |= {"w": "uint8", "scales": "float32"}
 
     def body(buffers: Mapping[str, Any], dims: Mapping[str, Any]) -> None:
         m = dims["m"]
@@ -359,8 +490,7 @@ def _layer_func(
 
         in_tasks(tasks, run, serial=m * (n * k * (2 if gated else 1)) <= SERIAL_WORK)
 
-    return prim_func(name, [Arg(o, shapes[o], (out_dtype or dtype) if o == "y" else dtype) for o in plan.operands],
-                     [plan.task], body)  # fmt: skip
+    return prim_func(name, [Arg(o, shapes[o], dtypes.get(o, dtype)) for o in plan.operands], [plan.task], body)
 
 
 SERIAL_WORK = 1 << 16  # multiply-adds that one core does in less time than waking another takes
@@ -441,6 +571,22 @@ def gated_mlp_up(f: int, k: int, dtype: str, target: Target, *, activation: str 
     Parameters in order: x[M, k], w[pack_gated_shape], bias_gate[f] and bias_up[f] if `bias`, y[M, f].
     """
     return _layer_func("gated_mlp_up", f, k, dtype, target, gated=True, bias=bias, activation=activation)
+
+
+def quantized_linear(
+    n: int, k: int, dtype: str, target: Target, *, scheme: str, group: int, gated: bool = False, bias: bool = False,
+    activation: str = "none", residual: bool = False,
+) -> Any:  # fmt: skip
+    """PrimFunc of `linear`, or with `gated` of `gated_mlp_up`, whose weights are codes (see `ops.quantized_linear`).
+
+    Parameters in order: x[M, k], codes uint8, scales float32, bias[n] if `bias`, residual[M, n] if `residual`, y[M, n].
+    Raises TargetError where two codes of a byte belong to different groups.
+    """
+    codes = Codes(scheme, group)
+    if group % codes.per_byte:
+        raise TargetError(f"groups of {group} codes cut a byte of {scheme} in two")
+    return _layer_func("quantized_linear", n, k, dtype, target, gated=gated, bias=bias, activation=activation,
+                       residual=residual, codes=codes)  # fmt: skip
 
 
 def matmul(dtype: str, target: Target, *, out_dtype: str | None = None, transpose_b: bool = False) -> Any:

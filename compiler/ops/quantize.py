@@ -1,0 +1,247 @@
+"""Weights in few bits: the matrix that codes and scales stand for, their packing, and the linear layers that read them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from jisu.compiler.graph import defop
+from jisu.compiler.ops.contract import ACTIVATIONS, _gated, _linear
+from jisu.compiler.schemes import decode_scales, scheme
+from jisu.compiler.types import TensorType, is_float, numpy_dtype, require, same_shape
+
+Samples = Iterator[tuple[tuple[str | None, ...], dict[str, Any]]]
+
+
+def _spread(values: np.ndarray, k: int, group: int) -> np.ndarray:
+    """Per group [n, groups] as per input [n, k]."""
+    return np.repeat(values, group or k, axis=-1)[..., :k]
+
+
+def _dequantize(
+    codes: np.ndarray,
+    scales: np.ndarray,
+    zeros: np.ndarray | None,
+    *,
+    scheme: str,
+    k: int,
+    group: int,
+    whole: float,
+    dtype: str,
+) -> np.ndarray:
+    kind = _scheme(scheme)
+    s = _spread(decode_scales(scales, kind.scale, whole), k, group)
+    z = None if zeros is None else _spread(zeros.astype(np.float32), k, group)
+    return kind.decode(kind.unpack(codes, k), s, z).astype(numpy_dtype(dtype))
+
+
+_scheme = scheme  # the op's attribute has the same name
+
+
+def _samples() -> Samples:
+    yield (
+        ("uint8[3, 4]", "float16[3, 2]", "uint8[3, 2]"),
+        {"scheme": "int4", "k": 7, "group": 4, "whole": 1.0, "dtype": "float32"},
+    )
+    yield (
+        ("uint8[3, 5]", "float32[3, 1]", None),
+        {"scheme": "int8", "k": 5, "group": 0, "whole": 1.0, "dtype": "float32"},
+    )
+    yield (
+        ("uint8[3, 3]", "float16[3, 2]", None),
+        {"scheme": "int3", "k": 8, "group": 4, "whole": 1.0, "dtype": "float32"},
+    )
+    yield (
+        ("uint8[2, 2]", "float16[2, 1]", None),
+        {"scheme": "nf4", "k": 4, "group": 4, "whole": 1.0, "dtype": "float32"},
+    )
+
+
+@defop(
+    meaning=_dequantize,
+    axes=lambda c, s, z, **_: f"n p!, n g!, {'n g!' if z else ''} -> n k",
+    flops=0,
+    samples=_samples,
+)
+def dequantize(
+    codes: TensorType, scales: TensorType, zeros: TensorType | None = None, *, scheme: str, k: int, group: int,
+    whole: float = 1.0, dtype: str = "float32",
+) -> TensorType:  # fmt: skip
+    """The matrix [n, k] that packed codes uint8 [n, bytes], scales [n, groups] and zeros uint8 [n, groups] stand for.
+
+    See `jisu.compiler.schemes`. group: inputs per scale (0: a whole row). whole: the factor of e4m3 scales.
+    """
+    kind = _scheme(scheme)
+    n = codes.shape[0]
+    require(
+        codes.rank == 2 and codes.dtype == "uint8" and codes.shape[1] == kind.row_bytes(k),
+        f"{k} codes of {kind.bits} bits take {kind.row_bytes(k)} bytes a row, got {codes}",
+    )
+    wanted = (n, kind.groups(k, group))
+    stored = ("float16", "float32") if kind.scale == "float16" else ("uint8",)
+    require(
+        scales.dtype in stored and same_shape(scales.shape, wanted),
+        f"scales must be {' or '.join(stored)}{list(wanted)}, got {scales}",
+    )
+    require(zeros is None or kind.uniform, f"{scheme} has no zeros")
+    require(zeros is None or zeros == TensorType(wanted, "uint8"), f"zeros must be uint8{list(wanted)}, got {zeros}")
+    require(is_float(dtype), f"a weight is a float, not {dtype}")
+    return TensorType((n, k), dtype)
+
+
+# --- Packed for kernels ----------------------------------------------------------------------------------------------
+# A kernel reads panels of `panel` outputs: codes [panels, words, panel], a byte holding one code of 8 bits, or two of up to
+# 4 (the lower inputs' in the lower half); per group what turns a level into a value, level * scale + shift, [panels, groups,
+# 2, panel] float32.
+
+
+def code_words(bits: int, k: int) -> int:
+    """Bytes per output that the codes of k inputs take in panels."""
+    return k if bits == 8 else -(-k // 2)
+
+
+def _in_panels(rows: np.ndarray, panel: int) -> np.ndarray:
+    """[n, words] as [panels, words, panel], padded with zeros."""
+    n, words = rows.shape
+    padded = np.zeros((-(-n // panel) * panel, words), rows.dtype)
+    padded[:n] = rows
+    return np.ascontiguousarray(padded.reshape(-1, panel, words).transpose(0, 2, 1))
+
+
+def _pack_codes(codes: np.ndarray, *, scheme: str, k: int, panel: int) -> np.ndarray:
+    kind = _scheme(scheme)
+    single = kind.unpack(codes, k)
+    if kind.bits < 8:
+        single = np.pad(single, ((0, 0), (0, k % 2)))
+        single = single[:, ::2] | (single[:, 1::2] << 4)
+    return _in_panels(single, panel)
+
+
+@defop(
+    meaning=_pack_codes,
+    flops=0,
+    samples=lambda: iter(
+        [
+            (("uint8[5, 2]",), {"scheme": "int4", "k": 3, "panel": 4}),
+            (("uint8[5, 3]",), {"scheme": "int8", "k": 3, "panel": 4}),
+        ]
+    ),
+)
+def pack_codes(codes: TensorType, *, scheme: str, k: int, panel: int) -> TensorType:
+    """Codes uint8 [n, bytes] of `dequantize` in panels: uint8 [ceil(n / panel), words, panel]."""
+    require(
+        codes.rank == 2 and codes.dtype == "uint8" and isinstance(codes.shape[0], int),
+        f"needs packed codes, got {codes}",
+    )
+    kind = _scheme(scheme)
+    require(
+        codes.shape[1] == kind.row_bytes(k),
+        f"{k} codes of {kind.bits} bits take {kind.row_bytes(k)} bytes a row, got {codes}",
+    )
+    return TensorType((-(-codes.shape[0] // panel), code_words(kind.bits, k), panel), "uint8")
+
+
+def _pack_scales(scales: np.ndarray, zeros: np.ndarray | None, *, scheme: str, whole: float, panel: int) -> np.ndarray:
+    kind = _scheme(scheme)
+    s = decode_scales(scales, kind.scale, whole)
+    z = np.float32(kind.middle) if zeros is None else zeros.astype(np.float32)
+    both = [_in_panels(np.asarray(v, np.float32), panel) for v in (s, -z * s)]
+    return np.ascontiguousarray(np.stack(both, 2))
+
+
+@defop(
+    meaning=_pack_scales,
+    flops=0,
+    samples=lambda: iter(
+        [
+            (("float16[5, 2]", "uint8[5, 2]"), {"scheme": "int4", "whole": 1.0, "panel": 4}),
+            (("float32[3, 1]", None), {"scheme": "int8", "whole": 1.0, "panel": 2}),
+        ]
+    ),
+)
+def pack_scales(
+    scales: TensorType, zeros: TensorType | None = None, *, scheme: str, whole: float = 1.0, panel: int
+) -> TensorType:
+    """Scales and zeros [n, groups] of `dequantize` in panels: float32 [ceil(n / panel), groups, 2, panel] of scale and shift."""
+    require(scales.rank == 2 and isinstance(scales.size, int), f"needs scales [n, groups], got {scales}")
+    require(zeros is None or same_shape(zeros.shape, scales.shape), f"zeros {zeros} don't fit scales {scales}")
+    _scheme(scheme)
+    return TensorType((-(-scales.shape[0] // panel), scales.shape[1], 2, panel), "float32")
+
+
+def _unpack_quantized(codes: np.ndarray, scales: np.ndarray, scheme: str, n: int, k: int, group: int) -> np.ndarray:
+    """float32 [n, k]."""
+    kind = _scheme(scheme)
+    rows = codes.transpose(0, 2, 1).reshape(-1, codes.shape[1])[:n]
+    if kind.bits < 8:
+        rows = np.stack([rows & 15, rows >> 4], -1).reshape(n, -1)
+    scale, shift = (
+        _spread(scales[:, :, i].transpose(0, 2, 1).reshape(-1, scales.shape[1])[:n], k, group) for i in (0, 1)
+    )
+    return np.asarray(kind.levels[rows[:, :k] & (2**kind.bits - 1)] * scale + shift, np.float32)
+
+
+def _quantized_linear(
+    x: np.ndarray, codes: np.ndarray, scales: np.ndarray, b: np.ndarray | None, r: np.ndarray | None, *, outputs: int, scheme: str,
+    group: int, gated: bool, activation: str,
+) -> np.ndarray:  # fmt: skip
+    k = x.shape[-1]
+    if gated:
+        parts = [_unpack_quantized(codes[:, i], scales[:, i], scheme, outputs, k, group) for i in (0, 1)]
+        return _gated(x, *(p.astype(x.dtype) if x.dtype.itemsize == 8 else p for p in parts), activation=activation)
+    return _linear(x, _unpack_quantized(codes, scales, scheme, outputs, k, group), b, r, activation=activation)
+
+
+def _quantized_axes(x: TensorType, c: TensorType, s: TensorType, b: Any, r: Any, *, gated: bool, **_: Any) -> str:
+    parts = "e " if gated else ""
+    return f"*b k, p {parts}q n, p {parts}g h n, {'o' if b else ''}, {'*b o' if r else ''} -> *b o"
+
+
+def _quantized_samples() -> Samples:
+    plain = {"outputs": 5, "gated": False, "activation": "relu"}
+    yield (
+        ("float32[2, 6]", "uint8[2, 3, 4]", "float32[2, 2, 2, 4]", "float32[5]", "float32[2, 5]"),
+        {**plain, "scheme": "int4", "group": 3},
+    )
+    yield (
+        ("float32[2, 3]", "uint8[2, 3, 4]", "float32[2, 1, 2, 4]", None, None),
+        {**plain, "scheme": "int8", "group": 0},
+    )
+    gated = {"outputs": 5, "gated": True, "activation": "silu", "scheme": "int4", "group": 0}
+    yield ("float32[2, 3]", "uint8[2, 2, 2, 4]", "float32[2, 2, 1, 2, 4]", None, None), gated
+
+
+@defop(
+    meaning=_quantized_linear,
+    axes=_quantized_axes,
+    flops=lambda result, x, *_, gated, **__: (4 if gated else 2) * result.size * x.shape[-1],
+    samples=_quantized_samples,
+)
+def quantized_linear(
+    x: TensorType, codes: TensorType, scales: TensorType, b: TensorType | None = None, r: TensorType | None = None, *,
+    outputs: int, scheme: str, group: int, gated: bool = False, activation: str = "none",
+) -> TensorType:  # fmt: skip
+    """`linear`, or with `gated` `gated_linear`, of weights [outputs, k] that stay codes: `pack_codes` and `pack_scales` made them.
+
+    With `gated`, codes and scales of gate and up lie panel by panel side by side ([panels, 2, …]). Weights are float32 in the
+    product; results are rounded as those of `linear`.
+    """
+    kind, k = _scheme(scheme), x.shape[-1]
+    require(isinstance(k, int) and is_float(x.dtype), f"needs floats with a last axis of fixed size, got {x}")
+    panel = codes.shape[-1]
+    lead = (-(-outputs // panel), *((2,) if gated else ()))  # type: ignore[operator]
+    want = TensorType((*lead, code_words(kind.bits, k), panel), "uint8")  # type: ignore[arg-type]
+    require(codes == want, f"the codes must be {want}, got {codes}")
+    want = TensorType((*lead, kind.groups(k, group), 2, panel), "float32")  # type: ignore[arg-type]
+    require(scales == want, f"the scales must be {want}, got {scales}")
+    require(activation in ACTIVATIONS, f"unknown activation {activation!r}; known: {', '.join(ACTIVATIONS)}")
+    result = x.with_shape(*x.shape[:-1], outputs)
+    require(b is None or b == TensorType((outputs,), x.dtype), f"the bias must be {x.dtype}[{outputs}], got {b}")
+    require(
+        r is None or (r.dtype == x.dtype and same_shape(r.shape, result.shape)),
+        f"the residual must be {result}, got {r}",
+    )
+    require(not gated or (b is None and r is None), "a gated layer has neither bias nor residual")
+    return result

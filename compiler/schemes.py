@@ -1,0 +1,183 @@
+"""Quantization schemes: how a matrix of weights is stored in few bits, declared once per scheme.
+
+A row of a matrix [n, k] is cut into groups of consecutive inputs. A group has a scale and, on an asymmetric grid, a zero;
+each number has a code, and means
+
+    value = (levels[code] - zero) * scale
+
+A new scheme is an entry of `SCHEMES`: its levels, its usual group, and how its scales are stored. Everything else
+(quantising, packing, bytes, kernels' tables) follows from that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import attrs
+import ml_dtypes
+import numpy as np
+
+from jisu.compiler.types import require
+
+SCALES = ("float16", "e8m0", "e4m3")
+"""How a group's scale is stored: a float (float32 where float16 has not the range), a power of two, or e4m3 times one
+float32 of the whole matrix. The latter two take one byte."""
+
+
+def _fp4() -> np.ndarray:
+    positive = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
+    return np.concatenate([positive, -positive])
+
+
+def _fp8() -> np.ndarray:
+    values = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    return np.where(np.isnan(values), 0, values)  # e4m3 has two codes for NaN; no weight gets one
+
+
+# Quantiles of the normal distribution, with an exact zero (Dettmers et al., "QLoRA", 2023, appendix E).
+_NF4 = np.array(
+    [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0], np.float32,
+)  # fmt: skip
+
+
+@attrs.frozen(eq=False)
+class Scheme:
+    """One way to store numbers.
+
+    bits: of a code. levels: float32 [2**bits], what a code means before scaling. group: inputs per scale where the user
+    names none (0: a whole row). scale: one of `SCALES`. uniform: levels are 0, 1, 2, …, so that zeros can move the grid;
+    without zeros the middle level is 0.
+    """
+
+    name: str
+    bits: int
+    levels: np.ndarray = attrs.field(repr=False)
+    group: int = 128
+    scale: str = attrs.field(default="float16", validator=attrs.validators.in_(SCALES))
+    uniform: bool = False
+
+    @property
+    def middle(self) -> float:
+        """The zero of a symmetric grid."""
+        return float(2 ** (self.bits - 1)) if self.uniform else 0.0
+
+    @property
+    def top(self) -> float:
+        """How far the levels reach from the middle, in the direction in which they reach less far."""
+        return float(2 ** (self.bits - 1) - 1) if self.uniform else float(self.levels.max())
+
+    def groups(self, k: int, group: int) -> int:
+        """How many groups a row of k inputs has (group 0: one)."""
+        return 1 if not group else -(-k // group)
+
+    def grid(
+        self, w: np.ndarray, symmetric: bool = True, shrink: np.ndarray | float = 1.0
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """(scales, zeros) float32 [n, groups] of w float32 [n, groups, g]; zeros is None for a symmetric grid.
+
+        shrink: the range that the grid covers, relative to that of the numbers (numbers outside are clipped).
+        """
+        if symmetric or not self.uniform:
+            reach = np.abs(w).max(-1) * shrink
+            return self.stored(np.where(reach > 0, reach / self.top, 1.0)), None
+        low, high = np.minimum(w.min(-1), 0) * shrink, np.maximum(w.max(-1), 0) * shrink
+        span = (high - low).astype(np.float32)
+        scale = self.stored(np.where(span > 0, span / (2**self.bits - 1), 1.0))
+        return scale, np.clip(np.rint(-low / scale), 0, 2**self.bits - 1).astype(np.float32)
+
+    def stored(self, scales: np.ndarray) -> np.ndarray:
+        """Scales as they come back from storage, float32; never 0."""
+        codes, whole = encode_scales(scales, self.scale)
+        return decode_scales(codes, self.scale, whole)
+
+    def encode(self, w: np.ndarray, scales: np.ndarray, zeros: np.ndarray | None) -> np.ndarray:
+        """The codes uint8, of w's shape, of the nearest levels; scales and zeros broadcast against w."""
+        v = np.asarray(w / scales, np.float32)
+        if self.uniform:
+            shift = self.middle if zeros is None else zeros
+            return np.clip(np.rint(v + shift), 0, 2**self.bits - 1).astype(np.uint8)
+        order = np.argsort(self.levels, kind="stable")
+        ranked = self.levels[order]
+        return order[np.searchsorted((ranked[1:] + ranked[:-1]) / 2, v)].astype(np.uint8)
+
+    def decode(self, codes: np.ndarray, scales: np.ndarray, zeros: np.ndarray | None) -> np.ndarray:
+        """float32 values of codes."""
+        shift = (self.middle if self.uniform else 0.0) if zeros is None else zeros
+        return np.asarray((self.levels[codes] - np.float32(shift)) * scales, np.float32)
+
+    def row_bytes(self, k: int) -> int:
+        """Bytes of the codes of k numbers."""
+        return -(-k * self.bits // 8)
+
+    def pack(self, codes: np.ndarray) -> np.ndarray:
+        """uint8 [n, row_bytes(k)] of codes [n, k]: the codes' bits one after the other, the lowest first."""
+        if self.bits == 8:
+            return np.ascontiguousarray(codes)
+        bits = (codes[..., None] >> np.arange(self.bits, dtype=np.uint8)) & 1
+        return np.packbits(bits.reshape(*codes.shape[:-1], -1), axis=-1, bitorder="little")
+
+    def unpack(self, packed: np.ndarray, k: int) -> np.ndarray:
+        """codes uint8 [n, k] of what `pack` made."""
+        if self.bits == 8:
+            return packed[..., :k]
+        if self.bits == 4:
+            both = np.stack([packed & 15, packed >> 4], -1)
+            return both.reshape(*packed.shape[:-1], -1)[..., :k]
+        bits = np.unpackbits(packed, axis=-1, count=k * self.bits, bitorder="little")
+        parts = bits.reshape(*packed.shape[:-1], k, self.bits) << np.arange(self.bits, dtype=np.uint8)
+        return parts.sum(-1, dtype=np.uint8)
+
+
+def _uniform(bits: int, group: int) -> Scheme:
+    return Scheme(f"int{bits}", bits, np.arange(2**bits, dtype=np.float32), group, uniform=True)
+
+
+SCHEMES: Mapping[str, Scheme] = {
+    s.name: s
+    for s in (
+        _uniform(8, 0),
+        _uniform(4, 128),
+        _uniform(3, 128),
+        _uniform(2, 64),
+        Scheme("fp8", 8, _fp8(), 0),
+        Scheme("mxfp4", 4, _fp4(), 32, "e8m0"),
+        Scheme("nvfp4", 4, _fp4(), 16, "e4m3"),
+        Scheme("nf4", 4, _NF4, 64),
+    )
+}
+"""Schemes by name. fp8 is e4m3 (Micikevicius et al., 2022); mxfp4 and nvfp4 are e2m1 in groups of 32 and 16 (OCP MX 1.0; NVIDIA)."""
+
+
+def encode_scales(scales: np.ndarray, kind: str) -> tuple[np.ndarray, float]:
+    """Scales in storage, and the factor that belongs to all of them (1 but for e4m3).
+
+    float16 (float32 where some scale is outside of its normal range), or uint8 codes.
+    """
+    scales = np.asarray(scales, np.float32)
+    if kind == "e8m0":  # as OCP MX: the power of two below the largest number maps to that below the largest level, 6
+        exponent = np.floor(np.log2(scales * np.float32(1.5)))
+        return (np.clip(exponent, -127, 127) + 127).astype(np.uint8), 1.0
+    if kind == "e4m3":
+        whole = float(scales.max() / 448) or 1.0
+        codes = np.maximum(scales / np.float32(whole), 2.0**-9).astype(ml_dtypes.float8_e4m3fn)
+        return codes.view(np.uint8), whole
+    info = np.finfo(np.float16)
+    fits = scales.size == 0 or (scales.min() >= info.smallest_normal and scales.max() <= info.max)
+    return scales.astype(np.float16 if fits else np.float32), 1.0
+
+
+def decode_scales(stored: np.ndarray, kind: str, whole: float = 1.0) -> np.ndarray:
+    """float32 scales of what `encode_scales` made of scales of this kind."""
+    if kind == "e8m0":
+        return np.exp2(stored.astype(np.float32) - 127)
+    if kind == "e4m3":
+        return stored.view(ml_dtypes.float8_e4m3fn).astype(np.float32) * np.float32(whole)
+    return stored.astype(np.float32)
+
+
+def scheme(name: str) -> Scheme:
+    """The scheme called `name`; raises TypeRuleError for an unknown one."""
+    require(name in SCHEMES, f"unknown scheme {name!r}; known: {', '.join(SCHEMES)}")
+    return SCHEMES[name]
