@@ -319,6 +319,30 @@ def copy_row(n: int, dtype: str, out: str, target: Target, *, padded: int | None
     return f.finish()
 
 
+def _multiplier(
+    f: Function, at: Mapping[str, Val], target: Target, codes: Codes | None, k: int, depth: int, weights: str, lda: int
+) -> Callable[[Val, Val], Callable[[int, Val], None]]:
+    """For a panel's number and a tile, what multiplies a block of the copied rows: run(size, first row)."""
+    nr = panel_width(target)
+    sizes = block_sizes(target)
+    plain = {} if codes else {mr: product(mr, target, weights=weights, k=depth) for mr in sizes}
+    coded = {mr: quantized_product(mr, target, codes, k) for mr in sizes} if codes else {}
+
+    def of(number: Val, tile: Val) -> Callable[[int, Val], None]:
+        def run(mr: int, m: Val) -> None:
+            rows, out = f.at(at["a"], m * lda, "float32"), f.at(tile, m * nr, "float32")
+            if codes is None:
+                here = f.at(at["w"], at["w0"] + number * (depth * nr), "float32")
+                f.use(plain[mr], rows, lda, here, nr, out, nr, depth)
+            else:
+                scales = f.at(at["scales"], number * (codes.groups(k) * 2 * nr), "float32")
+                f.use(coded[mr], rows, lda, f.at(at["w"], number * (depth * nr), "i8"), scales, out, nr)
+
+        return run
+
+    return of
+
+
 @attrs.frozen
 class Layer:
     """A linear layer over packed weights as tasks: each computes a chunk of rows by a group of panels."""
@@ -368,7 +392,6 @@ def layer(
     block = block_sizes(target)[0]
     half_l2 = target.cache_bytes(2, 1 << 20) // 2
     chunk = max(block, min(240, half_l2 // (4 * lda)) // block * block)
-    weights = "dot" if dot else dtype
 
     biases = (["bias_gate", "bias_up"] if gated else ["bias"]) if bias else []
     scaled = ["scales"] if codes is not None else []
@@ -386,18 +409,7 @@ def layer(
         f.use(copy, f.at(at["x"], row * k, dtype), f.at(at["a"], i * lda, "float32"))
 
     f.loop(0, rows, 1, [], fetch)
-    if codes is None:
-        products = {mr: product(mr, target, weights=weights, k=depth) for mr in block_sizes(target)}
-    else:
-        products = {mr: quantized_product(mr, target, codes, k) for mr in block_sizes(target)}
-
-    def weights_of(p: Val, part: int) -> tuple[Val, ...]:
-        """What a product reads of a panel: its words, or codes and scales."""
-        number = p * parts + part
-        if codes is None:
-            return (f.at(at["w"], at["w0"] + number * (depth * nr), "float32"), f.i64(nr))
-        scales = f.at(at["scales"], number * (codes.groups(k) * 2 * nr), "float32")
-        return (f.at(at["w"], number * (depth * nr), "i8"), scales)
+    multiply = _multiplier(f, at, target, codes, k, depth, "dot" if dot else dtype, lda)
 
     def finish(v: Val, gate: Val | None, y_at: Val, mask: Val | None) -> Val:
         if scale is not None:
@@ -427,14 +439,8 @@ def layer(
 
     def panel(p: Val, _: list[Val]) -> None:
         for part in range(parts):
-            here = weights_of(p, part)
-
-            def multiply(mr: int, m: Val, here: tuple[Val, ...] = here, part: int = part) -> None:
-                tile = f.at(at["tile"], m * nr + part * chunk * nr, "float32")
-                rest = (depth,) if codes is None else ()
-                f.use(products[mr], f.at(at["a"], m * lda, "float32"), lda, *here, tile, nr, *rest)
-
-            row_blocks(f, rows, multiply, target)
+            tile = f.at(at["tile"], part * chunk * nr, "float32")
+            row_blocks(f, rows, multiply(p * parts + part, tile), target)
         column = p * nr
 
         def full() -> None:
