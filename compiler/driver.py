@@ -56,6 +56,7 @@ def compile(
     dump: str | os.PathLike[str] | None = None,
     stop_after: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
+    calibration: Any = None,
     progress: Progress | None = None,
 ) -> Program:
     """Compile a model for a target.
@@ -66,7 +67,8 @@ def compile(
     `torch.export` takes them. num_threads: threads that kernels use (default: all cores). check: "verify" runs the
     verifier after each pass, "numeric" also compares meanings with the interpreter, "none" neither. dump: a folder for
     the IR after each pass. stop_after: the name of the last pass to run. cache_dir: where compiled libraries are kept
-    (default: $JISU_CACHE_DIR or ~/.cache/jisu).
+    (default: $JISU_CACHE_DIR or ~/.cache/jisu). calibration: for recipes that quantize a language model, a text file's path, or token ids
+    int64 [windows, length]; without, numbers are rounded to the nearest.
 
     Raises TargetError, RecipeError, InputError (what was given doesn't fit together), UnsupportedError (all that can't be
     compiled, at once), VerifyError, CompileError.
@@ -84,7 +86,10 @@ def compile(
     source = _capture(model, example_inputs, example_kwargs, dynamic_shapes, kept)
     times = {"trace_s": time.perf_counter() - begin}
     with _memory_errors():
-        return _build(source, machine, chosen, tuple(passes), num_threads, check, dump, stop_after, kept, tell, times)
+        lossy = _lossy_passes(source, chosen, calibration, tell)
+        return _build(
+            source, machine, chosen, (*passes, *lossy), num_threads, check, dump, stop_after, kept, tell, times
+        )
 
 
 def load(path: str | os.PathLike[str], *, num_threads: int | None = None) -> Program:
@@ -239,6 +244,47 @@ def _build(
     )
     tell("done", 1.0)
     return Program(parts, num_threads)
+
+
+def _lossy_passes(source: Source, recipe: Recipe, calibration: Any, tell: Progress) -> tuple[Pass, ...]:
+    """The passes that a recipe's lossy part asks for, with their calibration tokens."""
+    if not recipe.quantize:
+        if calibration is not None:
+            raise InputError('calibration is given, but the recipe quantizes nothing; give a recipe such as "int4"')
+        return ()
+    from jisu.passes.quantization import Quantize
+
+    tokens = None if calibration is None else _calibration_tokens(source, recipe, calibration)
+    return (Quantize(recipe.quantize, tokens, progress=lambda done: tell("quantizing", 0.3 + 0.1 * done)),)
+
+
+def _calibration_tokens(source: Source, recipe: Recipe, calibration: Any) -> np.ndarray:
+    """Token ids int64 [windows, length] from ids, or from a text file by the model's own tokenizer."""
+    if source.sequence is None:
+        raise InputError("calibration is for causal language models; this module's weights are rounded to the nearest")
+    if isinstance(calibration, (str, os.PathLike)):
+        from jisu.runtime.tokenizer import Tokenizer
+
+        if "tokenizer.json" not in source.files:
+            raise InputError("the model has no tokenizer for calibration text; give token ids [windows, length]")
+        ids = np.asarray(Tokenizer.from_files(source.files).encode(Path(calibration).read_text()), np.int64)
+        length, wanted = min(recipe.calibration.length, source.max_positions), recipe.calibration.windows
+        if len(ids) <= length:
+            raise InputError(
+                f"{calibration}: {len(ids)} tokens are too few for windows of {length}; see the recipe's calibration.length"
+            )
+        starts = np.random.default_rng(recipe.calibration.seed).integers(0, len(ids) - length, wanted)
+        return np.stack([ids[s : s + length] for s in starts])
+    tokens = np.asarray(calibration)
+    if tokens.ndim != 2 or tokens.dtype.kind not in "iu" or not tokens.size:
+        raise InputError(
+            f"calibration: expected a text file or token ids int64 [windows, length], got {tokens.dtype}{list(tokens.shape)}"
+        )
+    if tokens.min() < 0 or tokens.max() >= source.vocabulary:
+        raise InputError(
+            f"calibration: token ids from {tokens.min()} to {tokens.max()} are not in the vocabulary of {source.vocabulary}"
+        )
+    return tokens.astype(np.int64)
 
 
 def _entries(source: Source, graph: Graph, recipe: Recipe, report: dict[str, Any]) -> tuple[dict[str, Graph], Any]:

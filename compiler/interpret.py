@@ -62,16 +62,21 @@ def _solve(node: Node, want: Dim, have: int, env: dict[str, int]) -> None:
     env[unknown[0]] = whole[0]
 
 
-def _widen(array: np.ndarray) -> np.ndarray:
-    return array.astype(np.float64) if array.dtype.kind == "f" or array.dtype.name == "bfloat16" else array
+def widen(array: np.ndarray, floats: str = "float64") -> np.ndarray:
+    """Floating-point numbers of at most the width of `floats` in that dtype; others as they are."""
+    narrow = array.dtype.name == "bfloat16" or (
+        array.dtype.kind == "f" and array.dtype.itemsize <= int(floats[-2:]) // 8
+    )
+    return array.astype(floats, copy=False) if narrow else array
 
 
-def evaluate_node(node: Node, operands: Sequence[Any], env: Mapping[str, int], float64: bool = False) -> Any:
-    """The value of one node on concrete operands."""
+def evaluate_node(node: Node, operands: Sequence[Any], env: Mapping[str, int], floats: str = "") -> Any:
+    """The value of one node on concrete operands; `floats`: the dtype in which all narrower floats are computed instead."""
     assert node.op.meaning is not None, node.op.name
     attributes = {k: substitute(v, env) for k, v in node.attributes.items()}
-    if float64 and attributes.get("dtype") in ("float16", "bfloat16", "float32"):
-        attributes["dtype"] = "float64"
+    narrow = {"float32": ("float16", "bfloat16"), "float64": ("float16", "bfloat16", "float32")}.get(floats, ())
+    if attributes.get("dtype") in narrow:
+        attributes["dtype"] = floats
     with np.errstate(all="ignore"):
         return node.op.meaning(*operands, **attributes)
 
@@ -98,20 +103,20 @@ def interpret(
     for node, array in zip(graph.inputs, arrays, strict=True):
         if array.dtype != numpy_dtype(node.dtype):
             raise InputError(f"input {node.name!r}: expected {node.dtype}, got {array.dtype}")
-        values[node] = _widen(array) if float64 else array
+        values[node] = widen(array) if float64 else array
     left = {node: len(users) for node, users in graph.users.items()}
     wanted = set(graph.outputs)
     for node in graph.nodes:
         if node.op is INPUT:
             continue
         if node.op is CONSTANT:
-            values[node] = _widen(node.value.array) if float64 else node.value.array
+            values[node] = widen(node.value.array) if float64 else node.value.array
         elif node.op is WEIGHT:
             array = graph.weights[node.name].numpy()
-            values[node] = _widen(array) if float64 else array
+            values[node] = widen(array) if float64 else array
         else:
             operands = [values[o] if o is not None else None for o in node.operands]
-            values[node] = _settled(node, evaluate_node(node, operands, env, float64), float64)
+            values[node] = _settled(node, evaluate_node(node, operands, env, "float64" if float64 else ""), float64)
         for parent in node.parents:
             left[parent] -= 1
             if not left[parent] and not keep and parent not in wanted:

@@ -10,6 +10,7 @@ Unknown keys, presets and values outside their range are RecipeErrors that name 
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import sys
 from collections.abc import Mapping
@@ -21,6 +22,7 @@ import cattrs
 from cattrs.errors import ClassValidationError, ForbiddenExtraKeysError
 
 from jisu.compiler.errors import RecipeError
+from jisu.compiler.schemes import SCHEMES
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -41,6 +43,11 @@ def _is_bool(_: Any, attribute: attrs.Attribute[bool], value: bool) -> None:
         raise RecipeError(f"{attribute.name} must be true or false, not {value!r}")
 
 
+def _share(_: Any, attribute: attrs.Attribute[float], value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+        raise RecipeError(f"{attribute.name} must be a number from 0 to 1, not {value!r}")
+
+
 @attrs.frozen(kw_only=True)
 class CacheRecipe:
     """How keys and values of earlier tokens are stored.
@@ -53,18 +60,77 @@ class CacheRecipe:
     ring: bool = attrs.field(default=True, validator=_is_bool)
 
 
+_INTEGER_BITS = tuple(s.bits for s in SCHEMES.values() if s.uniform)
+
+
+def _is_scheme(_: Any, attribute: attrs.Attribute[str], value: str) -> None:
+    known = ("none", *SCHEMES)
+    if value not in known:
+        raise RecipeError(f"unknown scheme {value!r}{_nearest(str(value), known)} (known: {', '.join(known)})")
+
+
+def _is_algorithm(_: Any, attribute: attrs.Attribute[str], value: str) -> None:
+    if value not in ALGORITHMS:
+        raise RecipeError(
+            f"unknown algorithm {value!r}{_nearest(str(value), ALGORITHMS)} (known: {', '.join(ALGORITHMS)})"
+        )
+
+
+ALGORITHMS = ("auto", "rtn", "gptq")
+"""How codes are found: "rtn" rounds to the nearest, "gptq" keeps each layer's outputs on calibration text, "auto" does the
+latter where there is such text."""
+
+
+@attrs.frozen(kw_only=True)
+class QuantizeRecipe:
+    """How the weights of some linear layers are stored.
+
+    layers: a pattern of their names in the model ("*.mlp.down_proj"; "head" is the layer that gives the logits). scheme: a name of
+    `jisu.compiler.schemes.SCHEMES`, or "none" to leave them as they are. group: inputs per scale, 0 for a whole row, -1 for
+    what is usual for the scheme. symmetric: no zeros. algorithm: one of `ALGORITHMS`; with calibration also search (how many
+    ranges a group's scale is chosen from), match (0 to 1: how far layers make up for errors of those before them) and
+    refine (sweeps of coordinate descent after it).
+    """
+
+    layers: str = attrs.field(default="*", validator=attrs.validators.instance_of(str))
+    scheme: str = attrs.field(default="int8", validator=_is_scheme)
+    group: int = attrs.field(default=-1, validator=_between(-1, 1 << 20))
+    symmetric: bool = attrs.field(default=True, validator=_is_bool)
+    algorithm: str = attrs.field(default="auto", validator=_is_algorithm)
+    search: int = attrs.field(default=16, validator=_between(0, 1000))
+    match: float = attrs.field(default=1.0, validator=_share)
+    refine: int = attrs.field(default=8, validator=_between(0, 1000))
+
+    @property
+    def inputs_per_scale(self) -> int:
+        """The group, where the recipe names none that of the scheme; 0 for a whole row."""
+        return SCHEMES[self.scheme].group if self.group < 0 else self.group
+
+
+@attrs.frozen(kw_only=True)
+class CalibrationRecipe:
+    """How calibration text is used: `windows` pieces of `length` tokens, drawn by `seed` from all of it."""
+
+    windows: int = attrs.field(default=128, validator=_between(1, 1 << 20))
+    length: int = attrs.field(default=256, validator=_between(2, 1 << 20))
+    seed: int = attrs.field(default=0, validator=_between(0, 1 << 31))
+
+
 @attrs.frozen(kw_only=True)
 class Recipe:
     """All that decides how a model is compiled, beside the target.
 
     fuse: run the fusion rules. pack: bring weights into their kernels' order. max_fold_bytes: the largest tensor that
-    constant folding makes. prefill_chunk: tokens of a prompt that are read at a time.
+    constant folding makes. prefill_chunk: tokens of a prompt that are read at a time. quantize: how weights are stored, of several
+    entries the last that matches a layer; a scheme's name alone means all layers. calibration: how its text is cut.
     """
 
     fuse: bool = attrs.field(default=True, validator=_is_bool)
     pack: bool = attrs.field(default=True, validator=_is_bool)
     max_fold_bytes: int = attrs.field(default=1 << 20, validator=_between(0, 1 << 30))
     prefill_chunk: int = attrs.field(default=512, validator=_between(1, 1 << 20))
+    quantize: tuple[QuantizeRecipe, ...] = ()
+    calibration: CalibrationRecipe = attrs.field(factory=CalibrationRecipe)
     cache: CacheRecipe = attrs.field(factory=CacheRecipe)
 
     @classmethod
@@ -109,7 +175,12 @@ class Recipe:
         """The recipe as TOML, every key spelled out."""
         lines, tables = [], []
         for key, value in attrs.asdict(self, recurse=False).items():
-            if attrs.has(type(value)):
+            if isinstance(value, tuple):
+                tables += [
+                    "\n".join([f"\n[[{key}]]", *(f"{k} = {_toml(v)}" for k, v in attrs.asdict(v).items())])
+                    for v in value
+                ]
+            elif attrs.has(type(value)):
                 inside = attrs.asdict(value).items()
                 tables.append("\n".join([f"\n[{key}]", *(f"{k} = {_toml(v)}" for k, v in inside)]))
             else:
@@ -121,17 +192,45 @@ PRESETS: dict[str, Recipe] = {
     "default": Recipe(),
     "paged": Recipe(cache=CacheRecipe(page=16)),
     "reference": Recipe(fuse=False, pack=False),
+    "int8": Recipe(quantize=(QuantizeRecipe(scheme="int8"),)),
+    "int4": Recipe(
+        quantize=(QuantizeRecipe(scheme="int4", symmetric=False), QuantizeRecipe(layers="head", scheme="int8"))
+    ),
+    "fp8": Recipe(quantize=(QuantizeRecipe(scheme="fp8"),)),
 }
-"""Recipes by name: the default; a paged KV cache; everything without fusion and packing (to compare with)."""
+"""Recipes by name: the default; a paged KV cache; everything without fusion and packing (to compare with); weights in few bits."""
 
 
 def _toml(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else repr(value)
+    return str(value).lower() if isinstance(value, bool) else json.dumps(value)
 
 
 def _nearest(name: str, known: Any) -> str:
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _quantize_entries(value: Any, _: Any) -> tuple[QuantizeRecipe, ...]:
+    """A scheme's name, one entry, or a list of entries; `bits` names an integer scheme."""
+    entries = value if isinstance(value, (list, tuple)) else [value]
+    found = []
+    for entry in entries:
+        if isinstance(entry, QuantizeRecipe):
+            found.append(entry)
+            continue
+        fields = {"scheme": entry} if isinstance(entry, str) else entry
+        if not isinstance(fields, Mapping):
+            raise RecipeError(f"expected a scheme's name or a table, got {entry!r}")
+        fields = dict(fields)
+        if "bits" in fields:
+            bits = fields.pop("bits")
+            if isinstance(bits, bool) or bits not in _INTEGER_BITS:
+                raise RecipeError(f"bits must be one of {', '.join(map(str, sorted(_INTEGER_BITS)))}, not {bits!r}")
+            if "scheme" in fields:
+                raise RecipeError("give scheme or bits, not both")
+            fields["scheme"] = f"int{int(bits)}"
+        found.append(_CONVERTER.structure(fields, QuantizeRecipe))
+    return tuple(found)
 
 
 def _strictly(kind: type) -> Any:
@@ -141,6 +240,12 @@ def _strictly(kind: type) -> Any:
         return value
 
     return structure
+
+
+def _text(value: Any, _: type) -> str:
+    if not isinstance(value, str):
+        raise RecipeError(f"expected text, got {value!r}")
+    return value
 
 
 def _explain(error: BaseException) -> str:
@@ -165,6 +270,9 @@ def _converter() -> cattrs.Converter:
     converter = cattrs.Converter(forbid_extra_keys=True)
     for kind in (int, bool):
         converter.register_structure_hook(kind, _strictly(kind))
+    converter.register_structure_hook(str, _text)
+    converter.register_structure_hook(float, lambda value, _: value)  # the field's validator says what is wrong
+    converter.register_structure_hook_func(lambda kind: kind == tuple[QuantizeRecipe, ...], _quantize_entries)
     return converter
 
 

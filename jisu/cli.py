@@ -85,6 +85,10 @@ def compile_command(
         typer.Option(help="After each pass: verify the IR, also compare its meaning (slow), or neither."),
     ] = "verify",
     dump: Annotated[str | None, typer.Option(metavar="DIR", help="Write the IR after each pass.")] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Text on which a recipe that quantizes keeps the layers' outputs."),
+    ] = None,
     cache_dir: CacheDir = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -94,7 +98,7 @@ def compile_command(
     with session(as_json=as_json, quiet=quiet, debug=debug) as shell:
         from jisu.commands import compile as command
 
-        command.run(shell, model, out, Options(target, recipe, threads, cache_dir, check, dump))
+        command.run(shell, model, out, Options(target, recipe, threads, cache_dir, check, dump, calibration))
 
 
 @app.command()
@@ -163,6 +167,31 @@ def bench(
         from jisu.commands import bench as command
 
         command.run(shell, path, Options(target, recipe, threads, cache_dir), command.Load(prompt, gen, batch, repeat))
+
+
+@app.command("eval")
+def evaluate(
+    path: Either,
+    text: Annotated[str, typer.Option(metavar="FILE", help="The text to predict.")],
+    reference: Annotated[
+        str | None, typer.Option(metavar="DIR|MODEL", help="Also tell how far the predictions are from this one's.")
+    ] = None,
+    window: Annotated[int, typer.Option(min=2, help="Tokens that are read at a time.")] = 256,
+    limit: Annotated[int | None, typer.Option(min=1, help="The most windows to read; default: the whole text.")] = None,
+    target: Target = None,
+    recipe: Recipe = None,
+    threads: Threads = None,
+    cache_dir: CacheDir = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Measure how well a model predicts a text."""
+    with session(as_json=as_json, quiet=quiet, debug=debug) as shell:
+        from jisu.commands import evaluate as command
+
+        options = Options(target, recipe, threads, cache_dir)
+        command.run(shell, path, text, reference, window, limit, options)
 
 
 @app.command()

@@ -76,18 +76,14 @@ class PackWeights:
 
         def transform(old: Node, new: Node) -> Node:
             if new.op is ops.linear and self._quantized(new.operands[1]):
-                _, w, b, r = new.operands
-                assert w is not None
-                return quantized(new, (w,), b, r, new.source)
+                return quantized(new, new.parents[1:2], new.operands[2], new.operands[3], new.source)
             if new.op is ops.gated_linear and self._quantized(*new.operands[1:]):
-                x, *weights = new.parents
+                data, *weights = new.parents
                 if len({(w.scheme, w.group) for w in weights}) == 1:
                     return quantized(new, weights, None, None, new.source)
-                gate, up = (ops.linear.make((x, w, None, None), {"activation": a}, new.source)
-                            for w, a in zip(weights, (new.activation, "none"), strict=True))  # fmt: skip
-                return ops.mul.make(
-                    [quantized(n, (n.operands[1],), None, None, n.source) for n in (gate, up)], {}, new.source
-                )
+                kinds = zip(weights, (new.activation, "none"), strict=True)
+                parts = [ops.linear.make((data, m, None, None), {"activation": kind}, new.source) for m, kind in kinds]
+                return ops.mul.make([quantized(n, n.parents[1:], None, None, n.source) for n in parts], {}, new.source)
             if new.op is ops.take and new.axis == 0 and self._quantized(new.operands[0]):
                 return self._looked_up(new)
             if new.op is ops.linear and self._packs(old.operands[1]):

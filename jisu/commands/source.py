@@ -29,6 +29,7 @@ class Options:
     cache_dir: str | None = None
     check: str = "verify"
     dump: str | None = None
+    calibration: str | None = None
 
 
 @attrs.frozen
@@ -78,6 +79,7 @@ def compile_checkpoint(shell: Shell, path: str, options: Options) -> Opened:
             check=options.check,
             dump=options.dump,
             cache_dir=options.cache_dir,
+            calibration=options.calibration,
             progress=tell,
         )
     return Opened(program, time.perf_counter() - begin, None)

@@ -1,0 +1,178 @@
+"""Codes of one matrix that keep a layer's output: GPTQ, and a refinement by coordinate descent.
+
+A layer maps inputs x to W x. With H = sum of x xᵀ over calibration tokens, replacing W by Q costs the layer tr((W - Q) H (W - Q)ᵀ)
+in its outputs. All arrays here are NumPy's: W [n, k] float32, H [k, k] float64.
+"""
+
+from __future__ import annotations
+
+import attrs
+import numpy as np
+
+from jisu.compiler.schemes import Scheme
+
+
+@attrs.frozen(eq=False)
+class Grid:
+    """Where the numbers of a matrix may go: per input a scale and, on an asymmetric grid, a zero (float32 [n, k])."""
+
+    scheme: Scheme
+    group: int
+    scales: np.ndarray  # [n, groups]
+    zeros: np.ndarray | None
+
+    def at(self, k: int) -> tuple[np.ndarray, np.ndarray | None]:
+        """Scales and zeros [n, k], one per input."""
+        spread = [
+            None if v is None else np.repeat(v, self.group or k, axis=1)[:, :k] for v in (self.scales, self.zeros)
+        ]
+        assert spread[0] is not None
+        return spread[0], spread[1]
+
+    def nearest(self, w: np.ndarray) -> np.ndarray:
+        """Codes of the nearest points."""
+        return self.scheme.encode(w, *self.at(w.shape[1]))
+
+    def values(self, codes: np.ndarray) -> np.ndarray:
+        """The points of codes, float32."""
+        return self.scheme.decode(codes, *self.at(codes.shape[1]))
+
+
+def in_groups(w: np.ndarray, group: int) -> np.ndarray:
+    """[n, k] as [n, groups, group]; what the last group lacks is 0."""
+    n, k = w.shape
+    size = group or k
+    count = -(-k // size)
+    return np.pad(w, ((0, 0), (0, count * size - k))).reshape(n, count, size)
+
+
+def choose_grid(
+    w: np.ndarray,
+    scheme: Scheme,
+    group: int,
+    *,
+    symmetric: bool = True,
+    importance: np.ndarray | None = None,
+    steps: int = 0,
+) -> Grid:
+    """The grid of a matrix: over each group's whole range, or of `steps` smaller ranges the one with the least squared error.
+
+    importance: how much an error at each input costs, [k] (the diagonal of H).
+    """
+    parts = in_groups(w, group)
+    weight = np.ones(w.shape[1]) if importance is None else importance / max(float(importance.mean()), 1e-30)
+    weight = in_groups(weight[None].astype(np.float32), group)
+    best, zeros = scheme.grid(parts, symmetric)
+    least: np.ndarray | None = None
+    for shrink in np.linspace(1.0, 0.5, steps) if steps else ():
+        s, z = scheme.grid(parts, symmetric, float(shrink))
+        wide = (s[..., None], None if z is None else z[..., None])
+        error = (weight * (scheme.decode(scheme.encode(parts, *wide), *wide) - parts) ** 2).sum(-1)
+        better = np.ones_like(error, bool) if least is None else error < least
+        least = error if least is None else np.where(better, error, least)
+        best = np.where(better, s, best)
+        if zeros is not None and z is not None:
+            zeros = np.where(better, z, zeros)
+    return Grid(scheme, group, scheme.stored(best), zeros)
+
+
+def damped(h: np.ndarray, damping: float) -> np.ndarray:
+    """H with `damping` times its mean diagonal added; inputs that never differ from 0 get 1."""
+    h = h.copy()
+    diagonal = np.einsum("ii->i", h)
+    diagonal[diagonal <= 0] = 1.0
+    diagonal += damping * float(diagonal.mean())
+    return h
+
+
+def gptq(w: np.ndarray, h: np.ndarray, grid: Grid, *, damping: float = 0.01, block: int = 128) -> np.ndarray:
+    """Codes [n, k] by GPTQ (Frantar et al., 2023): inputs in order of falling importance, each one's rounding error made up for by
+    the inputs still to come. Groups are static: scales are those of the unchanged matrix.
+    """
+    n, k = w.shape
+    order = np.argsort(-np.diag(h), kind="stable")
+    rest = w[:, order].astype(np.float64)
+    # Rows of the upper Cholesky factor of H^-1 say how an error is best made up for.
+    inverse = np.linalg.inv(damped(h, damping)[np.ix_(order, order)])
+    factor = np.linalg.cholesky((inverse + inverse.T) / 2).T
+    scales, zeros = grid.at(k)
+    codes = np.empty((n, k), np.uint8)
+    for begin in range(0, k, block):
+        end = min(begin + block, k)
+        errors = np.empty((n, end - begin))
+        for j in range(begin, end):
+            column = order[j]
+            s, z = scales[:, column], None if zeros is None else zeros[:, column]
+            codes[:, column] = grid.scheme.encode(rest[:, j].astype(np.float32), s, z)
+            value = grid.scheme.decode(codes[:, column], s, z)
+            errors[:, j - begin] = (rest[:, j] - value) / factor[j, j]
+            rest[:, j + 1 : end] -= np.outer(errors[:, j - begin], factor[j, j + 1 : end])
+        rest[:, end:] -= errors @ factor[begin:end, end:]
+    return codes
+
+
+def refine(w: np.ndarray, h: np.ndarray, grid: Grid, codes: np.ndarray, *, sweeps: int) -> tuple[Grid, np.ndarray]:
+    """Lower tr((W - Q) H (W - Q)ᵀ) from given codes: coordinate descent over the codes (Behdin et al., "QuantEase", 2023), scales
+    refitted by least squares in between. Never makes it larger.
+    """
+    best, least = (grid, codes), _cost(w, h, grid.values(codes))
+    for _ in range(sweeps):
+        codes = _descend(w, h, grid, codes)
+        cost = _cost(w, h, grid.values(codes))
+        if cost < least:
+            best, least = (grid, codes), cost
+        grid = _refitted(w, h, grid, codes)
+        cost = _cost(w, h, grid.values(codes))
+        if cost < least:
+            best, least = (grid, codes), cost
+    return best
+
+
+def _cost(w: np.ndarray, h: np.ndarray, q: np.ndarray) -> float:
+    e = w - q.astype(np.float64)
+    return float(np.einsum("nk,nk->", e @ h, e))
+
+
+def _descend(w: np.ndarray, h: np.ndarray, grid: Grid, codes: np.ndarray, block: int = 128) -> np.ndarray:
+    """One sweep: every code in turn becomes the best one while all others stay."""
+    n, k = w.shape
+    codes = codes.copy()
+    scales, zeros = grid.at(k)
+    q = grid.values(codes).astype(np.float64)
+    gradient = (q - w) @ h  # half the cost's gradient
+    diagonal = np.maximum(np.diag(h), 1e-12)
+    for begin in range(0, k, block):
+        end = min(begin + block, k)
+        moved = np.empty((n, end - begin))
+        for j in range(begin, end):
+            s, z = scales[:, j], None if zeros is None else zeros[:, j]
+            aim = q[:, j] - gradient[:, j] / diagonal[j]
+            codes[:, j] = grid.scheme.encode(aim.astype(np.float32), s, z)
+            step = grid.scheme.decode(codes[:, j], s, z) - q[:, j]
+            q[:, j] += step
+            moved[:, j - begin] = step
+            gradient[:, begin:end] += np.outer(step, h[j, begin:end])
+        outside = np.r_[0:begin, end:k]
+        gradient[:, outside] += moved @ h[begin:end][:, outside]
+    return codes
+
+
+def _refitted(w: np.ndarray, h: np.ndarray, grid: Grid, codes: np.ndarray) -> Grid:
+    """The scales that suit given codes best (all groups of a row together), as they can be stored."""
+    k = w.shape[1]
+    ones = Grid(grid.scheme, grid.group, np.ones_like(grid.scales), grid.zeros)
+    levels = ones.values(codes).astype(np.float64)
+    size = grid.group or k
+    edges = range(0, k, size)
+    groups = len(edges)
+    target = w.astype(np.float64) @ h
+    right = np.stack([np.einsum("nk,nk->n", target[:, e : e + size], levels[:, e : e + size]) for e in edges], 1)
+    left = np.empty((len(w), groups, groups))
+    for i, e in enumerate(edges):
+        part = levels[:, e : e + size] @ h[e : e + size]
+        for j, f in enumerate(edges):
+            left[:, i, j] = np.einsum("nk,nk->n", part[:, f : f + size], levels[:, f : f + size])
+    left += 1e-6 * np.einsum("nii->n", left)[:, None, None] / groups * np.eye(groups) + 1e-20 * np.eye(groups)
+    scales = np.linalg.solve(left, right[..., None])[..., 0]
+    sensible = (scales > 0.25 * grid.scales) & (scales < 4 * grid.scales) & np.isfinite(scales)
+    return attrs.evolve(grid, scales=grid.scheme.stored(np.where(sensible, scales, grid.scales)))
