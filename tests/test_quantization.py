@@ -348,7 +348,7 @@ def test_command_line(tmp_path: Path) -> None:
         '[[quantize]]\nscheme = "int4"\ngroup = 32\nsymmetric = false\n\n[calibration]\nwindows = 8\nlength = 32\n'
     )
     out = tmp_path / "q.jisu"
-    cache = ["--cache-dir", tmp_path / "cache"]
+    cache: list[str | Path] = ["--cache-dir", tmp_path / "cache"]
     made = result(
         command("compile", model, "-o", out, "--recipe", tmp_path / "r.toml", "--calibration", text, *cache, "--json")
     )

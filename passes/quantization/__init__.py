@@ -119,7 +119,7 @@ class Quantize:
             made[matrix] = _as_nodes(matrix, layer.names[0], grid, codes, weights)
             return grid.values(codes)
 
-        if self.tokens is None:
+        if self.tokens is None or all(rule.algorithm == "rtn" for _, rule in chosen.values()):
             for matrix in chosen:
                 quantize(matrix, None)
         else:
