@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Annotated, Literal, cast
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, Literal, cast
 
+import attrs
 import typer
 
 from jisu import __version__
-from jisu.commands.shell import report_error, session
+from jisu.commands.shell import Shell, report_error, session
 from jisu.commands.source import Options
 
 app = typer.Typer(
@@ -73,13 +76,55 @@ def main(
     """Compile PyTorch language models for fast inference."""
 
 
-@app.command("compile")
+_OUTPUT = {"as_json": (Json, False), "quiet": (Quiet, False), "debug": (Debug, False)}
+_COMPILING = {
+    "target": (Target, None),
+    "recipe": (Recipe, None),
+    "threads": (Threads, None),
+    "cache_dir": (CacheDir, None),
+}
+
+
+def _command(name: str, group: typer.Typer = app) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Register function(shell, …) as the command `name`, with the options that all commands have.
+
+    A function whose second parameter is `options` is also given those that say how a checkpoint is compiled.
+    """
+
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        names = list(inspect.signature(function).parameters)
+        compiles = "options" in names
+        own = [
+            p for n, p in inspect.signature(function, eval_str=True).parameters.items() if n not in ("shell", "options")
+        ]
+        shared = {**(_COMPILING if compiles else {}), **_OUTPUT}
+        extra = [
+            inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
+            for n, (kind, default) in shared.items()
+        ]
+
+        @functools.wraps(function)
+        def run(**given: Any) -> None:
+            output = {n: given.pop(n) for n in _OUTPUT}
+            options = {"options": Options(**{n: given.pop(n) for n in _COMPILING})} if compiles else {}
+            with session(**output) as shell:
+                function(shell, **options, **given)
+
+        keywords = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
+        setattr(run, "__signature__", inspect.Signature([*keywords, *extra]))  # noqa: B010
+        run.__annotations__ = {p.name: p.annotation for p in (*keywords, *extra)}
+        group.command(name)(run)
+        return function
+
+    return register
+
+
+@_command("compile")
 def compile_command(
+    shell: Shell,
+    options: Options,
     model: Model,
     out: Annotated[str, typer.Option("--out", "-o", metavar="DIR", help="A folder, or a file such as model.jisu.")],
-    target: Target = None,
-    recipe: Recipe = None,
-    threads: Threads = None,
     check: Annotated[
         Literal["verify", "numeric", "none"],
         typer.Option(help="After each pass: verify the IR, also compare its meaning (slow), or neither."),
@@ -89,20 +134,17 @@ def compile_command(
         str | None,
         typer.Option(metavar="FILE", help="Text on which a recipe that quantizes keeps the layers' outputs."),
     ] = None,
-    cache_dir: CacheDir = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
 ) -> None:
     """Compile a checkpoint and save the program."""
-    with session(as_json=as_json, quiet=quiet, debug=debug) as shell:
-        from jisu.commands import compile as command
+    from jisu.commands import compile as command
 
-        command.run(shell, model, out, Options(target, recipe, threads, cache_dir, check, dump, calibration))
+    command.run(shell, model, out, attrs.evolve(options, check=check, dump=dump, calibration=calibration))
 
 
-@app.command()
+@_command("generate")
 def generate(
+    shell: Shell,
+    options: Options,
     path: Either,
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="The text to continue.")] = None,
     prompt_file: Annotated[str | None, typer.Option(metavar="FILE", help="A file with the text.")] = None,
@@ -121,15 +163,10 @@ def generate(
     repetition_penalty: Annotated[float | None, typer.Option(help="Above 1: fewer repetitions.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Makes sampling repeatable.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be given several times.")] = None,
-    target: Target = None,
-    recipe: Recipe = None,
-    threads: Threads = None,
-    cache_dir: CacheDir = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
 ) -> None:
     """Continue a text; the prompt may also come on standard input."""
+    from jisu.commands import generate as command
+
     wanted = {
         "max_new_tokens": max_new_tokens,
         "do_sample": sample,
@@ -141,36 +178,29 @@ def generate(
         "seed": seed,
         "stop_strings": tuple(stop) if stop else None,
     }
-    with session(as_json=as_json, quiet=quiet, debug=debug) as shell:
-        from jisu.commands import generate as command
-
-        command.run(shell, path, Options(target, recipe, threads, cache_dir), prompt, prompt_file, chat, wanted)
+    command.run(shell, path, options, prompt, prompt_file, chat, wanted)
 
 
-@app.command()
+@_command("bench")
 def bench(
+    shell: Shell,
+    options: Options,
     path: Either,
-    target: Target = None,
-    recipe: Recipe = None,
     prompt: Annotated[int, typer.Option(min=1, help="Tokens to read.")] = 128,
     gen: Annotated[int, typer.Option(min=1, help="Tokens to write.")] = 64,
-    threads: Threads = None,
     batch: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 1,
     repeat: Annotated[int, typer.Option(min=1, help="Repetitions, of which the median is told.")] = 5,
-    cache_dir: CacheDir = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
 ) -> None:
     """Measure prefill and decode speed."""
-    with session(as_json=as_json, quiet=quiet, debug=debug) as shell:
-        from jisu.commands import bench as command
+    from jisu.commands import bench as command
 
-        command.run(shell, path, Options(target, recipe, threads, cache_dir), command.Load(prompt, gen, batch, repeat))
+    command.run(shell, path, options, command.Load(prompt, gen, batch, repeat))
 
 
-@app.command("eval")
+@_command("eval")
 def evaluate(
+    shell: Shell,
+    options: Options,
     path: Either,
     text: Annotated[str, typer.Option(metavar="FILE", help="The text to predict.")],
     reference: Annotated[
@@ -178,102 +208,66 @@ def evaluate(
     ] = None,
     window: Annotated[int, typer.Option(min=2, help="Tokens that are read at a time.")] = 256,
     limit: Annotated[int | None, typer.Option(min=1, help="The most windows to read; default: the whole text.")] = None,
-    target: Target = None,
-    recipe: Recipe = None,
-    threads: Threads = None,
-    cache_dir: CacheDir = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
 ) -> None:
     """Measure how well a model predicts a text."""
-    with session(as_json=as_json, quiet=quiet, debug=debug) as shell:
-        from jisu.commands import evaluate as command
+    from jisu.commands import evaluate as command
 
-        options = Options(target, recipe, threads, cache_dir)
-        command.run(shell, path, text, reference, window, limit, options)
+    command.run(shell, path, text, reference, window, limit, options)
 
 
-@app.command()
-def explain(
-    path: Either,
-    target: Target = None,
-    recipe: Recipe = None,
-    threads: Threads = None,
-    cache_dir: CacheDir = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
-) -> None:
+@_command("explain")
+def explain(shell: Shell, options: Options, path: Either) -> None:
     """Tell what each pass did, what layers cost, and which kernels run."""
-    with session(as_json=as_json, quiet=quiet, debug=debug) as shell:
-        from jisu.commands import explain as command
+    from jisu.commands import explain as command
 
-        command.run(shell, path, Options(target, recipe, threads, cache_dir))
+    command.run(shell, path, options)
 
 
-@app.command()
-def doctor(as_json: Json = False, quiet: Quiet = False, debug: Debug = False) -> None:
+@_command("doctor")
+def doctor(shell: Shell) -> None:
     """Check this machine and installation; exit code 1 if something stops compiling."""
-    with session(as_json=as_json, quiet=quiet, debug=debug) as shell:
-        from jisu.commands import doctor as command
+    from jisu.commands import doctor as command
 
-        command.run(shell)
+    command.run(shell)
 
 
-@app.command()
-def demo(threads: Threads = None, as_json: Json = False, quiet: Quiet = False, debug: Debug = False) -> None:
+@_command("demo")
+def demo(shell: Shell, threads: Threads = None) -> None:
     """Compile the bundled model, let it write, and measure it against PyTorch eager."""
-    with session(as_json=as_json, quiet=quiet, debug=debug) as shell:
-        from jisu.commands import demo as command
+    from jisu.commands import demo as command
 
-        command.run(shell, threads)
+    command.run(shell, threads)
 
 
-@app.command()
+@_command("bisect")
 def bisect(
+    shell: Shell,
+    options: Options,
     model: Model,
     prompt: Annotated[
         str, typer.Option("--prompt", "-p", help="Text to compare on (token ids if there's no tokenizer).")
     ],
-    target: Target = None,
-    recipe: Recipe = None,
-    threads: Threads = None,
-    cache_dir: CacheDir = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
 ) -> None:
     """Find the first pass that changes what a model means."""
-    with session(as_json=as_json, quiet=quiet, debug=debug) as shell:
-        from jisu.commands import bisect as command
+    from jisu.commands import bisect as command
 
-        command.run(shell, model, prompt, Options(target, recipe, threads, cache_dir))
+    command.run(shell, model, prompt, options)
 
 
-@recipe_app.command("show")
+@_command("show", recipe_app)
 def recipe_show(
+    shell: Shell,
     name: Annotated[str | None, typer.Argument(metavar="NAME|FILE", help="A preset or a TOML file.")] = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
 ) -> None:
     """Print a recipe with every key (default: the default recipe)."""
-    with session(as_json=as_json, quiet=quiet, debug=debug) as shell:
-        from jisu.commands import recipe as command
+    from jisu.commands import recipe as command
 
-        command.show(shell, name)
+    command.show(shell, name)
 
 
-@recipe_app.command("check")
-def recipe_check(
-    file: Annotated[str, typer.Argument(metavar="FILE", help="A TOML file.")],
-    as_json: Json = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
-) -> None:
+@_command("check", recipe_app)
+def recipe_check(shell: Shell, file: Annotated[str, typer.Argument(metavar="FILE", help="A TOML file.")]) -> None:
     """Check a recipe file."""
-    with session(as_json=as_json, quiet=quiet, debug=debug) as shell:
-        from jisu.commands import recipe as command
+    from jisu.commands import recipe as command
 
-        command.check(shell, file)
+    command.check(shell, file)
