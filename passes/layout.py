@@ -128,7 +128,7 @@ class PackWeights:
 
     def _quantized(self, *nodes: Node | None) -> bool:
         """Whether all are matrices of codes that kernels read."""
-        return all(n is not None and n.op is ops.dequantize and n.dtype in self.pair and _is_stored(n) for n in nodes)
+        return all(n is not None and n.op is ops.dequantize and _is_stored(n) for n in nodes)
 
     @staticmethod
     def _looked_up(node: Node) -> Node:
