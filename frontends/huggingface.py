@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -270,6 +271,17 @@ def _our_functions(model: transformers.PreTrainedModel, *kinds: str) -> Iterator
             setattr(c, f, old)
 
 
+_FROM_TOKENS = "create_position_ids_from_input_ids"
+
+
+def _counts_positions(model: nn.Module) -> bool:
+    """Whether a model that is given no positions counts tokens from 0; else it makes them from the tokens (skipping padding,
+    behind an offset), and has to do so here as well."""
+    return not any(
+        hasattr(m, _FROM_TOKENS) or hasattr(sys.modules[type(m).__module__], _FROM_TOKENS) for m in model.modules()
+    )
+
+
 _LONGEST = 1 << 24
 
 
@@ -293,9 +305,10 @@ def _captured(model: transformers.PreTrainedModel, takes_positions: bool, limit:
         ):  # slices of a table of `limit` rows have another trace at `limit` itself
             sequence = torch.export.Dim("sequence", min=1, max=longest)
             shapes = {"input_ids": {0: batch, 1: sequence}, "position_ids": {0: batch, 1: sequence}}
+            whole = _Whole(model, takes_positions and "attention" in kinds)
             try:
                 with _our_functions(model, *kinds):
-                    return capture(_Whole(model, takes_positions), (ids, positions), {}, shapes, storage=storage)
+                    return capture(whole, (ids, positions), {}, shapes, storage=storage)
             except UnsupportedError as error:
                 fault = error
                 break  # another range of lengths won't help
@@ -335,7 +348,7 @@ def trace_decoder(
     import inspect
 
     parameters = inspect.signature(model.forward).parameters
-    takes_positions = "position_ids" in parameters
+    takes_positions = "position_ids" in parameters and _counts_positions(model)
     text = model.config.get_text_config()
     was_training = model.training
     model.eval()
@@ -353,8 +366,8 @@ def trace_decoder(
     if converted is not None and made:
         graph = _with_conversions(graph, converted)
     graph = _named_as_in(graph)
-    if not takes_positions:
-        graph = graph.replace(inputs=tuple(i for i in graph.inputs if i.name != "position_ids"))
+    # Positions that the trace doesn't use are no input.
+    graph = graph.replace(inputs=tuple(i for i in graph.inputs if i.name != "position_ids" or graph.users[i]))
     (name,) = graph.inputs[0].shape[1].free_symbols  # type: ignore[union-attr]
     return Decoder(
         graph,

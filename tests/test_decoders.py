@@ -105,6 +105,19 @@ UNCACHED: dict[str, tuple[transformers.PreTrainedConfig, str]] = {
         ),
         ".",
     ),
+    # Makes positions from its tokens, behind an offset.
+    "roberta": (
+        transformers.RobertaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=48,
+            max_position_embeddings=64,
+            is_decoder=True,
+        ),
+        "scan.*earlier tokens",
+    ),
     # Slices a table of positions.
     "openai-gpt": (
         transformers.OpenAIGPTConfig(vocab_size=VOCABULARY, n_positions=64, n_embd=32, n_layer=2, n_head=4),
