@@ -267,7 +267,9 @@ def _calibration_tokens(source: Source, recipe: Recipe, calibration: Any) -> np.
 
         if "tokenizer.json" not in source.files:
             raise InputError("the model has no tokenizer for calibration text; give token ids [windows, length]")
-        ids = np.asarray(Tokenizer.from_files(source.files).encode(Path(calibration).read_text()), np.int64)
+        ids = np.asarray(
+            Tokenizer.from_files(source.files).encode(Path(calibration).read_text(encoding="utf-8")), np.int64
+        )
         length, wanted = min(recipe.calibration.length, source.max_positions), recipe.calibration.windows
         if len(ids) <= length:
             raise InputError(

@@ -101,6 +101,10 @@ class QuantizeRecipe:
     match: float = attrs.field(default=1.0, validator=_share)
     refine: int = attrs.field(default=8, validator=_between(0, 1000))
 
+    def __attrs_post_init__(self) -> None:
+        if not self.symmetric and self.scheme != "none" and not SCHEMES[self.scheme].uniform:
+            raise RecipeError(f"{self.scheme} has no zeros: symmetric = false is for integer schemes")
+
     @property
     def inputs_per_scale(self) -> int:
         """The group, where the recipe names none that of the scheme; 0 for a whole row."""

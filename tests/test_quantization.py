@@ -241,6 +241,7 @@ def test_plain_modules_are_quantized_too() -> None:
         ({"quantize": {"bits": 0}}, "bits must be one of"),
         ({"quantize": {"bits": 64}}, "bits must be one of"),
         ({"quantize": "int5"}, "unknown scheme 'int5'"),
+        ({"quantize": {"scheme": "nf4", "symmetric": False}}, "nf4 has no zeros"),
         ({"quantize": [{"shceme": "int4"}]}, "did you mean 'scheme'"),
         ({"quantize": {"algorithm": "gtpq"}}, "did you mean 'gptq'"),
         ({"quantize": {"scheme": "int4", "group": 8, "algorithm": "gptq"}}, "gptq needs calibration text for first"),

@@ -124,7 +124,8 @@ class Quantize:
                 quantize(matrix, None)
         else:
             stream(graph, self.tokens, {u for layer, _ in chosen.values() for u in layer.users},
-                   self._visit(chosen, values, quantize), unchanged=True, progress=self.progress)  # fmt: skip
+                   self._visit(chosen, values, quantize), unchanged=any(rule.match for _, rule in chosen.values()),
+                   progress=self.progress)  # fmt: skip
         new = graph.map(lambda old, rebuilt: made.get(old, rebuilt))
         return attrs.evolve(new, weights=weights).replace()
 
