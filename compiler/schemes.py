@@ -48,7 +48,8 @@ class Scheme:
 
     bits: of a code. levels: float32 [2**bits], what a code means before scaling. group: inputs per scale where the user
     names none (0: a whole row). scale: one of `SCALES`. uniform: levels are 0, 1, 2, …, so that zeros can move the grid;
-    without zeros the middle level is 0.
+    without zeros the middle level is 0. mantissa, bias: of levels that are small floats (sign, exponent, mantissa bits), else 0:
+    kernels then decode by moving bits.
     """
 
     name: str
@@ -57,6 +58,8 @@ class Scheme:
     group: int = 128
     scale: str = attrs.field(default="float16", validator=attrs.validators.in_(SCALES))
     uniform: bool = False
+    mantissa: int = 0
+    bias: int = 0
 
     @property
     def middle(self) -> float:
@@ -141,9 +144,9 @@ SCHEMES: Mapping[str, Scheme] = {
         _uniform(4, 128),
         _uniform(3, 128),
         _uniform(2, 64),
-        Scheme("fp8", 8, _fp8(), 0),
-        Scheme("mxfp4", 4, _fp4(), 32, "e8m0"),
-        Scheme("nvfp4", 4, _fp4(), 16, "e4m3"),
+        Scheme("fp8", 8, _fp8(), 0, mantissa=3, bias=7),
+        Scheme("mxfp4", 4, _fp4(), 32, "e8m0", mantissa=1, bias=1),
+        Scheme("nvfp4", 4, _fp4(), 16, "e4m3", mantissa=1, bias=1),
         Scheme("nf4", 4, _NF4, 64),
     )
 }

@@ -345,11 +345,10 @@ def level(b: Builder, scheme: str, code: Expr) -> Expr:
     kind = schemes.scheme(scheme)
     if kind.uniform:
         return tirx.Cast("float32", code)
-    if scheme == "fp8" or kind.bits == 4 and kind.levels[1] == 0.5:  # exponent and mantissa lie as in float32, moved
-        mantissa, bias = (3, 7) if scheme == "fp8" else (1, 1)
+    if kind.mantissa:  # exponent and mantissa lie as in float32, moved
         sign = 1 << (kind.bits - 1)
-        bits = tirx.bitwise_and(code, sign - 1) << (23 - mantissa)
-        size = b.let(tirx.reinterpret("float32", bits) * tirx.FloatImm("float32", 2.0 ** (127 - bias)))
+        bits = tirx.bitwise_and(code, sign - 1) << (23 - kind.mantissa)
+        size = b.let(tirx.reinterpret("float32", bits) * tirx.FloatImm("float32", 2.0 ** (127 - kind.bias)))
         return tirx.Select(tirx.NE(tirx.bitwise_and(code, sign), 0), -size, size)
     found: Expr = literal(float(kind.levels[-1]), "float32")
     for i in range(len(kind.levels) - 2, -1, -1):

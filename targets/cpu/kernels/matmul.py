@@ -253,11 +253,10 @@ def _level(f: Function, scheme: str, code: Val) -> Val:
     kind = schemes.scheme(scheme)
     if kind.uniform:
         return f.cast("sitofp", code, "float")
-    if scheme == "fp8" or (kind.bits == 4 and kind.levels[1] == 0.5):  # exponent and mantissa lie as in float32, moved
-        mantissa, bias = (3, 7) if scheme == "fp8" else (1, 1)
-        size = (code & (2 ** (kind.bits - 1) - 1)) << (23 - mantissa)
+    if kind.mantissa:  # exponent and mantissa lie as in float32, moved
+        size = (code & (2 ** (kind.bits - 1) - 1)) << (23 - kind.mantissa)
         sign = (code & 2 ** (kind.bits - 1)) << (32 - kind.bits)
-        return f.cast("bitcast", size | sign, "float") * 2.0 ** (127 - bias)
+        return f.cast("bitcast", size | sign, "float") * 2.0 ** (127 - kind.bias)
     found = f.like(float(kind.levels[-1]), f.cast("bitcast", code, "float"))
     for i in range(len(kind.levels) - 2, -1, -1):
         found = f.select(code.cmp("eq", i), f.like(float(kind.levels[i]), found), found)
