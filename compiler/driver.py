@@ -254,6 +254,10 @@ def _lossy_passes(source: Source, recipe: Recipe, calibration: Any, tell: Progre
         return ()
     from jisu.passes.quantization import Quantize
 
+    if calibration is not None and all(rule.algorithm == "rtn" for rule in recipe.quantize):
+        raise InputError(
+            'calibration is given, but the recipe only rounds to the nearest; use algorithm = "auto" or "gptq"'
+        )
     tokens = None if calibration is None else _calibration_tokens(source, recipe, calibration)
     return (Quantize(recipe.quantize, tokens, progress=lambda done: tell("quantizing", 0.3 + 0.1 * done)),)
 
@@ -263,13 +267,11 @@ def _calibration_tokens(source: Source, recipe: Recipe, calibration: Any) -> np.
     if source.sequence is None:
         raise InputError("calibration is for causal language models; this module's weights are rounded to the nearest")
     if isinstance(calibration, (str, os.PathLike)):
-        from jisu.runtime.tokenizer import Tokenizer
+        from jisu.runtime.tokenizer import Tokenizer, read_text
 
         if "tokenizer.json" not in source.files:
             raise InputError("the model has no tokenizer for calibration text; give token ids [windows, length]")
-        ids = np.asarray(
-            Tokenizer.from_files(source.files).encode(Path(calibration).read_text(encoding="utf-8")), np.int64
-        )
+        ids = np.asarray(Tokenizer.from_files(source.files).encode(read_text(calibration)), np.int64)
         length, wanted = min(recipe.calibration.length, source.max_positions), recipe.calibration.windows
         if len(ids) <= length:
             raise InputError(
@@ -285,6 +287,10 @@ def _calibration_tokens(source: Source, recipe: Recipe, calibration: Any) -> np.
     if tokens.min() < 0 or tokens.max() >= source.vocabulary:
         raise InputError(
             f"calibration: token ids from {tokens.min()} to {tokens.max()} are not in the vocabulary of {source.vocabulary}"
+        )
+    if tokens.shape[1] > source.max_positions:
+        raise InputError(
+            f"calibration: windows of {tokens.shape[1]} tokens exceed the model's {source.max_positions} positions"
         )
     return tokens.astype(np.int64)
 

@@ -123,12 +123,12 @@ class PackWeights:
             and not node.tensor.symbols
             and 0 not in node.shape
             and node.op is not ops.dequantize
-            and _is_stored(node)
+            and is_stored(node)
         )
 
     def _quantized(self, *nodes: Node | None) -> bool:
         """Whether all are matrices of codes that kernels read."""
-        return all(n is not None and n.op is ops.dequantize and _is_stored(n) for n in nodes)
+        return all(n is not None and n.op is ops.dequantize and is_stored(n) for n in nodes)
 
     @staticmethod
     def _looked_up(node: Node) -> Node:
@@ -148,7 +148,7 @@ class PackWeights:
         return gate, up
 
 
-def _is_stored(node: Node) -> bool:
+def is_stored(node: Node) -> bool:
     """Whether a value depends on weights and constants alone."""
     stack, seen = [node], set()
     while stack:
@@ -213,7 +213,7 @@ class MergeProjections:
             if node.op is ops.packed_linear and node.activation == "none" and node.operands[3] is None:
                 x, _, b, _ = node.operands
                 assert x is not None
-                if b is None or _is_stored(b):
+                if b is None or is_stored(b):
                     groups.setdefault((x, b is not None), []).append(node)
         member = {n: (group, i) for group in groups.values() if len(group) > 1 for i, n in enumerate(group)}
         merged: dict[int, Node] = {}

@@ -132,6 +132,14 @@ def _text(token: Any) -> str:
     return str(token.get("content", "") if isinstance(token, dict) else token)
 
 
+def read_text(path: str | os.PathLike[str]) -> str:
+    """The contents of a text file; raises InputError where it isn't UTF-8, OSError where it can't be read."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{os.fspath(path)}: not UTF-8 text (byte {error.start})") from None
+
+
 def _utf8(data: bytes, name: str) -> str:
     try:
         return data.decode("utf-8")

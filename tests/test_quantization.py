@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -313,14 +312,17 @@ def test_steps_of_a_quantized_model_equal_the_whole(name: str, tmp_path: Path) -
         (ids(2, 8, 0).astype(np.float32), "expected a text file or token ids"),
         (ids(2, 8, 0) + VOCABULARY, "not in the vocabulary of 99"),
         ("some.txt", "no tokenizer"),
+        (ids(2, 161, 0), "windows of 161 tokens exceed the model's 160 positions"),
     ],
-    ids=["dtype", "range", "text"],
+    ids=["dtype", "range", "text", "length"],
 )
 def test_calibration_that_does_not_fit(calibration: Any, words: str) -> None:
     with pytest.raises(jisu.InputError, match=words):
         jisu.compile(make("llama_tied"), recipe="int4", calibration=calibration)
     with pytest.raises(jisu.InputError, match="quantizes nothing"):
         jisu.compile(make("llama_tied"), calibration=ids(2, 8, 0))
+    with pytest.raises(jisu.InputError, match="only rounds to the nearest"):
+        jisu.compile(make("llama_tied"), recipe={"quantize": {"algorithm": "rtn"}}, calibration=ids(2, 8, 0))
 
 
 def test_planted_faults_are_caught() -> None:
@@ -360,4 +362,11 @@ def test_command_line(tmp_path: Path) -> None:
     assert made["weights_bytes"] < dense["weights_bytes"]
     assert dense["tokens"] == found["tokens"] == 8 * 63 and dense["stderr"] > 0
     assert abs(found["bits_per_byte"] - dense["bits_per_byte"]) < 0.1 and 0 < found["kl_per_token"] < 0.2
-    assert json.dumps(found)
+    text.write_bytes(b"caf\xe9" * 400)
+    wrong: list[list[str | Path]] = [
+        ["eval", out, "--text", text],
+        ["compile", model, "-o", out, "--recipe", "int4", "--calibration", text, *cache],
+    ]
+    for arguments in wrong:
+        refused = command(*arguments)
+        assert refused.returncode == 1 and "not UTF-8" in refused.stderr

@@ -83,7 +83,7 @@ def main() -> None:
                 continue
             rules = {"quantize": [entry, {"layers": "head", "scheme": "none"}]}
             lost, seconds, weights = [], [], 0
-            for tokens in sets[:1] if entry.get("algorithm") == "rtn" else sets:
+            for tokens in [None] if entry.get("algorithm") == "rtn" else sets:
                 begin = time.perf_counter()
                 program = jisu.compile(given.model, recipe=rules, calibration=tokens, cache_dir=cache)
                 seconds.append(time.perf_counter() - begin)

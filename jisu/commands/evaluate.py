@@ -6,7 +6,6 @@ import math
 import os
 import statistics
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -37,7 +36,9 @@ def run(
     shell: Shell, path: str, text: str, reference: str | None, window: int, limit: int | None, options: Options
 ) -> None:
     """Evaluate the program at `path` on the text file `text`."""
-    content = Path(text).read_text(encoding="utf-8")
+    from jisu.runtime.tokenizer import read_text
+
+    content = read_text(text)
     program = open_program(shell, path, options).program
     other = open_program(shell, reference, Options(threads=options.threads)).program if reference is not None else None
     with shell.progress() as tell:

@@ -14,7 +14,7 @@ from jisu.compiler.errors import InputError, RecipeError
 from jisu.compiler.graph import WEIGHT, ArrayStorage, Graph, Node, Storage, weight
 from jisu.compiler.recipe import QuantizeRecipe
 from jisu.compiler.types import TensorType
-from jisu.passes.layout import Derived
+from jisu.passes.layout import Derived, is_stored
 from jisu.passes.quantization.calibrate import Values, Visit, stream
 from jisu.passes.quantization.gptq import Grid, choose_grid, damped, gptq, refine
 
@@ -41,7 +41,7 @@ def find_layers(graph: Graph) -> dict[Node, Layer]:
         for position in _POSITIONS.get(node.op, ()):
             matrix = node.operands[position]
             assert matrix is not None
-            if _stored(matrix) and not matrix.tensor.symbols:
+            if is_stored(matrix) and matrix.op is not ops.dequantize and not matrix.tensor.symbols:
                 users.setdefault(matrix, []).append(node)
     found = {}
     for matrix, layers in users.items():
@@ -49,12 +49,6 @@ def find_layers(graph: Graph) -> dict[Node, Layer]:
         is_head = any(layer in graph.outputs for layer in layers)
         found[matrix] = Layer((name, *([HEAD] if is_head else [])), matrix, tuple(layers))
     return found
-
-
-def _stored(node: Node) -> bool:
-    """Whether a value is computed from weights alone, and not from codes already."""
-    nodes = Graph((), (node,)).nodes
-    return all(n.op is not ops.dequantize and (n.op is WEIGHT or n.parents) for n in nodes)
 
 
 def choose(graph: Graph, rules: Iterable[QuantizeRecipe]) -> dict[Node, tuple[Layer, QuantizeRecipe]]:
