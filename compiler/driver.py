@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -32,7 +33,10 @@ Progress = Callable[[str, float], None]
 
 @attrs.frozen
 class Source:
-    """What a frontend found: the graph, how it is called, and, for a causal language model, its sequence's symbol."""
+    """What a frontend found: the graph, how it is called, and, for a causal language model, its sequence's symbol.
+
+    notes: what the model's files ask for that the graph doesn't do, in sentences.
+    """
 
     graph: Graph
     signature: Signature
@@ -40,6 +44,7 @@ class Source:
     vocabulary: int = 0
     max_positions: int = 0
     files: Mapping[str, bytes] = attrs.field(factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 def compile(
@@ -85,6 +90,8 @@ def compile(
     kept = cache_folder(Path(cache_dir) if cache_dir is not None else None)
     source = _capture(model, example_inputs, example_kwargs, dynamic_shapes, kept)
     times = {"trace_s": time.perf_counter() - begin}
+    for note in source.notes:
+        warnings.warn(note, UserWarning, stacklevel=2)
     with _memory_errors():
         lossy = _lossy_passes(source, chosen, calibration, tell)
         return _build(
@@ -163,7 +170,15 @@ def _comes_from_transformers(model: Any) -> bool:
 def _from_decoder(decoder: Any) -> Source:
     result = Tree("record", items=(Tree("leaf", 0),), keys=("logits",), name=decoder.result)
     signature = Signature((), (), result)
-    return Source(decoder.graph, signature, decoder.sequence, decoder.vocabulary, decoder.max_positions, decoder.files)
+    return Source(
+        decoder.graph,
+        signature,
+        decoder.sequence,
+        decoder.vocabulary,
+        decoder.max_positions,
+        decoder.files,
+        decoder.notes,
+    )
 
 
 # --- Passes --------------------------------------------------------------------------------------------------------
@@ -228,6 +243,7 @@ def _build(
         "kernels": [{"name": n, "op": op, "count": k} for n, op, k in info.kernels],
         "layers": _layer_report(next(iter(finished.values())), env, machine),
         "cache": None if decoder is None else decoder.reason or "derived",
+        "notes": list(source.notes),
     }
     parts = Compiled(
         library=library,

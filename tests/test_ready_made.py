@@ -1,0 +1,420 @@
+"""Checkpoints quantised by others. Each format's packing is written here once more, by itself, from the format's definition."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import attrs
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+import transformers
+from decoders import VOCABULARY, make
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
+
+import jisu
+from jisu.compiler import ops
+from jisu.compiler.graph import Graph
+from jisu.compiler.storage import LazyTensor
+from jisu.frontends.checkpoint import load_checkpoint
+from jisu.frontends.ready_made import PREFIX, Coded, Matrix, Place, as_codes, find_format, tables
+from jisu.passes.layout import Derived
+
+IDS = np.random.default_rng(0).integers(0, VOCABULARY, (2, 20))
+Tensors = dict[str, np.ndarray]
+E4M3 = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+
+
+# --- The formats, from their definitions ---------------------------------------------------------------------------------
+
+
+def words(codes: np.ndarray, bits: int) -> np.ndarray:
+    """int32 [rows, ceil(count * bits / 32)] of codes [rows, count]: code i has the bits from i * bits on of its row."""
+    rows, count = codes.shape
+    packed = np.zeros((rows, -(-count * bits // 32)), np.uint64)
+    for i in range(count):
+        for b in range(bits):
+            word, at = divmod(i * bits + b, 32)
+            packed[:, word] |= ((codes[:, i].astype(np.uint64) >> np.uint64(b)) & np.uint64(1)) << np.uint64(at)
+    return packed.astype(np.uint32).view(np.int32)
+
+
+def interleaved(codes: np.ndarray) -> np.ndarray:
+    """AWQ: eight codes of a row to a word, in the order 0, 2, 4, 6, 1, 3, 5, 7."""
+    packed = np.zeros((codes.shape[0], codes.shape[1] // 8), np.uint32)
+    for column in range(packed.shape[1]):
+        for i, which in enumerate((0, 2, 4, 6, 1, 3, 5, 7)):
+            packed[:, column] |= codes[:, 8 * column + which].astype(np.uint32) << np.uint32(4 * i)
+    return packed.view(np.int32)
+
+
+@attrs.frozen
+class Grid:
+    """Codes [n, k] with scales and zeros [n, groups] of some weights, and to which group each input belongs."""
+
+    codes: np.ndarray
+    scales: np.ndarray
+    zeros: np.ndarray
+    group_of: np.ndarray
+    bits: int
+
+    @property
+    def values(self) -> np.ndarray:
+        scale, zero = (v[:, self.group_of].astype(np.float32) for v in (self.scales, self.zeros))
+        return np.asarray((self.codes - zero) * scale, np.float32)
+
+
+def rounded(w: np.ndarray, bits: int, group: int, symmetric: bool = True, shuffle: bool = False, seed: int = 0) -> Grid:
+    """Weights on a uniform grid, groups of which are consecutive inputs or, shuffled, any."""
+    n, k = w.shape
+    group = k if group == -1 else group
+    group_of = np.arange(k) // group
+    if shuffle:
+        np.random.default_rng(seed).shuffle(group_of)
+    scales, zeros = np.zeros((n, k // group), np.float16), np.zeros((n, k // group), np.int64)
+    for g in range(k // group):
+        part, top = w[:, group_of == g], 2**bits - 1
+        low, high = np.minimum(part.min(1), 0), np.maximum(part.max(1), 0)
+        reach = np.abs(part).max(1)
+        scales[:, g] = (2 * reach if symmetric else high - low) / top + 1e-4
+        zeros[:, g] = 2 ** (bits - 1) if symmetric else np.rint(-low / scales[:, g].astype(np.float32))
+    # AutoGPTQ can't hold a zero of 0.
+    zeros = np.clip(zeros, 1, 2**bits - 1)
+    codes = np.rint(w / scales[:, group_of].astype(np.float32)) + zeros[:, group_of]
+    return Grid(np.clip(codes, 0, 2**bits - 1).astype(np.int64), scales, zeros, group_of, bits)
+
+
+def gptq(grid: Grid, v2: bool = False) -> Tensors:
+    return {
+        "qweight": words(grid.codes, grid.bits).T.copy(),
+        "qzeros": words(grid.zeros.T - (0 if v2 else 1), grid.bits),
+        "scales": grid.scales.T.copy(),
+        "g_idx": grid.group_of.astype(np.int32),
+    }
+
+
+def awq(grid: Grid) -> Tensors:
+    return {
+        "qweight": interleaved(grid.codes.T),
+        "qzeros": interleaved(grid.zeros.T),
+        "scales": grid.scales.T.copy(),
+    }
+
+
+def packed(grid: Grid, symmetric: bool, loose: bool = False) -> Tensors:
+    """compressed-tensors' "pack-quantized"; loose: as before it packed across words."""
+
+    def pack(codes: np.ndarray) -> np.ndarray:
+        per = 32 // grid.bits
+        if not loose:
+            return words(codes, grid.bits)
+        parts = [words(codes[:, i : i + per], grid.bits) for i in range(0, codes.shape[1], per)]
+        return np.concatenate(parts, 1)
+
+    found = {
+        "weight_packed": pack(grid.codes),
+        "weight_scale": grid.scales.astype(ml_dtypes.bfloat16),
+        "weight_shape": np.array(grid.codes.shape),
+    }
+    if not symmetric:
+        found["weight_zero_point"] = pack(grid.zeros.T).T.copy()
+    if (np.diff(grid.group_of) < 0).any():
+        found["weight_g_idx"] = grid.group_of.astype(np.int32)
+    return found
+
+
+def eights(w: np.ndarray, block: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(codes of e4m3 [n, k], scales float32 per block, values)."""
+    n, k = w.shape
+    shape = (-(-n // block[0]), -(-k // block[1]))
+    scales = np.zeros(shape, np.float32)
+    for i in range(shape[0]):
+        for j in range(shape[1]):
+            part = w[i * block[0] : (i + 1) * block[0], j * block[1] : (j + 1) * block[1]]
+            scales[i, j] = np.abs(part).max() / 448
+    each = np.repeat(np.repeat(scales, block[0], 0), block[1], 1)[:n, :k]
+    codes = (w / each).astype(ml_dtypes.float8_e4m3fn)
+    return codes, scales, codes.astype(np.float32) * each
+
+
+# --- Codes come over bit for bit -----------------------------------------------------------------------------------------
+
+
+def tensors(module: str, parts: Tensors) -> dict[str, LazyTensor]:
+    return {
+        f"{module}.{last}": LazyTensor(f"{module}.{last}", a.dtype, a.shape, np.frombuffer(a.tobytes(), np.uint8))
+        for last, a in parts.items()
+    }
+
+
+def read(fields: dict[str, Any], parts: Tensors, n: int, k: int) -> np.ndarray:
+    """The matrix that the frontend makes of a module's tensors, with the model's order of columns."""
+    format, stored = find_format(fields), tensors("m", parts)
+    plain, coded = format.split(stored)
+    assert not plain and list(coded) == ["m.weight"]
+    matrix = format.read(coded["m.weight"], Place(("m",), "Linear", n, k, "float32"))
+    assert matrix.value.op is ops.dequantize
+    held = {PREFIX + name: as_codes(t) for name, t in stored.items()} | tables()
+    values = Derived(matrix.value, held).numpy()
+    return values if matrix.order is None else restored(matrix, held, values)
+
+
+def restored(matrix: Matrix, held: Any, values: np.ndarray) -> np.ndarray:
+    assert matrix.order is not None
+    back = np.empty_like(values)
+    back[:, Derived(matrix.order, held).numpy()] = values
+    return back
+
+
+def compressed(layout: str, weights: dict[str, Any], **more: Any) -> dict[str, Any]:
+    group = {"targets": ["Linear"], "weights": {"type": "int", "symmetric": True, **weights}}
+    return {"quant_method": "compressed-tensors", "format": layout, "config_groups": {"group_0": group}, **more}
+
+
+@st.composite
+def grids(draw: st.DrawFn, bits: tuple[int, ...] = (2, 3, 4, 8), shuffle: bool = True) -> tuple[Grid, bool, int]:
+    """(grid, symmetric, group as configurations have it)."""
+    n, k = 8 * draw(st.integers(1, 4)), 32 * draw(st.integers(1, 3))
+    group = draw(st.sampled_from([-1, 8, 16, 32]))
+    symmetric, shuffled = draw(st.booleans()), shuffle and draw(st.booleans())
+    w = np.random.default_rng(draw(st.integers(0, 99))).standard_normal((n, k)).astype(np.float32)
+    return rounded(w, draw(st.sampled_from(bits)), group, symmetric, shuffled), symmetric, group
+
+
+@settings(max_examples=60, deadline=None)
+@given(drawn=grids(), v2=st.booleans())
+def test_gptq_bit_for_bit(drawn: tuple[Grid, bool, int], v2: bool) -> None:
+    grid, symmetric, group = drawn
+    layout = {"checkpoint_format": "gptq_v2"} if v2 else {}
+    fields = {"quant_method": "gptq", "bits": grid.bits, "group_size": group, "sym": symmetric, **layout}
+    np.testing.assert_array_equal(read(fields, gptq(grid, v2), *grid.codes.shape), grid.values)
+
+
+@settings(max_examples=30, deadline=None)
+@given(drawn=grids(bits=(4,), shuffle=False))
+def test_awq_bit_for_bit(drawn: tuple[Grid, bool, int]) -> None:
+    grid, _, group = drawn
+    fields = {"quant_method": "awq", "bits": 4, "group_size": group, "version": "gemm", "zero_point": True}
+    np.testing.assert_array_equal(read(fields, awq(grid), *grid.codes.shape), grid.values)
+
+
+@settings(max_examples=60, deadline=None)
+@given(drawn=grids(), loose=st.booleans())
+def test_packed_bit_for_bit(drawn: tuple[Grid, bool, int], loose: bool) -> None:
+    grid, symmetric, group = drawn
+    strategy = {"strategy": "channel"} if group == -1 else {"strategy": "group", "group_size": group}
+    fields = compressed("pack-quantized", {"num_bits": grid.bits, "symmetric": symmetric, **strategy})
+    grid = attrs.evolve(grid, scales=grid.scales.astype(ml_dtypes.bfloat16))
+    np.testing.assert_array_equal(read(fields, packed(grid, symmetric, loose), *grid.codes.shape), grid.values)
+
+
+@settings(max_examples=40, deadline=None)
+@given(drawn=grids(bits=(4, 8), shuffle=False), whole=st.booleans())
+def test_int8_bit_for_bit(drawn: tuple[Grid, bool, int], whole: bool) -> None:
+    grid, symmetric, group = drawn
+    strategy: dict[str, Any] = {"strategy": "channel"} if group == -1 else {"strategy": "group", "group_size": group}
+    if whole and group == -1:
+        strategy = {"strategy": "tensor"}
+        first = lambda v: np.broadcast_to(v[:1, :1], v.shape)  # noqa: E731
+        grid = attrs.evolve(grid, scales=first(grid.scales), zeros=first(grid.zeros))
+    middle = 2 ** (grid.bits - 1)
+    parts = {"weight": (grid.codes - middle).astype(np.int8), "weight_scale": grid.scales}
+    if not symmetric:
+        parts["weight_zero_point"] = (grid.zeros - middle).astype(np.int8)
+    elif (grid.zeros != middle).any():
+        return
+    if strategy == {"strategy": "tensor"}:
+        parts = {name: a if name == "weight" else a[0, :1] for name, a in parts.items()}
+    fields = compressed("int-quantized", {"num_bits": grid.bits, "symmetric": symmetric, **strategy})
+    np.testing.assert_array_equal(read(fields, parts, *grid.codes.shape), grid.values)
+
+
+@settings(max_examples=40, deadline=None)
+@given(n=st.integers(1, 40), k=st.integers(1, 40), seed=st.integers(0, 99), kind=st.sampled_from(["block", "channel", "tensor"]))
+def test_fp8_bit_for_bit(n: int, k: int, seed: int, kind: str) -> None:
+    """Blocks at the edges are smaller; both names of the scales."""
+    w = np.random.default_rng(seed).standard_normal((n, k)).astype(np.float32)
+    block = {"block": (16, 8), "channel": (1, k), "tensor": (n, k)}[kind]
+    codes, scales, values = eights(w, block)
+    how: dict[str, Any] = {"num_bits": 8, "type": "float", "strategy": kind}
+    if kind == "block":
+        how["block_structure"] = [16, 8]
+        fields = {"quant_method": "fp8", "weight_block_size": [16, 8]}
+        np.testing.assert_array_equal(read(fields, {"weight": codes, "weight_scale_inv": scales}, n, k), values)
+    scales = scales.reshape(-1)[0] if kind == "tensor" else scales
+    fields = compressed("float-quantized", how)
+    np.testing.assert_array_equal(read(fields, {"weight": codes, "weight_scale": np.asarray(scales)}, n, k), values)
+
+
+@settings(max_examples=30, deadline=None)
+@given(n=st.integers(1, 9), groups=st.integers(1, 4), seed=st.integers(0, 99), kind=st.sampled_from(["nvfp4", "mxfp4"]))
+def test_fp4_bit_for_bit(n: int, groups: int, seed: int, kind: str) -> None:
+    rng = np.random.default_rng(seed)
+    group = 16 if kind == "nvfp4" else 32
+    codes = rng.integers(0, 16, (n, groups * group)).astype(np.uint8)
+    parts: Tensors = {"weight_packed": codes[:, ::2] | (codes[:, 1::2] << 4)}
+    if kind == "nvfp4":
+        parts["weight_scale"] = rng.uniform(1, 448, (n, groups)).astype(ml_dtypes.float8_e4m3fn)
+        parts["weight_global_scale"] = np.array([rng.uniform(1, 5000)], np.float32)
+        scales = parts["weight_scale"].astype(np.float32) / parts["weight_global_scale"]
+    else:
+        parts["weight_scale"] = rng.integers(110, 130, (n, groups)).astype(np.uint8)
+        scales = np.exp2(parts["weight_scale"].astype(np.float32) - 127)
+    how = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": group}
+    got = read(compressed(f"{kind}-pack-quantized", how), parts, *codes.shape)
+    np.testing.assert_array_equal(got, E2M1[codes] * np.repeat(scales, group, 1))
+
+
+def test_e4m3_codes_mean_what_the_format_says() -> None:
+    table = tables()["e4m3"].numpy()
+    np.testing.assert_array_equal(table[~np.isnan(E4M3)], E4M3[~np.isnan(E4M3)])
+
+
+# --- Folders -------------------------------------------------------------------------------------------------------------
+
+
+Quantiser = Callable[[str, np.ndarray], tuple[Tensors, np.ndarray]]
+
+
+def layers(model: transformers.PreTrainedModel, head: bool = False) -> dict[str, torch.nn.Module]:
+    kinds = (torch.nn.Linear, transformers.pytorch_utils.Conv1D)
+    return {n: m for n, m in model.named_modules() if isinstance(m, kinds) and (head or n != "lm_head")}
+
+
+def publish(
+    folder: Path, model: transformers.PreTrainedModel, fields: dict[str, Any], quantise: Quantiser, head: bool = False
+) -> np.ndarray:
+    """Write the model's checkpoint with its layers quantised; the logits of the model on the dequantised weights."""
+    model.save_pretrained(folder)
+    path = folder / "model.safetensors"
+    stored = load_file(path)
+    for name, module in layers(model, head).items():
+        turned = isinstance(module, transformers.pytorch_utils.Conv1D)
+        w = module.weight.detach().float().numpy()  # type: ignore[union-attr, operator]
+        parts, values = quantise(name, np.ascontiguousarray(w.T) if turned else w)
+        del stored[f"{name}.weight"]
+        stored |= {f"{name}.{last}": np.ascontiguousarray(a) for last, a in parts.items()}
+        with torch.no_grad():
+            module.weight.copy_(torch.from_numpy(values.T if turned else values))  # type: ignore[union-attr, operator]
+    save_file(stored, path, {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": fields}))
+    with torch.no_grad():
+        return model(torch.from_numpy(IDS)).logits.float().numpy()  # type: ignore[no-any-return]
+
+
+def as_gptq(bits: int = 4, group: int = 16, **options: Any) -> tuple[dict[str, Any], Quantiser]:
+    fields = {"quant_method": "gptq", "bits": bits, "group_size": group, "desc_act": bool(options.get("shuffle"))}
+
+    def quantise(name: str, w: np.ndarray) -> tuple[Tensors, np.ndarray]:
+        grid = rounded(w, bits, group, **options)
+        return gptq(grid), grid.values
+
+    return fields, quantise
+
+
+def as_awq() -> tuple[dict[str, Any], Quantiser]:
+    def quantise(name: str, w: np.ndarray) -> tuple[Tensors, np.ndarray]:
+        grid = rounded(w, 4, 16, False)
+        return awq(grid), grid.values
+
+    return {"quant_method": "awq", "bits": 4, "group_size": 16, "modules_to_not_convert": ["lm_head"]}, quantise
+
+
+def as_packed() -> tuple[dict[str, Any], Quantiser]:
+    """Two groups: one by a regular expression, one by the class of the modules."""
+    how = {"type": "int", "strategy": "group", "group_size": 16}
+    groups = {
+        "group_0": {"targets": ["Linear"], "weights": {**how, "num_bits": 4, "symmetric": False}},
+        "group_1": {"targets": ["re:.*down_proj"], "weights": {**how, "num_bits": 8, "symmetric": True}},
+    }
+    fields = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": groups}
+
+    def quantise(name: str, w: np.ndarray) -> tuple[Tensors, np.ndarray]:
+        down = name.endswith("down_proj")
+        grid = rounded(w, 8 if down else 4, 16, down)
+        grid = attrs.evolve(grid, scales=grid.scales.astype(ml_dtypes.bfloat16))
+        return packed(grid, down), grid.values
+
+    return {**fields, "ignore": ["lm_head"]}, quantise
+
+
+def as_int8() -> tuple[dict[str, Any], Quantiser]:
+    """Weights and activations in eight bits, as W8A8 checkpoints are."""
+    fields = compressed("int-quantized", {"num_bits": 8, "strategy": "channel"}, ignore=["lm_head"])
+    fields["config_groups"]["group_0"]["input_activations"] = {"num_bits": 8, "type": "int", "dynamic": True}
+
+    def quantise(name: str, w: np.ndarray) -> tuple[Tensors, np.ndarray]:
+        grid = rounded(w, 8, -1)
+        return {"weight": (grid.codes - 128).astype(np.int8), "weight_scale": grid.scales}, grid.values
+
+    return fields, quantise
+
+
+def as_fp8(block: bool) -> tuple[dict[str, Any], Quantiser]:
+    def quantise(name: str, w: np.ndarray) -> tuple[Tensors, np.ndarray]:
+        codes, scales, values = eights(w, (16, 32) if block else w.shape)
+        scales = scales if block else scales.reshape(1)
+        return {"weight": codes, "weight_scale_inv" if block else "weight_scale": scales}, values
+
+    if block:
+        return {"quant_method": "fp8", "weight_block_size": [16, 32], "activation_scheme": "dynamic"}, quantise
+    return compressed("float-quantized", {"num_bits": 8, "type": "float", "strategy": "tensor"}), quantise
+
+
+def program(folder: Path, cache: Path, **options: Any) -> jisu.Program:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        return jisu.compile(folder, cache_dir=cache, **options)
+
+
+def logits(found: jisu.Program) -> np.ndarray:
+    return np.asarray(found.session().append(IDS), np.float32)
+
+
+CASES: dict[str, tuple[str, tuple[dict[str, Any], Quantiser], bool]] = {
+    "gptq": ("llama", as_gptq(), False),
+    "gptq in order of activations, with the head": ("llama", as_gptq(symmetric=False, shuffle=True), True),
+    "gptq of 3 bits": ("llama", as_gptq(bits=3, group=-1), False),
+    "gptq of one product for queries, keys and values": ("phi3", as_gptq(shuffle=True), False),
+    "gptq of transposed layers": ("gpt2", as_gptq(bits=8, shuffle=True), False),
+    "awq": ("qwen2", as_awq(), False),
+    "packed": ("llama", as_packed(), False),
+    "int8": ("llama", as_int8(), False),
+    "fp8": ("phi3", as_fp8(block=False), False),
+    "fp8 in blocks": ("llama", as_fp8(block=True), True),
+}
+
+
+@pytest.mark.parametrize("case", CASES, ids=[c.replace(" ", "_") for c in CASES])
+def test_a_folder_equals_the_model_on_its_dequantised_weights(case: str, tmp_path: Path) -> None:
+    """By a new trace and by the kept one; every layer reads codes, and the file that is saved does as well."""
+    architecture, (fields, quantise), head = CASES[case]
+    changes = {} if architecture == "gpt2" else {"intermediate_size": 64}
+    model = make(architecture, **changes)
+    model.config.tie_word_embeddings = model.config.tie_word_embeddings and not head
+    want = publish(tmp_path / "model", model, fields, quantise, head)
+    for _ in range(2):
+        found = program(tmp_path / "model", tmp_path / "cache")
+        assert np.abs(logits(found) - want).max() < 2e-4
+    text = found.ir()
+    assert not re.search(r"= dequantize\(", text) and not re.search(r"packed_linear\(%\d+, %\d+, .*proj", text)
+    floats = sum(p.numel() for m in layers(model, head).values() for p in [m.weight])  # type: ignore[misc, union-attr, operator]
+    codes = sum(
+        int(np.prod([int(d) for d in t.split(", ")]))
+        for t in re.findall(r"pack_codes\(.*uint8\[([\d, ]+)\]", text)
+    )
+    assert 0 < codes < 1.7 * floats  # panels are padded, since these layers are small
+    found.save(tmp_path / "program.jisu")
+    np.testing.assert_array_equal(logits(jisu.load(tmp_path / "program.jisu")), logits(found))
