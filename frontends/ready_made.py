@@ -90,13 +90,19 @@ class Format:
     notes: tuple[str, ...] = ()
 
     def split(self, tensors: Mapping[str, LazyTensor]) -> tuple[dict[str, LazyTensor], dict[str, Coded]]:
-        """A checkpoint's plain tensors, and its matrices of codes by the names that their weights would have."""
+        """A checkpoint's plain tensors, and its matrices of codes by the names that their weights would have.
+
+        Layers of one input have equal orders; these become one tensor, so that the input is brought into that order once.
+        """
         marked = {m for m, _, last in (name.rpartition(".") for name in tensors) if last in self.marks}
         plain: dict[str, LazyTensor] = {}
         parts: dict[str, dict[str, LazyTensor]] = {}
+        orders: dict[tuple[str, bytes], LazyTensor] = {}
         for name, tensor in tensors.items():
             module, _, last = name.rpartition(".")
             if module in marked and last in self.parts:
+                if last.endswith("g_idx"):
+                    tensor = orders.setdefault((tensor.dtype.str, tensor.numpy().tobytes()), tensor)
                 parts.setdefault(module, {})[last] = tensor
             else:
                 plain[name] = tensor
