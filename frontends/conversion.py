@@ -9,6 +9,8 @@ be converted, passes see through them, and a trace that is kept needs no transfo
 from __future__ import annotations
 
 import copy
+import re
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -115,9 +117,19 @@ def _without_codes(pieces: Pieces, label: str) -> Pieces:
     if coded:
         raise UnsupportedError(
             f"{label}: these quantised layers are put together into larger ones, such as experts, whose kernels read no codes "
-            f"yet; give the original checkpoint: {', '.join(coded)}"
+            f"yet; give the original checkpoint: {', '.join(_listed(coded))}"
         )
     return pieces
+
+
+def _listed(names: list[str]) -> list[str]:
+    """Names, or, of very many, each that differs in its numbers alone once, with their count."""
+    if len(names) <= 64:
+        return names
+    return [
+        f"{name} ({count} of them)"
+        for name, count in Counter(re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in names).items()
+    ]
 
 
 def _decoded(

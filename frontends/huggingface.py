@@ -427,7 +427,7 @@ def _check_users(graph: Graph, coded: Mapping[str, bool]) -> None:
     coded: their names, and whether their columns are sorted.
     """
     strange = {
-        f"{parent.name} ({node.op.name})"
+        f"{_WRAPPER.sub('', parent.name)} ({node.op.name})"
         for node in graph.nodes
         for i, parent in enumerate(node.operands)
         if parent is not None and parent.op is WEIGHT and parent.name in coded

@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,13 @@ from safetensors.numpy import load_file, save_file
 
 import jisu
 from jisu.compiler import ops
+from jisu.compiler.graph import ArrayStorage, Graph, placeholder, weight
+from jisu.compiler.interpret import interpret
 from jisu.compiler.storage import LazyTensor
+from jisu.compiler.types import TensorType
 from jisu.frontends.checkpoint import load_checkpoint
 from jisu.frontends.ready_made import PREFIX, Matrix, Place, as_codes, find_format, tables
-from jisu.passes.layout import Derived
+from jisu.passes.layout import Derived, FoldWeights
 
 IDS = np.random.default_rng(0).integers(0, VOCABULARY, (2, 20))
 Tensors = dict[str, np.ndarray]
@@ -291,19 +294,24 @@ def test_e4m3_codes_mean_what_the_format_says() -> None:
 Quantiser = Callable[[str, np.ndarray], tuple[Tensors, np.ndarray]]
 
 
-def layers(model: transformers.PreTrainedModel, head: bool = False) -> dict[str, torch.nn.Module]:
+def layers(model: transformers.PreTrainedModel, more: Iterable[str] = ()) -> dict[str, torch.nn.Module]:
+    """The model's linear layers but the head, and the modules named."""
     kinds = (torch.nn.Linear, transformers.pytorch_utils.Conv1D)
-    return {n: m for n, m in model.named_modules() if isinstance(m, kinds) and (head or n != "lm_head")}
+    return {n: m for n, m in model.named_modules() if isinstance(m, kinds) and n != "lm_head" or n in more}
 
 
 def publish(
-    folder: Path, model: transformers.PreTrainedModel, fields: dict[str, Any], quantise: Quantiser, head: bool = False
+    folder: Path,
+    model: transformers.PreTrainedModel,
+    fields: dict[str, Any],
+    quantise: Quantiser,
+    more: Iterable[str] = (),
 ) -> np.ndarray:
     """Write the model's checkpoint with its layers quantised; the logits of the model on the dequantised weights."""
     model.save_pretrained(folder)
     path = folder / "model.safetensors"
     stored = load_file(path)
-    for name, module in layers(model, head).items():
+    for name, module in layers(model, more).items():
         turned = isinstance(module, transformers.pytorch_utils.Conv1D)
         w = module.weight.detach().float().numpy()  # type: ignore[union-attr, operator]
         parts, values = quantise(name, np.ascontiguousarray(w.T) if turned else w)
@@ -340,7 +348,7 @@ def as_packed() -> tuple[dict[str, Any], Quantiser]:
     """Two groups: one by a regular expression, one by the class of the modules."""
     how = {"type": "int", "strategy": "group", "group_size": 16}
     groups = {
-        "group_0": {"targets": ["Linear"], "weights": {**how, "num_bits": 4, "symmetric": False}},
+        "group_0": {"targets": ["Linear", "Embedding"], "weights": {**how, "num_bits": 4, "symmetric": False}},
         "group_1": {"targets": ["re:.*down_proj"], "weights": {**how, "num_bits": 8, "symmetric": True}},
     }
     fields = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": groups}
@@ -405,18 +413,19 @@ def logits(found: jisu.Program) -> np.ndarray:
     return np.asarray(found.session().append(IDS), np.float32)
 
 
-CASES: dict[str, tuple[str, tuple[dict[str, Any], Quantiser], bool]] = {
-    "gptq": ("llama", as_gptq(), False),
-    "gptq in order of activations, with the head": ("llama", as_gptq(symmetric=False, shuffle=True), True),
-    "gptq of 3 bits": ("llama", as_gptq(bits=3, group=-1), False),
-    "gptq of one product for queries, keys and values": ("phi3", as_gptq(shuffle=True), False),
-    "gptq of transposed layers": ("gpt2", as_gptq(bits=8, shuffle=True), False),
-    "awq": ("qwen2", as_awq(), False),
-    "packed": ("llama", as_packed(), False),
-    "int8": ("llama", as_int8(), False),
-    "fp8": ("phi3", as_fp8(block=False), False),
-    "fp8 in blocks": ("llama", as_fp8(block=True), True),
-    "nvfp4": ("llama", as_nvfp4(), False),
+CASES: dict[str, tuple[str, tuple[dict[str, Any], Quantiser], tuple[str, ...]]] = {
+    "gptq": ("llama", as_gptq(), ()),
+    "gptq in order of activations, with the head": ("llama", as_gptq(symmetric=False, shuffle=True), ("lm_head",)),
+    "gptq of 3 bits": ("llama", as_gptq(bits=3, group=-1), ()),
+    "gptq of one product for queries, keys and values": ("phi3", as_gptq(shuffle=True), ()),
+    "gptq of transposed layers": ("gpt2", as_gptq(bits=8, shuffle=True), ()),
+    "awq": ("qwen2", as_awq(), ()),
+    "packed": ("llama", as_packed(), ()),
+    "packed, with the table of tokens": ("llama", as_packed(), ("model.embed_tokens",)),
+    "int8": ("llama", as_int8(), ()),
+    "fp8": ("phi3", as_fp8(block=False), ()),
+    "fp8 in blocks": ("llama", as_fp8(block=True), ("lm_head",)),
+    "nvfp4": ("llama", as_nvfp4(), ()),
 }
 
 
@@ -432,17 +441,18 @@ FAST = (
 @pytest.mark.parametrize("case", [c if c in FAST else pytest.param(c, marks=pytest.mark.slow) for c in CASES])
 def test_a_folder_equals_the_model_on_its_dequantised_weights(case: str, tmp_path: Path) -> None:
     """By a new trace and by the kept one; every layer reads codes, and the file that is saved does as well."""
-    architecture, (fields, quantise), head = CASES[case]
+    architecture, (fields, quantise), more = CASES[case]
     changes: dict[str, Any] = {} if architecture == "gpt2" else {"intermediate_size": 64}
     model = make(architecture, **changes)
-    model.config.tie_word_embeddings = model.config.tie_word_embeddings and not head
-    want = publish(tmp_path / "model", model, fields, quantise, head)
+    model.config.tie_word_embeddings = model.config.tie_word_embeddings and not more
+    want = publish(tmp_path / "model", model, fields, quantise, more)
     for _ in range(2):
         found = program(tmp_path / "model", tmp_path / "cache")
         assert np.abs(logits(found) - want).max() < 2e-4
     ir = found.ir()
-    assert "= dequantize(" not in ir and ir.count("= quantized_linear(") >= 2 * 4
-    assert ir.count("= packed_linear(") + ir.count("= packed_projections(") == (0 if head else 1)
+    # Rows of a table are dequantised where they are looked up.
+    assert ir.count("= dequantize(") == more.count("model.embed_tokens") and ir.count("= quantized_linear(") >= 2 * 4
+    assert ir.count("= packed_linear(") + ir.count("= packed_projections(") == (0 if "lm_head" in more else 1)
     found.save(tmp_path / "program.jisu")
     np.testing.assert_array_equal(logits(jisu.load(tmp_path / "program.jisu")), logits(found))
 
@@ -590,9 +600,10 @@ def test_formats_that_are_not_read(fields: dict[str, Any], words: str, tmp_path:
         jisu.compile(tmp_path, cache_dir=tmp_path / "cache")
 
 
-def test_experts_in_codes_are_refused_by_name(tmp_path: Path) -> None:
-    model = make("mixtral", intermediate_size=64)
-    model.save_pretrained(tmp_path)
+@pytest.mark.parametrize("depth", [1, 6])
+def test_experts_in_codes_are_refused_by_name(depth: int, tmp_path: Path) -> None:
+    """All of them; very many by what their names have in common."""
+    make("mixtral", intermediate_size=64, num_hidden_layers=depth).save_pretrained(tmp_path)
     path = tmp_path / "model.safetensors"
     stored = load_file(path)
     experts = [name.removesuffix(".weight") for name in stored if ".experts." in name]
@@ -604,4 +615,37 @@ def test_experts_in_codes_are_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": as_gptq()[0]}))
     with pytest.raises(jisu.UnsupportedError, match="put together into larger ones") as caught:
         jisu.compile(tmp_path, cache_dir=tmp_path / "cache")
-    assert experts and all(name in str(caught.value) for name in experts)
+    assert len(experts) == depth * 12
+    shown = experts if depth == 1 else [f"experts.*.w{i} (24 of them)" for i in (1, 2, 3)]
+    assert all(name in str(caught.value) for name in shown), caught.value
+
+
+def test_a_table_with_its_columns_sorted_is_refused(tmp_path: Path) -> None:
+    """Its rows would have to be put back into order at every look-up."""
+    fields, _ = as_packed()
+
+    def quantise(name: str, w: np.ndarray) -> tuple[Tensors, np.ndarray]:
+        down = name.endswith("down_proj")
+        grid = rounded(w, 8 if down else 4, 16, down, shuffle=True)
+        return packed(grid, down), grid.values
+
+    publish(tmp_path, make("llama", intermediate_size=64), fields, quantise, ("model.embed_tokens",))
+    with pytest.raises(
+        jisu.UnsupportedError, match=r"other than by linear layers.*: model\.embed_tokens\.weight \(take\)"
+    ):
+        jisu.compile(tmp_path, cache_dir=tmp_path / "cache")
+
+
+def test_scales_that_repeat_are_folded() -> None:
+    """One scale for a matrix is repeated within what is stored; where a call reads it, it isn't stored repeated."""
+    one = weight("one", TensorType((1, 1), "float32"))
+    x = placeholder("x", TensorType((6, 4), "float32"))
+    each = ops.broadcast_to(one, shape=(6, 4))
+    graph = Graph(
+        (x,), (ops.mul(x, ops.add(each, 1.0)), ops.sub(x, each)), {"one": ArrayStorage(np.full((1, 1), 2, np.float32))}
+    )
+    folded = FoldWeights()(graph)
+    assert sorted(s.shape for s in folded.weights.values()) == [(1, 1), (6, 4)]
+    sample = np.ones((6, 4), np.float32)
+    for got, want in zip(interpret(folded, [sample]), interpret(graph, [sample]), strict=True):
+        np.testing.assert_array_equal(got, want)
