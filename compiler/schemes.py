@@ -46,32 +46,40 @@ def pack_bits(codes: np.ndarray, bits: int) -> np.ndarray:
     """uint8 [..., ceil(k * bits / 8)] of codes uint8 [..., k]: their lowest `bits` bits one after the other, the lowest first."""
     if bits == 8:
         return np.ascontiguousarray(codes)
-    *lead, k = codes.shape
-    if 8 % bits:
-        single = (codes[..., None] >> np.arange(bits, dtype=np.uint8)) & 1
-        return np.packbits(single.reshape(*lead, k * bits), axis=-1, bitorder="little")
-    per = 8 // bits
-    packed = np.zeros((*lead, -(-k // per)), np.uint8)
-    for i in range(per):
-        part = codes[..., i::per] & np.uint8(2**bits - 1)
-        packed[..., : part.shape[-1]] |= part << np.uint8(i * bits)
-    return packed
+    k = codes.shape[-1]
+    eights = _in_eights(codes, k, 8)  # eight codes take `bits` bytes
+    packed = np.zeros((*eights.shape[:-1], bits), np.uint8)
+    for i in range(8):
+        byte, shift = divmod(i * bits, 8)
+        code = eights[..., i] & np.uint8(2**bits - 1)
+        packed[..., byte] |= code << np.uint8(shift)
+        if shift + bits > 8:
+            packed[..., byte + 1] |= code >> np.uint8(8 - shift)
+    return np.ascontiguousarray(packed.reshape(*codes.shape[:-1], -1)[..., : -(-k * bits // 8)])
 
 
 def unpack_bits(packed: np.ndarray, bits: int, k: int) -> np.ndarray:
     """The first k codes uint8 [..., k] of what `pack_bits` made."""
     if bits == 8:
         return packed[..., :k]
-    lead = packed.shape[:-1]
-    if 8 % bits:
-        single = np.unpackbits(packed, axis=-1, count=k * bits, bitorder="little")
-        parts = single.reshape(*lead, k, bits) << np.arange(bits, dtype=np.uint8)
-        return parts.sum(-1, dtype=np.uint8)
-    per = 8 // bits
-    codes = np.empty((*lead, packed.shape[-1], per), np.uint8)
-    for i in range(per):
-        codes[..., i] = (packed >> np.uint8(i * bits)) & np.uint8(2**bits - 1)
-    return codes.reshape(*lead, packed.shape[-1] * per)[..., :k]
+    eights = _in_eights(packed, k, bits)
+    codes = np.empty((*eights.shape[:-1], 8), np.uint8)
+    for i in range(8):
+        byte, shift = divmod(i * bits, 8)
+        code = eights[..., byte] >> np.uint8(shift)
+        if shift + bits > 8:
+            code |= eights[..., byte + 1] << np.uint8(8 - shift)
+        codes[..., i] = code & np.uint8(2**bits - 1)
+    return codes.reshape(*packed.shape[:-1], -1)[..., :k]
+
+
+def _in_eights(row: np.ndarray, k: int, size: int) -> np.ndarray:
+    """The last axis in parts of `size` bytes, one for eight of k codes, padded with zeros."""
+    parts = -(-k // 8)
+    short = parts * size - row.shape[-1]
+    if short > 0:
+        row = np.concatenate([row, np.zeros((*row.shape[:-1], short), np.uint8)], -1)
+    return row[..., : parts * size].reshape(*row.shape[:-1], parts, size)
 
 
 @attrs.frozen(eq=False)
