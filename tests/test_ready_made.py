@@ -403,6 +403,12 @@ def as_nvfp4() -> tuple[dict[str, Any], Quantiser]:
     return compressed("nvfp4-pack-quantized", how), quantise
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One for all tests: most kernels are the same, and what decides a trace is in its key."""
+    return tmp_path_factory.mktemp("cache")
+
+
 def program(folder: Path, cache: Path, **options: Any) -> jisu.Program:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
@@ -439,7 +445,7 @@ FAST = (
 
 
 @pytest.mark.parametrize("case", [c if c in FAST else pytest.param(c, marks=pytest.mark.slow) for c in CASES])
-def test_a_folder_equals_the_model_on_its_dequantised_weights(case: str, tmp_path: Path) -> None:
+def test_a_folder_equals_the_model_on_its_dequantised_weights(case: str, tmp_path: Path, cache: Path) -> None:
     """By a new trace and by the kept one; every layer reads codes, and the file that is saved does as well."""
     architecture, (fields, quantise), more = CASES[case]
     changes: dict[str, Any] = {} if architecture == "gpt2" else {"intermediate_size": 64}
@@ -447,7 +453,7 @@ def test_a_folder_equals_the_model_on_its_dequantised_weights(case: str, tmp_pat
     model.config.tie_word_embeddings = model.config.tie_word_embeddings and not more
     want = publish(tmp_path / "model", model, fields, quantise, more)
     for _ in range(2):
-        found = program(tmp_path / "model", tmp_path / "cache")
+        found = program(tmp_path / "model", cache)
         assert np.abs(logits(found) - want).max() < 2e-4
     ir = found.ir()
     # Rows of a table are dequantised where they are looked up.
@@ -457,7 +463,7 @@ def test_a_folder_equals_the_model_on_its_dequantised_weights(case: str, tmp_pat
     np.testing.assert_array_equal(logits(jisu.load(tmp_path / "program.jisu")), logits(found))
 
 
-def test_codes_take_the_room_of_codes(tmp_path: Path) -> None:
+def test_codes_take_the_room_of_codes(tmp_path: Path, cache: Path) -> None:
     """A wide layer's weights take their bits and their scales, not their floats; nothing of them is held before they are packed."""
     model = make("llama", hidden_size=128, intermediate_size=256, head_dim=32, num_hidden_layers=1)
     publish(tmp_path, model, *as_gptq(group=64))
@@ -466,35 +472,35 @@ def test_codes_take_the_room_of_codes(tmp_path: Path) -> None:
     coded = sum(m.weight.numel() for m in layers(model).values())  # type: ignore[misc, union-attr, operator]
     floats = sum(p.numel() for p in model.parameters()) - coded
     # Per group of 64 inputs there are 32 bytes of codes, a scale and a shift.
-    assert program(tmp_path, tmp_path / "cache").weights_bytes < 4 * floats * 1.3 + coded * (0.5 + 8 / 64) * 1.1
+    assert program(tmp_path, cache).weights_bytes < 4 * floats * 1.3 + coded * (0.5 + 8 / 64) * 1.1
 
 
-def test_layers_of_one_input_share_its_order(tmp_path: Path) -> None:
+def test_layers_of_one_input_share_its_order(tmp_path: Path, cache: Path) -> None:
     """And the gated layer stays one kernel."""
     publish(tmp_path / "model", make("llama", intermediate_size=64), *as_gptq(shuffle=True))
-    ir = program(tmp_path / "model", tmp_path / "cache").ir()
+    ir = program(tmp_path / "model", cache).ir()
     assert len(re.findall(r"= take\(.*axis=2", ir)) == 2 * 4 and ir.count("gated=true") == 2
 
 
-def test_half_precision(tmp_path: Path) -> None:
+def test_half_precision(tmp_path: Path, cache: Path) -> None:
     """As such checkpoints are published; weights aren't rounded a second time in the products."""
     model = make("llama", torch.float16, intermediate_size=64)
     want = publish(tmp_path / "model", model, *as_gptq(symmetric=False))
-    found = program(tmp_path / "model", tmp_path / "cache")
+    found = program(tmp_path / "model", cache)
     assert np.abs(logits(found) - want).max() < 0.02 * np.abs(want).max()
 
 
-def test_a_kept_trace_knows_its_order(tmp_path: Path) -> None:
+def test_a_kept_trace_knows_its_order(tmp_path: Path, cache: Path) -> None:
     """Of two folders that differ in the order of groups alone, neither gets the other's trace."""
     for name, shuffle in (("straight", False), ("shuffled", True)):
         want = publish(tmp_path / name, make("llama", intermediate_size=64), *as_gptq(shuffle=shuffle))
         config = json.loads((tmp_path / name / "config.json").read_text())
         config["quantization_config"]["desc_act"] = True
         (tmp_path / name / "config.json").write_text(json.dumps(config))
-        assert np.abs(logits(program(tmp_path / name, tmp_path / "cache")) - want).max() < 2e-4
+        assert np.abs(logits(program(tmp_path / name, cache)) - want).max() < 2e-4
 
 
-def test_gptqmodel_options_per_module(tmp_path: Path) -> None:
+def test_gptqmodel_options_per_module(tmp_path: Path, cache: Path) -> None:
     fields, _ = as_gptq()
     fields["dynamic"] = {"+:.*down_proj": {"bits": 8, "group_size": 32}, "-:.*o_proj": {}}
 
@@ -505,25 +511,25 @@ def test_gptqmodel_options_per_module(tmp_path: Path) -> None:
         return gptq(grid), grid.values
 
     want = publish(tmp_path / "model", make("llama", intermediate_size=64), fields, quantise)
-    found = program(tmp_path / "model", tmp_path / "cache")
+    found = program(tmp_path / "model", cache)
     assert np.abs(logits(found) - want).max() < 2e-4
     assert found.ir().count('scheme="int8"') >= 2
 
 
-def test_a_recipe_quantises_what_is_left(tmp_path: Path) -> None:
+def test_a_recipe_quantises_what_is_left(tmp_path: Path, cache: Path) -> None:
     """Codes that are there stay; the head, which is still float, becomes what the recipe says."""
     publish(tmp_path / "model", make("llama", intermediate_size=64), *as_gptq())
-    plain = program(tmp_path / "model", tmp_path / "cache")
-    found = program(tmp_path / "model", tmp_path / "cache", recipe={"quantize": {"layers": "head", "scheme": "int8"}})
+    plain = program(tmp_path / "model", cache)
+    found = program(tmp_path / "model", cache, recipe={"quantize": {"layers": "head", "scheme": "int8"}})
     assert found.ir().count("= quantized_linear(") == plain.ir().count("= quantized_linear(") + 1
     assert 0 < np.abs(logits(found) - logits(plain)).max() < 0.2
 
 
-def test_what_stays_float_is_said(tmp_path: Path) -> None:
+def test_what_stays_float_is_said(tmp_path: Path, cache: Path) -> None:
     publish(tmp_path / "model", make("llama", intermediate_size=64), *as_int8())
     for _ in range(2):  # by a kept trace, too
         with pytest.warns(UserWarning, match="asks for activations of int8; only its weights are quantised"):
-            found = jisu.compile(tmp_path / "model", cache_dir=tmp_path / "cache")
+            found = jisu.compile(tmp_path / "model", cache_dir=cache)
     assert "activations of int8" in found.explain()["notes"][0]
 
 
@@ -566,21 +572,25 @@ def broken(change: Callable[[str, np.ndarray], np.ndarray | None]) -> Quantiser:
     ids=["missing", "shape", "dtype", "order", "bits", "group", "odd bits", "layout", "words"],
 )  # fmt: skip
 def test_folders_that_do_not_fit(
-    change: Callable[[str, np.ndarray], np.ndarray | None], options: dict[str, Any], words: str, tmp_path: Path
+    change: Callable[[str, np.ndarray], np.ndarray | None],
+    options: dict[str, Any],
+    words: str,
+    tmp_path: Path,
+    cache: Path,
 ) -> None:
     fields, _ = as_gptq()
     publish(tmp_path / "model", make("llama", intermediate_size=64), fields | options, broken(change))
     with pytest.raises((jisu.ArtifactError, jisu.UnsupportedError), match=words):
-        jisu.compile(tmp_path / "model", cache_dir=tmp_path / "cache")
+        jisu.compile(tmp_path / "model", cache_dir=cache)
 
 
-def test_codes_without_a_configuration(tmp_path: Path) -> None:
+def test_codes_without_a_configuration(tmp_path: Path, cache: Path) -> None:
     publish(tmp_path, make("llama", intermediate_size=64), *as_gptq())
     config = json.loads((tmp_path / "config.json").read_text())
     del config["quantization_config"]
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(jisu.ArtifactError, match="quantised weights, but config.json has no quantization_config"):
-        jisu.compile(tmp_path, cache_dir=tmp_path / "cache")
+        jisu.compile(tmp_path, cache_dir=cache)
 
 
 @pytest.mark.parametrize(
@@ -594,14 +604,14 @@ def test_codes_without_a_configuration(tmp_path: Path) -> None:
         (compressed("pack-quantized", {}, sparsity_config={"format": "sparse-24-bitmask"}), "has a sparsity_config"),
     ],
 )
-def test_formats_that_are_not_read(fields: dict[str, Any], words: str, tmp_path: Path) -> None:
+def test_formats_that_are_not_read(fields: dict[str, Any], words: str, tmp_path: Path, cache: Path) -> None:
     publish(tmp_path, make("llama"), fields, lambda name, w: ({"weight": w}, w))
     with pytest.raises(jisu.UnsupportedError, match=words):
-        jisu.compile(tmp_path, cache_dir=tmp_path / "cache")
+        jisu.compile(tmp_path, cache_dir=cache)
 
 
 @pytest.mark.parametrize("depth", [1, 6])
-def test_experts_in_codes_are_refused_by_name(depth: int, tmp_path: Path) -> None:
+def test_experts_in_codes_are_refused_by_name(depth: int, tmp_path: Path, cache: Path) -> None:
     """All of them; very many by what their names have in common."""
     make("mixtral", intermediate_size=64, num_hidden_layers=depth).save_pretrained(tmp_path)
     path = tmp_path / "model.safetensors"
@@ -614,13 +624,13 @@ def test_experts_in_codes_are_refused_by_name(depth: int, tmp_path: Path) -> Non
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": as_gptq()[0]}))
     with pytest.raises(jisu.UnsupportedError, match="put together into larger ones") as caught:
-        jisu.compile(tmp_path, cache_dir=tmp_path / "cache")
+        jisu.compile(tmp_path, cache_dir=cache)
     assert len(experts) == depth * 12
     shown = experts if depth == 1 else [f"experts.*.w{i} (24 of them)" for i in (1, 2, 3)]
     assert all(name in str(caught.value) for name in shown), caught.value
 
 
-def test_a_table_with_its_columns_sorted_is_refused(tmp_path: Path) -> None:
+def test_a_table_with_its_columns_sorted_is_refused(tmp_path: Path, cache: Path) -> None:
     """Its rows would have to be put back into order at every look-up."""
     fields, _ = as_packed()
 
@@ -633,7 +643,7 @@ def test_a_table_with_its_columns_sorted_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
         jisu.UnsupportedError, match=r"other than by linear layers.*: model\.embed_tokens\.weight \(take\)"
     ):
-        jisu.compile(tmp_path, cache_dir=tmp_path / "cache")
+        jisu.compile(tmp_path, cache_dir=cache)
 
 
 def test_scales_that_repeat_are_folded() -> None:
