@@ -30,7 +30,6 @@ from jisu.compiler.types import TensorType, dtype_name
 PREFIX = "checkpoint."
 """In front of the names of stored tensors that are no parameter by themselves."""
 
-_E4M3 = "F8_E4M3"
 _FLOATS = ("float16", "bfloat16", "float32")
 _TABLE = "e4m3"  # the name of the stored values of e4m3's codes
 _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # where in a word the codes of eight consecutive outputs are
@@ -134,14 +133,10 @@ def find_format(fields: Mapping[str, Any]) -> Format:
 # --- Parts ---------------------------------------------------------------------------------------------------------------
 
 
-def _part(
-    coded: Coded, name: str, shape: tuple[int, ...], dtypes: Iterable[str], optional: bool = False
-) -> LazyTensor | None:
+def _part(coded: Coded, name: str, shape: tuple[int, ...], *dtypes: str) -> LazyTensor:
     """One of a matrix's tensors, of this shape and one of these dtypes."""
     tensor = coded.parts.get(name)
     if tensor is None:
-        if optional:
-            return None
         raise ArtifactError(f"{coded.module}.{name} is missing ({' or '.join(dtypes)}{list(shape)})")
     if tensor.shape != shape or str(tensor.dtype) not in dtypes:
         raise ArtifactError(
@@ -151,16 +146,15 @@ def _part(
 
 
 def _words(coded: Coded, name: str, shape: tuple[int, ...]) -> Node:
-    found = _part(coded, name, shape, ("int32",))
-    assert found is not None
-    return reference(found)
+    return reference(_part(coded, name, shape, "int32"))
 
 
 def _scale(coded: Coded, name: str, shape: tuple[int, ...]) -> Node:
     """A float tensor as `dequantize` reads scales: float16 or float32."""
-    found = _part(coded, name, shape, _FLOATS)
-    assert found is not None
-    node = reference(found)
+    return _widened(reference(_part(coded, name, shape, *_FLOATS)))
+
+
+def _widened(node: Node) -> Node:
     return ops.cast(node, dtype="float32") if node.dtype == "bfloat16" else node
 
 
@@ -217,9 +211,9 @@ def _order(coded: Coded, name: str, k: int, group: int) -> Node | None:
 
     The values decide how the matrix is computed; traces that are kept depend on them (see `jisu.frontends.checkpoint`).
     """
-    tensor = _part(coded, name, (k,), ("int32", "int64"), optional=True)
-    if tensor is None:
+    if name not in coded.parts:
         return None
+    tensor = _part(coded, name, (k,), "int32", "int64")
     values, even = tensor.numpy(), np.arange(k) // group
     if np.array_equal(values, even) or (values == -1).all():
         return None
@@ -248,7 +242,7 @@ def _gptq(fields: Mapping[str, Any]) -> Format:
         codes = ops.unpack_bits(_turned(_words(coded, "qweight", (k * bits // 32, n))), bits=8)
         scales = _turned(_scale(coded, "scales", (k // group, n)))
         zeros = _columns(ops.unpack_bits(_words(coded, "qzeros", (k // group, -(-n * bits // 32))), bits=bits), n)
-        if layout == "gptq":
+        if layout == "gptq":  # modulo 2**bits: a stored 2**bits - 1 is a zero of 0
             zeros = ops.bit_and(ops.add(zeros, 1), 2**bits - 1)
         return _matrix(coded, place, codes, scales, _turned(zeros), bits, group)
 
@@ -304,28 +298,24 @@ _WHOLE = ("int-quantized", "float-quantized", "naive-quantized")
 
 def _compressed_tensors(fields: Mapping[str, Any]) -> Format:
     groups: Mapping[str, Mapping[str, Any]] = fields.get("config_groups") or {}
-    for what, said in (("sparsity_config", (fields.get("sparsity_config") or {}).get("format", "dense") != "dense"),
-                       ("transform_config", bool((fields.get("transform_config") or {}).get("config_groups")))):  # fmt: skip
-        if said:
-            raise UnsupportedError(
-                f"compressed-tensors: the checkpoint has a {what}, which jisu doesn't read; give one without"
-            )
-    default = fields.get("format", "dense")
-    for layout in {g.get("format") or default for g in groups.values()} - {
-        *_PACKED,
-        *_WHOLE,
-        "dense",
-        "mixed-precision",
-    }:
+    sparse = (fields.get("sparsity_config") or {}).get("format", "dense") != "dense"
+    turned = bool((fields.get("transform_config") or {}).get("config_groups"))
+    if sparse or turned:
         raise UnsupportedError(
-            f"the checkpoint is quantised (compressed-tensors in the format {layout!r}), which jisu doesn't read; "
+            f"compressed-tensors: the checkpoint has a {'sparsity_config' if sparse else 'transform_config'}, which jisu doesn't "
+            "read; give one without"
+        )
+    default = fields.get("format", "dense")
+    layouts = {g.get("format") or default for g in groups.values()}
+    if strange := sorted(layouts - {*_PACKED, *_WHOLE}):
+        raise UnsupportedError(
+            f"the checkpoint is quantised (compressed-tensors in the format {strange[0]!r}), which jisu doesn't read; "
             f"it reads {', '.join((*_PACKED, *_WHOLE))}"
         )
 
     def read(coded: Coded, place: Place) -> Matrix:
-        chosen = next(
-            (g for match in (_named, _of_class) for g in groups.values() if match(g.get("targets"), place)), None
-        )
+        fitting = (g for match in (_named, _of_class) for g in groups.values() if match(g.get("targets"), place))
+        chosen = next(fitting, None)  # a name says more than a class
         if chosen is None or not chosen.get("weights"):
             raise ArtifactError(f"{coded.module}: no group of config_groups says how its codes are to be read")
         layout, how = chosen.get("format") or default, chosen["weights"]
@@ -375,15 +365,19 @@ def _steps(how: Mapping[str, Any], place: Place, coded: Coded) -> int:
     return place.k
 
 
-def _scales(coded: Coded, name: str, place: Place, group: int) -> Node:
-    """Scales [n, groups] of one for all, one per output, or one per group."""
-    tensor, n = coded.parts.get(name), place.n
-    if tensor is not None and group == place.k and tensor.shape in ((), (1,), (1, 1)):
-        one = ops.reshape(_scale(coded, name, tensor.shape), shape=(1, 1))
+def _per_group(coded: Coded, name: str, place: Place, group: int, *dtypes: str) -> Node:
+    """Scales or zeros [n, groups] of one for all, one per output, or one per group."""
+    n, whole, tensor = place.n, group == place.k, coded.parts.get(name)
+    if tensor is not None and whole and tensor.shape in ((), (1,), (1, 1)):
+        one = ops.reshape(reference(_part(coded, name, tensor.shape, *dtypes)), shape=(1, 1))
         return ops.broadcast_to(one, shape=(n, 1))
-    if tensor is not None and group == place.k and tensor.shape == (n,):
-        return ops.reshape(_scale(coded, name, (n,)), shape=(n, 1))
-    return _scale(coded, name, (n, place.k // group))
+    if tensor is not None and whole and tensor.shape == (n,):
+        return ops.reshape(reference(_part(coded, name, (n,), *dtypes)), shape=(n, 1))
+    return reference(_part(coded, name, (n, place.k // group), *dtypes))
+
+
+def _scales(coded: Coded, name: str, place: Place, group: int) -> Node:
+    return _widened(_per_group(coded, name, place, group, *_FLOATS))
 
 
 def _signed(node: Node, bits: int) -> Node:
@@ -404,8 +398,7 @@ def _packed(coded: Coded, place: Place, how: Mapping[str, Any]) -> Matrix:
         rows = k // group
         stored = coded.parts.get("weight_zero_point")
         if stored is not None and stored.dtype == np.int8:  # as older files have them
-            one = _part(coded, "weight_zero_point", (n, rows), ("int8",))
-            assert one is not None
+            one = _part(coded, "weight_zero_point", (n, rows), "int8")
             zeros = _signed(reference(one), bits)
         else:
             zeros = _turned(_columns(_unpacked(coded, "weight_zero_point", bits, rows, n, turned=True), n))
@@ -443,29 +436,17 @@ def _whole(coded: Coded, place: Place, how: Mapping[str, Any]) -> Matrix:
         )
     if how.get("type", "int") == "float":
         return _eights(coded, place, "weight_scale", how)
-    codes = _part(coded, "weight", (place.n, place.k), ("int8",))
-    assert codes is not None
+    codes = _part(coded, "weight", (place.n, place.k), "int8")
     group = _steps(how, place, coded)
     scales, zeros = _scales(coded, "weight_scale", place, group), None
     if not how.get("symmetric", True):
-        zero = coded.parts.get("weight_zero_point")
-        shape = (place.n, place.k // group) if zero is None else zero.shape
-        found = _part(coded, "weight_zero_point", shape, ("int8",))
-        assert found is not None
-        one = _signed(reference(found), 8)
-        zeros = _spread(one, scales.shape)
+        zeros = _signed(_per_group(coded, "weight_zero_point", place, group, "int8"), 8)
     return _matrix(coded, place, _signed(reference(codes), 8), scales, zeros, 8, group, "weight_g_idx")
-
-
-def _spread(node: Node, shape: tuple[Any, ...]) -> Node:
-    flat = ops.reshape(node, shape=(node.tensor.size, 1)) if node.rank < 2 else node
-    return flat if flat.shape == shape else ops.broadcast_to(flat, shape=shape)
 
 
 def _eights(coded: Coded, place: Place, name: str, how: Mapping[str, Any]) -> Matrix:
     """A matrix of e4m3."""
-    codes = _part(coded, "weight", (place.n, place.k), ("float8_e4m3fn",))
-    assert codes is not None
+    codes = _part(coded, "weight", (place.n, place.k), "float8_e4m3fn")
     block = how.get("block_structure")
     if block:
         scales, group = _blocks(coded, name, place, tuple(map(int, block))), int(block[1])
@@ -488,17 +469,14 @@ def _blocks(coded: Coded, name: str, place: Place, block: tuple[int, ...]) -> No
 def _fp4(coded: Coded, place: Place, how: Mapping[str, Any], layout: str) -> Matrix:
     """Two codes e2m1 to a byte; scales are e4m3 over one float of the whole matrix, or powers of two."""
     n, k, group = place.n, place.k, _steps(how, place, coded)
-    codes = _part(coded, "weight_packed", (n, k // 2), ("uint8",))
-    assert codes is not None
+    codes = _part(coded, "weight_packed", (n, k // 2), "uint8")
     kind = "nvfp4" if layout.startswith("nvfp4") else "mxfp4"
     wanted = "float8_e4m3fn" if kind == "nvfp4" else "uint8"
-    stored = _part(coded, "weight_scale", (n, k // group), (wanted,))
-    assert stored is not None
+    stored = _part(coded, "weight_scale", (n, k // group), wanted)
     scales = reference(stored)
     if kind == "nvfp4":
         table = weight(_TABLE, TensorType((256,), "float32"))
-        whole = _part(coded, "weight_global_scale", (1,), ("float32",))
-        assert whole is not None
+        whole = _part(coded, "weight_global_scale", (1,), "float32")
         scales = ops.div(ops.take(table, ops.cast(scales, dtype="int64"), axis=0, wrap=False), reference(whole))
     return Matrix(_dequantized(place, reference(codes), scales, None, kind, group))
 

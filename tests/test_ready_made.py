@@ -440,7 +440,6 @@ FAST = (
     "gptq of one product for queries, keys and values",
     "awq",
     "packed",
-    "nvfp4",
 )
 
 
