@@ -252,7 +252,7 @@ def _lossy_passes(source: Source, recipe: Recipe, calibration: Any, tell: Progre
         if calibration is not None:
             raise InputError('calibration is given, but the recipe quantizes nothing; give a recipe such as "int4"')
         return ()
-    from jisu.passes.quantization import Quantize
+    from jisu.passes.compression import Quantize
 
     if calibration is not None and all(rule.algorithm == "rtn" for rule in recipe.quantize):
         raise InputError(

@@ -15,8 +15,8 @@ from jisu.compiler.graph import WEIGHT, ArrayStorage, Graph, Node, Storage, weig
 from jisu.compiler.recipe import QuantizeRecipe
 from jisu.compiler.types import TensorType
 from jisu.passes.layout import Derived, is_stored
-from jisu.passes.quantization.calibrate import Values, Visit, stream
-from jisu.passes.quantization.gptq import Grid, choose_grid, damped, gptq, refine
+from jisu.passes.compression.calibrate import Values, Visit, stream
+from jisu.passes.compression.gptq import Grid, choose_grid, damped, gptq, refine
 
 HEAD = "head"
 """A name by which patterns find the layer that makes a language model's logits, whatever the model calls it."""
@@ -131,7 +131,10 @@ class Quantize:
         """What to do at each layer: quantize its matrices with the inputs that the layers before it give after theirs."""
         last: list[tuple[Values, Statistics]] = []  # of the inputs seen last, which several layers may share
 
-        def visit(node: Node, now: Values, then: Values) -> dict[int, np.ndarray]:
+        def visit(node: Node, run: Mapping[Node, Values], unchanged: Mapping[Node, Values]) -> dict[int, np.ndarray]:
+            x = node.operands[0]
+            assert x is not None
+            now, then = run[x], unchanged[x]
             replaced = {}
             for position in _POSITIONS[node.op]:
                 matrix = node.operands[position]
