@@ -281,7 +281,7 @@ def _lossy_passes(source: Source, recipe: Recipe, calibration: Any, tell: Progre
 
         found.append(Remove(recipe.remove, tokens, lambda done: tell("removing", 0.3 + 0.05 * done)))
     if recipe.quantize:
-        from jisu.passes.quantization import Quantize
+        from jisu.passes.compression import Quantize
 
         found.append(Quantize(recipe.quantize, tokens, progress=lambda done: tell("quantizing", 0.35 + 0.05 * done)))
     return tuple(found)

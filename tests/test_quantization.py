@@ -26,7 +26,7 @@ from jisu.compiler.schemes import SCHEMES, Scheme, decode_scales, encode_scales
 from jisu.compiler.types import TensorType, numpy_dtype, symbol
 from jisu.compiler.verify import verify
 from jisu.passes import layout_passes
-from jisu.passes.quantization.gptq import Grid, choose_grid, damped, gptq, refine
+from jisu.passes.compression.gptq import Grid, choose_grid, damped, gptq, refine
 from jisu.runtime.executable import Executable
 from jisu.targets.compile import compile_graphs
 from jisu.targets.cpu import packing

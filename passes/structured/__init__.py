@@ -15,8 +15,8 @@ from jisu.compiler.errors import RecipeError
 from jisu.compiler.graph import Graph, Node
 from jisu.compiler.interpret import evaluate_node
 from jisu.compiler.recipe import RemoveRecipe
+from jisu.passes.compression.calibrate import Values, stream
 from jisu.passes.layout import Derived
-from jisu.passes.quantization.calibrate import Values, stream
 from jisu.passes.structured.blocks import Block, find_blocks, remove_block
 from jisu.passes.structured.coupling import Coupling, couple
 from jisu.passes.structured.refit import activity, cheapest, collect, solve

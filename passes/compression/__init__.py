@@ -14,9 +14,9 @@ from jisu.compiler.errors import InputError, RecipeError
 from jisu.compiler.graph import WEIGHT, ArrayStorage, Graph, Node, Storage, weight
 from jisu.compiler.recipe import QuantizeRecipe
 from jisu.compiler.types import TensorType
+from jisu.passes.compression.calibrate import Values, Visit, stream
+from jisu.passes.compression.gptq import Grid, choose_grid, damped, gptq, refine
 from jisu.passes.layout import Derived, is_stored
-from jisu.passes.quantization.calibrate import Values, Visit, stream
-from jisu.passes.quantization.gptq import Grid, choose_grid, damped, gptq, refine
 
 HEAD = "head"
 """A name by which patterns find the layer that makes a language model's logits, whatever the model calls it."""

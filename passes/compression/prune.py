@@ -1,0 +1,103 @@
+"""Masks of one matrix, and the numbers that are left: magnitude, Wanda, SparseGPT, and reconstruction by ADMM.
+
+A layer maps inputs x to W x. With H = sum of x xᵀ over calibration tokens, replacing W by Q costs the layer tr((W - Q) H (W - Q)ᵀ)
+in its outputs. All arrays here are NumPy's: W [n, k] float32 or float64, H [k, k] float64, masks bool [n, k] (True: kept).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from jisu.passes.compression.pattern import Pattern
+
+
+def magnitude(w: np.ndarray, pattern: Pattern, sparsity: float) -> np.ndarray:
+    """The mask that keeps the largest numbers."""
+    return pattern.choose(np.abs(w), sparsity)
+
+
+def wanda(w: np.ndarray, h: np.ndarray, pattern: Pattern, sparsity: float) -> np.ndarray:
+    """The mask of Wanda (Sun et al., 2023): |w| times the norm of its input, compared within each output."""
+    return pattern.choose(np.abs(w) * np.sqrt(np.diag(h)), sparsity, by_row=True)
+
+
+def sparsegpt(w: np.ndarray, h: np.ndarray, pattern: Pattern, sparsity: float, *, block: int = 128) -> np.ndarray:
+    """The pruned matrix float64 [n, k] of SparseGPT (Frantar & Alistarh, 2023): inputs from first to last, each one's error made up
+    for by those still to come; the mask is chosen block by block (N:M: run by run) from w² / [H^-1]². h: damped.
+    """
+    n, k = w.shape
+    inverse = np.linalg.inv(h)
+    factor = np.linalg.cholesky((inverse + inverse.T) / 2).T
+    spread = np.diag(factor)
+    rest = w.astype(np.float64)
+    result = np.zeros((n, k))
+    step = block - block % np.lcm(max(pattern.of, 1), pattern.columns) or pattern.columns
+    for begin in range(0, k, step):
+        end = min(begin + step, k)
+        errors = np.empty((n, end - begin))
+        mask = pattern.choose((rest[:, begin:end] / spread[begin:end]) ** 2, sparsity)
+        for j in range(begin, end):
+            if pattern.of and j % pattern.of == 0:  # the run's numbers have moved since
+                run = slice(j - begin, j - begin + pattern.of)
+                mask[:, run] = pattern.choose((rest[:, j : j + pattern.of] / spread[j : j + pattern.of]) ** 2, sparsity)
+            result[:, j] = np.where(mask[:, j - begin], rest[:, j], 0)
+            errors[:, j - begin] = (rest[:, j] - result[:, j]) / factor[j, j]
+            rest[:, j + 1 : end] -= np.outer(errors[:, j - begin], factor[j, j + 1 : end])
+        rest[:, end:] -= errors @ factor[begin:end, end:]
+    return result
+
+
+def admm(
+    w: np.ndarray, h: np.ndarray, pattern: Pattern, sparsity: float, *, growth: float = 1.1, rounds: int = 300
+) -> np.ndarray:
+    """The mask of ALPS (Meng et al., 2024): the matrix nearest in outputs and its nearest sparse one are drawn together by ADMM, the
+    harder the less the mask still changes. h: damped.
+    """
+    scale = np.sqrt(np.diag(h))
+    values, vectors = np.linalg.eigh(h / np.outer(scale, scale))
+    values = np.maximum(values, 1e-12)
+    aim = w * scale  # in the basis in which every input has norm 1
+    target = (aim @ vectors) * values  # aim H, rotated
+    sparse, dual, rho = aim.copy(), np.zeros_like(aim), 0.1
+    mask = np.ones(w.shape, bool)
+    for i in range(rounds):
+        free = ((target + (rho * sparse - dual) @ vectors) / (values + rho)) @ vectors.T
+        moved = free + dual / rho
+        before, mask = mask, pattern.choose(moved**2, sparsity)
+        sparse = np.where(mask, moved, 0)
+        dual += rho * (free - sparse)
+        if i % 3 == 2:
+            changed = np.count_nonzero(mask != before) / mask.size
+            if not changed and i > 20:
+                break
+            rho *= growth if changed < 0.1 else growth**2
+    return mask
+
+
+def solve_on(
+    w: np.ndarray, h: np.ndarray, mask: np.ndarray, *, rounds: int = 200, tolerance: float = 1e-10
+) -> np.ndarray:
+    """The matrix float64 [n, k], zero outside of the mask, that is nearest to W in outputs: conjugate gradients on all rows at once.
+
+    h: damped. Stops when the gradient's norm has fallen by `tolerance` (squared).
+    """
+    diagonal = np.diag(h)
+    q = np.where(mask, w, 0).astype(np.float64)
+    residual = np.where(mask, (w - q) @ h, 0)
+    z = residual / diagonal
+    direction = z.copy()
+    rz = np.einsum("nk,nk->n", residual, z)
+    start = np.maximum(rz, 1e-300)
+    for _ in range(rounds):
+        spread = np.where(mask, direction @ h, 0)
+        curvature = np.einsum("nk,nk->n", direction, spread)
+        step = np.where(curvature > 0, rz / np.maximum(curvature, 1e-300), 0)[:, None]
+        q += step * direction
+        residual -= step * spread
+        z = residual / diagonal
+        new = np.einsum("nk,nk->n", residual, z)
+        if (new <= tolerance * start).all():
+            break
+        direction = z + (new / np.maximum(rz, 1e-300))[:, None] * direction
+        rz = new
+    return q
