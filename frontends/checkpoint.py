@@ -43,7 +43,7 @@ class Decoder:
 
     graph: inputs input_ids and (where the model asks for it) position_ids, int64 [b, s]; output logits [b, s, vocabulary].
     sequence: the symbol of s. max_positions: the longest sequence the model was made for. files: the travelling files'
-    contents. result: class of what the model's forward returns, "module:name".
+    contents. result: class of what the model's forward returns, "module:name". buffers: weights that are no parameters.
     """
 
     graph: Graph
@@ -52,6 +52,7 @@ class Decoder:
     max_positions: int
     files: Mapping[str, bytes]
     result: str
+    buffers: frozenset[str] = frozenset()
 
 
 def travelling_files(folder: Path) -> dict[str, bytes]:
@@ -113,6 +114,7 @@ def _keep(kept: Path, key: str, decoder: Decoder) -> None:
         "vocabulary": decoder.vocabulary,
         "max_positions": decoder.max_positions,
         "result": decoder.result,
+        "buffers": sorted(decoder.buffers),
         "stored": stored,
     }
     staging = None
@@ -140,6 +142,7 @@ def _read(kept: Path, key: str, tensors: Mapping[str, Any], files: Mapping[str, 
             return None
         facts = entry["facts"]
         weights: dict[str, Storage] = {name: tensors[stored] for name, stored in facts.pop("stored").items()}
+        facts["buffers"] = frozenset(facts["buffers"])
         constants = open_safetensors(kept / "constants.safetensors")
         weights |= {name: ArrayStorage(t.numpy().copy()) for name, t in constants.items()}
         return Decoder(parse(text, weights), files=files, **facts)

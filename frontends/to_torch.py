@@ -29,6 +29,7 @@ from jisu.compiler.errors import InputError, InputTypeError, UnsupportedError
 from jisu.compiler.graph import CONSTANT, WEIGHT, ArrayStorage, Graph, Node, Op, Storage
 from jisu.compiler.interpret import bind_symbols
 from jisu.compiler.schemes import Scheme, decode_scales, encode_scales, scheme
+from jisu.compiler.signature import Input, Parameter, Signature, Tree
 from jisu.compiler.types import dtype_name, substitute
 from jisu.frontends.aten.values import array_of
 
@@ -386,12 +387,15 @@ class _Plan:
     graph: Graph
     floats: str
     steps: tuple[tuple[Node, Callable[..., Any], Mapping[str, Any], bool, tuple[Node, ...]], ...]
+    signature: Signature
+    decoder: bool
+    source: Any
 
     def __deepcopy__(self, memo: Any) -> _Plan:
         return self
 
 
-def _planned(graph: Graph, floats: str) -> _Plan:
+def _planned(graph: Graph, floats: str, signature: Signature, decoder: bool, source: Any) -> _Plan:
     refused = sorted({n.op.name for n in graph.nodes if not n.op.leaf and n.op not in MEANINGS})
     if refused:
         raise UnsupportedError(
@@ -412,22 +416,34 @@ def _planned(graph: Graph, floats: str) -> _Plan:
         if attributes.get("dtype") in _NARROWER[floats]:
             attributes["dtype"] = floats
         steps.append((node, MEANINGS[node.op], attributes, _symbolic(attributes.values()), tuple(dead.get(node, ()))))
-    return _Plan(graph, floats, tuple(steps))
+    return _Plan(graph, floats, tuple(steps), signature, decoder, source)
 
 
 def _symbolic(values: Any) -> bool:
     return any(_symbolic(v) if isinstance(v, tuple) else hasattr(v, "free_symbols") for v in values)
 
 
-class GraphModule(nn.Module):
-    """A graph as a module of PyTorch; `to_torch` makes it.
+def _by_position(graph: Graph) -> Signature:
+    """How a bare graph is called: its inputs in order, or by name; it returns its outputs as a tuple."""
+    inputs = tuple(Input(n.name, n.tensor, i) for i, n in enumerate(graph.inputs))
+    parameters = tuple(Parameter(i.name, "plain", Tree("leaf", i.position)) for i in inputs)
+    return Signature(parameters, inputs, Tree("tuple", items=tuple(Tree("leaf", i) for i in range(len(graph.outputs)))))
 
-    Called with the graph's inputs in order it returns its outputs as a tuple.
+
+class GraphModule(nn.Module):
+    """A graph as a module of PyTorch; `to_torch` and `jisu.to_torch` make it.
+
+    It is called like the model that the graph was captured from, and returns what that returns. Training mode changes
+    nothing: the graph is that of the mode in which the model was captured. `source` is what `jisu.compile` knew of the model,
+    so that it can take the module back.
     """
 
-    def __init__(self, graph: Graph, *, buffers: Collection[str] = (), dtype: Any = None) -> None:
+    def __init__(
+        self, graph: Graph, *, buffers: Collection[str] = (), dtype: Any = None, signature: Signature | None = None,
+        decoder: bool = False, source: Any = None,
+    ) -> None:  # fmt: skip
         super().__init__()
-        self._plan = _planned(graph, _floats(dtype))
+        self._plan = _planned(graph, _floats(dtype), signature or _by_position(graph), decoder, source)
         scales = _scales_of(graph)
         for name, storage in graph.weights.items():
             self._place(name, self._loaded(name, storage, scales, name not in buffers))
@@ -463,22 +479,43 @@ class GraphModule(nn.Module):
         """The graph with the values that the module has now; see `from_torch`."""
         return from_torch(self._plan.graph, self)
 
-    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """The graph's outputs.
+    @property
+    def signature(self) -> Signature:
+        """How the module is called."""
+        return self._plan.signature
 
-        Raises InputError for inputs that don't fit, naming the one, what was expected and what came.
+    @property
+    def source(self) -> Any:
+        """What the driver knew of the model; None for the module of a bare graph."""
+        return self._plan.source
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the model.
+
+        A causal language model takes input_ids int64 [batch, sequence], attention_mask (padding on the right only) and
+        position_ids. Raises InputError for what doesn't fit, naming the input, what was expected and what came.
         """
-        return self.run(inputs)
+        signature = self._plan.signature
+        if self._plan.decoder:
+            inputs = _decoder_inputs(self._plan.graph, *args, **kwargs)
+        else:
+            inputs = signature.flatten_call(args, kwargs)
+        outputs = self._run(inputs)
+        with torch.no_grad():
+            for position, index in signature.mutations:
+                inputs[index].copy_(outputs[position])
+        return signature.unflatten(outputs)
 
-    def run(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def _run(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The graph's outputs on its inputs, in order."""
         plan = self._plan
-        env = bind_symbols(plan.graph, [tuple(x.shape) for x in inputs])
         values: dict[Node, Any] = {}
         for node, x in zip(plan.graph.inputs, inputs, strict=True):
-            if _name(x.dtype) != node.dtype:
-                raise InputTypeError(f"input {node.name!r}: expected {node.dtype}, got {_name(x.dtype)}")
+            if not isinstance(x, Tensor) or _name(x.dtype) != node.dtype:
+                shown = _name(x.dtype) if isinstance(x, Tensor) else type(x).__name__
+                raise InputTypeError(f"input {node.name!r}: expected a tensor {node.tensor}, got {shown}")
             values[node] = self._wide(x)
+        env = bind_symbols(plan.graph, [tuple(x.shape) for x in inputs])
         stored = {name: tensor for group in (self.named_parameters, self.named_buffers) for name, tensor in group()}
         device = next((x.device for x in (*inputs, *stored.values())), torch.device("cpu"))
         for node in plan.graph.nodes:
@@ -499,12 +536,35 @@ class GraphModule(nn.Module):
         return x.to(_dtype(self._plan.floats)) if _name(x.dtype) in _NARROWER[self._plan.floats] else x
 
 
+_WITHOUT_EFFECT = {"use_cache": (False, None), "return_dict": (True, None), "logits_to_keep": (0,)}
+
+
+def _decoder_inputs(
+    graph: Graph, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
+    **others: Any,
+) -> list[Tensor]:  # fmt: skip
+    """The graph's inputs from a causal language model's arguments."""
+    for name, value in others.items():
+        if name not in _WITHOUT_EFFECT or value not in _WITHOUT_EFFECT[name]:
+            raise InputError(f"unexpected argument {name}={value!r}; the module takes input_ids and attention_mask")
+    if input_ids is None or input_ids.ndim != 2:
+        raise InputError("input_ids: expected int64 [batch, sequence]")
+    if attention_mask is not None:
+        mask = attention_mask.bool()
+        if mask.shape != input_ids.shape or not bool((mask[:, 1:] <= mask[:, :-1]).all()):
+            raise InputError("attention_mask: expected the shape of input_ids, with padding on the right only")
+    if position_ids is None:
+        position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+    given = {"input_ids": input_ids, "position_ids": position_ids}
+    return [given[node.name] for node in graph.inputs]
+
+
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
 def to_torch(graph: Graph, *, buffers: Collection[str] = (), dtype: torch.dtype | str | None = None) -> GraphModule:
-    """A graph as a module of PyTorch, to be trained there.
+    """A graph as a module of PyTorch, to be trained there. It takes the graph's inputs in order and returns a tuple.
 
     The module's parameters and buffers are the graph's stored weights under their own names; a weight with several uses is one
     parameter. Integers (codes, masks) are buffers and share the graph's memory; floats are parameters, but for those named in
