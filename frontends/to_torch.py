@@ -235,27 +235,36 @@ def _experts(x: Tensor, index: Tensor, scores: Tensor, gate_up: Tensor, down: Te
     return result.to(x.dtype)
 
 
-def _bits(packed: Tensor, count: int) -> Tensor:
-    """The first `count` bits of each row uint8 [n, bytes], the lowest of a byte first: uint8 [n, count]."""
-    places = torch.arange(8, dtype=torch.uint8, device=packed.device)
-    return ((packed[..., None] >> places) & 1).flatten(-2)[..., :count]
+def _places(count: int, x: Tensor) -> Tensor:
+    return torch.arange(count, dtype=torch.uint8, device=x.device)
 
 
-def _codes(packed: Tensor, kind: Scheme, k: int) -> Tensor:
-    """Codes uint8 [n, k] of what `Scheme.pack` made."""
-    if kind.bits == 8:
+def _unpacked(packed: Tensor, bits: int, k: int) -> Tensor:
+    """The first k codes uint8 [..., k] of what `schemes.pack_bits` made."""
+    if bits == 8:
         return packed[..., :k]
-    if kind.bits == 4:
+    if bits == 4:
         return torch.stack([packed & 15, packed >> 4], -1).flatten(-2)[..., :k]
-    bits = _bits(packed, k * kind.bits).unflatten(-1, (k, kind.bits))
-    return (bits << torch.arange(kind.bits, dtype=torch.uint8, device=bits.device)).sum(-1, dtype=torch.uint8)
+    single = ((packed[..., None] >> _places(8, packed)) & 1).flatten(-2)[..., : k * bits]
+    return (single.unflatten(-1, (k, bits)) << _places(bits, packed)).sum(-1, dtype=torch.uint8)
+
+
+def _unpack_bits(x: Tensor, *, bits: int) -> Tensor:
+    stream = x.contiguous().view(torch.uint8)
+    return _unpacked(stream, bits, stream.shape[-1] * 8 // bits)
+
+
+def _pack_bits(x: Tensor, *, bits: int) -> Tensor:
+    single = ((x[..., None] >> _places(bits, x)) & 1).flatten(-2)
+    single = F.pad(single, (0, -single.shape[-1] % 8)).unflatten(-1, (-1, 8))
+    return (single << _places(8, x)).sum(-1, dtype=torch.uint8)
 
 
 def _dequantize(
     codes: Tensor, scales: Tensor, zeros: Tensor | None, *, scheme: str, k: int, group: int, whole: float, dtype: str
 ) -> Tensor:
     kind = _scheme(scheme)
-    single = _codes(codes, kind, k)
+    single = _unpacked(codes, kind.bits, k)
     levels = single.float() if kind.uniform else torch.from_numpy(kind.levels).to(codes.device)[single.int()]
     decoded = scales.float() if scales.is_floating_point() else _decoded(scales, kind, whole)
     if zeros is not None:
@@ -342,6 +351,8 @@ MEANINGS: Mapping[Op, Callable[..., Any]] = {
     ops.attention: _attention,
     ops.experts: _experts,
     ops.dequantize: _dequantize,
+    ops.unpack_bits: _unpack_bits,
+    ops.pack_bits: _pack_bits,
 }
 """What each op is in PyTorch: tensors in, attributes by keyword, tensors out, differentiable where there are gradients. Ops
 that only layout and the cache make have no entry."""
@@ -609,11 +620,10 @@ def from_torch(graph: Graph, module: nn.Module) -> Graph:
 
 def _stored(tensor: Tensor, dtype: np.dtype, scales: tuple[Scheme, float] | None) -> np.ndarray:
     """Values in the form in which they are stored."""
-    if scales is not None and tensor.is_floating_point():
+    if scales is not None and dtype == np.uint8 and tensor.is_floating_point():
         kind, whole = scales
-        if kind.scale != "float16":
-            positive = tensor.clamp(min=torch.finfo(torch.float32).tiny)
-            return encode_scales(array_of(positive), kind.scale, whole)[0]
+        positive = tensor.clamp(min=torch.finfo(torch.float32).tiny)
+        return encode_scales(array_of(positive), kind.scale, whole)[0]
     wanted = _dtype(dtype_name(dtype))
     return array_of(tensor if tensor.dtype == wanted else tensor.to(wanted))
 

@@ -90,7 +90,7 @@ from jisu.compiler.ops.elementwise import (
 )
 from jisu.compiler.ops.index import gather, scatter, sort, take
 from jisu.compiler.ops.nn import attention, attention_cached, cache_append, experts, layer_norm, rms_norm, rotary
-from jisu.compiler.ops.quantize import dequantize, pack_codes, pack_scales, quantized_linear
+from jisu.compiler.ops.quantize import dequantize, pack_bits, pack_codes, pack_scales, quantized_linear, unpack_bits
 from jisu.compiler.ops.reduce import all_, any_, argmax, argmin, prod, reduce_max, reduce_min, scan, softmax, sum_
 from jisu.compiler.ops.shape import (
     broadcast_to,
@@ -124,8 +124,9 @@ __all__ = [
     "erf", "exp", "exp2", "experts", "expm1", "flip", "floor", "floor_div", "fmod", "gated_linear", "gather", "ge", "gelu",
     "get", "gt", "iota", "isnan", "layer_norm", "le", "linear", "log", "log10", "log1p", "log2", "logical_and",
     "logical_not", "logical_or", "logical_xor", "lt", "matmul", "maximum", "minimum", "mul", "ne", "neg", "pack",
-    "pack_codes", "pack_gated", "pack_scales", "packed_experts", "packed_gated_linear", "packed_linear", "packed_projections", "packed_take", "pad", "pow_",
-    "prod", "quantized_linear", "reciprocal", "reduce_max", "reduce_min", "relu", "remainder", "reshape", "rms_norm", "rotary", "round_",
+    "pack_bits", "pack_codes", "pack_gated", "pack_scales", "packed_experts", "packed_gated_linear", "packed_linear", "packed_projections", "packed_take",
+    "pad", "pow_", "prod", "quantized_linear", "reciprocal", "reduce_max", "reduce_min", "relu", "remainder", "reshape", "rms_norm", "rotary", "round_",
     "rsqrt", "scan", "scatter", "shift_left", "shift_right", "sigmoid", "sign", "silu", "sin", "sinh", "slice_", "softmax",
-    "sort", "sqrt", "square", "sub", "sum_", "take", "tan", "tanh", "transpose", "trunc", "trunc_div", "where", "windows",
+    "sort", "sqrt", "square", "sub", "sum_", "take", "tan", "tanh", "transpose", "trunc", "trunc_div",
+    "unpack_bits", "where", "windows",
 ]  # fmt: skip
