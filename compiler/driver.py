@@ -24,6 +24,7 @@ from jisu.compiler.recipe import Recipe
 from jisu.compiler.signature import Signature, Tree
 
 if TYPE_CHECKING:
+    from jisu.frontends.to_torch import GraphModule
     from jisu.runtime.program import Program
     from jisu.targets.target import Target
 
@@ -35,6 +36,7 @@ Progress = Callable[[str, float], None]
 class Source:
     """What a frontend found: the graph, how it is called, and, for a causal language model, its sequence's symbol.
 
+    buffers: weights that are no parameters of the model. recipe: whose lossy part the graph went through already.
     notes: what the model's files ask for that the graph doesn't do, in sentences.
     """
 
@@ -45,6 +47,8 @@ class Source:
     max_positions: int = 0
     files: Mapping[str, bytes] = attrs.field(factory=dict)
     notes: tuple[str, ...] = ()
+    buffers: frozenset[str] = frozenset()
+    recipe: Recipe | None = None
 
 
 def compile(
@@ -67,7 +71,8 @@ def compile(
     """Compile a model for a target.
 
     model: a torch.nn.Module (with `example_inputs`, a tuple, and `example_kwargs`), a causal language model of
-    transformers, or the path of a local checkpoint folder. target: a name such as "cpu", or a Target. recipe: a preset's
+    transformers, the path of a local checkpoint folder, or what `to_torch` returned (then without a recipe its own
+    holds, and nothing is compressed again). target: a name such as "cpu", or a Target. recipe: a preset's
     name, a TOML file, a mapping or a Recipe. passes: extra passes, run behind the fusions and before the cache is derived. dynamic_shapes: as
     `torch.export` takes them. num_threads: threads that kernels use (default: all cores). check: "verify" runs the
     verifier after each pass, "numeric" also compares meanings with the interpreter, "none" neither. dump: a folder for
@@ -93,7 +98,7 @@ def compile(
     for note in source.notes:
         warnings.warn(note, UserWarning, stacklevel=2)
     with _memory_errors():
-        lossy = _lossy_passes(source, chosen, calibration, tell)
+        chosen, lossy = _still_to_do(source, None if recipe is None else chosen, calibration, tell)
         return _build(
             source, machine, chosen, (*passes, *lossy), num_threads, check, dump, stop_after, kept, tell, times
         )
@@ -110,6 +115,53 @@ def load(path: str | os.PathLike[str], *, num_threads: int | None = None) -> Pro
     from jisu.targets.target import host
 
     return program.load(path, features=lambda: host().features, num_threads=num_threads)
+
+
+def to_torch(
+    model: Any,
+    *,
+    example_inputs: Sequence[Any] | None = None,
+    example_kwargs: Mapping[str, Any] | None = None,
+    recipe: Any = None,
+    passes: Sequence[Pass] = (),
+    dynamic_shapes: Any = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    calibration: Any = None,
+    dtype: Any = None,
+    progress: Progress | None = None,
+) -> GraphModule:
+    """The model as a recipe compresses it, as a torch.nn.Module: to be trained (fine-tuned, distilled), then compiled.
+
+        student = jisu.to_torch(model, recipe="int4", calibration="text.txt")
+        ...                                     # train student(input_ids).logits against model(input_ids).logits
+        program = jisu.compile(student)         # as it is now: nothing is traced or compressed again
+
+    The module is called like the model. Its parameters are copies and have the model's names; codes and masks are
+    buffers, and what training can change of a compressed matrix are its scales. dtype: torch.float32 or float64, in which
+    parameters of a narrower dtype are held and computed; compiling brings them back into their own. All else is as
+    in `compile`, and so are the errors.
+    """
+    from jisu.frontends.to_torch import GraphModule
+    from jisu.passes import default_passes
+    from jisu.targets.compile import cache_folder
+
+    chosen = Recipe.resolve(recipe)
+    _check_options(None, "verify", passes)
+    tell = progress or (lambda stage, done: None)
+    tell("tracing", 0.0)
+    kept = cache_folder(Path(cache_dir) if cache_dir is not None else None)
+    source = _capture(model, example_inputs, example_kwargs, dynamic_shapes, kept)
+    with _memory_errors():
+        chosen, lossy = _still_to_do(source, None if recipe is None else chosen, calibration, tell)
+        tell("rewriting", 0.3)
+        exact, _ = Pipeline(default_passes(chosen.fuse, chosen.max_fold_bytes)).run(source.graph)
+        graph, _ = Pipeline((*passes, *lossy)).run(exact)
+        buffers = source.buffers | (exact.weights.keys() - source.graph.weights.keys())  # those that folding made
+        source = attrs.evolve(source, graph=graph, buffers=buffers, recipe=chosen)
+        module = GraphModule(graph, buffers=buffers, dtype=dtype, signature=source.signature,
+                             decoder=source.sequence is not None, source=source)  # fmt: skip
+    tell("done", 1.0)
+    return module
 
 
 def _check_options(num_threads: int | None, check: str, passes: Sequence[Pass]) -> None:
@@ -148,6 +200,13 @@ def _capture(model: Any, example_inputs: Any, example_kwargs: Any, dynamic_shape
                 "a checkpoint folder is traced with dynamic batch and sequence; drop example_inputs and dynamic_shapes"
             )
         return _from_decoder(load_checkpoint(Path(model), kept))
+    from jisu.frontends.to_torch import GraphModule
+
+    if isinstance(model, GraphModule):
+        if example_inputs is not None or example_kwargs is not None or dynamic_shapes is not None:
+            raise InputError("a module that to_torch made is not traced again; drop example inputs and dynamic_shapes")
+        graph, buffers = model.graph, frozenset(name for name, _ in model.named_buffers())
+        return attrs.evolve(model.source or Source(graph, model.signature), graph=graph, buffers=buffers)
     if example_inputs is None and example_kwargs is None and _comes_from_transformers(model):
         from jisu.frontends.huggingface import is_decoder, trace_decoder
 
@@ -160,7 +219,7 @@ def _capture(model: Any, example_inputs: Any, example_kwargs: Any, dynamic_shape
             f"example_inputs must be a tuple of arguments, got {type(example_inputs).__name__}; write (x,)"
         )
     captured = capture(model, tuple(example_inputs or ()), dict(example_kwargs or {}), dynamic_shapes)
-    return Source(captured.graph, captured.signature)
+    return Source(captured.graph, captured.signature, buffers=captured.buffers)
 
 
 def _comes_from_transformers(model: Any) -> bool:
@@ -178,6 +237,7 @@ def _from_decoder(decoder: Any) -> Source:
         decoder.max_positions,
         decoder.files,
         decoder.notes,
+        decoder.buffers,
     )
 
 
@@ -260,6 +320,15 @@ def _build(
     )
     tell("done", 1.0)
     return Program(parts, num_threads)
+
+
+def _still_to_do(
+    source: Source, recipe: Recipe | None, calibration: Any, tell: Progress
+) -> tuple[Recipe, tuple[Pass, ...]]:
+    """The recipe that holds, and its lossy passes: none where a graph comes back from training and no other is named."""
+    done = recipe is None and source.recipe is not None
+    lossy = _lossy_passes(source, Recipe() if done or recipe is None else recipe, calibration, tell)
+    return recipe or source.recipe or Recipe(), lossy
 
 
 def _lossy_passes(source: Source, recipe: Recipe, calibration: Any, tell: Progress) -> tuple[Pass, ...]:

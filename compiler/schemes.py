@@ -183,8 +183,8 @@ SCHEMES: Mapping[str, Scheme] = {
 """Schemes by name. fp8 is e4m3 (Micikevicius et al., 2022); mxfp4 and nvfp4 are e2m1 in groups of 32 and 16 (OCP MX 1.0; NVIDIA)."""
 
 
-def encode_scales(scales: np.ndarray, kind: str) -> tuple[np.ndarray, float]:
-    """Scales in storage, and the factor that belongs to all of them (1 but for e4m3).
+def encode_scales(scales: np.ndarray, kind: str, whole: float | None = None) -> tuple[np.ndarray, float]:
+    """Scales in storage, and the factor that belongs to all of them (1 but for e4m3); `whole` keeps a given one.
 
     float16 (float32 where some scale is outside of its normal range), or uint8 codes.
     """
@@ -193,8 +193,8 @@ def encode_scales(scales: np.ndarray, kind: str) -> tuple[np.ndarray, float]:
         exponent = np.floor(np.log2(scales * np.float32(1.5)))
         return (np.clip(exponent, -127, 127) + 127).astype(np.uint8), 1.0
     if kind == "e4m3":
-        whole = float(scales.max() / 448) or 1.0
-        codes = np.maximum(scales / np.float32(whole), 2.0**-9).astype(ml_dtypes.float8_e4m3fn)
+        whole = whole or float(scales.max() / 448) or 1.0
+        codes = np.clip(scales / np.float32(whole), 2.0**-9, 448).astype(ml_dtypes.float8_e4m3fn)
         return codes.view(np.uint8), whole
     info = np.finfo(np.float16)
     fits = scales.size == 0 or (scales.min() >= info.smallest_normal and scales.max() <= info.max)

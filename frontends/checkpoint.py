@@ -49,7 +49,7 @@ class Decoder:
     graph: inputs input_ids and (where the model asks for it) position_ids, int64 [b, s]; output logits [b, s, vocabulary].
     sequence: the symbol of s. max_positions: the longest sequence the model was made for. files: the travelling files'
     contents. result: class of what the model's forward returns, "module:name". notes: what the checkpoint asks for that the graph
-    doesn't do, in sentences.
+    doesn't do, in sentences. buffers: weights that are no parameters.
     """
 
     graph: Graph
@@ -59,6 +59,7 @@ class Decoder:
     files: Mapping[str, bytes]
     result: str
     notes: tuple[str, ...] = ()
+    buffers: frozenset[str] = frozenset()
 
 
 def travelling_files(folder: Path) -> dict[str, bytes]:
@@ -124,6 +125,7 @@ def _keep(kept: Path, key: str, decoder: Decoder) -> None:
         "max_positions": decoder.max_positions,
         "result": decoder.result,
         "notes": decoder.notes,
+        "buffers": sorted(decoder.buffers),
         "stored": stored,
     }
     staging = None
@@ -151,6 +153,7 @@ def _read(kept: Path, key: str, tensors: Mapping[str, Any], files: Mapping[str, 
             return None
         facts = entry["facts"]
         weights: dict[str, Storage] = {name: as_codes(tensors[stored]) for name, stored in facts.pop("stored").items()}
+        facts["buffers"] = frozenset(facts["buffers"])
         constants = open_safetensors(kept / "constants.safetensors")
         weights |= {name: ArrayStorage(t.numpy().copy()) for name, t in constants.items()}
         notes = tuple(facts.pop("notes"))

@@ -367,6 +367,9 @@ def trace_decoder(
     if converted is not None and made:
         graph = _with_conversions(graph, converted)
     graph = _named_as_in(graph)
+    buffers = {_unwrapped(name) for name in captured.buffers}
+    for name in buffers & made.keys():  # a converted buffer is made of tensors that aren't trained either
+        buffers |= {n.name for n in Graph((), (made[name],)).nodes if n.op is WEIGHT}
     # Positions that the trace doesn't use are no input.
     graph = graph.replace(inputs=tuple(i for i in graph.inputs if i.name != "position_ids" or graph.users[i]))
     (name,) = graph.inputs[0].shape[1].free_symbols  # type: ignore[union-attr]
@@ -377,6 +380,7 @@ def trace_decoder(
         min(limit, graph.ranges[name.name][1] or limit),
         dict(files or {}),
         _result_class(model),
+        buffers=frozenset(buffers),
     )
 
 
@@ -443,16 +447,20 @@ def _check_users(graph: Graph, coded: Mapping[str, bool]) -> None:
 _WRAPPER = re.compile(r"^model(\.|(?= )|$)")
 
 
+def _unwrapped(name: str) -> str:
+    return _WRAPPER.sub("", name, count=1)
+
+
 def _named_as_in(graph: Graph) -> Graph:
     """Weights and sources by their names in the user's model, not in the module that we wrapped around it."""
 
     def named(old: Node, new: Node) -> Node:
-        source = _WRAPPER.sub("", new.source, count=1).lstrip()
+        source = _unwrapped(new.source).lstrip()
         if new.op is WEIGHT:
-            return weight(_WRAPPER.sub("", new.name, count=1), new.tensor, source)
+            return weight(_unwrapped(new.name), new.tensor, source)
         return new if source == new.source else attrs.evolve(new, source=source)
 
-    weights = {_WRAPPER.sub("", name, count=1): storage for name, storage in graph.weights.items()}
+    weights = {_unwrapped(name): storage for name, storage in graph.weights.items()}
     return attrs.evolve(graph.map(named), weights=weights).replace()
 
 

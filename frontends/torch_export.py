@@ -60,10 +60,11 @@ _RANDOM = re.compile(r"aten\.(bernoulli|rand|randn|randint|randperm|normal|unifo
 
 @attrs.frozen(eq=False)
 class Captured:
-    """A captured model: its graph, and how it is called."""
+    """A captured model: its graph, how it is called, and which of its weights are no parameters."""
 
     graph: Graph
     signature: Signature
+    buffers: frozenset[str] = frozenset()
 
 
 def capture(
@@ -372,6 +373,7 @@ class _Builder:
         self.values: dict[torch.fx.Node, Any] = {}
         self.unsupported: list[_Unsupported] = []
         self.weights: dict[str, Storage] = {}
+        self.buffers: set[str] = set()
         self.tied: dict[Any, Node] = {}
         self.names: dict[str, tuple[str, ...]] | None = None
         self.inputs: list[Node] = []
@@ -511,6 +513,8 @@ class _Builder:
         if stored != type:
             raise InputError(f"weight {name!r} is {type} in the model, but its storage holds {stored}")
         self.weights[name] = given
+        if spec.kind is not InputKind.PARAMETER:
+            self.buffers.add(name)
         self.tied[key] = weight(name, type, name)
         return self.tied[key]
 
@@ -787,7 +791,8 @@ class _Builder:
         tree = _spec_tree(out_spec, iter(leaves))
         graph = Graph(tuple(self.inputs), tuple(outputs), self.weights, self._ranges())
         inputs = tuple(Input(n.name, n.tensor, i) for i, n in enumerate(self.inputs))
-        return Captured(graph.replace(), Signature(parameters, inputs, tree, tuple(mutations)))
+        call = Signature(parameters, inputs, tree, tuple(mutations))
+        return Captured(graph.replace(), call, frozenset(self.buffers))
 
     def _output(self, argument: Any, value: Any, outputs: list[Node]) -> Tree:
         if isinstance(argument, ConstantArgument):

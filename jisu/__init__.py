@@ -24,7 +24,7 @@ from jisu.compiler.errors import (
 )
 
 if TYPE_CHECKING:
-    from jisu.compiler.driver import compile, load
+    from jisu.compiler.driver import compile, load, to_torch
     from jisu.compiler.recipe import Recipe
     from jisu.runtime.generate import GenerationConfig
     from jisu.runtime.program import Program
@@ -39,6 +39,7 @@ _LAZY = {
     "Program": "jisu.runtime.program",
     "load": "jisu.compiler.driver",
     "Target": "jisu.targets.target",
+    "to_torch": "jisu.compiler.driver",
 }
 
 __all__ = [
@@ -59,6 +60,7 @@ __all__ = [
     "VerifyError",
     "compile",
     "load",
+    "to_torch",
 ]
 
 

@@ -227,17 +227,23 @@ def deduplicate(graph: Graph) -> Graph:
     return graph.map(unique)
 
 
+FOLDED = "folded."
+"""In front of the names of tensors that folding made, and that the model doesn't have."""
+
+
 def fold_constants(graph: Graph, max_bytes: int) -> Graph:
-    """Evaluate nodes whose operands are constants or small weights, where the result has at most `max_bytes`."""
+    """Evaluate nodes whose operands are constants, where the result has at most `max_bytes`.
+
+    What depends on the model's own weights keeps them by their names, for passes that compress them and for training;
+    `fold_weights` computes it once, when the weights are laid out.
+    """
     weights = dict(graph.weights)
     values: dict[Node, np.ndarray] = {}
 
     def value(node: Node) -> np.ndarray | None:
         if node.op is CONSTANT:
             return node.value.array  # type: ignore[no-any-return]
-        if node.op is WEIGHT and not isinstance(node.tensor.nbytes, int):
-            return None
-        if node.op is WEIGHT and node.tensor.nbytes <= max_bytes:
+        if node.op is WEIGHT and node.name.startswith(FOLDED):
             if node not in values:
                 values[node] = weights[node.name].numpy()
             return values[node]
@@ -258,8 +264,6 @@ def fold_constants(graph: Graph, max_bytes: int) -> Graph:
             and new.op is not ops.iota
         ):
             return new
-        if all(p.op is WEIGHT for p in new.parents) and new.parents:
-            return new  # a view of a stored tensor stays lazy: `fold_weights` deals with it
         operands = [value(o) if o is not None else None for o in new.operands]
         if any(v is None and o is not None for v, o in zip(operands, new.operands, strict=True)):
             return new
@@ -269,7 +273,7 @@ def fold_constants(graph: Graph, max_bytes: int) -> Graph:
             return new  # an index out of range stays an error at run time
         if result.size <= MAX_INLINE:
             return constant(result)
-        name = f"folded.{len(weights)}"
+        name = f"{FOLDED}{len(weights)}"
         while name in weights:
             name += "_"
         weights[name] = ArrayStorage(result)
