@@ -11,7 +11,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import attrs
+import numpy as np
 
+from jisu.compiler import schemes
 from jisu.compiler.errors import TargetError
 from jisu.targets.cpu.isa import ITEMSIZE, Function, Micro, Val, require_dtype, vector_type
 from jisu.targets.cpu.kernels.matmul import (
@@ -33,7 +35,7 @@ from jisu.targets.target import Target
 
 def expands(dtype: str, target: Target) -> bool:
     """Whether the target has the instructions that expand float32, or smaller numbers ("uint8": codes)."""
-    needed = ("avx512f",) if dtype == "float32" else ("avx512f", "avx512vbmi2")
+    needed = ("avx512f",) if dtype == "float32" else ("avx512vbmi", "avx512vbmi2")
     return target.vector_bytes == 64 and target.has(*needed)
 
 
@@ -124,95 +126,113 @@ class Sparse:
 
         void(values, mask, first value, [scales,] a, out): out[NR] = a[k] @ panel.
         """
-        pointers = [("ptr", "w"), ("ptr", "bits"), ("i64", "first"), *([("ptr", "scales")] if self.codes else [])]
-        f = Function("sparse_row" if multiply else "expand", [*pointers, *([("ptr", "a")] if multiply else []), ("ptr", "out")], self.target)  # fmt: skip
-        at = dict(zip([n for _, n in f._params], f.params(), strict=True))
-        nr, vec = panel_width(self.target), vector_type("float", f.lanes)
+        names = ("w", "bits", "first", *(["scales"] if self.codes else []), *(["a"] if multiply else []), "out")
+        f = Function("sparse_row" if multiply else "expand", [("i64" if n == "first" else "ptr", n) for n in names], self.target)  # fmt: skip
+        at = dict(zip(names, f.params(), strict=True))
+        nr, vec, zero = panel_width(self.target), vector_type("float", f.lanes), f.const(0.0, "float")
         width = VECTORS if self.dots else 2 * VECTORS  # accumulators of one word
         chains = 8 // width if multiply else 1
+        # A chain carries its accumulators and the sum of the inputs that it has seen.
+        nothing = [*([f.const(0.0, vec)] * width), zero] * (chains if multiply else 0)
+        size = width + 1
 
-        def word(index: Val, position: Val, sums: list[Val], group: list[Val]) -> tuple[list[Val], Val]:
+        def word(index: Val, position: Val, sums: list[Val], group: Group | None) -> tuple[list[Val], Val]:
             columns, after = self._columns(f, at, index, position, group)
             if not multiply:
                 lanes = nr if self._paired else 2 * nr
                 for i, v in enumerate(columns):
-                    f.store(v, f.at(at["out"], index * lanes + i * f.lanes, "float32"))
+                    w = v if group is None else f.fma(v, group.scales[i % VECTORS], group.shifts[i % VECTORS])
+                    f.store(w, f.at(at["out"], index * lanes + i * f.lanes, "float32"))
                 return sums, after
             if self.dots:
                 pair = f.splat(f.load("float", f.at(at["a"], index, "float32")), f.lanes)
-                return [dot(f, pair, w, s) for w, s in zip(columns, sums, strict=True)], after
+                return [*(dot(f, pair, w, s) for w, s in zip(columns, sums, strict=False)), sums[-1]], after
             if self._paired:  # halves of each word
                 split = [words_as_floats(f, f.cast("bitcast", v, "i32"), self.dtype) for v in columns]
                 columns = [part[half] for half in (0, 1) for part in split]
-            xs = [f.splat(f.load("float", f.at(at["a"], index * 2 + i, "float32")), f.lanes) for i in (0, 1)]
-            return [f.fma(xs[i // VECTORS], w, sums[i]) for i, w in enumerate(columns)], after
+            xs = [f.load("float", f.at(at["a"], index * 2 + i, "float32")) for i in (0, 1)]
+            spread = [f.splat(x, f.lanes) for x in xs]
+            seen = sums[-1] + (xs[0] + xs[1]) if self.codes else sums[-1]
+            return [*(f.fma(spread[i // VECTORS], w, sums[i]) for i, w in enumerate(columns)), seen], after
 
-        def run(start: Val | int, stop: Val | int, carried: list[Val], group: list[Val]) -> list[Val]:
+        def run(start: Val | int, stop: Val | int, position: Val, group: Group | None) -> tuple[Val, list[Val]]:
+            """Position and sums of a range of words: VECTORS registers, and the sum of inputs."""
+
             def several(index: Val, values: list[Val]) -> list[Val]:
-                position, new = values[0], []
+                here, new = values[0], []
                 for n in range(chains):
-                    sums, position = word(index + n, position, values[1 + n * width : 1 + (n + 1) * width], group)
+                    sums, here = word(index + n, here, values[1 + n * size : 1 + (n + 1) * size], group)
                     new += sums
-                return [position, *new]
+                return [here, *new]
 
             def one(index: Val, values: list[Val]) -> list[Val]:
-                sums, position = word(index, values[0], values[1:], group)
-                return [position, *sums]
+                sums, here = word(index, values[0], values[1:], group)
+                return [here, *sums]
 
-            if chains == 1:
-                return f.loop(start, stop, 1, carried, one)[:-1]
-            *carried, end = f.loop(start, f.i64(stop) - (chains - 1), chains, carried, several)
-            *first, _ = f.loop(end, stop, 1, carried[: 1 + width], one)
-            return [*first, *carried[1 + width :]]
+            if not multiply:
+                return f.loop(start, stop, 1, [position], one)[0], []
+            here, *sums, end = f.loop(start, f.i64(stop) - (chains - 1), chains, [position, *nothing], several)
+            here, *first, _ = f.loop(end, stop, 1, [here, *sums[:size]], one)
+            sums[:size] = first
+            totals = [_sum([s for n in range(chains) for s in sums[n * size + j : (n + 1) * size - 1 : VECTORS]]) for j in range(VECTORS)]  # fmt: skip
+            return here, [*totals, _sum(sums[width::size])]
 
-        carried = [at["first"], *([f.const(0.0, vec)] * (width * chains if multiply else 0))]
         if self.codes is None:
-            carried = run(0, self.words, carried, [])
+            _, totals = run(0, self.words, at["first"], None)
         else:
-            each = self.codes.group // 2 or self.words
+            codes, each = self.codes, self.codes.group // 2 or self.words
 
-            def group(i: Val, values: list[Val]) -> list[Val]:
-                scales = f.at(at["scales"], i * (2 * nr), "float32")
-                loaded = [f.load(vec, f.at(scales, j * f.lanes, "float32")) for j in range(2 * VECTORS)]
-                return run(i * each, f.minimum(i * each + each, self.words), values, loaded)
+            def over_group(i: Val, values: list[Val]) -> list[Val]:
+                group = _group(f, codes.scheme, f.at(at["scales"], i * (2 * nr), "float32"))
+                here, sums = run(i * each, f.minimum(i * each + each, self.words), values[0], group)
+                if not multiply:
+                    return [here]
+                new = []
+                for j in range(VECTORS):
+                    total = f.fma(sums[j], group.scales[j], values[1 + j])
+                    new.append(f.fma(f.splat(sums[-1], f.lanes), group.shifts[j], total))
+                return [here, *new]
 
-            *carried, _ = f.loop(0, self.codes.groups(self.k), 1, carried, group)
+            empty = [f.const(0.0, vec)] * (VECTORS if multiply else 0)
+            _, *totals, _ = f.loop(0, codes.groups(self.k), 1, [at["first"], *empty], over_group)
         for j in range(VECTORS if multiply else 0):
-            total, *rest = carried[1 + j :: VECTORS]
-            for part in rest:
-                total = total + part
-            f.store(total, f.at(at["out"], j * f.lanes, "float32"))
+            f.store(totals[j], f.at(at["out"], j * f.lanes, "float32"))
         return f.finish()
 
     def _columns(
-        self, f: Function, at: Mapping[str, Val], index: Val, position: Val, group: list[Val]
+        self, f: Function, at: Mapping[str, Val], index: Val, position: Val, group: Group | None
     ) -> tuple[list[Val], Val]:
-        """The registers float32 (16-bit numbers in pairs) of a word, and the position behind it.
-
-        group: of codes, two registers of scales and two of shifts.
-        """
+        """The registers float32 of a word (16-bit numbers in pairs, levels of codes), and the position behind it."""
         bits = f.load("i64", f.at(at["bits"], index * 8, "i8"))
         after = position + _count(f, bits)
+        per_byte = self.codes.per_byte if self.codes else 1
         size = 1 if self.codes else ITEMSIZE[self.dtype]
-        for line in range(0, 64 * size, 128):  # half of the numbers are there, as a rule
-            f.prefetch(f.at(f.at(at["w"], position * size, "i8"), 4 * PREFETCH_WORDS + line // 2, "i8"))
-        if self.codes is None:
+        byte = position >> 1 if per_byte == 2 else position * size
+        for line in range(0, 32 * size // per_byte, 64):  # half of the numbers are there, as a rule
+            f.prefetch(f.at(f.at(at["w"], byte, "i8"), 4 * PREFETCH_WORDS + line, "i8"))
+        if group is None:
             stored, lanes = ("i16", 32) if self._paired else ("float", 16)
             found = []
             for first in range(0, 64, lanes):
                 here = position if not first else position + _count(f, bits & ((1 << first) - 1))
                 loaded = f.load(vector_type(stored, lanes), f.at(at["w"], here, stored))
-                spread = _expand(f, loaded, _lanes(f, bits, first, lanes))
+                spread = _expand(f, loaded, _lanes(f, bits, first, lanes), f.const(0, loaded.type))
                 found.append(f.op(f"bitcast {spread.type} {spread.name} to <16 x float>", "<16 x float>") if self._paired else spread)  # fmt: skip
             return found, after
-        codes = _expand(f, self._codes(f, at["w"], position), _lanes(f, bits, 0, 64))
+        assert self.codes is not None
+        kind = schemes.scheme(self.codes.scheme)
+        loaded = self._codes(f, at["w"], position)
+        if kind.uniform:
+            loaded = loaded - int(kind.middle)
+        codes = _expand(f, loaded, _lanes(f, bits, 0, 64), group.absent)
         found = []
         for i in range(2 * VECTORS):
             chosen = ", ".join(f"i32 {16 * i + lane}" for lane in range(16))
             part = f.op(f"shufflevector {codes.type} {codes.name}, {codes.type} poison, <16 x i32> <{chosen}>", "<16 x i8>")  # fmt: skip
-            j = i % VECTORS
-            w = f.fma(level(f, self.codes.scheme, f.cast("zext", part, "i32")), group[j], group[VECTORS + j])
-            found.append(f.select(_lanes(f, bits, 16 * i, 16), w, 0.0))
+            if kind.uniform:
+                found.append(f.cast("sitofp", f.cast("sext", part, "i32"), "float"))
+            else:
+                found.append(level(f, self.codes.scheme, f.cast("zext", part, "i32")))
         return found, after
 
     def _codes(self, f: Function, base: Val, position: Val) -> Val:
@@ -220,12 +240,50 @@ class Sparse:
         assert self.codes is not None
         if self.codes.per_byte == 1:
             return f.load("<64 x i8>", f.at(base, position, "i8"))
-        # Halves of bytes: those from an odd position on lie in two bytes.
-        begin, odd = position >> 1, (position & 1) << 2
-        low, high = (f.cast("zext", f.load("<32 x i8>", f.at(base, begin + i, "i8")), "i16") for i in (0, 1))
-        both = f.op(f"lshr <32 x i16> {(low | (high << 8)).name}, {f.splat(f.cast('trunc', odd, 'i16'), 32).name}", "<32 x i16>")  # fmt: skip
-        apart = (both & 15) | ((both & 240) << 4)
-        return f.op(f"bitcast <32 x i16> {apart.name} to <64 x i8>", "<64 x i8>")
+        # Halves of bytes, the first of which may be an upper one: each 8 bytes from a multiple of 4 on hold 8 of them.
+        loaded = f.load("<64 x i8>", f.at(base, position >> 1, "i8"))
+        places = _bytes([4 * (i // 8) + i % 8 for i in range(64)], f)
+        held = f.call("<64 x i8>", "llvm.x86.avx512.permvar.qi.512", loaded, places)
+        shifts = [_bytes([4 * (i % 8) + odd for i in range(64)], f) for odd in (0, 4)]
+        chosen = f.select((position & 1).cmp("ne", 0), shifts[1], shifts[0])
+        return f.call("<64 x i8>", "llvm.x86.avx512.pmultishift.qb.512", chosen, held) & 15
+
+
+@attrs.frozen(eq=False)
+class Group:
+    """What turns levels of codes into values (level * scale + shift), and the codes of absent numbers: 64 bytes."""
+
+    scales: list[Val]
+    shifts: list[Val]
+    absent: Val
+
+
+def _group(f: Function, scheme: str, scales: Val) -> Group:
+    """Levels of uniform schemes are counted from the middle, so that a sum of them is as small as that of the values."""
+    kind = schemes.scheme(scheme)
+    vec = vector_type("float", f.lanes)
+    loaded = [f.load(vec, f.at(scales, j * f.lanes, "float32")) for j in range(2 * VECTORS)]
+    scale, shift = loaded[:VECTORS], loaded[VECTORS:]
+    if not kind.uniform:
+        code = int(np.abs(kind.levels).argmin())
+        return Group(scale, shift, f.const(code, "<64 x i8>"))
+    shift = [f.fma(s, f.like(kind.middle, s), t) for s, t in zip(scale, shift, strict=True)]
+    whole = [f.call(vec, "llvm.rint.v16f32", -t / s) for s, t in zip(scale, shift, strict=True)]
+    parts = [f.cast("fptosi", w, "i8") for w in whole]
+    lanes = ", ".join(f"i32 {i % 32}" for i in range(64))
+    absent = f.op(f"shufflevector <16 x i8> {parts[0].name}, <16 x i8> {parts[1].name}, <64 x i32> <{lanes}>", "<64 x i8>")  # fmt: skip
+    return Group(scale, shift, absent)
+
+
+def _sum(parts: list[Val]) -> Val:
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total
+
+
+def _bytes(values: list[int], f: Function) -> Val:
+    return Val(f, "<" + ", ".join(f"i8 {v}" for v in values) + ">", f"<{len(values)} x i8>")
 
 
 def _count(f: Function, bits: Val) -> Val:
@@ -238,11 +296,10 @@ def _lanes(f: Function, bits: Val, first: int, lanes: int) -> Val:
     return f.op(f"bitcast i{lanes} {part.name} to <{lanes} x i1>", f"<{lanes} x i1>")
 
 
-def _expand(f: Function, values: Val, mask: Val) -> Val:
-    """The first values in the lanes of the mask, 0 in the others."""
+def _expand(f: Function, values: Val, mask: Val, other: Val) -> Val:
+    """The first values in the lanes of the mask, `other` in the rest."""
     suffix = {"<16 x float>": "v16f32", "<32 x i16>": "v32i16", "<64 x i8>": "v64i8"}[values.type]
-    nothing = f.const(0.0 if "float" in values.type else 0, values.type)
-    return f.call(values.type, f"llvm.x86.avx512.mask.expand.{suffix}", values, nothing, mask)
+    return f.call(values.type, f"llvm.x86.avx512.mask.expand.{suffix}", values, other, mask)
 
 
 def sparse_linear(
