@@ -26,9 +26,9 @@ class PackWeights:
     """Pack the weights of linear layers into panels.
 
     panel: outputs per panel. pair: dtype -> consecutive inputs in one word, for the dtypes that kernels pack. A weight
-    that is also an embedding stays one tensor: rows are then looked up in the packed form. sparse: dtype (`CODES` for
-    codes) -> the largest share of kept numbers at which kernels read a sparse matrix at least as fast as a dense one; above, or
-    where a dtype is missing, it is stored dense with its zeros.
+    that is also an embedding stays one tensor: rows are then looked up in the packed form. sparse: dtype, or
+    scheme of codes -> the largest share of kept numbers at which a sparse matrix is smaller than a dense one and kernels read it as
+    fast; above, or where there is no entry, it is stored dense with its zeros.
     """
 
     panel: int
@@ -152,10 +152,6 @@ class PackWeights:
         return gate, up
 
 
-CODES = "codes"
-"""What stands for the dtype of matrices of codes in `PackWeights.sparse`."""
-
-
 def _kind(node: Node | None) -> tuple[Any, ...] | None:
     """What sparse matrices must have in common to be read by one kernel; None for a dense one."""
     if node is None or node.op not in (ops.expand, ops.dequantize) or 0 in node.shape:
@@ -199,7 +195,7 @@ class _Sparse:
         if len(kinds) != 1 or None in kinds:
             return False
         matrices = [n for n in nodes if n is not None and is_stored(n)]
-        limits = [self.limits.get(CODES if n.op is ops.dequantize else n.dtype, -1.0) for n in matrices]
+        limits = [self.limits.get(n.scheme if n.op is ops.dequantize else n.dtype, -1.0) for n in matrices]
         return len(matrices) == len(nodes) and all(
             kept_share(n) <= top for n, top in zip(matrices, limits, strict=True)
         )
@@ -270,7 +266,8 @@ def _beside(a: Node, b: Node) -> Node:
 
 
 def sparse_matrices(graph: Graph) -> list[dict[str, Any]]:
-    """How the sparse matrices of a laid-out graph are stored: name, share of numbers kept, and "sparse" or "dense with zeros"."""
+    """How the sparse matrices of a laid-out graph are stored: `name` (of the mask, without ".mask"), share of
+    numbers `kept`, and `stored`: "sparse" or "dense with zeros" (which is faster, or no larger)."""
     found: dict[str, dict[str, Any]] = {}
     for node in graph.nodes:
         storage = graph.weights.get(node.name) if node.op is WEIGHT else None
@@ -282,8 +279,9 @@ def sparse_matrices(graph: Graph) -> list[dict[str, Any]]:
             scheme = part.attributes.get("scheme", "none")
             count = size if scheme == "none" else size * 8 // schemes.scheme(scheme).bits
             stored = "dense with zeros" if part.op in (ops.expand, ops.fill_codes) else "sparse"
-            name = mask.attributes.get("name", mask.op.name)
-            found[name] = {"mask": name, "kept": count / (mask.shape[0] * part.k), "stored": stored}
+            name = mask.attributes.get("name", mask.op.name).removesuffix(".mask")
+            kept = count / max(mask.shape[0] * part.k, 1)
+            found[f"{name} {stored}"] = {"name": name, "kept": kept, "stored": stored}
     return list(found.values())
 
 

@@ -208,7 +208,7 @@ class Sparse:
         per_byte = self.codes.per_byte if self.codes else 1
         size = 1 if self.codes else ITEMSIZE[self.dtype]
         byte = position >> 1 if per_byte == 2 else position * size
-        for line in range(0, 32 * size // per_byte, 64):  # half of the numbers are there, as a rule
+        for line in range(0, 48 * size // per_byte, 64):  # at most three quarters are there, as a rule
             f.prefetch(f.at(f.at(at["w"], byte, "i8"), 4 * PREFETCH_WORDS + line, "i8"))
         if group is None:
             stored, lanes = ("i16", 32) if self._paired else ("float", 16)
@@ -244,8 +244,8 @@ class Sparse:
         loaded = f.load("<64 x i8>", f.at(base, position >> 1, "i8"))
         places = _bytes([4 * (i // 8) + i % 8 for i in range(64)], f)
         held = f.call("<64 x i8>", "llvm.x86.avx512.permvar.qi.512", loaded, places)
-        shifts = [_bytes([4 * (i % 8) + odd for i in range(64)], f) for odd in (0, 4)]
-        chosen = f.select((position & 1).cmp("ne", 0), shifts[1], shifts[0])
+        odd = f.cast("trunc", (position & 1) << 2, "i8")  # a selection would become a branch that can't be foreseen
+        chosen = _bytes([4 * (i % 8) for i in range(64)], f) + odd
         return f.call("<64 x i8>", "llvm.x86.avx512.pmultishift.qb.512", chosen, held) & 15
 
 
