@@ -290,12 +290,13 @@ def test_masks_survive_every_pass(name: str) -> None:
     sparse = graph.count(ops.expand)
     fused, _ = Pipeline(default_passes()).run(graph)
     assert fused.count(ops.expand) == sparse == 15 and fused.count(ops.gated_linear) == 2
-    given = [ids(9)]
+    given = [ids(9), np.broadcast_to(np.arange(9), (2, 9))]
     want = interpret(graph, given)
     np.testing.assert_allclose(interpret(fused, given)[0], want[0], atol=1e-4)
     laid_out, _ = Pipeline(layout_passes(*packing(CPU), ALWAYS)).run(fused)
-    assert laid_out.count(ops.sparse_linear) == 13 and not laid_out.count(ops.expand, ops.packed_linear, ops.take)  # fmt: skip
-    assert laid_out.count(ops.sparse_take) == (1 if name == "llama_tied" else 0)
+    assert laid_out.count(ops.sparse_linear) == 13 and not laid_out.count(ops.expand, ops.packed_linear)
+    lookup, other = (ops.sparse_take, ops.take) if name == "llama_tied" else (ops.take, ops.sparse_take)
+    assert laid_out.count(lookup) == 1 and not laid_out.count(other)
     np.testing.assert_allclose(interpret(laid_out, given)[0], want[0], atol=1e-4)
     assert [m["stored"] for m in sparse_matrices(laid_out)] == ["sparse"] * 15
 
@@ -321,13 +322,13 @@ def test_half_of_the_numbers_take_nine_sixteenths(tmp_path: Path) -> None:
     config = DECODERS["llama_tied"]()
     config.update({"hidden_size": 256, "intermediate_size": 512})
     torch.manual_seed(0)
-    model = hf.LlamaForCausalLM(config).to(torch.bfloat16).eval()
+    model = hf.AutoModelForCausalLM.from_config(config).to(torch.bfloat16).eval()
     dense, sparse = jisu.compile(model), jisu.compile(model, passes=(Prune(),))
     assert sparse.weights_bytes / dense.weights_bytes == pytest.approx(9 / 16, abs=0.02)
     for name, program in (("dense", dense), ("sparse", sparse)):
-        program.save(tmp_path / name)
-    sizes = [(tmp_path / name).stat().st_size for name in ("dense", "sparse")]
-    assert sizes[0] - sizes[1] > 0.4 * dense.weights_bytes
+        program.save(tmp_path / f"{name}.jisu")
+    sizes = [(tmp_path / f"{name}.jisu").stat().st_size for name in ("dense", "sparse")]
+    assert sizes[0] - sizes[1] > 0.3 * dense.weights_bytes  # the kernels' code is longer
 
 
 def test_bytes_of_a_sparse_layer_are_counted_as_stored() -> None:
