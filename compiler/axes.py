@@ -147,27 +147,50 @@ def infer_from_axes(op: Op, types: list[Type | None], attributes: Mapping[str, A
     return results[0] if len(results) == 1 else TupleType(results)
 
 
-def relate(node: Node) -> tuple[tuple[Relation, ...] | None, ...] | None:
-    """For each operand of `node`, how each of its axes reaches the first result; None for an op without notation.
+Named = tuple[tuple[str, str], ...]
+"""(name, mark) of each axis of a tensor."""
 
-    Absent operands give None. Raises TypeRuleError where notation and operands disagree.
+
+def named_axes(node: Node) -> tuple[tuple[Named | None, ...], Named] | None:
+    """The names and marks of each operand's axes (None: absent) and of the first result's; None for an op without notation.
+
+    Axes with one name have one size, but for operands' axes of size 1 in a starred group. Raises TypeRuleError where notation and
+    operands disagree.
     """
     types = [o.type if o is not None else None for o in node.operands]
     found = notation(node.op, types, node.attributes)
     if found is None:
         return None
     first = node.type.items[0] if isinstance(node.type, TupleType) else node.type
-    out = [(name, mark) for name, mark in _expand(found.results[0], first.rank)]
-    position = {name: i for i, (name, _) in enumerate(out) if name != "1"}
     present = iter(_present(found, types))
-    rows: list[tuple[Relation, ...] | None] = []
+    rows: list[Named | None] = []
     for operand in node.operands:
         if operand is None:
             rows.append(None)
+        else:
+            axes, t = next(present)
+            rows.append(tuple(_expand(axes, t.rank)))
+    return tuple(rows), tuple(_expand(found.results[0], first.rank))
+
+
+def relate(node: Node) -> tuple[tuple[Relation, ...] | None, ...] | None:
+    """For each operand of `node`, how each of its axes reaches the first result; None for an op without notation.
+
+    Absent operands give None. Raises TypeRuleError where notation and operands disagree.
+    """
+    found = named_axes(node)
+    if found is None:
+        return None
+    operands, out = found
+    first = node.type.items[0] if isinstance(node.type, TupleType) else node.type
+    position = {name: i for i, (name, _) in enumerate(out) if name != "1"}
+    rows: list[tuple[Relation, ...] | None] = []
+    for operand, axes in zip(node.operands, operands, strict=True):
+        if operand is None or axes is None:
+            rows.append(None)
             continue
-        axes, t = next(present)
         row = []
-        for (name, mark), size in zip(_expand(axes, t.rank), t.shape, strict=True):
+        for (name, mark), size in zip(axes, operand.tensor.shape, strict=True):
             axis = position.get(name)
             if axis is not None and size == 1 and first.shape[axis] != 1:
                 row.append(Relation(axis, "broadcast"))

@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -32,7 +33,10 @@ Progress = Callable[[str, float], None]
 
 @attrs.frozen
 class Source:
-    """What a frontend found: the graph, how it is called, and, for a causal language model, its sequence's symbol."""
+    """What a frontend found: the graph, how it is called, and, for a causal language model, its sequence's symbol.
+
+    notes: what the model's files ask for that the graph doesn't do, in sentences.
+    """
 
     graph: Graph
     signature: Signature
@@ -40,6 +44,7 @@ class Source:
     vocabulary: int = 0
     max_positions: int = 0
     files: Mapping[str, bytes] = attrs.field(factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 def compile(
@@ -67,8 +72,8 @@ def compile(
     `torch.export` takes them. num_threads: threads that kernels use (default: all cores). check: "verify" runs the
     verifier after each pass, "numeric" also compares meanings with the interpreter, "none" neither. dump: a folder for
     the IR after each pass. stop_after: the name of the last pass to run. cache_dir: where compiled libraries are kept
-    (default: $JISU_CACHE_DIR or ~/.cache/jisu). calibration: for recipes that quantize a language model, a text file's path, or token ids
-    int64 [windows, length]; without, numbers are rounded to the nearest.
+    (default: $JISU_CACHE_DIR or ~/.cache/jisu). calibration: for recipes that quantize a language model or remove parts of it, a text file's path, or
+    token ids int64 [windows, length]; without, numbers are rounded to the nearest, and the smallest weights go.
 
     Raises TargetError, RecipeError, InputError (what was given doesn't fit together), UnsupportedError (all that can't be
     compiled, at once), VerifyError, CompileError.
@@ -85,6 +90,8 @@ def compile(
     kept = cache_folder(Path(cache_dir) if cache_dir is not None else None)
     source = _capture(model, example_inputs, example_kwargs, dynamic_shapes, kept)
     times = {"trace_s": time.perf_counter() - begin}
+    for note in source.notes:
+        warnings.warn(note, UserWarning, stacklevel=2)
     with _memory_errors():
         lossy = _lossy_passes(source, chosen, calibration, tell)
         return _build(
@@ -163,7 +170,15 @@ def _comes_from_transformers(model: Any) -> bool:
 def _from_decoder(decoder: Any) -> Source:
     result = Tree("record", items=(Tree("leaf", 0),), keys=("logits",), name=decoder.result)
     signature = Signature((), (), result)
-    return Source(decoder.graph, signature, decoder.sequence, decoder.vocabulary, decoder.max_positions, decoder.files)
+    return Source(
+        decoder.graph,
+        signature,
+        decoder.sequence,
+        decoder.vocabulary,
+        decoder.max_positions,
+        decoder.files,
+        decoder.notes,
+    )
 
 
 # --- Passes --------------------------------------------------------------------------------------------------------
@@ -230,6 +245,7 @@ def _build(
         "sparse": sparse_matrices(next(iter(finished.values()))),
         "layers": _layer_report(next(iter(finished.values())), env, machine),
         "cache": None if decoder is None else decoder.reason or "derived",
+        "notes": list(source.notes),
     }
     parts = Compiled(
         library=library,
@@ -250,24 +266,33 @@ def _build(
 
 def _lossy_passes(source: Source, recipe: Recipe, calibration: Any, tell: Progress) -> tuple[Pass, ...]:
     """The passes that a recipe's lossy part asks for, with their calibration tokens."""
-    if not recipe.quantize:
-        if calibration is not None:
-            raise InputError('calibration is given, but the recipe quantizes nothing; give a recipe such as "int4"')
-        return ()
-    from jisu.passes.quantization import Quantize
-
-    if calibration is not None and all(rule.algorithm == "rtn" for rule in recipe.quantize):
+    used = any(r.calibrated for r in recipe.remove) or any(r.algorithm != "rtn" for r in recipe.quantize)
+    if calibration is not None and not used:
+        if not recipe.quantize and not recipe.remove:
+            raise InputError(
+                'calibration is given, but the recipe quantizes nothing and removes nothing; give a recipe such as "int4"'
+            )
         raise InputError(
-            'calibration is given, but the recipe only rounds to the nearest; use algorithm = "auto" or "gptq"'
+            "calibration is given, but the recipe only rounds to the nearest and removes by magnitude; "
+            'use algorithm = "auto" or "gptq", importance = "auto" or "activation"'
         )
     tokens = None if calibration is None else _calibration_tokens(source, recipe, calibration)
-    return (Quantize(recipe.quantize, tokens, progress=lambda done: tell("quantizing", 0.3 + 0.1 * done)),)
+    found: list[Pass] = []
+    if recipe.remove:
+        from jisu.passes.structured import Remove
+
+        found.append(Remove(recipe.remove, tokens, lambda done: tell("removing", 0.3 + 0.05 * done)))
+    if recipe.quantize:
+        from jisu.passes.quantization import Quantize
+
+        found.append(Quantize(recipe.quantize, tokens, progress=lambda done: tell("quantizing", 0.35 + 0.05 * done)))
+    return tuple(found)
 
 
 def _calibration_tokens(source: Source, recipe: Recipe, calibration: Any) -> np.ndarray:
     """Token ids int64 [windows, length] from ids, or from a text file by the model's own tokenizer."""
     if source.sequence is None:
-        raise InputError("calibration is for causal language models; this module's weights are rounded to the nearest")
+        raise InputError("calibration is for causal language models; other modules are compressed without")
     if isinstance(calibration, (str, os.PathLike)):
         from jisu.runtime.tokenizer import Tokenizer, read_text
 
@@ -398,6 +423,7 @@ def _pass_report(done: Report, graph: Graph, env: Mapping[str, int], machine: An
         "predicted_s": cost.seconds,
         "measured_s": None,
         "error": done.error,
+        "notes": done.notes,
     }
 
 

@@ -111,6 +111,60 @@ class QuantizeRecipe:
         return SCHEMES[self.scheme].group if self.group < 0 else self.group
 
 
+REMOVALS = ("heads", "channels", "layers", "experts")
+"""What can be removed: groups of key/value heads with their query heads, channels between two layers, whole blocks of the residual
+stream, experts of a mixture."""
+
+IMPORTANCES = ("auto", "magnitude", "activation")
+"""What is removed first: what has the smallest weights; what does least on calibration text; or, with "auto", what costs least there
+once everything left has made up for it (without such text: the smallest weights)."""
+
+
+def _one_of(known: tuple[str, ...]) -> Any:
+    def check(_: Any, attribute: attrs.Attribute[str], value: str) -> None:
+        if value not in known:
+            raise RecipeError(
+                f"unknown {attribute.name} {value!r}{_nearest(str(value), known)} (known: {', '.join(known)})"
+            )
+
+    return check
+
+
+def _below_one(_: Any, attribute: attrs.Attribute[float], value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
+        raise RecipeError(f"{attribute.name} must be at least 0 and below 1, not {value!r}")
+
+
+@attrs.frozen(kw_only=True)
+class RemoveRecipe:
+    """What is removed from a model for good, which leaves a smaller dense one.
+
+    what: one of `REMOVALS`. share or count: how much of it, of each layer that has some (of "layers": of the model). layers: a pattern
+    of the names of weights; where one of those that lose something matches, it applies, the last entry that does. importance: one of
+    `IMPORTANCES`. For heads and channels: refit (with calibration text, what reads them makes up for those that are gone) and
+    multiple (of how many as many stay).
+    """
+
+    what: str = attrs.field(validator=_one_of(REMOVALS))
+    share: float = attrs.field(default=0.0, validator=_below_one)
+    count: int = attrs.field(default=0, validator=_between(0, 1 << 20))
+    layers: str = attrs.field(default="*", validator=attrs.validators.instance_of(str))
+    importance: str = attrs.field(default="auto", validator=_one_of(IMPORTANCES))
+    refit: bool = attrs.field(default=True, validator=_is_bool)
+    multiple: int = attrs.field(default=1, validator=_between(1, 1 << 20))
+
+    def __attrs_post_init__(self) -> None:
+        if bool(self.share) == bool(self.count):
+            raise RecipeError(f"remove {self.what}: give share (above 0) or count (at least 1), one of them")
+        if self.what in ("layers", "experts") and (self.multiple != 1 or not self.refit):
+            raise RecipeError(f"remove {self.what}: multiple and refit are for heads and channels")
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether calibration text changes what is done."""
+        return self.importance != "magnitude" or (self.refit and self.what in ("heads", "channels"))
+
+
 @attrs.frozen(kw_only=True)
 class CalibrationRecipe:
     """How calibration text is used: `windows` pieces of `length` tokens, drawn by `seed` from all of it."""
@@ -125,14 +179,16 @@ class Recipe:
     """All that decides how a model is compiled, beside the target.
 
     fuse: run the fusion rules. pack: bring weights into their kernels' order. max_fold_bytes: the largest tensor that
-    constant folding makes. prefill_chunk: tokens of a prompt that are read at a time. quantize: how weights are stored, of several
-    entries the last that matches a layer; a scheme's name alone means all layers. calibration: how its text is cut.
+    constant folding makes. prefill_chunk: tokens of a prompt that are read at a time. remove: what is taken out, one entry after the
+    other. quantize: how weights are stored, of several entries the last that matches a layer; a scheme's name alone means all layers.
+    calibration: how its text is cut.
     """
 
     fuse: bool = attrs.field(default=True, validator=_is_bool)
     pack: bool = attrs.field(default=True, validator=_is_bool)
     max_fold_bytes: int = attrs.field(default=1 << 20, validator=_between(0, 1 << 30))
     prefill_chunk: int = attrs.field(default=512, validator=_between(1, 1 << 20))
+    remove: tuple[RemoveRecipe, ...] = ()
     quantize: tuple[QuantizeRecipe, ...] = ()
     calibration: CalibrationRecipe = attrs.field(factory=CalibrationRecipe)
     cache: CacheRecipe = attrs.field(factory=CacheRecipe)
@@ -237,6 +293,19 @@ def _quantize_entries(value: Any, _: Any) -> tuple[QuantizeRecipe, ...]:
     return tuple(found)
 
 
+def _remove_entries(value: Any, _: Any) -> tuple[RemoveRecipe, ...]:
+    """One entry, or a list of entries."""
+    entries = value if isinstance(value, (list, tuple)) else [value]
+    found = []
+    for entry in entries:
+        if not isinstance(entry, (RemoveRecipe, Mapping)):
+            raise RecipeError(f'expected a table such as {{what = "channels", share = 0.25}}, got {entry!r}')
+        if isinstance(entry, Mapping) and "what" not in entry:
+            raise RecipeError(f"what is missing; known: {', '.join(REMOVALS)}")
+        found.append(entry if isinstance(entry, RemoveRecipe) else _CONVERTER.structure(dict(entry), RemoveRecipe))
+    return tuple(found)
+
+
 def _strictly(kind: type) -> Any:
     def structure(value: Any, _: type) -> Any:
         if type(value) is not kind:
@@ -277,6 +346,7 @@ def _converter() -> cattrs.Converter:
     converter.register_structure_hook(str, _text)
     converter.register_structure_hook(float, lambda value, _: value)  # the field's validator says what is wrong
     converter.register_structure_hook_func(lambda kind: kind == tuple[QuantizeRecipe, ...], _quantize_entries)
+    converter.register_structure_hook_func(lambda kind: kind == tuple[RemoveRecipe, ...], _remove_entries)
     return converter
 
 

@@ -42,6 +42,46 @@ _NF4 = np.array(
 )  # fmt: skip
 
 
+def pack_bits(codes: np.ndarray, bits: int) -> np.ndarray:
+    """uint8 [..., ceil(k * bits / 8)] of codes uint8 [..., k]: their lowest `bits` bits one after the other, the lowest first."""
+    if bits == 8:
+        return np.ascontiguousarray(codes)
+    k = codes.shape[-1]
+    eights = _in_eights(codes, k, 8)  # eight codes take `bits` bytes
+    packed = np.zeros((*eights.shape[:-1], bits), np.uint8)
+    for i in range(8):
+        byte, shift = divmod(i * bits, 8)
+        code = eights[..., i] & np.uint8(2**bits - 1)
+        packed[..., byte] |= code << np.uint8(shift)
+        if shift + bits > 8:
+            packed[..., byte + 1] |= code >> np.uint8(8 - shift)
+    return np.ascontiguousarray(packed.reshape(*codes.shape[:-1], -1)[..., : -(-k * bits // 8)])
+
+
+def unpack_bits(packed: np.ndarray, bits: int, k: int) -> np.ndarray:
+    """The first k codes uint8 [..., k] of what `pack_bits` made."""
+    if bits == 8:
+        return packed[..., :k]
+    eights = _in_eights(packed, k, bits)
+    codes = np.empty((*eights.shape[:-1], 8), np.uint8)
+    for i in range(8):
+        byte, shift = divmod(i * bits, 8)
+        code = eights[..., byte] >> np.uint8(shift)
+        if shift + bits > 8:
+            code |= eights[..., byte + 1] << np.uint8(8 - shift)
+        codes[..., i] = code & np.uint8(2**bits - 1)
+    return codes.reshape(*packed.shape[:-1], -1)[..., :k]
+
+
+def _in_eights(row: np.ndarray, k: int, size: int) -> np.ndarray:
+    """The last axis in parts of `size` bytes, one for eight of k codes, padded with zeros."""
+    parts = -(-k // 8)
+    short = parts * size - row.shape[-1]
+    if short > 0:
+        row = np.concatenate([row, np.zeros((*row.shape[:-1], short), np.uint8)], -1)
+    return row[..., : parts * size].reshape(*row.shape[:-1], parts, size)
+
+
 @attrs.frozen(eq=False)
 class Scheme:
     """One way to store numbers.
@@ -115,22 +155,12 @@ class Scheme:
         return -(-k * self.bits // 8)
 
     def pack(self, codes: np.ndarray) -> np.ndarray:
-        """uint8 [n, row_bytes(k)] of codes [n, k]: the codes' bits one after the other, the lowest first."""
-        if self.bits == 8:
-            return np.ascontiguousarray(codes)
-        bits = (codes[..., None] >> np.arange(self.bits, dtype=np.uint8)) & 1
-        return np.packbits(bits.reshape(*codes.shape[:-1], -1), axis=-1, bitorder="little")
+        """uint8 [n, row_bytes(k)] of codes [n, k] (see `pack_bits`)."""
+        return pack_bits(codes, self.bits)
 
     def unpack(self, packed: np.ndarray, k: int) -> np.ndarray:
         """codes uint8 [n, k] of what `pack` made."""
-        if self.bits == 8:
-            return packed[..., :k]
-        if self.bits == 4:
-            both = np.stack([packed & 15, packed >> 4], -1)
-            return both.reshape(*packed.shape[:-1], -1)[..., :k]
-        bits = np.unpackbits(packed, axis=-1, count=k * self.bits, bitorder="little")
-        parts = bits.reshape(*packed.shape[:-1], k, self.bits) << np.arange(self.bits, dtype=np.uint8)
-        return parts.sum(-1, dtype=np.uint8)
+        return unpack_bits(packed, self.bits, k)
 
 
 def _uniform(bits: int, group: int) -> Scheme:
@@ -172,12 +202,12 @@ def encode_scales(scales: np.ndarray, kind: str) -> tuple[np.ndarray, float]:
 
 
 def decode_scales(stored: np.ndarray, kind: str, whole: float = 1.0) -> np.ndarray:
-    """float32 scales of what `encode_scales` made of scales of this kind."""
+    """float32 scales of what `encode_scales` made of scales of this kind; floats are themselves."""
+    if stored.dtype != np.uint8:
+        return stored.astype(np.float32)
     if kind == "e8m0":
         return np.exp2(stored.astype(np.float32) - 127)
-    if kind == "e4m3":
-        return stored.view(ml_dtypes.float8_e4m3fn).astype(np.float32) * np.float32(whole)
-    return stored.astype(np.float32)
+    return stored.view(ml_dtypes.float8_e4m3fn).astype(np.float32) * np.float32(whole)
 
 
 def scheme(name: str) -> Scheme:

@@ -25,6 +25,7 @@ from jisu.compiler.errors import ArtifactError, InputError, VerifyError
 from jisu.compiler.graph import ArrayStorage, Graph, Storage
 from jisu.compiler.storage import LazyTensor, open_checkpoint, open_safetensors, write_safetensors
 from jisu.compiler.text import parse, to_text
+from jisu.frontends.ready_made import as_codes
 
 TRAVELLING = (
     "tokenizer.json",
@@ -37,13 +38,18 @@ TRAVELLING = (
 """Files of a checkpoint that travel along with a compiled program."""
 
 
+DECISIVE = ("g_idx", "weight_shape")
+"""How names of tensors end whose values, not only their shapes, decide a trace."""
+
+
 @attrs.frozen
 class Decoder:
     """A causal language model, captured.
 
     graph: inputs input_ids and (where the model asks for it) position_ids, int64 [b, s]; output logits [b, s, vocabulary].
     sequence: the symbol of s. max_positions: the longest sequence the model was made for. files: the travelling files'
-    contents. result: class of what the model's forward returns, "module:name".
+    contents. result: class of what the model's forward returns, "module:name". notes: what the checkpoint asks for that the graph
+    doesn't do, in sentences.
     """
 
     graph: Graph
@@ -52,6 +58,7 @@ class Decoder:
     max_positions: int
     files: Mapping[str, bytes]
     result: str
+    notes: tuple[str, ...] = ()
 
 
 def travelling_files(folder: Path) -> dict[str, bytes]:
@@ -101,7 +108,10 @@ def _key(folder: Path, tensors: Mapping[str, LazyTensor]) -> str:
             versions[name] = version(name)
     kinds = {name: f"{t.dtype}{list(t.shape)}" for name, t in sorted(tensors.items())}
     config = (folder / "config.json").read_text(errors="replace")
-    return json.dumps([config, kinds, versions, _sources()])
+    decisive = {
+        n: hashlib.sha256(t.numpy().tobytes()).hexdigest() for n, t in sorted(tensors.items()) if n.endswith(DECISIVE)
+    }
+    return json.dumps([config, kinds, decisive, versions, _sources()])
 
 
 def _keep(kept: Path, key: str, decoder: Decoder) -> None:
@@ -113,6 +123,7 @@ def _keep(kept: Path, key: str, decoder: Decoder) -> None:
         "vocabulary": decoder.vocabulary,
         "max_positions": decoder.max_positions,
         "result": decoder.result,
+        "notes": decoder.notes,
         "stored": stored,
     }
     staging = None
@@ -139,9 +150,10 @@ def _read(kept: Path, key: str, tensors: Mapping[str, Any], files: Mapping[str, 
         if entry["key"] != key or entry["graph"] != hashlib.sha256(text.encode()).hexdigest():
             return None
         facts = entry["facts"]
-        weights: dict[str, Storage] = {name: tensors[stored] for name, stored in facts.pop("stored").items()}
+        weights: dict[str, Storage] = {name: as_codes(tensors[stored]) for name, stored in facts.pop("stored").items()}
         constants = open_safetensors(kept / "constants.safetensors")
         weights |= {name: ArrayStorage(t.numpy().copy()) for name, t in constants.items()}
-        return Decoder(parse(text, weights), files=files, **facts)
+        notes = tuple(facts.pop("notes"))
+        return Decoder(parse(text, weights), files=files, notes=notes, **facts)
     except (OSError, ValueError, KeyError, TypeError, ArtifactError, VerifyError):
         return None

@@ -9,6 +9,8 @@ be converted, passes see through them, and a trace that is kept needs no transfo
 from __future__ import annotations
 
 import copy
+import re
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,14 +29,12 @@ from transformers.core_model_loading import (
 
 from jisu.compiler import ops
 from jisu.compiler.errors import ArtifactError, UnsupportedError
-from jisu.compiler.graph import Graph, Node, weight
+from jisu.compiler.graph import Graph, Node, Storage
 from jisu.compiler.storage import LazyTensor
-from jisu.compiler.types import TensorType, dtype_name
+from jisu.compiler.types import TensorType, dtype_name, is_float
 from jisu.frontends.aten.table import dtype_of
+from jisu.frontends.ready_made import PREFIX, Coded, Format, Matrix, Place, as_codes, reference, tables
 from jisu.frontends.torch_export import capture
-
-PREFIX = "checkpoint."
-"""In front of the names of stored tensors that are no parameter by themselves."""
 
 
 @attrs.frozen
@@ -42,25 +42,31 @@ class Stored:
     """Where a model's parameters are in a checkpoint.
 
     direct: parameter name -> the stored tensor that it is. converted: parameter name -> its value over weights named
-    `PREFIX` + stored name, whose tensors are in `sources`. Tied parameters share one entry's value.
+    `PREFIX` + stored name, whose tensors are in `sources`. Tied parameters share one entry's value. coded: which of these values
+    are matrices of codes; kernels have to read them as such.
     """
 
     direct: Mapping[str, LazyTensor]
     converted: Mapping[str, Node]
-    sources: Mapping[str, LazyTensor]
+    sources: Mapping[str, Storage]
+    coded: Mapping[Node, Matrix] = attrs.field(factory=dict)
 
 
-def find_parameters(model: transformers.PreTrainedModel, tensors: Mapping[str, LazyTensor], label: str) -> Stored:
+def find_parameters(
+    model: transformers.PreTrainedModel, tensors: Mapping[str, LazyTensor], label: str, format: Format | None = None
+) -> Stored:
     """Match a checkpoint's tensors to the parameters and persistent buffers of `model` (on the meta device).
 
-    Parameters that transformers keeps in float32 are made float32 in `model`. label: names the checkpoint in errors.
-    Raises ArtifactError for parameters that the checkpoint lacks or holds in another shape, all of them at once,
-    UnsupportedError for a conversion that can't be traced.
+    Parameters that transformers keeps in float32 are made float32 in `model`. label: names the checkpoint in errors. format: how
+    matrices are stored as codes, where some are. Raises ArtifactError for parameters that the checkpoint lacks or holds in another
+    shape, all of them at once, UnsupportedError for a conversion that can't be traced.
     """
     _keep_in_float32(model)
     state = model.state_dict(keep_vars=True)
-    direct, pieces = _sorted_out(model, tensors, state)
-    converted = _converted(model, pieces, tensors)
+    plain, matrices = format.split(tensors) if format is not None else (dict(tensors), {})
+    direct, pieces = _sorted_out(model, {**plain, **matrices}, state)
+    converted = _converted(model, _without_codes(pieces, label), tensors)
+    coded: dict[Node, Matrix] = {}
     groups: dict[int, list[str]] = {}
     for name, tensor in state.items():
         groups.setdefault(id(tensor), []).append(name)
@@ -71,27 +77,80 @@ def find_parameters(model: transformers.PreTrainedModel, tensors: Mapping[str, L
         wanted = TensorType(tuple(state[names[0]].shape), dtype_of(state[names[0]].dtype))
         stored = next((direct[n] for n in names if n in direct), None)
         value = next((converted[n] for n in names if n in converted), None)
-        if stored is not None:
-            kind = TensorType(stored.shape, dtype_name(stored.dtype))
-            if kind == wanted:
+        if isinstance(stored, Coded):
+            assert format is not None
+            try:
+                value = _decoded(model, format, stored, names[0], wanted, coded)
+            except ArtifactError as error:
+                complaints.append(str(error))
+                continue
+        elif stored is not None:
+            value = reference(stored)
+            if value.type == wanted:
                 found_direct |= dict.fromkeys(names, stored)
                 continue
-            value = _reference(stored)
         if value is None:
             complaints.append(f"{names[0]} ({wanted}) is missing")
-        elif value.shape != wanted.shape:
+        elif value.shape != wanted.shape or is_float(wanted.dtype) > is_float(value.dtype):
             complaints.append(f"{names[0]} is {wanted} in the model, but the checkpoint holds {value.type}")
         else:
             value = value if value.dtype == wanted.dtype else ops.cast(value, dtype=wanted.dtype)
             found |= dict.fromkeys(names, value)
     if complaints:
+        if format is None and any(name.endswith((".qweight", ".weight_packed", ".weight_scale")) for name in tensors):
+            complaints.insert(0, "it holds quantised weights, but config.json has no quantization_config")
         shown = "; ".join(complaints[:8]) + (f"; and {len(complaints) - 8} more" if len(complaints) > 8 else "")
         raise ArtifactError(f"{label}: the weights don't fit config.json: {shown}")
     used = {
         n.name for value in found.values() for n in Graph((), (value,)).nodes if n.op.leaf and "name" in n.attributes
     }
-    sources = {PREFIX + name: tensor for name, tensor in tensors.items() if PREFIX + name in used}
-    return Stored(found_direct, found, sources)
+    sources: dict[str, Storage] = {PREFIX + name: as_codes(t) for name, t in tensors.items() if PREFIX + name in used}
+    sources |= {name: table for name, table in tables().items() if name in used}
+    return Stored(found_direct, found, sources, coded)
+
+
+def _without_codes(pieces: Pieces, label: str) -> Pieces:
+    """Pieces that parameters are put together from; raises UnsupportedError where some are matrices of codes."""
+    coded = [
+        t.module for _, groups in pieces.values() for group in groups.values() for t in group if isinstance(t, Coded)
+    ]
+    if coded:
+        raise UnsupportedError(
+            f"{label}: these quantised layers are put together into larger ones, such as experts, whose kernels read no codes "
+            f"yet; give the original checkpoint: {', '.join(_listed(coded))}"
+        )
+    return pieces
+
+
+def _listed(names: list[str]) -> list[str]:
+    """Names, or, of very many, each that differs in its numbers alone once, with their count."""
+    if len(names) <= 64:
+        return names
+    return [
+        f"{name} ({count} of them)"
+        for name, count in Counter(re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in names).items()
+    ]
+
+
+def _decoded(
+    model: transformers.PreTrainedModel,
+    format: Format,
+    stored: Coded,
+    name: str,
+    wanted: TensorType,
+    coded: dict[Node, Matrix],
+) -> Node:
+    """The value of a parameter that is stored as codes; added to `coded`."""
+    module = name.rpartition(".")[0]
+    kind = type(model.get_submodule(module)).__name__
+    if wanted.rank != 2:
+        raise UnsupportedError(f"{stored.module}: a quantised parameter {wanted}; jisu reads quantised matrices only")
+    turned = kind == "Conv1D"  # transformers' name for a linear layer whose weight is [k, n]
+    n, k = (int(d) for d in (wanted.shape[::-1] if turned else wanted.shape))
+    matrix = format.read(stored, Place((stored.module, module), kind, n, k, wanted.dtype))
+    value = ops.transpose(matrix.value, perm=(1, 0)) if turned else matrix.value
+    coded[value] = matrix
+    return value
 
 
 def _keep_in_float32(model: transformers.PreTrainedModel) -> None:
@@ -106,17 +165,21 @@ def _keep_in_float32(model: transformers.PreTrainedModel) -> None:
             parameter.data = parameter.data.to(plan[groups[match.lastgroup]])
 
 
+Pieces = Mapping[str, tuple[WeightConverter, Mapping[str, list[Any]]]]
+"""By the first parameter that a converter makes: the converter, and what it collects by its patterns."""
+
+
 def _sorted_out(
-    model: transformers.PreTrainedModel, tensors: Mapping[str, LazyTensor], state: Mapping[str, torch.Tensor]
-) -> tuple[dict[str, LazyTensor], dict[str, tuple[WeightConverter, dict[str, list[LazyTensor]]]]]:
+    model: transformers.PreTrainedModel, tensors: Mapping[str, LazyTensor | Coded], state: Mapping[str, torch.Tensor]
+) -> tuple[dict[str, LazyTensor | Coded], Pieces]:
     """Stored tensors by the parameter that they are, and by the first parameter that they are converted to."""
     mapping = get_model_conversion_mapping(model)
     renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
     converters = [m for m in mapping if isinstance(m, WeightConverter)]
     by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
     prefix, names = model.base_model_prefix, dict(state)
-    direct: dict[str, LazyTensor] = {}
-    pieces: dict[str, tuple[WeightConverter, dict[str, list[LazyTensor]]]] = {}
+    direct: dict[str, LazyTensor | Coded] = {}
+    pieces: dict[str, tuple[WeightConverter, dict[str, list[Any]]]] = {}
     for key in sorted(tensors, key=dot_natural_key):  # a converter stacks its pieces in this order
         renamed, pattern = rename_source_key(key, renamings, converters, prefix, names)
         if renamed not in state and key in state:
@@ -150,7 +213,7 @@ class _Conversion(nn.Module):
 
 def _converted(
     model: transformers.PreTrainedModel,
-    pieces: Mapping[str, tuple[WeightConverter, Mapping[str, list[LazyTensor]]]],
+    pieces: Pieces,
     tensors: Mapping[str, LazyTensor],
 ) -> dict[str, Node]:
     """Values of converted parameters; a conversion is traced once per set of shapes, so that layers share it."""
@@ -174,13 +237,9 @@ def _converted(
             raise UnsupportedError(
                 f"{first}: {type(converter).__name__} over {', '.join(names[id(t)] for t in parts[:3])} … can't be traced: {error}"
             ) from error
-        values = traced[key].apply([_reference(t) for t in parts])
+        values = traced[key].apply([reference(t) for t in parts])
         found |= dict(zip(targets, values, strict=True))
     return found
-
-
-def _reference(tensor: LazyTensor) -> Node:
-    return weight(PREFIX + tensor.name, TensorType(tensor.shape, dtype_name(tensor.dtype)))
 
 
 def _torch_dtype(tensor: LazyTensor) -> torch.dtype:

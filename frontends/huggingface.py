@@ -31,6 +31,7 @@ from jisu.compiler.types import TensorType, numpy_dtype
 from jisu.frontends.aten import LOWERINGS, Call
 from jisu.frontends.checkpoint import Decoder, travelling_files
 from jisu.frontends.conversion import Stored, find_parameters
+from jisu.frontends.ready_made import find_format
 from jisu.frontends.torch_export import Captured, capture
 
 NAME = "jisu"  # under which our functions stand in transformers' registries
@@ -401,8 +402,42 @@ def _with_conversions(graph: Graph, stored: Stored) -> Graph:
     """The graph with what converted parameters are made of in their place."""
     values = {f"model.{name}": value for name, value in stored.converted.items()}
     weights = {**{n: s for n, s in graph.weights.items() if n not in values}, **stored.sources}
-    changed = graph.map(lambda old, new: values.get(new.name, new) if new.op is WEIGHT else new)
-    return attrs.evolve(changed, weights=weights).replace()
+
+    def changed(old: Node, new: Node) -> Node:
+        if new.op is WEIGHT:
+            return values.get(new.name, new)
+        if new.op not in (ops.linear, ops.matmul):
+            return new
+        x, w, *rest = new.operands
+        assert x is not None and w is not None
+        order = orders.get(w)
+        if order is None:
+            return new
+        # The matrix has its columns sorted by group, and so it needs its inputs.
+        return new.with_operands((ops.take(x, order, axis=x.rank - 1, wrap=False), w, *rest))
+
+    orders = {value: matrix.order for value, matrix in stored.coded.items() if matrix.order is not None}
+    _check_users(graph, {name: value in orders for name, value in values.items() if value in stored.coded})
+    return attrs.evolve(graph.map(changed), weights=weights).replace()
+
+
+def _check_users(graph: Graph, coded: Mapping[str, bool]) -> None:
+    """Raise UnsupportedError for matrices of codes that something else than a linear layer or a look-up reads.
+
+    coded: their names, and whether their columns are sorted.
+    """
+    strange = {
+        f"{_WRAPPER.sub('', parent.name)} ({node.op.name})"
+        for node in graph.nodes
+        for i, parent in enumerate(node.operands)
+        if parent is not None and parent.op is WEIGHT and parent.name in coded
+        if (node.op, i) not in ((ops.linear, 1), (ops.matmul, 1))
+        if (node.op, i) != (ops.take, 0) or coded[parent.name]
+    }
+    if strange:
+        raise UnsupportedError(
+            f"quantised weights are used other than by linear layers, where no kernel reads codes: {', '.join(sorted(strange))}"
+        )
 
 
 _WRAPPER = re.compile(r"^model(\.|(?= )|$)")
@@ -467,16 +502,17 @@ def trace_checkpoint(folder: Path, tensors: Mapping[str, Any]) -> Decoder:
     model_type = transformers.AutoModelForCausalLM._model_mapping
     if type(config) not in model_type:
         raise UnsupportedError(f"{folder}: {config.model_type!r} has no causal language model in transformers")
-    quantization = getattr(config, "quantization_config", None)
+    quantization = config.__dict__.pop("quantization_config", None)  # transformers makes the dense model then
+    format = None
     if quantization is not None:
-        fields = quantization if isinstance(quantization, dict) else quantization.to_dict()
-        method = fields.get("quant_method", "unknown")
-        raise UnsupportedError(
-            f"{folder}: the checkpoint is quantised ({method}), which jisu doesn't read; give the original"
-        )
+        try:
+            format = find_format(quantization if isinstance(quantization, dict) else quantization.to_dict())
+        except UnsupportedError as error:
+            raise UnsupportedError(f"{folder}: {error}") from None
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.float32)
-    stored = find_parameters(model, tensors, str(folder))
+    stored = find_parameters(model, tensors, str(folder), format)
     storage: dict[str, Storage] = {**stored.direct}
     storage |= {name: ArrayStorage(value) for name, value in _real_buffers(model).items()}
-    return trace_decoder(model, storage=storage, converted=stored, files=travelling_files(folder))
+    decoder = trace_decoder(model, storage=storage, converted=stored, files=travelling_files(folder))
+    return attrs.evolve(decoder, notes=() if format is None else format.notes)

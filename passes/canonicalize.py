@@ -121,6 +121,20 @@ def _norm_below(m: Match) -> Node:
     return ops.transpose(below, perm=m["perm"])
 
 
+_matrix = ops.dequantize(*variables("x s"), variable("z", optional=True), scheme=bind("scheme"), k=bind("k"), group=bind("group"),
+                         whole=bind("whole"), dtype=bind("dtype"))  # fmt: skip
+
+
+def _sliced_rows(m: Match) -> Node | None:
+    """Rows of a matrix of codes are rows of its codes, scales and zeros, and stay codes."""
+    matrix = m.at(_matrix)
+    if (m["a"][1], m["b"][1]) != (0, m["k"]) or m["t"][1] != 1:
+        return None
+    cut = {"starts": (m["a"][0], 0), "steps": m["t"]}
+    rows = [o if o is None else ops.slice_(o, stops=(m["b"][0], o.shape[1]), **cut) for o in matrix.operands]
+    return ops.dequantize.make(rows, matrix.attributes, m.root.source)
+
+
 _inner_slice = ops.slice_(x, starts=bind("a"), stops=bind("b"), steps=bind("s"))
 
 RULES: tuple[Rule, ...] = (
@@ -145,6 +159,10 @@ RULES: tuple[Rule, ...] = (
     Rule("slice of slice", ops.slice_(_inner_slice, starts=bind("d"), stops=bind("e"), steps=bind("t")), _merged_slice,
          (used_once(_inner_slice),), {"x": "any[6 5]"},
          {"a": ((1, 0),), "b": ((6, 4),), "s": ((1, 1),), "d": ((1, 2),), "e": ((4, 4),), "t": ((1, 1), (2, 1))}),
+    Rule("rows of a matrix of codes", ops.slice_(_matrix, starts=bind("a"), stops=bind("b"), steps=bind("t")), _sliced_rows, (),
+         {"x": "uint8[6 4]", "s": "float16[6 2]", "z": "uint8[6 2]"},
+         {"scheme": ("int4",), "k": (8,), "group": (4,), "whole": (1.0,), "dtype": ("float32",), "a": ((2, 0), (0, 0)), "b": ((5, 8),),
+          "t": ((1, 1), (2, 1))}),
     Rule("concat of one", ops.concat(x, axis=bind("axis")), x, (), {"x": "any[a b]"}, {"axis": (0, 1)}),
     Rule("concat with nothing behind", ops.concat(x, y, axis=bind("axis")), x, (_empty("y"),), {"x": "any[2 3]", "y": "any[2 0]"},
          {"axis": (1,)}),
@@ -228,7 +246,7 @@ def fold_constants(graph: Graph, max_bytes: int) -> Graph:
     def fold(old: Node, new: Node) -> Node:
         if (
             new.op.leaf
-            or new.op in (ops.broadcast_to, ops.dim_value)
+            or new.op in (ops.broadcast_to, ops.dim_value, ops.dequantize)
             or not isinstance(new.type, TensorType)
             or new.tensor.symbols
         ):

@@ -18,7 +18,7 @@ from jisu.compiler import ops, schemes
 from jisu.compiler.graph import CONSTANT, INPUT, WEIGHT, Graph, Node, Storage, weight
 from jisu.compiler.interpret import evaluate_node
 from jisu.compiler.text import attribute_text
-from jisu.compiler.types import TensorType, numpy_dtype
+from jisu.compiler.types import TensorType, TupleType, numpy_dtype
 
 
 @attrs.frozen
@@ -317,13 +317,18 @@ class Derived:
     def numpy(self) -> np.ndarray:
         """The value, computed now."""
         values: dict[Node, Any] = {}
-        for node in Graph((), (self.node,), {}).nodes:
+        nodes = Graph((), (self.node,), {}).nodes
+        last = {parent: node for node in nodes for parent in node.parents}
+        for node in nodes:
             if node.op is WEIGHT:
                 values[node] = self.weights[node.name].numpy()
             elif node.op is CONSTANT:
                 values[node] = node.value.array
             else:
                 values[node] = evaluate_node(node, [values[o] if o is not None else None for o in node.operands], {})
+            for parent in set(node.parents):
+                if last[parent] is node:
+                    del values[parent]  # the largest of them are as large as a matrix
         return np.asarray(values[self.node]).astype(self.dtype, copy=False)
 
     def release(self) -> None:
@@ -404,9 +409,14 @@ class FoldWeights:
             if node.op in (WEIGHT, CONSTANT):
                 stored[node] = True
             else:
-                fixed = isinstance(node.type, TensorType) and not node.tensor.symbols
-                grows = node.op in (ops.broadcast_to, ops.iota, ops.dim_value, ops.dequantize) or node.op is INPUT
+                several = not isinstance(node.type, TensorType)
+                fixed = several or not node.tensor.symbols
+                grows = node.op in (ops.iota, ops.dim_value, ops.dequantize) or node.op is INPUT
                 stored[node] = fixed and not grows and bool(node.parents) and all(stored[p] for p in node.parents)
+        # What only repeats is stored within a larger expression, never by itself; an op of several results, by its results.
+        for node in reversed(graph.nodes):
+            if node.op is ops.broadcast_to or isinstance(node.type, TupleType):
+                stored[node] &= node not in graph.outputs and all(stored[u] for u in graph.users[node])
         weights = dict(graph.weights)
         names: dict[Node, str] = {}
         known: dict[Node, str] = {}

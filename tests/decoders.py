@@ -63,10 +63,13 @@ DECODERS: dict[str, Callable[[], hf.PreTrainedConfig]] = {
 """Configurations by name; windows are shorter than the prompts of the tests."""
 
 
-def make(name: str, dtype: torch.dtype = torch.float32) -> hf.PreTrainedModel:
-    """A model with weights large enough that every part of it shows in the logits."""
+def make(name: str, dtype: torch.dtype = torch.float32, **changes: Any) -> hf.PreTrainedModel:
+    """A model with weights large enough that every part of it shows in the logits. changes: to its configuration."""
     torch.manual_seed(0)
-    model = hf.AutoModelForCausalLM.from_config(DECODERS[name](), attn_implementation="eager").to(dtype).eval()
+    config = DECODERS[name]()
+    for field, value in changes.items():
+        setattr(config, field, value)
+    model = hf.AutoModelForCausalLM.from_config(config, attn_implementation="eager").to(dtype).eval()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -90,7 +90,7 @@ from jisu.compiler.ops.elementwise import (
 )
 from jisu.compiler.ops.index import gather, scatter, sort, take
 from jisu.compiler.ops.nn import attention, attention_cached, cache_append, experts, layer_norm, rms_norm, rotary
-from jisu.compiler.ops.quantize import dequantize, pack_codes, pack_scales, quantized_linear
+from jisu.compiler.ops.quantize import dequantize, pack_bits, pack_codes, pack_scales, quantized_linear, unpack_bits
 from jisu.compiler.ops.reduce import all_, any_, argmax, argmin, prod, reduce_max, reduce_min, scan, softmax, sum_
 from jisu.compiler.ops.shape import (
     broadcast_to,
@@ -125,9 +125,10 @@ __all__ = [
     "erf", "exp", "exp2", "expand", "experts", "expm1", "fill_codes", "flip", "floor", "floor_div", "fmod", "gated_linear", "gather", "ge", "gelu",
     "get", "gt", "iota", "isnan", "layer_norm", "le", "linear", "log", "log10", "log1p", "log2", "logical_and",
     "logical_not", "logical_or", "logical_xor", "lt", "matmul", "maximum", "minimum", "mul", "ne", "neg", "pack",
-    "pack_codes", "pack_gated", "pack_mask", "pack_scales", "pack_starts", "pack_values",
+    "pack_bits", "pack_codes", "pack_gated", "pack_mask", "pack_scales", "pack_starts", "pack_values",
     "packed_experts", "packed_gated_linear", "packed_linear", "packed_projections", "packed_take", "pad", "pow_",
     "prod", "quantized_linear", "reciprocal", "reduce_max", "reduce_min", "relu", "remainder", "reshape", "rms_norm", "rotary", "round_",
     "rsqrt", "scan", "scatter", "shift_left", "shift_right", "sigmoid", "sign", "silu", "sin", "sinh", "slice_", "softmax",
-    "sort", "sparse_linear", "sparse_take", "sqrt", "square", "sub", "sum_", "take", "tan", "tanh", "transpose", "trunc", "trunc_div", "where", "windows",
+    "sort", "sparse_linear", "sparse_take", "sqrt", "square", "sub", "sum_", "take", "tan", "tanh", "transpose", "trunc", "trunc_div",
+    "unpack_bits", "where", "windows",
 ]  # fmt: skip

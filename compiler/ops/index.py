@@ -112,7 +112,7 @@ def _scatter(x: np.ndarray, indices: np.ndarray, updates: np.ndarray, *, axis: i
 def _scatter_axes(x: TensorType, indices: TensorType, updates: TensorType, *, axis: int, mode: str) -> str | None:
     if not all(same_dim(a, b) for i, (a, b) in enumerate(zip(x.shape, indices.shape, strict=True)) if i != axis):
         return None
-    return f"{_along(x.rank, axis, 's!')}, {_along(x.rank, axis, 'j')}, {_along(x.rank, axis, 'j')} -> {_along(x.rank, axis, 's!')}"
+    return f"{_along(x.rank, axis, 's!')}, {_along(x.rank, axis, 'j!')}, {_along(x.rank, axis, 'j!')} -> {_along(x.rank, axis, 's!')}"
 
 
 def _scatter_samples() -> Samples:

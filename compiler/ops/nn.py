@@ -93,7 +93,7 @@ def _rotary_samples() -> Samples:
 
 
 def _rotary_axes(x: TensorType, cos: TensorType, sin: TensorType, **_: Any) -> str:
-    angles = "1 s r" if cos.shape[0] == 1 else "b s r"
+    angles = "1 s r!" if cos.shape[0] == 1 else "b s r!"
     return f"b s h d!, {angles}, {angles} -> b s h d!"
 
 

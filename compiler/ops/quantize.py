@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from jisu.compiler import masks
+from jisu.compiler import masks, schemes
 from jisu.compiler.graph import defop
 from jisu.compiler.ops.contract import ACTIVATIONS, _gated, _linear
 from jisu.compiler.schemes import decode_scales, scheme
@@ -62,6 +62,10 @@ def _samples() -> Samples:
         ("uint8[2, 2]", "float16[2, 1]", None, None),
         {"scheme": "nf4", "k": 4, "group": 4, "whole": 1.0, "dtype": "float32"},
     )
+    yield (
+        ("uint8[2, 2]", "float32[2, 2]", None, None),
+        {"scheme": "nvfp4", "k": 4, "group": 2, "whole": 1.0, "dtype": "float32"},
+    )
     for name, zeros in (("int8", None), ("int4", "uint8[3, 2]"), ("int3", None)):
         yield (
             ("uint8[5]", "float16[3, 2]", zeros, "uint8[3, 1]"),
@@ -81,9 +85,9 @@ def dequantize(
 ) -> TensorType:  # fmt: skip
     """The matrix [n, k] that packed codes uint8 [n, bytes], scales [n, groups] and zeros uint8 [n, groups] stand for.
 
-    See `jisu.compiler.schemes`. group: inputs per scale (0: a whole row). whole: the factor of e4m3 scales. With a mask
-    uint8 [n, ceil(k / 8)] (see `jisu.compiler.masks`) codes uint8 [bytes] are there for set bits alone, in row-major order;
-    the rest of the matrix is exactly 0.
+    See `jisu.compiler.schemes`. Scales are float16 or float32, or in the scheme's own form. group: inputs per scale (0: a whole
+    row). whole: the factor of e4m3 scales. With a mask uint8 [n, ceil(k / 8)] (see `jisu.compiler.masks`) codes uint8 [bytes] are
+    there for set bits alone, in row-major order; the rest of the matrix is exactly 0.
     """
     kind = _scheme(scheme)
     n = codes.shape[0] if mask is None else mask.shape[0]
@@ -96,7 +100,7 @@ def dequantize(
         f"{k} codes of {kind.bits} bits take {kind.row_bytes(k)} bytes a row, got {codes}",
     )
     wanted = (n, kind.groups(k, group))
-    stored = ("float16", "float32") if kind.scale == "float16" else ("uint8",)
+    stored = ("float16", "float32", *(() if kind.scale == "float16" else ("uint8",)))
     require(
         scales.dtype in stored and same_shape(scales.shape, wanted),
         f"scales must be {' or '.join(stored)}{list(wanted)}, got {scales}",
@@ -105,6 +109,44 @@ def dequantize(
     require(zeros is None or zeros == TensorType(wanted, "uint8"), f"zeros must be uint8{list(wanted)}, got {zeros}")
     require(is_float(dtype), f"a weight is a float, not {dtype}")
     return TensorType((n, k), dtype)
+
+
+# --- Bits ------------------------------------------------------------------------------------------------------------
+# Checkpoints hold codes in words, along one axis or the other and in more than one order; these two and the ops that move
+# elements bring them into the order of `dequantize`.
+
+
+def _unpack_bits(x: np.ndarray, *, bits: int) -> np.ndarray:
+    stream = np.ascontiguousarray(x.astype(x.dtype.newbyteorder("<"), copy=False)).view(np.uint8)
+    return schemes.unpack_bits(stream, bits, stream.shape[-1] * 8 // bits)
+
+
+@defop(
+    meaning=_unpack_bits,
+    flops=0,
+    samples=lambda: iter(
+        [(("int32[2, 3]",), {"bits": 4}), (("int32[2, 3]",), {"bits": 3}), (("uint8[2, 4]",), {"bits": 2})]
+    ),
+)
+def unpack_bits(x: TensorType, *, bits: int) -> TensorType:
+    """Codes uint8 [..., w * size // bits] of `bits` bits: the bits of integers [..., w] of `size` bits, the lowest first, in
+    one row; a code may go on in the next integer."""
+    require(x.dtype in ("int8", "uint8", "int32") and x.rank > 0, f"needs integers of 8 or 32 bits, got {x}")
+    require(1 <= bits <= 8, f"a code has 1 to 8 bits, not {bits}")
+    require(isinstance(x.shape[-1], int), f"needs a last axis of fixed size, got {x}")
+    return TensorType((*x.shape[:-1], x.shape[-1] * x.itemsize * 8 // bits), "uint8")
+
+
+@defop(
+    meaning=lambda x, *, bits: schemes.pack_bits(x, bits),
+    flops=0,
+    samples=lambda: iter([(("uint8[2, 5]",), {"bits": 4}), (("uint8[2, 9]",), {"bits": 3})]),
+)
+def pack_bits(x: TensorType, *, bits: int) -> TensorType:
+    """The lowest `bits` bits of each code uint8 [..., k], in one row, the lowest first: uint8 [..., ceil(k * bits / 8)]."""
+    require(x.dtype == "uint8" and x.rank > 0 and isinstance(x.shape[-1], int), f"needs codes, got {x}")
+    require(1 <= bits <= 8, f"a code has 1 to 8 bits, not {bits}")
+    return TensorType((*x.shape[:-1], -(-x.shape[-1] * bits // 8)), "uint8")
 
 
 # --- Packed for kernels ----------------------------------------------------------------------------------------------

@@ -131,7 +131,10 @@ class Quantize:
         """What to do at each layer: quantize its matrices with the inputs that the layers before it give after theirs."""
         last: list[tuple[Values, Statistics]] = []  # of the inputs seen last, which several layers may share
 
-        def visit(node: Node, now: Values, then: Values) -> dict[int, np.ndarray]:
+        def visit(node: Node, run: Mapping[Node, Values], unchanged: Mapping[Node, Values]) -> dict[int, np.ndarray]:
+            x = node.operands[0]
+            assert x is not None
+            now, then = run[x], unchanged[x]
             replaced = {}
             for position in _POSITIONS[node.op]:
                 matrix = node.operands[position]

@@ -18,8 +18,8 @@ from jisu.compiler.types import TupleType, numpy_dtype
 Values = Sequence[np.ndarray]
 """A value, one array per batch of windows."""
 
-Visit = Callable[[Node, Values, Values], Mapping[int, np.ndarray]]
-"""visit(layer, inputs, inputs in the unchanged model): matrices that take the place of operands of the layer, by position."""
+Visit = Callable[[Node, Mapping[Node, Values], Mapping[Node, Values]], Mapping[int, np.ndarray]]
+"""visit(layer, its operands' values, those in the unchanged model): matrices that take the place of operands of the layer, by position."""
 
 
 def stream(
@@ -28,7 +28,7 @@ def stream(
 ) -> None:  # fmt: skip
     """Run a language model's graph over tokens int64 [windows, length] in float32, stopping at `layers`.
 
-    graph: takes token ids and perhaps positions, [batch, sequence]. layers: nodes whose first operand is what a layer reads. unchanged: also
+    graph: takes token ids and perhaps positions, [batch, sequence]. layers: nodes to visit. unchanged: also
     run the model as it was (twice the time and memory); without, the same inputs are given twice. batch: windows at a time.
     """
     parts = [np.ascontiguousarray(tokens[i : i + batch]) for i in range(0, len(tokens), batch)]
@@ -43,9 +43,7 @@ def stream(
         else:
             then.compute(node)
         if node in layers:
-            x = node.operands[0]
-            assert x is not None
-            replaced = visit(node, now.values[x], then.values[x])
+            replaced = visit(node, now.values, then.values)
             if replaced:
                 now.compute(node, replaced)
                 if not unchanged:

@@ -379,12 +379,12 @@ def _dequantize(b: Builder, pull: Pull, node: Node, target: Flat) -> None:
         shift = tirx.Cast("int32", tirx.floormod(bit, i64(8)))
         code = b.let(tirx.bitwise_and(code >> shift, 2**kind.bits - 1), "code")
         where = b.let(row * i64(groups) + tirx.floordiv(column, i64(group)), "group")
-        if kind.scale == "e8m0":
-            scale = tirx.reinterpret("float32", tirx.max(byte(b, stored, where) << 23, 1 << 22))
-        elif kind.scale == "e4m3":
-            scale = level(b, "fp8", byte(b, stored, where)) * literal(node.whole, "float32")
-        else:
+        if scales.dtype != "uint8":
             scale = tirx.Cast("float32", b.let(stored[where]))
+        elif kind.scale == "e8m0":
+            scale = tirx.reinterpret("float32", tirx.max(byte(b, stored, where) << 23, 1 << 22))
+        else:
+            scale = level(b, "fp8", byte(b, stored, where)) * literal(node.whole, "float32")
         zero = (
             literal(kind.middle, "float32")
             if zeros is None

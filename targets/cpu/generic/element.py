@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from tvm import tirx
+
 from jisu.compiler import ops
 from jisu.compiler.graph import CONSTANT, Node, Op
 from jisu.compiler.ops import ELEMENTWISE
@@ -112,6 +114,37 @@ def _reshape(pull: Pull, node: Node, index: Index) -> Expr:
     return pull(x, b.unravel(position, [b.dim(d) for d in x.shape]))
 
 
+def _unpack_bits(pull: Pull, node: Node, index: Index) -> Expr:
+    b, (x,) = pull.b, node.parents
+    bits, width = node.attributes["bits"], 8 * x.tensor.itemsize
+    bit = b.let(index[-1] * i64(bits), "bit")
+    at, shift = b.let(tirx.floordiv(bit, i64(width)), "word"), b.let(tirx.floormod(bit, i64(width)), "shift")
+
+    def word(where: Expr) -> Expr:
+        return tirx.bitwise_and(tirx.Cast("int64", pull(x, [*index[:-1], where])), i64(2**width - 1))
+
+    code = word(at) >> shift
+    if width % bits:  # a code may go on in the next integer
+        code = tirx.bitwise_or(
+            code, word(b.let(tirx.min(at + i64(1), b.dim(x.shape[-1]) - i64(1)))) << (i64(width) - shift)
+        )
+    return b.let(tirx.Cast("uint8", tirx.bitwise_and(code, i64(2**bits - 1))))
+
+
+def _pack_bits(pull: Pull, node: Node, index: Index) -> Expr:
+    b, (x,) = pull.b, node.parents
+    bits, k = node.attributes["bits"], b.dim(x.shape[-1])
+    first = b.let(tirx.floordiv(index[-1] * i64(8), i64(bits)), "first")
+    byte: Expr = i64(0)
+    for i in range(1 if bits == 8 else -(-8 // bits) + (8 % bits != 0)):  # the codes that may have bits in this byte
+        where = b.let(first + i64(i), "code")
+        code = tirx.Cast("int64", pull(x, [*index[:-1], b.let(tirx.min(where, k - i64(1)))]))
+        code = tirx.Select(where < k, tirx.bitwise_and(code, i64(2**bits - 1)), i64(0))
+        # Its lowest bit lies at most bits - 1 below the byte.
+        byte = tirx.bitwise_or(byte, code << (where * i64(bits) - index[-1] * i64(8) + i64(8)))
+    return b.let(tirx.Cast("uint8", tirx.bitwise_and(byte >> i64(8), i64(255))))
+
+
 PULLED: Mapping[Op, Callable[[Pull, Node, Index], Expr]] = {
     CONSTANT: _constant,
     ops.iota: _iota,
@@ -122,8 +155,10 @@ PULLED: Mapping[Op, Callable[[Pull, Node, Index], Expr]] = {
     ops.flip: _flip,
     windows: _windows,
     ops.reshape: _reshape,
+    ops.unpack_bits: _unpack_bits,
+    ops.pack_bits: _pack_bits,
 }
-"""How ops that only move elements find them (elementwise ops: see `scalar`)."""
+"""How ops that move elements, or bits of them, find them (elementwise ops: see `scalar`)."""
 
 
 def is_literal(node: Node) -> bool:
