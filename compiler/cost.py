@@ -32,7 +32,7 @@ class Machine(Protocol):
 VIEWS = frozenset({ops.reshape, ops.get})
 """Ops that only look at their operand in another way."""
 
-PARTIAL = frozenset({ops.take, ops.packed_take, ops.gather})
+PARTIAL = frozenset({ops.take, ops.packed_take, ops.sparse_take, ops.gather})
 """Ops that read only as much of their first operand as they return."""
 
 

@@ -258,6 +258,7 @@ def _build(
     times: dict[str, float],
 ) -> Program:
     from jisu.passes import default_passes
+    from jisu.passes.layout import sparse_matrices
     from jisu.runtime.program import Compiled, Program
     from jisu.targets.compile import compile_graphs
 
@@ -301,6 +302,7 @@ def _build(
     report |= {
         "times": times,
         "kernels": [{"name": n, "op": op, "count": k} for n, op, k in info.kernels],
+        "sparse": sparse_matrices(next(iter(finished.values()))),
         "layers": _layer_report(next(iter(finished.values())), env, machine),
         "cache": None if decoder is None else decoder.reason or "derived",
         "notes": list(source.notes),
@@ -415,10 +417,10 @@ def _entries(source: Source, graph: Graph, recipe: Recipe, report: dict[str, Any
 
 def _lay_out(graph: Graph, recipe: Recipe, machine: Target, check: str, note: Any, dump: Path | None) -> Graph:
     from jisu.passes import layout_passes
-    from jisu.targets.cpu import packing
+    from jisu.targets.cpu import packing, sparse_limits
 
     panel, pair = packing(machine)
-    steps = layout_passes(panel, pair) if recipe.pack else layout_passes(panel, {})
+    steps = layout_passes(panel, pair, sparse_limits(machine)) if recipe.pack else layout_passes(panel, {})
     # The kernels need every layout pass, so that JISU_BISECT, which limits the passes before, doesn't count here.
     light = "verify" if check == "numeric" else check
     return Pipeline(steps, check=light, dump=dump, limit=len(steps), on_pass=note).run(graph)[0]

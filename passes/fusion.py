@@ -46,10 +46,10 @@ _weight_matrix = Guard(
 
 
 def _from_weights(node: Node) -> bool:
-    """Whether a value is a stored tensor or a matrix of codes, or a view of one."""
+    """Whether a value is a stored tensor, a matrix of codes or a sparse one, or a view of one."""
     while node.op in (ops.transpose, ops.reshape, ops.cast) and node.operands[0] is not None:
         node = node.operands[0]
-    return node.op is WEIGHT or (node.op is ops.dequantize and is_stored(node))
+    return node.op is WEIGHT or (node.op in (ops.dequantize, ops.expand) and is_stored(node))
 
 
 def _linear_of_product(m: Match) -> Node:

@@ -14,7 +14,7 @@ from typing import Any
 import attrs
 import numpy as np
 
-from jisu.compiler import ops
+from jisu.compiler import ops, schemes
 from jisu.compiler.graph import CONSTANT, INPUT, WEIGHT, Graph, Node, Storage, weight
 from jisu.compiler.interpret import evaluate_node
 from jisu.compiler.text import attribute_text
@@ -26,17 +26,21 @@ class PackWeights:
     """Pack the weights of linear layers into panels.
 
     panel: outputs per panel. pair: dtype -> consecutive inputs in one word, for the dtypes that kernels pack. A weight
-    that is also an embedding stays one tensor: rows are then looked up in the packed form.
+    that is also an embedding stays one tensor: rows are then looked up in the packed form. sparse: dtype, or
+    scheme of codes -> the largest share of kept numbers at which a sparse matrix is smaller than a dense one and kernels read it as
+    fast; above, or where there is no entry, it is stored dense with its zeros.
     """
 
     panel: int
     pair: Mapping[str, int] = attrs.field(hash=False)
+    sparse: Mapping[str, float] = attrs.field(factory=dict, hash=False)
     name: str = "pack weights"
     exact: bool = True
 
     def __call__(self, graph: Graph) -> Graph:
         packed: dict[tuple[Any, ...], Node] = {}
         packs = {n.operands[1] for n in graph.nodes if n.op is ops.linear and self._packs(n.operands[1])}
+        sparse = _Sparse(self.panel, self.pair, self.sparse)
 
         def once(op: Any, *operands: Node) -> Node:
             key = (op, *operands)
@@ -48,7 +52,7 @@ class PackWeights:
             """Codes and scales of one matrix, or of gate and up side by side, in panels."""
             found = []
             for w in weights:
-                c, s, z = w.operands
+                c, s, z, _ = w.operands
                 attributes = {"scheme": w.scheme, "panel": self.panel}
                 parts = (
                     ops.pack_codes.make((c,), {**attributes, "k": w.k}),
@@ -57,10 +61,7 @@ class PackWeights:
                 found.append([packed.setdefault((w, p.op), p) for p in parts])
             if len(found) == 1:
                 return found[0][0], found[0][1]
-            codes, scales = (
-                ops.concat(*(ops.reshape(p, shape=(p.shape[0], 1, *p.shape[1:])) for p in part), axis=1)
-                for part in zip(*found, strict=True)
-            )
+            codes, scales = (_beside(*part) for part in zip(*found, strict=True))
             return codes, scales
 
         def quantized(new: Node, weights: Sequence[Node], b: Node | None, r: Node | None, source: str) -> Node:
@@ -75,15 +76,18 @@ class PackWeights:
             return ops.quantized_linear.make(operands, {**attributes, "activation": new.activation}, source)
 
         def transform(old: Node, new: Node) -> Node:
+            found = sparse.rewritten(new)
+            if found is not None:
+                return found
             if new.op is ops.linear and self._quantized(new.operands[1]):
                 return quantized(new, new.parents[1:2], new.operands[2], new.operands[3], new.source)
-            if new.op is ops.gated_linear and self._quantized(*new.operands[1:]):
+            if new.op is ops.gated_linear and _all_codes(new.parents[1:]):
                 data, *weights = new.parents
-                if len({(w.scheme, w.group) for w in weights}) == 1:
+                if len({(w.scheme, w.group) for w in weights}) == 1 and self._quantized(*weights):
                     return quantized(new, weights, None, None, new.source)
                 kinds = zip(weights, (new.activation, "none"), strict=True)
                 parts = [ops.linear.make((data, m, None, None), {"activation": kind}, new.source) for m, kind in kinds]
-                return ops.mul.make([quantized(n, n.parents[1:], None, None, n.source) for n in parts], {}, new.source)
+                return ops.mul.make([transform(n, n) for n in parts], {}, new.source)
             if new.op is ops.take and new.axis == 0 and self._quantized(new.operands[0]):
                 return self._looked_up(new)
             if new.op is ops.linear and self._packs(old.operands[1]):
@@ -128,7 +132,7 @@ class PackWeights:
 
     def _quantized(self, *nodes: Node | None) -> bool:
         """Whether all are matrices of codes that kernels read."""
-        return all(n is not None and n.op is ops.dequantize and is_stored(n) for n in nodes)
+        return all(n is not None and n.op is ops.dequantize and n.operands[3] is None and is_stored(n) for n in nodes)
 
     @staticmethod
     def _looked_up(node: Node) -> Node:
@@ -146,6 +150,139 @@ class PackWeights:
         ends = ((0, inner), (inner, both))
         gate, up = (ops.slice_(gate_up, starts=(0, a, 0), stops=(count, b, width), steps=(1, 1, 1)) for a, b in ends)
         return gate, up
+
+
+def _kind(node: Node | None) -> tuple[Any, ...] | None:
+    """What sparse matrices must have in common to be read by one kernel; None for a dense one."""
+    if node is None or node.op not in (ops.expand, ops.dequantize) or 0 in node.shape:
+        return None
+    if node.op is ops.expand:
+        return (node.dtype,)
+    return (node.scheme, node.group) if node.operands[3] is not None else None
+
+
+def kept_share(node: Node) -> float:
+    """Which share of a sparse matrix (`expand` or a masked `dequantize`) is kept."""
+    (size,) = node.parents[0].shape
+    count = size if node.op is ops.expand else size * 8 // schemes.scheme(node.scheme).bits
+    return float(count / max(node.tensor.size, 1))
+
+
+def _filled(node: Node) -> Node:
+    """A masked `dequantize` as one without mask."""
+    codes, scales, zeros, mask = node.operands
+    attributes = {a: node.attributes[a] for a in ("scheme", "k", "group")}
+    filled = ops.fill_codes.make((codes, mask, zeros), attributes, node.source)
+    return ops.dequantize.make((filled, scales, zeros, None), node.attributes, node.source)
+
+
+def _all_codes(weights: Sequence[Node]) -> bool:
+    return all(w.op is ops.dequantize and is_stored(w) for w in weights)
+
+
+@attrs.frozen(eq=False)
+class _Sparse:
+    """Sparse matrices in panels; each is packed once. limits: see `PackWeights.sparse`."""
+
+    panel: int
+    pair: Mapping[str, int]
+    limits: Mapping[str, float]
+    made: dict[Any, tuple[Node, Node, Node, Node | None]] = attrs.field(factory=dict)
+
+    def reads(self, *nodes: Node | None) -> bool:
+        """Whether all are sparse matrices of one kind that kernels read as fast as dense ones."""
+        kinds = {_kind(n) for n in nodes}
+        if len(kinds) != 1 or None in kinds:
+            return False
+        matrices = [n for n in nodes if n is not None and is_stored(n)]
+        limits = [self.limits.get(n.scheme if n.op is ops.dequantize else n.dtype, -1.0) for n in matrices]
+        return len(matrices) == len(nodes) and all(
+            kept_share(n) <= top for n, top in zip(matrices, limits, strict=True)
+        )
+
+    def rewritten(self, node: Node) -> Node | None:
+        """A node that reads the packed form of a sparse matrix, or a dense one with its zeros, in place of `node`."""
+        if node.op is ops.dequantize and node.operands[3] is not None and is_stored(node) and not self.reads(node):
+            return _filled(node)
+        if node.op is ops.linear and self.reads(node.operands[1]):
+            return self._linear(node, node.parents[1:2], node.operands[2:])
+        if node.op is ops.gated_linear and self.reads(*node.operands[1:]):
+            return self._linear(node, node.parents[1:], (None, None))
+        if node.op is ops.take and node.axis == 0 and self.reads(node.operands[0]):
+            table, indices = node.parents
+            values, mask, starts, scales = self.parts((table,))
+            attributes = {"rows": table.shape[0], "width": table.shape[1], "dtype": table.dtype}
+            operands = (values, mask, starts, indices, scales)
+            return ops.sparse_take.make(operands, {**attributes, **self.attributes(table)}, node.source)
+        return None
+
+    def _linear(self, node: Node, weights: Sequence[Node], epilogue: Sequence[Node | None]) -> Node:
+        attributes = {"outputs": weights[0].shape[0], "gated": len(weights) > 1, "activation": node.activation}
+        operands = (node.operands[0], *self.parts(weights), *epilogue)
+        return ops.sparse_linear.make(operands, {**attributes, **self.attributes(weights[0])}, node.source)
+
+    def attributes(self, w: Node) -> dict[str, Any]:
+        """The attributes of ops that read the packed form of `w`."""
+        if w.op is ops.expand:
+            return {"pair": self.pair[w.dtype]}
+        return {"pair": 1, "scheme": w.scheme, "group": w.group}
+
+    def parts(self, weights: Sequence[Node]) -> tuple[Node, Node, Node, Node | None]:
+        """Values, mask, starts and (of codes) scales of one matrix, or of gate and up side by side."""
+        found = [self._packed(w) for w in weights]
+        if len(found) == 1:
+            return found[0]
+        first, second = found
+        values = ops.concat(first[0], second[0], axis=0)
+        # The second matrix' values stand behind the first's.
+        halves = weights[0].op is ops.dequantize and schemes.scheme(weights[0].scheme).bits < 8
+        moved = ops.add(second[2], int(first[0].shape[0]) * (2 if halves else 1))
+        scales = None if first[3] is None or second[3] is None else _beside(first[3], second[3])
+        return values, _beside(first[1], second[1]), _beside(first[2], moved), scales
+
+    def _packed(self, w: Node) -> tuple[Node, Node, Node, Node | None]:
+        if w not in self.made:
+            mask = w.operands[-1]
+            attributes = {"k": w.k, "panel": self.panel}
+            order = {**attributes, "pair": self.attributes(w)["pair"]}
+            scales = None
+            if w.op is ops.dequantize:
+                scales = ops.pack_scales.make(
+                    w.operands[1:3], {"scheme": w.scheme, "whole": w.whole, "panel": self.panel}
+                )
+            scheme = {"scheme": w.scheme} if w.op is ops.dequantize else {}
+            self.made[w] = (
+                ops.pack_values.make((w.operands[0], mask), {**order, **scheme}),
+                ops.pack_mask.make((mask,), order),
+                ops.pack_starts.make((mask,), attributes),
+                scales,
+            )
+        return self.made[w]
+
+
+def _beside(a: Node, b: Node) -> Node:
+    """Two values in panels as one: [panels, 2, …]."""
+    return ops.concat(*(ops.reshape(p, shape=(p.shape[0], 1, *p.shape[1:])) for p in (a, b)), axis=1)
+
+
+def sparse_matrices(graph: Graph) -> list[dict[str, Any]]:
+    """How the sparse matrices of a laid-out graph are stored: `name` (of the mask, without ".mask"), share of
+    numbers `kept`, and `stored`: "sparse" or "dense with zeros" (which is faster, or no larger)."""
+    found: dict[str, dict[str, Any]] = {}
+    for node in graph.nodes:
+        storage = graph.weights.get(node.name) if node.op is WEIGHT else None
+        inside = Graph((), (storage.node,), {}).nodes if isinstance(storage, Derived) else (node,)
+        for part in inside:
+            if part.op not in (ops.pack_values, ops.expand, ops.fill_codes) and _kind(part) is None:
+                continue
+            size, mask = part.parents[0].shape[0], part.parents[-1 if part.op is not ops.fill_codes else 1]
+            scheme = part.attributes.get("scheme", "none")
+            count = size if scheme == "none" else size * 8 // schemes.scheme(scheme).bits
+            stored = "dense with zeros" if part.op in (ops.expand, ops.fill_codes) else "sparse"
+            name = mask.attributes.get("name", mask.op.name).removesuffix(".mask")
+            kept = count / max(mask.shape[0] * part.k, 1)
+            found[f"{name} {stored}"] = {"name": name, "kept": kept, "stored": stored}
+    return list(found.values())
 
 
 def is_stored(node: Node) -> bool:

@@ -47,6 +47,7 @@ _LLVM_FEATURE = {
     "avx512_vnni": "avx512vnni",
     "avx512_fp16": "avx512fp16",
     "avx512vbmi": "avx512vbmi",
+    "avx512_vbmi2": "avx512vbmi2",
     "avx_vnni": "avxvnni",
     "amx_tile": "amx-tile",
     "amx_bf16": "amx-bf16",

@@ -1,10 +1,10 @@
 """Every op of the IR. The signature is the schema, the notation or body the type rule, `meaning` the truth.
 
-`OPS` maps names to ops. Modules by family: elementwise, shape, index, reduce, contract, nn, quantize.
+`OPS` maps names to ops. Modules by family: elementwise, shape, index, reduce, contract, nn, quantize, sparse.
 """
 
 from jisu.compiler.graph import CONSTANT, INPUT, WEIGHT, Op
-from jisu.compiler.ops import contract, elementwise, index, nn, quantize, reduce, shape
+from jisu.compiler.ops import contract, elementwise, index, nn, quantize, reduce, shape, sparse
 from jisu.compiler.ops.contract import (
     ACTIVATIONS,
     conv,
@@ -105,10 +105,11 @@ from jisu.compiler.ops.shape import (
     transpose,
     windows,
 )
+from jisu.compiler.ops.sparse import expand, fill_codes, pack_mask, pack_starts, pack_values, sparse_linear, sparse_take
 
 OPS: dict[str, Op] = {
     value.name: value
-    for module in (elementwise, shape, index, reduce, contract, nn, quantize)
+    for module in (elementwise, shape, index, reduce, contract, nn, quantize, sparse)
     for value in vars(module).values()
     if isinstance(value, Op)
 } | {op.name: op for op in (INPUT, WEIGHT, CONSTANT)}
@@ -121,12 +122,13 @@ __all__ = [
     "ACTIVATIONS", "ELEMENTWISE", "OPS", "abs_", "acos", "acosh", "add", "all_", "any_", "argmax", "argmin", "asin",
     "asinh", "atan", "atan2", "atanh", "attention", "attention_cached", "bit_and", "bit_not", "bit_or", "bit_xor",
     "broadcast_to", "cache_append", "cast", "ceil", "concat", "conv", "copysign", "cos", "cosh", "dequantize", "dim_value", "div", "eq",
-    "erf", "exp", "exp2", "experts", "expm1", "flip", "floor", "floor_div", "fmod", "gated_linear", "gather", "ge", "gelu",
+    "erf", "exp", "exp2", "expand", "experts", "expm1", "fill_codes", "flip", "floor", "floor_div", "fmod", "gated_linear", "gather", "ge", "gelu",
     "get", "gt", "iota", "isnan", "layer_norm", "le", "linear", "log", "log10", "log1p", "log2", "logical_and",
     "logical_not", "logical_or", "logical_xor", "lt", "matmul", "maximum", "minimum", "mul", "ne", "neg", "pack",
-    "pack_bits", "pack_codes", "pack_gated", "pack_scales", "packed_experts", "packed_gated_linear", "packed_linear", "packed_projections", "packed_take",
-    "pad", "pow_", "prod", "quantized_linear", "reciprocal", "reduce_max", "reduce_min", "relu", "remainder", "reshape", "rms_norm", "rotary", "round_",
+    "pack_bits", "pack_codes", "pack_gated", "pack_mask", "pack_scales", "pack_starts", "pack_values",
+    "packed_experts", "packed_gated_linear", "packed_linear", "packed_projections", "packed_take", "pad", "pow_",
+    "prod", "quantized_linear", "reciprocal", "reduce_max", "reduce_min", "relu", "remainder", "reshape", "rms_norm", "rotary", "round_",
     "rsqrt", "scan", "scatter", "shift_left", "shift_right", "sigmoid", "sign", "silu", "sin", "sinh", "slice_", "softmax",
-    "sort", "sqrt", "square", "sub", "sum_", "take", "tan", "tanh", "transpose", "trunc", "trunc_div",
+    "sort", "sparse_linear", "sparse_take", "sqrt", "square", "sub", "sum_", "take", "tan", "tanh", "transpose", "trunc", "trunc_div",
     "unpack_bits", "where", "windows",
 ]  # fmt: skip

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from jisu.compiler import schemes
+from jisu.compiler import masks, schemes
 from jisu.compiler.graph import defop
 from jisu.compiler.ops.contract import ACTIVATIONS, _gated, _linear
 from jisu.compiler.schemes import decode_scales, scheme
@@ -25,6 +25,7 @@ def _dequantize(
     codes: np.ndarray,
     scales: np.ndarray,
     zeros: np.ndarray | None,
+    mask: np.ndarray | None,
     *,
     scheme: str,
     k: int,
@@ -35,7 +36,10 @@ def _dequantize(
     kind = _scheme(scheme)
     s = _spread(decode_scales(scales, kind.scale, whole), k, group)
     z = None if zeros is None else _spread(zeros.astype(np.float32), k, group)
-    return kind.decode(kind.unpack(codes, k), s, z).astype(numpy_dtype(dtype))
+    if mask is None:
+        return kind.decode(kind.unpack(codes, k), s, z).astype(numpy_dtype(dtype))
+    single, there = masks.expand_codes(codes, mask, scheme, k)
+    return np.where(there, kind.decode(single, s, z), 0).astype(numpy_dtype(dtype))
 
 
 _scheme = scheme  # the op's attribute has the same name
@@ -43,46 +47,56 @@ _scheme = scheme  # the op's attribute has the same name
 
 def _samples() -> Samples:
     yield (
-        ("uint8[3, 4]", "float16[3, 2]", "uint8[3, 2]"),
+        ("uint8[3, 4]", "float16[3, 2]", "uint8[3, 2]", None),
         {"scheme": "int4", "k": 7, "group": 4, "whole": 1.0, "dtype": "float32"},
     )
     yield (
-        ("uint8[3, 5]", "float32[3, 1]", None),
+        ("uint8[3, 5]", "float32[3, 1]", None, None),
         {"scheme": "int8", "k": 5, "group": 0, "whole": 1.0, "dtype": "float32"},
     )
     yield (
-        ("uint8[3, 3]", "float16[3, 2]", None),
+        ("uint8[3, 3]", "float16[3, 2]", None, None),
         {"scheme": "int3", "k": 8, "group": 4, "whole": 1.0, "dtype": "float32"},
     )
     yield (
-        ("uint8[2, 2]", "float16[2, 1]", None),
+        ("uint8[2, 2]", "float16[2, 1]", None, None),
         {"scheme": "nf4", "k": 4, "group": 4, "whole": 1.0, "dtype": "float32"},
     )
     yield (
-        ("uint8[2, 2]", "float32[2, 2]", None),
+        ("uint8[2, 2]", "float32[2, 2]", None, None),
         {"scheme": "nvfp4", "k": 4, "group": 2, "whole": 1.0, "dtype": "float32"},
     )
+    for name, zeros in (("int8", None), ("int4", "uint8[3, 2]"), ("int3", None)):
+        yield (
+            ("uint8[5]", "float16[3, 2]", zeros, "uint8[3, 1]"),
+            {"scheme": name, "k": 7, "group": 4, "whole": 1.0, "dtype": "float32"},
+        )
 
 
 @defop(
     meaning=_dequantize,
-    axes=lambda c, s, z, **_: f"n p!, n g!, {'n g!' if z else ''} -> n k",
+    axes=lambda c, s, z, m, **_: f"{'p' if m else 'n p!'}, n g!, {'n g!' if z else ''}, {'m q' if m else ''} -> n k",
     flops=0,
     samples=_samples,
 )
 def dequantize(
-    codes: TensorType, scales: TensorType, zeros: TensorType | None = None, *, scheme: str, k: int, group: int,
-    whole: float = 1.0, dtype: str = "float32",
+    codes: TensorType, scales: TensorType, zeros: TensorType | None = None, mask: TensorType | None = None, *, scheme: str,
+    k: int, group: int, whole: float = 1.0, dtype: str = "float32",
 ) -> TensorType:  # fmt: skip
     """The matrix [n, k] that packed codes uint8 [n, bytes], scales [n, groups] and zeros uint8 [n, groups] stand for.
 
     See `jisu.compiler.schemes`. Scales are float16 or float32, or in the scheme's own form. group: inputs per scale (0: a whole
-    row). whole: the factor of e4m3 scales.
+    row). whole: the factor of e4m3 scales. With a mask uint8 [n, ceil(k / 8)] (see `jisu.compiler.masks`) codes uint8 [bytes] are
+    there for set bits alone, in row-major order; the rest of the matrix is exactly 0.
     """
     kind = _scheme(scheme)
-    n = codes.shape[0]
+    n = codes.shape[0] if mask is None else mask.shape[0]
     require(
-        codes.rank == 2 and codes.dtype == "uint8" and codes.shape[1] == kind.row_bytes(k),
+        mask is None or (isinstance(n, int) and mask == TensorType((n, -(-k // 8)), "uint8") and codes.rank == 1),
+        f"codes uint8[bytes] and a mask uint8[n, {-(-k // 8)}] belong together, got {codes} and {mask}",
+    )
+    require(
+        codes.dtype == "uint8" and (mask is not None or codes.rank == 2 and codes.shape[1] == kind.row_bytes(k)),
         f"{k} codes of {kind.bits} bits take {kind.row_bytes(k)} bytes a row, got {codes}",
     )
     wanted = (n, kind.groups(k, group))

@@ -73,6 +73,9 @@ def _show(console: Console, path: str, report: Mapping[str, Any], program: Progr
     console.print(table("Layers", ("<layer", "flops", "bytes", "launches", "predicted"), layers))
     kernels = [[k["name"], k["op"], str(k["count"])] for k in report.get("kernels", ())]
     console.print(table("Kernels", ("<kernel", "<op", "calls"), kernels))
+    sparse = [[m["name"], f"{m['kept']:.0%}", m["stored"]] for m in report.get("sparse", ())]
+    if sparse:
+        console.print(table("Sparse matrices", ("<matrix", "kept", "<stored"), sparse))
     cache = report.get("cache")
     if cache == "derived":
         console.print("KV cache: derived")

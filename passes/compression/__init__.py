@@ -203,5 +203,5 @@ def _as_nodes(matrix: Node, name: str, grid: Grid, codes: np.ndarray, weights: d
 
     attributes = {"scheme": kind.name, "k": codes.shape[1], "group": grid.group, "whole": whole, "dtype": matrix.dtype}
     zeros = None if grid.zeros is None else stored("zeros", grid.zeros.astype(np.uint8))
-    operands = (stored("codes", kind.pack(codes)), stored("scales", scales), zeros)
+    operands = (stored("codes", kind.pack(codes)), stored("scales", scales), zeros, None)
     return ops.dequantize.make(operands, attributes, matrix.source)

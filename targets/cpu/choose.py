@@ -8,7 +8,7 @@ from jisu.compiler import ops
 from jisu.compiler.graph import Node, Op
 from jisu.compiler.types import Dim, product, same_dim
 from jisu.targets.cpu.isa import FLOATS
-from jisu.targets.cpu.kernels import attention, embedding, matmul, moe, norm, rotary
+from jisu.targets.cpu.kernels import attention, embedding, matmul, moe, norm, rotary, sparse
 from jisu.targets.lowering import Argument, Kernel
 from jisu.targets.target import Target
 
@@ -69,6 +69,21 @@ def _quantized(node: Node, target: Target) -> Kernel | None:
     arguments = [Argument(0, _rows(x)), Argument(1), Argument(2), *_present(node, 3)]
     if node.operands[4] is not None:
         arguments.append(Argument(4, _rows(node)))
+    return Kernel(function, tuple(arguments), (_rows(node),))
+
+
+def _sparse(node: Node, target: Target) -> Kernel | None:
+    x, _, mask, _, scales, bias, residual = node.operands
+    assert x is not None and mask is not None
+    if not _computes(node, target) or mask.shape[-1] * 4 != matmul.panel_width(target):
+        return None
+    function = sparse.sparse_linear(
+        node.outputs, int(x.shape[-1]), node.dtype, target, scheme=node.scheme, group=node.group, gated=node.gated,
+        bias=bias is not None, activation=node.activation, residual=residual is not None,
+    )  # fmt: skip
+    arguments = [Argument(0, _rows(x)), *(Argument(i) for i in (1, 2, 3)), *_present(node, 4, 5)]
+    if residual is not None:
+        arguments.append(Argument(6, _rows(node)))
     return Kernel(function, tuple(arguments), (_rows(node),))
 
 
@@ -206,6 +221,7 @@ CHOOSERS: Mapping[Op, Callable[[Node, Target], Kernel | None]] = {
     ops.packed_gated_linear: _gated,
     ops.packed_projections: _projections,
     ops.quantized_linear: _quantized,
+    ops.sparse_linear: _sparse,
     ops.packed_experts: _experts,
     ops.matmul: _matmul,
     ops.attention: _attention,

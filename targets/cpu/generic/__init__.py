@@ -10,7 +10,7 @@ import sympy
 from jisu.compiler import ops
 from jisu.compiler.graph import Node, Op
 from jisu.compiler.types import TensorType, TupleType
-from jisu.targets.cpu.generic import contract, index, moves, nn, reduce
+from jisu.targets.cpu.generic import contract, index, moves, nn, reduce, sparse
 from jisu.targets.cpu.generic.build import Builder, Flat
 from jisu.targets.cpu.generic.element import PULLED, Pull
 
@@ -29,11 +29,12 @@ BODIES: Mapping[Op, Body] = {
     **contract.SEVERAL,
     **index.BODIES,
     **nn.BODIES,
+    **{op: _single(body) for op, body in sparse.BODIES.items()},
 }
 """Ops with loops of their own; all others are computed element by element."""
 
 
-STORED = frozenset({*contract.BODIES, *contract.SEVERAL, *nn.BODIES, index.packed_take})
+STORED = frozenset({*contract.BODIES, *contract.SEVERAL, *nn.BODIES, *sparse.BODIES, index.packed_take})
 """Ops that read their operands in memory: nothing is pulled into their kernels."""
 
 MULTIPLE = frozenset({ops.sort, *contract.SEVERAL})

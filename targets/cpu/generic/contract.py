@@ -162,7 +162,7 @@ def dots(
     return [[b.let(total[i64(0)], "dot") for total in line] for line in sums]
 
 
-def _epilogue(b: Builder, pull: Pull, node: Node, value: Expr, row: Expr, column: Expr) -> Expr:
+def epilogue(b: Builder, pull: Pull, node: Node, value: Expr, row: Expr, column: Expr) -> Expr:
     """bias, activation and residual of a linear layer (its last two operands), each rounded as its meaning says."""
     *_, bias, residual = node.operands
     if bias is not None:
@@ -175,7 +175,7 @@ def _epilogue(b: Builder, pull: Pull, node: Node, value: Expr, row: Expr, column
     return narrow(b, value, node.dtype)
 
 
-def _gate(b: Builder, node: Node, gate: Expr, up: Expr) -> Expr:
+def gate_up(b: Builder, node: Node, gate: Expr, up: Expr) -> Expr:
     """activation(gate) * up, each rounded as the meaning of `gated_linear` says."""
     gate, up = b.let(round_to(b, gate, node.dtype)), b.let(round_to(b, up, node.dtype))
     active = round_to(b, ACTIVATE[node.activation](b, gate), node.dtype)
@@ -209,9 +209,9 @@ def _linear(b: Builder, pull: Pull, node: Node, target: Flat) -> None:
                 for c in range(outs):
                     here, there = row + i64(r), column + i64(c)
                     if gated:
-                        value = _gate(b, node, found[r][c], found[r][outs + c])
+                        value = gate_up(b, node, found[r][c], found[r][outs + c])
                     else:
-                        value = _epilogue(b, pull, node, found[r][c], here, there)
+                        value = epilogue(b, pull, node, found[r][c], here, there)
                     b.store(target, here * width + there, value)
 
         def down(column: Expr, outs: int) -> None:
@@ -265,7 +265,7 @@ def _packed(b: Builder, pull: Pull, node: Node, target: Flat) -> None:
                 )  # fmt: skip
 
             def put(j: Expr, value: Expr) -> None:
-                done = _gate(b, node, held[j], value) if gated else _epilogue(b, pull, node, value, row, column + j)
+                done = gate_up(b, node, held[j], value) if gated else epilogue(b, pull, node, value, row, column + j)
                 b.store(target, row * width + column + j, done)
 
             if gated:
@@ -356,47 +356,95 @@ def level(b: Builder, scheme: str, code: Expr) -> Expr:
     return found
 
 
-def _byte(b: Builder, flat: Flat, position: Expr) -> Expr:
+def byte(b: Builder, flat: Flat, position: Expr) -> Expr:
+    """A byte as int32."""
     return tirx.Cast("int32", b.let(flat[position]))
 
 
 def _dequantize(b: Builder, pull: Pull, node: Node, target: Flat) -> None:
-    codes, scales, zeros = node.operands
+    codes, scales, zeros, mask = node.operands
     assert codes is not None and scales is not None
     kind = schemes.scheme(node.scheme)
     n, k = node.shape
     group = node.group or k
-    row_bytes, groups = kind.row_bytes(k), kind.groups(k, node.group)
+    groups = kind.groups(k, node.group)
     packed, stored = pull.leaves[codes], pull.leaves[scales]
-    mask = 2**kind.bits - 1
 
-    def element(outer: list[Expr]) -> None:
-        row, column = outer
-        bit = column * i64(kind.bits)
-        at = b.let(row * i64(row_bytes) + tirx.floordiv(bit, i64(8)), "byte")
-        code = _byte(b, packed, at)
+    def value(row: Expr, column: Expr, bit: Expr, last: Expr) -> Expr:
+        """The number whose code begins at `bit`; `last` is the last byte that it may reach into."""
+        at = b.let(tirx.floordiv(bit, i64(8)), "byte")
+        code = byte(b, packed, at)
         if 8 % kind.bits:  # a code may go on in the next byte
-            last = i64(row_bytes - 1) + row * i64(row_bytes)
-            code = tirx.bitwise_or(code, _byte(b, packed, tirx.min(at + i64(1), last)) << 8)
+            code = tirx.bitwise_or(code, byte(b, packed, tirx.min(at + i64(1), last)) << 8)
         shift = tirx.Cast("int32", tirx.floormod(bit, i64(8)))
-        code = b.let(tirx.bitwise_and(code >> shift, mask), "code")
+        code = b.let(tirx.bitwise_and(code >> shift, 2**kind.bits - 1), "code")
         where = b.let(row * i64(groups) + tirx.floordiv(column, i64(group)), "group")
         if scales.dtype != "uint8":
             scale = tirx.Cast("float32", b.let(stored[where]))
         elif kind.scale == "e8m0":
-            scale = tirx.reinterpret("float32", tirx.max(_byte(b, stored, where) << 23, 1 << 22))
+            scale = tirx.reinterpret("float32", tirx.max(byte(b, stored, where) << 23, 1 << 22))
         else:
-            scale = level(b, "fp8", _byte(b, stored, where)) * literal(node.whole, "float32")
+            scale = level(b, "fp8", byte(b, stored, where)) * literal(node.whole, "float32")
         zero = (
             literal(kind.middle, "float32")
             if zeros is None
-            else tirx.Cast("float32", _byte(b, pull.leaves[zeros], where))
+            else tirx.Cast("float32", byte(b, pull.leaves[zeros], where))
         )
-        value = b.let((level(b, node.scheme, code) - zero) * scale)
-        wide = value if node.dtype != "float64" else tirx.Cast("float64", value)
-        b.store(target, outer, narrow(b, wide, node.dtype))
+        found = b.let((level(b, node.scheme, code) - zero) * scale)
+        return narrow(b, found if node.dtype != "float64" else tirx.Cast("float64", found), node.dtype)
 
-    b.spread([n, k], product((n, k, 8)), element)
+    def element(outer: list[Expr]) -> None:
+        row, column = outer
+        row_bytes = i64(kind.row_bytes(k))
+        start = b.let(row * row_bytes, "start")
+        bit = start * i64(8) + column * i64(kind.bits)
+        b.store(target, outer, value(row, column, bit, start + row_bytes - i64(1)))
+
+    if mask is None:
+        b.spread([n, k], product((n, k, 8)), element)
+        return
+    size = int(codes.shape[0])
+    kept_elements(
+        b, pull.leaves[mask], int(n), int(k), target, size * 8 // kind.bits,
+        lambda row, column, at: value(row, column, at * i64(kind.bits), i64(size - 1)),
+    )  # fmt: skip
+
+
+def kept_elements(
+    b: Builder, mask: Flat, n: int, k: int, target: Flat, size: int, value: Callable[[Expr, Expr, Expr], Expr]
+) -> None:
+    """target[n, k] = value(row, column, i) for the i-th set bit of a mask in row-major order if i < size, else 0."""
+    row_bytes = -(-k // 8)
+    starts = b.scratch(n + 1, "int64", local=False)
+    zero = i64(0)
+    b.store(starts, zero, zero)
+    with b.loop(n) as row:
+        count = b.scratch(1, "int64")
+        b.store(count, zero, zero)
+        with b.loop(k) as column:
+            b.store(count, zero, count[zero] + tirx.Cast("int64", bit_of(b, mask, row * i64(row_bytes), column)))
+        b.store(starts, row + i64(1), starts[row] + count[zero])
+    nothing = narrow(b, literal(0, compute_dtype(target.dtype)), target.dtype)
+
+    def line(outer: list[Expr]) -> None:
+        (row,) = outer
+        position = b.scratch(1, "int64")
+        b.store(position, zero, starts[row])
+        with b.loop(k) as column:
+            at = b.let(position[zero], "at")
+            there = b.let(bit_of(b, mask, row * i64(row_bytes), column), "there")
+            b.store(target, [row, column], nothing)
+            with b.when(tirx.all(tirx.NE(there, 0), at < i64(size))):
+                b.store(target, [row, column], value(row, column, at))
+            b.store(position, zero, at + tirx.Cast("int64", there))
+
+    b.spread([n], n * k * 8, line)
+
+
+def bit_of(b: Builder, mask: Flat, first: Expr, bit: Expr) -> Expr:
+    """A bit (int32) of the bytes of a mask that begin at `first`, the lowest first."""
+    held = byte(b, mask, first + tirx.floordiv(bit, i64(8)))
+    return tirx.bitwise_and(held >> tirx.Cast("int32", tirx.floormod(bit, i64(8))), 1)
 
 
 def _quantized(b: Builder, pull: Pull, node: Node, target: Flat) -> None:
@@ -420,9 +468,9 @@ def _quantized(b: Builder, pull: Pull, node: Node, target: Flat) -> None:
 
             def weight(half: int, k: Expr, j: Expr) -> Expr:
                 lead = [p, *([i64(half)] if node.gated else [])]
-                byte = _byte(b, packed, packed.offset([*lead, tirx.floordiv(k, i64(per_byte)), first + j]))
+                both = byte(b, packed, packed.offset([*lead, tirx.floordiv(k, i64(per_byte)), first + j]))
                 shift = tirx.Cast("int32", tirx.floormod(k, i64(per_byte))) * 4
-                code = b.let(tirx.bitwise_and(byte >> shift, mask), "code")
+                code = b.let(tirx.bitwise_and(both >> shift, mask), "code")
                 group = tirx.floordiv(k, i64(node.group or int(depth)))
                 scale, move = (b.let(stored[stored.offset([*lead, group, i64(i), first + j])]) for i in (0, 1))
                 value = level(b, node.scheme, code) * scale + move
@@ -436,7 +484,7 @@ def _quantized(b: Builder, pull: Pull, node: Node, target: Flat) -> None:
 
             def put(j: Expr, value: Expr) -> None:
                 gate = node.gated
-                done = _gate(b, node, held[j], value) if gate else _epilogue(b, pull, node, value, row, column + j)
+                done = gate_up(b, node, held[j], value) if gate else epilogue(b, pull, node, value, row, column + j)
                 b.store(target, row * width + column + j, done)
 
             if node.gated:

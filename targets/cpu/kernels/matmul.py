@@ -9,7 +9,7 @@ consecutive k together in a 32-bit lane, which is what the bfloat16 dot product 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import attrs
 import numpy as np
@@ -31,6 +31,9 @@ from jisu.targets.cpu.isa import (
     vector_type,
 )
 from jisu.targets.target import Target
+
+if TYPE_CHECKING:
+    from jisu.targets.cpu.kernels.sparse import Sparse
 
 VECTORS = 2  # vector registers per panel row
 
@@ -119,7 +122,7 @@ def product(
         at = f.at(b, index * ldb, rows_of or "float32")
         if mr <= 2 and rows_of is None:
             for j in range(0, vectors * lanes, 16):
-                f.prefetch(f.at(at, _PREFETCH_WORDS + j, "float32"))
+                f.prefetch(f.at(at, PREFETCH_WORDS + j, "float32"))
         if rows_of is None:
             cols = [_columns(f, f.at(at, j * lanes, "float32"), weights, lanes) for j in range(vectors)]
         else:
@@ -130,7 +133,7 @@ def product(
                 x = f.splat(f.load("float", f.at(rows[m], index * halves + half, "float32")), lanes)
                 for j in range(vectors):
                     old = result[m * vectors + j]
-                    new = _dot(f, x, cols[j][0], old) if weights == "dot" else f.fma(x, cols[j][half], old)
+                    new = dot(f, x, cols[j][0], old) if weights == "dot" else f.fma(x, cols[j][half], old)
                     result[m * vectors + j] = new
         return result
 
@@ -200,12 +203,12 @@ def quantized_product(mr: int, target: Target, codes: Codes, k: int) -> Micro:
         result = list(sums)
         at = f.at(b, word * nr, "i8")
         if mr <= 2:
-            f.prefetch(f.at(at, 4 * _PREFETCH_WORDS, "i8"))
+            f.prefetch(f.at(at, 4 * PREFETCH_WORDS, "i8"))
         for j in range(VECTORS):
             both = f.cast("zext", f.load(vector_type("i8", f.lanes), f.at(at, j * f.lanes, "i8")), "i32")
             parts = [both] if per_byte == 1 else [both & 15, both >> 4]
             for half, code in enumerate(parts):
-                w = f.fma(_level(f, codes.scheme, code), scale[j], shift[j])
+                w = f.fma(level(f, codes.scheme, code), scale[j], shift[j])
                 for m in range(mr):
                     x = f.splat(f.load("float", f.at(rows[m], word * per_byte + half, "float32")), f.lanes)
                     slot = (half * mr + m) * VECTORS + j
@@ -248,7 +251,7 @@ def quantized_product(mr: int, target: Target, codes: Codes, k: int) -> Micro:
     return f.finish()
 
 
-def _level(f: Function, scheme: str, code: Val) -> Val:
+def level(f: Function, scheme: str, code: Val) -> Val:
     """The levels float32 of codes (i32 lanes)."""
     kind = schemes.scheme(scheme)
     if kind.uniform:
@@ -263,14 +266,18 @@ def _level(f: Function, scheme: str, code: Val) -> Val:
     return found
 
 
-_PREFETCH_WORDS = 1024  # how far ahead of its use a streamed weight is asked for
+PREFETCH_WORDS = 1024  # how far ahead of its use a streamed weight is asked for
 
 
 def _columns(f: Function, address: Val, weights: str, lanes: int) -> list[Val]:
     """One vector of B's words as float32: the word itself, or its two halves."""
     if weights in ("float32", "dot"):
         return [f.load(vector_type("float", lanes), address)]
-    words = f.load(vector_type("i32", lanes), address)
+    return words_as_floats(f, f.load(vector_type("i32", lanes), address), weights)
+
+
+def words_as_floats(f: Function, words: Val, weights: str) -> list[Val]:
+    """Both halves of i32 lanes, which are bfloat16 or float16, as float32."""
     if weights == "bfloat16":
         return [f.cast("bitcast", part, "float") for part in (words << 16, words & -65536)]
     return [
@@ -278,14 +285,14 @@ def _columns(f: Function, address: Val, weights: str, lanes: int) -> list[Val]:
     ]
 
 
-def _dot(f: Function, pairs: Val, weights: Val, total: Val) -> Val:
+def dot(f: Function, pairs: Val, weights: Val, total: Val) -> Val:
     """total + the products of both bfloat16 halves of each lane."""
     wide = vector_type("bfloat", 2 * f.lanes)
     both = [f.op(f"bitcast {v.type} {v.name} to {wide}", wide) for v in (pairs, weights)]
     return f.call(total.type, f"llvm.x86.avx512bf16.dpbf16ps.{32 * f.lanes}", total, *both)
 
 
-def _uses_dot(dtype: str, target: Target) -> bool:
+def uses_dot(dtype: str, target: Target) -> bool:
     return dtype == "bfloat16" and target.has("avx512bf16") and target.vector_bytes == 64
 
 
@@ -320,14 +327,14 @@ def copy_row(n: int, dtype: str, out: str, target: Target, *, padded: int | None
 
 def _multiplier(
     f: Function, at: Mapping[str, Val], target: Target, codes: Codes | None, k: int, depth: int, weights: str, lda: int
-) -> Callable[[Val, Val], Callable[[int, Val], None]]:
-    """For a panel's number and a tile, what multiplies a block of the copied rows: run(size, first row)."""
+) -> Callable[[Val, Val], None]:
+    """What multiplies all copied rows by a panel, given its number and a tile."""
     nr = panel_width(target)
     sizes = block_sizes(target)
     plain = {} if codes else {mr: product(mr, target, weights=weights, k=depth) for mr in sizes}
     coded = {mr: quantized_product(mr, target, codes, k) for mr in sizes} if codes else {}
 
-    def of(number: Val, tile: Val) -> Callable[[int, Val], None]:
+    def of(number: Val, tile: Val) -> None:
         def run(mr: int, m: Val) -> None:
             rows, out = f.at(at["a"], m * lda, "float32"), f.at(tile, m * nr, "float32")
             if codes is None:
@@ -337,7 +344,7 @@ def _multiplier(
                 scales = f.at(at["scales"], number * (codes.groups(k) * 2 * nr), "float32")
                 f.use(coded[mr], rows, lda, f.at(at["w"], number * (depth * nr), "i8"), scales, out, nr)
 
-        return run
+        row_blocks(f, at["rows"], run, target)
 
     return of
 
@@ -353,6 +360,7 @@ class Layer:
     copy_words: int
     tile_words: int
     rows_per_core: int  # rows from which on a task is compute bound
+    expanded_words: int = 0  # of a sparse panel, expanded
 
     def groups(self, rows: Any) -> Any:
         """Panels per task for this many rows (TIR)."""
@@ -364,17 +372,20 @@ class Layer:
         """Emit one task (TIR): scalars are first row, rows, first panel, end of panels, word offset into w."""
         copy = T.alloc_buffer((self.copy_words,), "float32")
         tile = T.alloc_buffer((self.tile_words,), "float32")
-        self.task.call(*data, copy.data, tile.data, *scalars)
+        expanded = [T.alloc_buffer((self.expanded_words,), "float32").data] if self.expanded_words else []
+        self.task.call(*data, copy.data, tile.data, *expanded, *scalars)
 
 
 def layer(
     name: str, n: int, k: int, dtype: str, target: Target, *, gated: bool = False, bias: bool = False,
     activation: str = "none", residual: bool = False, scale: float | None = None, softcap: float | None = None,
     out_dtype: str | None = None, gather: int = 0, codes: Codes | None = None,
+    sparse: Sparse | None = None,
 ) -> Layer:  # fmt: skip
     """The tasks of a linear layer; with `gather` g, row i is computed from x[index[i] / g] (an operand `index`).
 
-    codes: how weights are stored, where they are codes; an operand `scales` then follows them.
+    codes: how weights are stored, where they are codes; an operand `scales` then follows them. sparse: how they are read,
+    where they are sparse (codes too); its operands then follow them.
     """
     require_dtype(dtype, target)
     require_activation(activation)
@@ -382,10 +393,10 @@ def layer(
     require_dtype(out, target)
     nr, parts = panel_width(target), 2 if gated else 1
     panels = -(-n // nr)
-    dot = codes is None and _uses_dot(dtype, target)
-    paired = _paired(dtype) if codes is None else codes.per_byte == 2
+    pairs = codes is None and uses_dot(dtype, target) if sparse is None else sparse.dots
+    paired = sparse is not None or (_paired(dtype) if codes is None else codes.per_byte == 2)
     depth = -(-k // 2) if paired else k  # words of B per column
-    a_words = depth if dot or not paired else 2 * depth
+    a_words = depth if pairs or not paired else 2 * depth
     lines = align_up(a_words, 16) // 16
     lda = 16 * (lines + 1 - lines % 2)  # an odd number of cache lines: rows fall into different sets
     block = block_sizes(target)[0]
@@ -393,13 +404,14 @@ def layer(
     chunk = max(block, min(240, half_l2 // (4 * lda)) // block * block)
 
     biases = (["bias_gate", "bias_up"] if gated else ["bias"]) if bias else []
-    scaled = ["scales"] if codes is not None else []
+    scaled = sparse.operands if sparse is not None else ["scales"] if codes is not None else []
     operands = ("x", *(["index"] if gather else []), "w", *scaled, *biases, *(["residual"] if residual else []), "y")
     scalars = ("m0", "rows", "p0", "p1", "w0")
-    f = Function(name, [("ptr", o) for o in (*operands, "a", "tile")] + [("i64", s) for s in scalars], target)
-    at = dict(zip((*operands, "a", "tile", *scalars), f.params(), strict=True))
+    buffers = ("a", "tile", *(["expanded"] if sparse is not None else []))
+    f = Function(name, [("ptr", o) for o in (*operands, *buffers)] + [("i64", s) for s in scalars], target)
+    at = dict(zip((*operands, *buffers, *scalars), f.params(), strict=True))
     rows = at["rows"]
-    copy = copy_row(k, dtype, dtype if dot else "float32", target, padded=2 * depth if paired else None)
+    copy = copy_row(k, dtype, dtype if pairs else "float32", target, padded=2 * depth if paired else None)
 
     def fetch(i: Val, _: list[Val]) -> None:
         row = at["m0"] + i
@@ -408,7 +420,10 @@ def layer(
         f.use(copy, f.at(at["x"], row * k, dtype), f.at(at["a"], i * lda, "float32"))
 
     f.loop(0, rows, 1, [], fetch)
-    multiply = _multiplier(f, at, target, codes, k, depth, "dot" if dot else dtype, lda)
+    if sparse is None:
+        multiply = _multiplier(f, at, target, codes, k, depth, "dot" if pairs else dtype, lda)
+    else:
+        multiply = sparse.multiplier(f, at, lda)
 
     def finish(v: Val, gate: Val | None, y_at: Val, mask: Val | None) -> Val:
         if scale is not None:
@@ -439,7 +454,7 @@ def layer(
     def panel(p: Val, _: list[Val]) -> None:
         for part in range(parts):
             tile = f.at(at["tile"], part * chunk * nr, "float32")
-            row_blocks(f, rows, multiply(p * parts + part, tile), target)
+            multiply(p * parts + part, tile)
         column = p * nr
 
         def full() -> None:
@@ -455,10 +470,11 @@ def layer(
             f.when(p < panels - 1, full, tail)
 
     f.loop(at["p0"], at["p1"], 1, [], panel)
-    return Layer(f.finish(), operands, panels, chunk, chunk * lda, parts * chunk * nr, 8)
+    expanded = 0 if sparse is None else sparse.scratch_words
+    return Layer(f.finish(), operands, panels, chunk, chunk * lda, parts * chunk * nr, 8, expanded)
 
 
-def _layer_func(
+def layer_func(
     name: str,
     n: int,
     k: int,
@@ -469,13 +485,18 @@ def _layer_func(
     out_dtype: str | None = None,
     **options: Any,
 ) -> Any:
+    """The PrimFunc of one `layer`, whose parameters are its operands; options are those of `layer`."""
     plan = layer(name, n, k, dtype, target, gated=gated, out_dtype=out_dtype, **options)
     panels = plan.panels
     codes: Codes | None = options.get("codes")
+    sparse: Sparse | None = options.get("sparse")
     shapes: dict[str, tuple[int | str, ...]] = {b: (n,) for b in ("bias", "bias_gate", "bias_up")}
     shapes |= {"x": ("m", k), "residual": ("m", n), "y": ("m", n)}
     dtypes = {"y": out_dtype or dtype}
-    if codes is None:
+    if sparse is not None:
+        shapes |= sparse.shapes(panels, (2,) if gated else (), "size")
+        dtypes |= sparse.dtypes
+    elif codes is None:
         shapes["w"] = pack_gated_shape(n, k, dtype, target) if gated else pack_shape(n, k, dtype, target)
     else:
         lead, nr = (panels, 2) if gated else (panels,), panel_width(target)
@@ -526,7 +547,7 @@ def linear(
     Sums are float32; every step that PyTorch's eager mode writes out is rounded to `dtype`, the last then converted.
     cap(v) = softcap * tanh(v / softcap). Raises TargetError for a dtype or activation that the kernels lack.
     """
-    return _layer_func("linear", n, k, dtype, target, bias=bias, activation=activation, residual=residual, scale=scale,
+    return layer_func("linear", n, k, dtype, target, bias=bias, activation=activation, residual=residual, scale=scale,
                        softcap=softcap, out_dtype=out_dtype)  # fmt: skip
 
 
@@ -575,7 +596,7 @@ def gated_mlp_up(f: int, k: int, dtype: str, target: Target, *, activation: str 
 
     Parameters in order: x[M, k], w[pack_gated_shape], bias_gate[f] and bias_up[f] if `bias`, y[M, f].
     """
-    return _layer_func("gated_mlp_up", f, k, dtype, target, gated=True, bias=bias, activation=activation)
+    return layer_func("gated_mlp_up", f, k, dtype, target, gated=True, bias=bias, activation=activation)
 
 
 def quantized_linear(
@@ -590,7 +611,7 @@ def quantized_linear(
     codes = Codes(scheme, group)
     if group % codes.per_byte:
         raise TargetError(f"groups of {group} codes cut a byte of {scheme} in two")
-    return _layer_func("quantized_linear", n, k, dtype, target, gated=gated, bias=bias, activation=activation,
+    return layer_func("quantized_linear", n, k, dtype, target, gated=gated, bias=bias, activation=activation,
                        residual=residual, codes=codes)  # fmt: skip
 
 

@@ -1,0 +1,150 @@
+"""Sparse matrices: expanding them, and layers and embeddings that read their packed form, a number at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from tvm import tirx
+
+from jisu.compiler import ops, schemes
+from jisu.compiler.graph import Node, Op
+from jisu.compiler.types import product
+from jisu.targets.cpu.generic.build import Builder, Expr, Flat, i64, literal
+from jisu.targets.cpu.generic.contract import bit_of, byte, epilogue, gate_up, kept_elements, level, load, multiply_add
+from jisu.targets.cpu.generic.element import Pull
+from jisu.targets.cpu.generic.index import check, resolve
+from jisu.targets.cpu.generic.scalar import compute_dtype, narrow
+
+ZERO = i64(0)
+
+
+def _expand(b: Builder, pull: Pull, node: Node, target: Flat) -> None:
+    values, mask = node.parents
+    stored = pull.leaves[values]
+    n, k = node.shape
+    size = int(values.shape[0])  # type: ignore[call-overload]
+    kept_elements(b, pull.leaves[mask], int(n), int(k), target, size, lambda row, column, at: b.let(stored[at], "v"))  # type: ignore[call-overload]
+
+
+class _Packed:
+    """The packed form in memory: its values and masks, `where` being a panel's index (and gate or up)."""
+
+    def __init__(self, b: Builder, pull: Pull, node: Node, scales: Node | None, k: int) -> None:
+        values, mask, starts = node.operands[1:4] if node.op is ops.sparse_linear else node.operands[:3]
+        assert values is not None and mask is not None and starts is not None
+        self.b, self.node, self.k = b, node, k
+        self.values, self.mask, self.starts = (pull.leaves[o] for o in (values, mask, starts))
+        self.scales = None if scales is None else pull.leaves[scales]
+        self.panel, self.words = int(mask.shape[-1]) * 4, -(-k // 2)  # type: ignore[call-overload]
+        self.halves = scales is not None and schemes.scheme(node.scheme).bits < 8
+        self.count = int(values.shape[0]) * (2 if self.halves else 1)  # type: ignore[call-overload]
+
+    def bits(self, where: Sequence[Expr], word: Expr) -> Expr:
+        """Where the bits of a word begin."""
+        return self.b.let(self.mask.offset([*where, word, ZERO]), "bits")
+
+    def bit(self, lane: Expr, within: Expr) -> Expr:
+        """The number of a lane's and an input's bit in its word."""
+        return lane * i64(2) + within if self.node.pair == 2 else within * i64(self.panel) + lane
+
+    def there(self, at: Expr) -> Expr:
+        """Whether there is a value number `at`."""
+        return tirx.all(at >= ZERO, at < i64(self.count))
+
+    def value(self, where: Sequence[Expr], at: Expr, lane: Expr, k: Expr, dtype: str) -> Expr:
+        """The kept number `at` of a panel in `dtype`, in which arithmetic on it is done."""
+        b, node = self.b, self.node
+        if self.scales is None:
+            return load(b, self.values, at)
+        code = byte(b, self.values, tirx.floordiv(at, i64(2)) if self.halves else at)
+        if self.halves:
+            code = code >> (tirx.Cast("int32", tirx.floormod(at, i64(2))) * 4)
+        code = b.let(tirx.bitwise_and(code, 2 ** schemes.scheme(node.scheme).bits - 1), "code")
+        group = tirx.floordiv(k, i64(node.group or self.k))
+        scale, shift = (b.let(self.scales[self.scales.offset([*where, group, i64(i), lane])]) for i in (0, 1))
+        found = level(b, node.scheme, code) * scale + shift
+        return b.let(found if dtype == "float32" else tirx.Cast(dtype, found))
+
+
+def _sparse_linear(b: Builder, pull: Pull, node: Node, target: Flat) -> None:
+    x, _, mask = node.parents[:3]
+    dtype, k = compute_dtype(node.dtype), int(x.shape[-1])  # type: ignore[call-overload]
+    left, packed = pull.leaves[x], _Packed(b, pull, node, node.operands[4], k)
+    depth, width, m, panel = i64(k), i64(node.outputs), product(node.shape[:-1]), i64(packed.panel)
+
+    def strip(outer: list[Expr]) -> None:
+        row, p = outer
+        sums = [b.scratch(packed.panel, dtype) for _ in range(2 if node.gated else 1)]
+        for half, total in enumerate(sums):
+            where = [p, i64(half)] if node.gated else [p]
+            position = b.scratch(1, "int64")
+            b.store(position, ZERO, packed.starts[where])
+            with b.loop(panel) as lane:
+                b.store(total, lane, literal(0, dtype))
+            with b.loop(packed.words) as word:
+                first = packed.bits(where, word)
+                with b.loop(2 * packed.panel) as bit:
+                    with b.when(tirx.NE(bit_of(b, packed.mask, first, bit), 0)):
+                        if node.pair == 2:
+                            lane, within = tirx.floordiv(bit, i64(2)), tirx.floormod(bit, i64(2))
+                        else:
+                            lane, within = tirx.floormod(bit, panel), tirx.floordiv(bit, panel)
+                        lane, column = b.let(lane, "lane"), b.let(word * i64(2) + within, "k")
+                        at = b.let(position[ZERO], "at")
+                        with b.when(tirx.all(packed.there(at), column < depth)):
+                            w = packed.value(where, at, lane, column, dtype)
+                            a = load(b, left, row * depth + column)
+                            b.store(total, lane, multiply_add(a, w, total[lane], dtype))
+                        b.store(position, ZERO, at + i64(1))
+        with b.loop(tirx.min(panel, width - p * panel)) as lane:
+            column = b.let(p * panel + lane, "column")
+            values = [b.let(total[lane], "v") for total in sums]
+            done = gate_up(b, node, *values) if node.gated else epilogue(b, pull, node, values[0], row, column)
+            b.store(target, row * width + column, done)
+
+    b.spread([m, mask.shape[0]], product((m, node.outputs, k)) * 8, strip)
+
+
+def _sparse_take(b: Builder, pull: Pull, node: Node, target: Flat) -> None:
+    indices, scales = node.operands[3:]
+    assert indices is not None
+    packed = _Packed(b, pull, node, scales, node.width)
+    dtype = compute_dtype(node.dtype)
+    check(b, pull, indices, node.rows)
+
+    def row(outer: list[Expr]) -> None:
+        picked = resolve(b, pull.fresh(), indices, outer, i64(node.rows))
+        p, lane = b.let(tirx.floordiv(picked, i64(packed.panel))), b.let(tirx.floormod(picked, i64(packed.panel)))
+        own = [b.let(packed.bit(lane, i64(within)), "own") for within in (0, 1)]
+        position = b.scratch(1, "int64")
+        b.store(position, ZERO, packed.starts[[p]])
+        with b.loop(packed.words) as word:
+            first = packed.bits([p], word)
+            before = [b.scratch(1, "int64") for _ in own]
+            for count in before:
+                b.store(count, ZERO, position[ZERO])
+            with b.loop(packed.panel // 4) as j:
+                held = b.let(byte(b, packed.mask, first + j), "held")
+                for count, bit in zip(before, own, strict=True):
+                    behind = tirx.max(tirx.min(bit - j * i64(8), i64(8)), ZERO)  # bits of this byte before ours
+                    earlier = tirx.bitwise_and(held, (tirx.IntImm("int32", 1) << tirx.Cast("int32", behind)) - 1)
+                    b.store(count, ZERO, count[ZERO] + tirx.Cast("int64", tirx.popcount(earlier)))
+                b.store(position, ZERO, position[ZERO] + tirx.Cast("int64", tirx.popcount(held)))
+            for within, (count, bit) in enumerate(zip(before, own, strict=True)):
+                k = b.let(word * i64(2) + i64(within), "k")
+                with b.when(k < i64(node.width)):
+                    at = b.let(count[ZERO], "at")
+                    b.store(target, [*outer, k], narrow(b, literal(0, dtype), node.dtype))
+                    with b.when(tirx.all(tirx.NE(bit_of(b, packed.mask, first, bit), 0), packed.there(at))):
+                        value = packed.value([p], at, lane, k, dtype)
+                        b.store(target, [*outer, k], narrow(b, value, node.dtype))
+
+    b.spread(indices.shape, node.tensor.size * 32, row)
+
+
+BODIES: Mapping[Op, Callable[[Builder, Pull, Node, Flat], None]] = {
+    ops.expand: _expand,
+    ops.sparse_linear: _sparse_linear,
+    ops.sparse_take: _sparse_take,
+}
+"""Bodies of this module's ops."""

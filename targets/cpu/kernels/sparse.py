@@ -1,0 +1,321 @@
+"""Linear layers over sparse weights in panels (see `ops.sparse`), for machines with AVX-512's expanding instructions.
+
+A word of two inputs has 64 bits for a panel of 32 outputs. The kept numbers are loaded from where they stand and spread
+over a register's lanes by the bits; the position goes on by their count. One row is multiplied while the weights are
+expanded; for several, each task expands a panel once and multiplies by all rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import attrs
+import numpy as np
+
+from jisu.compiler import schemes
+from jisu.compiler.errors import TargetError
+from jisu.targets.cpu.isa import ITEMSIZE, Function, Micro, Val, require_dtype, vector_type
+from jisu.targets.cpu.kernels.matmul import (
+    PREFETCH_WORDS,
+    VECTORS,
+    Codes,
+    block_sizes,
+    dot,
+    layer_func,
+    level,
+    panel_width,
+    product,
+    row_blocks,
+    uses_dot,
+    words_as_floats,
+)
+from jisu.targets.target import Target
+
+
+def expands(dtype: str, target: Target) -> bool:
+    """Whether the target has the instructions that expand float32, or smaller numbers ("uint8": codes)."""
+    needed = ("avx512f",) if dtype == "float32" else ("avx512vbmi", "avx512vbmi2")
+    return target.vector_bytes == 64 and target.has(*needed)
+
+
+@attrs.frozen
+class Sparse:
+    """How a layer of `k` inputs reads sparse weights of `dtype`, or of codes."""
+
+    k: int
+    dtype: str
+    target: Target
+    codes: Codes | None = None
+
+    @property
+    def operands(self) -> tuple[str, ...]:
+        """What stands in memory behind the values."""
+        return ("mask", "starts", *(("scales",) if self.codes else ()))
+
+    @property
+    def words(self) -> int:
+        """Pairs of inputs."""
+        return -(-self.k // 2)
+
+    @property
+    def dots(self) -> bool:
+        """Whether pairs of numbers are multiplied at once."""
+        return self.codes is None and uses_dot(self.dtype, self.target)
+
+    @property
+    def _paired(self) -> bool:
+        """Whether two inputs of an output stand side by side."""
+        return self.codes is None and self.dtype != "float32"
+
+    @property
+    def scratch_words(self) -> int:
+        """32-bit words of an expanded panel."""
+        return self.words * panel_width(self.target) * (1 if self._paired else 2)
+
+    def shapes(self, panels: int, parts: tuple[int, ...], size: str) -> dict[str, tuple[int | str, ...]]:
+        """Shapes of the operands."""
+        nr = panel_width(self.target)
+        shapes: dict[str, tuple[int | str, ...]] = {
+            "w": (size,),
+            "mask": (panels, *parts, self.words, nr // 4),
+            "starts": (panels, *parts),
+        }
+        if self.codes:
+            shapes["scales"] = (panels, *parts, self.codes.groups(self.k), 2, nr)
+        return shapes
+
+    @property
+    def dtypes(self) -> dict[str, str]:
+        """Dtypes of the operands that differ from the layer's."""
+        coded = {"w": "uint8", "scales": "float32"} if self.codes else {}
+        return {"mask": "uint8", "starts": "int64", **coded}
+
+    def multiplier(self, f: Function, at: Mapping[str, Val], lda: int) -> Callable[[Val, Val], None]:
+        """What multiplies all copied rows by a panel, given its number and a tile."""
+        nr, target = panel_width(self.target), self.target
+        sizes = block_sizes(target)
+        kind = "dot" if self.dots else self.dtype if self._paired else "float32"
+        depth = self.words if self._paired else 2 * self.words
+        products = {mr: product(mr, target, weights=kind, k=depth) for mr in sizes}
+        single, whole = self._walk(multiply=True), self._walk(multiply=False)
+        rows = at["rows"]
+
+        def of(number: Val, tile: Val) -> None:
+            first = f.load("i64", f.at(at["starts"], number, "int64"))
+            bits = f.at(at["mask"], number * (self.words * nr // 4), "i8")
+            coded = []
+            if self.codes:
+                coded = [f.at(at["scales"], number * (self.codes.groups(self.k) * 2 * nr), "float32")]
+
+            def many() -> None:
+                f.use(whole, at["w"], bits, first, *coded, at["expanded"])
+                row_blocks(
+                    f, rows, lambda mr, m: f.use(
+                        products[mr], f.at(at["a"], m * lda, "float32"), lda, at["expanded"], nr,
+                        f.at(tile, m * nr, "float32"), nr, depth,
+                    ), target,
+                )  # fmt: skip
+
+            f.when(rows.cmp("eq", 1), lambda: f.use(single, at["w"], bits, first, *coded, at["a"], tile), many)
+
+        return of
+
+    def _walk(self, multiply: bool) -> Micro:
+        """void(values, mask, first value, [scales,] out): out = the expanded panel; or, to multiply,
+
+        void(values, mask, first value, [scales,] a, out): out[NR] = a[k] @ panel.
+        """
+        names = ("w", "bits", "first", *(["scales"] if self.codes else []), *(["a"] if multiply else []), "out")
+        f = Function("sparse_row" if multiply else "expand", [("i64" if n == "first" else "ptr", n) for n in names], self.target)  # fmt: skip
+        at = dict(zip(names, f.params(), strict=True))
+        nr, vec, zero = panel_width(self.target), vector_type("float", f.lanes), f.const(0.0, "float")
+        width = VECTORS if self.dots else 2 * VECTORS  # accumulators of one word
+        chains = 8 // width if multiply else 1
+        # A chain carries its accumulators and the sum of the inputs that it has seen.
+        nothing = [*([f.const(0.0, vec)] * width), zero] * (chains if multiply else 0)
+        size = width + 1
+
+        def word(index: Val, position: Val, sums: list[Val], group: Group | None) -> tuple[list[Val], Val]:
+            columns, after = self._columns(f, at, index, position, group)
+            if not multiply:
+                lanes = nr if self._paired else 2 * nr
+                for i, v in enumerate(columns):
+                    w = v if group is None else f.fma(v, group.scales[i % VECTORS], group.shifts[i % VECTORS])
+                    f.store(w, f.at(at["out"], index * lanes + i * f.lanes, "float32"))
+                return sums, after
+            if self.dots:
+                pair = f.splat(f.load("float", f.at(at["a"], index, "float32")), f.lanes)
+                return [*(dot(f, pair, w, s) for w, s in zip(columns, sums, strict=False)), sums[-1]], after
+            if self._paired:  # halves of each word
+                split = [words_as_floats(f, f.cast("bitcast", v, "i32"), self.dtype) for v in columns]
+                columns = [part[half] for half in (0, 1) for part in split]
+            xs = [f.load("float", f.at(at["a"], index * 2 + i, "float32")) for i in (0, 1)]
+            spread = [f.splat(x, f.lanes) for x in xs]
+            seen = sums[-1] + (xs[0] + xs[1]) if self.codes else sums[-1]
+            return [*(f.fma(spread[i // VECTORS], w, sums[i]) for i, w in enumerate(columns)), seen], after
+
+        def run(start: Val | int, stop: Val | int, position: Val, group: Group | None) -> tuple[Val, list[Val]]:
+            """Position and sums of a range of words: VECTORS registers, and the sum of inputs."""
+
+            def several(index: Val, values: list[Val]) -> list[Val]:
+                here, new = values[0], []
+                for n in range(chains):
+                    sums, here = word(index + n, here, values[1 + n * size : 1 + (n + 1) * size], group)
+                    new += sums
+                return [here, *new]
+
+            def one(index: Val, values: list[Val]) -> list[Val]:
+                sums, here = word(index, values[0], values[1:], group)
+                return [here, *sums]
+
+            if not multiply:
+                return f.loop(start, stop, 1, [position], one)[0], []
+            here, *sums, end = f.loop(start, f.i64(stop) - (chains - 1), chains, [position, *nothing], several)
+            here, *first, _ = f.loop(end, stop, 1, [here, *sums[:size]], one)
+            sums[:size] = first
+            totals = [_sum([s for n in range(chains) for s in sums[n * size + j : (n + 1) * size - 1 : VECTORS]]) for j in range(VECTORS)]  # fmt: skip
+            return here, [*totals, _sum(sums[width::size])]
+
+        if self.codes is None:
+            _, totals = run(0, self.words, at["first"], None)
+        else:
+            codes, each = self.codes, self.codes.group // 2 or self.words
+
+            def over_group(i: Val, values: list[Val]) -> list[Val]:
+                group = _group(f, codes.scheme, f.at(at["scales"], i * (2 * nr), "float32"))
+                here, sums = run(i * each, f.minimum(i * each + each, self.words), values[0], group)
+                if not multiply:
+                    return [here]
+                new = []
+                for j in range(VECTORS):
+                    total = f.fma(sums[j], group.scales[j], values[1 + j])
+                    new.append(f.fma(f.splat(sums[-1], f.lanes), group.shifts[j], total))
+                return [here, *new]
+
+            empty = [f.const(0.0, vec)] * (VECTORS if multiply else 0)
+            _, *totals, _ = f.loop(0, codes.groups(self.k), 1, [at["first"], *empty], over_group)
+        for j in range(VECTORS if multiply else 0):
+            f.store(totals[j], f.at(at["out"], j * f.lanes, "float32"))
+        return f.finish()
+
+    def _columns(
+        self, f: Function, at: Mapping[str, Val], index: Val, position: Val, group: Group | None
+    ) -> tuple[list[Val], Val]:
+        """The registers float32 of a word (16-bit numbers in pairs, levels of codes), and the position behind it."""
+        bits = f.load("i64", f.at(at["bits"], index * 8, "i8"))
+        after = position + _count(f, bits)
+        per_byte = self.codes.per_byte if self.codes else 1
+        size = 1 if self.codes else ITEMSIZE[self.dtype]
+        byte = position >> 1 if per_byte == 2 else position * size
+        for line in range(0, 48 * size // per_byte, 64):  # at most three quarters are there, as a rule
+            f.prefetch(f.at(f.at(at["w"], byte, "i8"), 4 * PREFETCH_WORDS + line, "i8"))
+        if group is None:
+            stored, lanes = ("i16", 32) if self._paired else ("float", 16)
+            found = []
+            for first in range(0, 64, lanes):
+                here = position if not first else position + _count(f, bits & ((1 << first) - 1))
+                loaded = f.load(vector_type(stored, lanes), f.at(at["w"], here, stored))
+                spread = _expand(f, loaded, _lanes(f, bits, first, lanes), f.const(0, loaded.type))
+                found.append(f.op(f"bitcast {spread.type} {spread.name} to <16 x float>", "<16 x float>") if self._paired else spread)  # fmt: skip
+            return found, after
+        assert self.codes is not None
+        kind = schemes.scheme(self.codes.scheme)
+        loaded = self._codes(f, at["w"], position)
+        if kind.uniform:
+            loaded = loaded - int(kind.middle)
+        codes = _expand(f, loaded, _lanes(f, bits, 0, 64), group.absent)
+        found = []
+        for i in range(2 * VECTORS):
+            chosen = ", ".join(f"i32 {16 * i + lane}" for lane in range(16))
+            part = f.op(f"shufflevector {codes.type} {codes.name}, {codes.type} poison, <16 x i32> <{chosen}>", "<16 x i8>")  # fmt: skip
+            if kind.uniform:
+                found.append(f.cast("sitofp", f.cast("sext", part, "i32"), "float"))
+            else:
+                found.append(level(f, self.codes.scheme, f.cast("zext", part, "i32")))
+        return found, after
+
+    def _codes(self, f: Function, base: Val, position: Val) -> Val:
+        """64 codes from `position` on, a byte each."""
+        assert self.codes is not None
+        if self.codes.per_byte == 1:
+            return f.load("<64 x i8>", f.at(base, position, "i8"))
+        # Halves of bytes, the first of which may be an upper one: each 8 bytes from a multiple of 4 on hold 8 of them.
+        loaded = f.load("<64 x i8>", f.at(base, position >> 1, "i8"))
+        places = _bytes([4 * (i // 8) + i % 8 for i in range(64)], f)
+        held = f.call("<64 x i8>", "llvm.x86.avx512.permvar.qi.512", loaded, places)
+        odd = f.cast("trunc", (position & 1) << 2, "i8")  # a selection would become a branch that can't be foreseen
+        chosen = _bytes([4 * (i % 8) for i in range(64)], f) + odd
+        return f.call("<64 x i8>", "llvm.x86.avx512.pmultishift.qb.512", chosen, held) & 15
+
+
+@attrs.frozen(eq=False)
+class Group:
+    """What turns levels of codes into values (level * scale + shift), and the codes of absent numbers: 64 bytes."""
+
+    scales: list[Val]
+    shifts: list[Val]
+    absent: Val
+
+
+def _group(f: Function, scheme: str, scales: Val) -> Group:
+    """Levels of uniform schemes are counted from the middle, so that a sum of them is as small as that of the values."""
+    kind = schemes.scheme(scheme)
+    vec = vector_type("float", f.lanes)
+    loaded = [f.load(vec, f.at(scales, j * f.lanes, "float32")) for j in range(2 * VECTORS)]
+    scale, shift = loaded[:VECTORS], loaded[VECTORS:]
+    if not kind.uniform:
+        code = int(np.abs(kind.levels).argmin())
+        return Group(scale, shift, f.const(code, "<64 x i8>"))
+    shift = [f.fma(s, f.like(kind.middle, s), t) for s, t in zip(scale, shift, strict=True)]
+    whole = [f.call(vec, "llvm.rint.v16f32", -t / s) for s, t in zip(scale, shift, strict=True)]
+    parts = [f.cast("fptosi", w, "i8") for w in whole]
+    lanes = ", ".join(f"i32 {i % 32}" for i in range(64))
+    absent = f.op(f"shufflevector <16 x i8> {parts[0].name}, <16 x i8> {parts[1].name}, <64 x i32> <{lanes}>", "<64 x i8>")  # fmt: skip
+    return Group(scale, shift, absent)
+
+
+def _sum(parts: list[Val]) -> Val:
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total
+
+
+def _bytes(values: list[int], f: Function) -> Val:
+    return Val(f, "<" + ", ".join(f"i8 {v}" for v in values) + ">", f"<{len(values)} x i8>")
+
+
+def _count(f: Function, bits: Val) -> Val:
+    return f.call("i64", "llvm.ctpop.i64", bits)
+
+
+def _lanes(f: Function, bits: Val, first: int, lanes: int) -> Val:
+    """`lanes` of 64 bits, from bit `first` on, as a mask."""
+    part = f.cast("trunc", bits >> first if first else bits, f"i{lanes}") if lanes < 64 else bits
+    return f.op(f"bitcast i{lanes} {part.name} to <{lanes} x i1>", f"<{lanes} x i1>")
+
+
+def _expand(f: Function, values: Val, mask: Val, other: Val) -> Val:
+    """The first values in the lanes of the mask, `other` in the rest."""
+    suffix = {"<16 x float>": "v16f32", "<32 x i16>": "v32i16", "<64 x i8>": "v64i8"}[values.type]
+    return f.call(values.type, f"llvm.x86.avx512.mask.expand.{suffix}", values, other, mask)
+
+
+def sparse_linear(
+    n: int, k: int, dtype: str, target: Target, *, scheme: str = "none", group: int = 0, gated: bool = False,
+    bias: bool = False, activation: str = "none", residual: bool = False,
+) -> Any:  # fmt: skip
+    """PrimFunc of `matmul.linear`, or with `gated` of `gated_mlp_up`, whose weights are sparse (see `ops.sparse_linear`).
+
+    Parameters in order: x[M, k], values, mask uint8, starts int64, scales float32 of codes, bias[n] if `bias`, residual[M, n] if
+    `residual`, y[M, n]. Raises TargetError where the target can't expand, or two inputs of a word belong to different groups.
+    """
+    require_dtype(dtype, target)
+    codes = None if scheme == "none" else Codes(scheme, group)
+    if not expands("uint8" if codes else dtype, target):
+        raise TargetError(f"target {target.name!r} has no instructions that expand sparse weights")
+    if group % 2:
+        raise TargetError(f"groups of {group} codes cut a word of two inputs")
+    return layer_func("sparse_linear", n, k, dtype, target, gated=gated, bias=bias, activation=activation,
+                      residual=residual, sparse=Sparse(k, dtype, target, codes))  # fmt: skip
