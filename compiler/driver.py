@@ -253,13 +253,21 @@ def _lossy_passes(source: Source, recipe: Recipe, calibration: Any, tell: Progre
             raise InputError('calibration is given, but the recipe quantizes nothing; give a recipe such as "int4"')
         return ()
     from jisu.passes.quantization import Quantize
+    from jisu.passes.quantization.activations import QuantizeActivations
 
-    if calibration is not None and all(rule.algorithm == "rtn" for rule in recipe.quantize):
+    if calibration is not None and not any(rule.calibrated for rule in recipe.quantize):
         raise InputError(
             'calibration is given, but the recipe only rounds to the nearest; use algorithm = "auto" or "gptq"'
         )
     tokens = None if calibration is None else _calibration_tokens(source, recipe, calibration)
-    return (Quantize(recipe.quantize, tokens, progress=lambda done: tell("quantizing", 0.3 + 0.1 * done)),)
+
+    def during(begin: float, end: float) -> Callable[[float], None]:
+        return lambda done: tell("quantizing", begin + (end - begin) * done)
+
+    return (
+        QuantizeActivations(recipe.quantize, tokens, during(0.32, 0.34)),
+        Quantize(recipe.quantize, tokens, during(0.34, 0.4)),
+    )
 
 
 def _calibration_tokens(source: Source, recipe: Recipe, calibration: Any) -> np.ndarray:

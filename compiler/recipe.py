@@ -76,9 +76,28 @@ def _is_algorithm(_: Any, attribute: attrs.Attribute[str], value: str) -> None:
         )
 
 
-ALGORITHMS = ("auto", "rtn", "gptq")
-"""How codes are found: "rtn" rounds to the nearest, "gptq" keeps each layer's outputs on calibration text, "auto" does the
-latter where there is such text."""
+ALGORITHMS = ("auto", "rtn", "gptq", "awq")
+"""How codes are found: "rtn" rounds to the nearest, "gptq" keeps each layer's outputs on calibration text, "awq" scales channels and
+clips ranges on it before rounding to the nearest, "auto" does as "gptq" where there is such text."""
+
+ACTIVATIONS = ("none", *(s.name for s in SCHEMES.values() if s.computes))
+"""Schemes to which the values that a layer reads can be rounded at each call."""
+
+RANGES = ("dynamic", "static")
+"""Where the scales of such values come from: at each call from the token, or once from calibration text for all tokens."""
+
+ROTATIONS = ("none", "hadamard")
+"""How the channels of the residual stream and of heads are mixed before quantizing."""
+
+
+def _one_of(what: str, known: tuple[str, ...]) -> Any:
+    def check(_: Any, attribute: attrs.Attribute[str], value: str) -> None:
+        if value not in known:
+            raise RecipeError(
+                f"{attribute.name}: unknown {what} {value!r}{_nearest(str(value), known)} (known: {', '.join(known)})"
+            )
+
+    return check
 
 
 @attrs.frozen(kw_only=True)
@@ -90,6 +109,10 @@ class QuantizeRecipe:
     what is usual for the scheme. symmetric: no zeros. algorithm: one of `ALGORITHMS`; with calibration also search (how many
     ranges a group's scale is chosen from), match (0 to 1: how far layers make up for errors of those before them) and
     refine (sweeps of coordinate descent after it).
+
+    activations: the scheme that what the layers read is rounded to, one of `ACTIVATIONS`: a scale per token, or per the scheme's group
+    of channels; activation_range: one of `RANGES` ("static": one scale per layer). smooth: SmoothQuant's alpha, how much of the spread
+    between channels moves from what the layers read into their weights (0: none of it).
     """
 
     layers: str = attrs.field(default="*", validator=attrs.validators.instance_of(str))
@@ -100,10 +123,38 @@ class QuantizeRecipe:
     search: int = attrs.field(default=16, validator=_between(0, 1000))
     match: float = attrs.field(default=1.0, validator=_share)
     refine: int = attrs.field(default=8, validator=_between(0, 1000))
+    activations: str = attrs.field(default="none", validator=_one_of("scheme", ACTIVATIONS))
+    activation_range: str = attrs.field(default="dynamic", validator=_one_of("range", RANGES))
+    smooth: float = attrs.field(default=0.0, validator=_share)
 
     def __attrs_post_init__(self) -> None:
+        if self.scheme == "none":
+            for key in ("activations", "smooth"):
+                if getattr(self, key) not in ("none", 0):
+                    raise RecipeError(
+                        f'{key} is for layers whose weights are quantized; give them a scheme, not "none"'
+                    )
+        if self.smooth and self.algorithm == "awq":
+            raise RecipeError("smooth and awq both scale channels: leave one of them out")
+        if self.activation_range == "static":
+            if self.activations == "none":
+                raise RecipeError('activation_range needs activations, such as activations = "int8"')
+            if SCHEMES[self.activations].scale == "e8m0":
+                raise RecipeError(f'{self.activations} takes its scales from the values: activation_range = "dynamic"')
         if not self.symmetric and self.scheme != "none" and not SCHEMES[self.scheme].uniform:
             raise RecipeError(f"{self.scheme} has no zeros: symmetric = false is for integer schemes")
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether calibration text makes a difference."""
+        weights = self.algorithm != "rtn" and self.scheme != "none"
+        return weights or self.smooth > 0 or self.activation_range == "static"
+
+    @property
+    def channels_per_scale(self) -> int:
+        """The group of channels of the activations' scheme that share a scale; 0 for a whole token."""
+        kind = SCHEMES.get(self.activations)
+        return 0 if kind is None or kind.scale == "float16" else kind.group
 
     @property
     def inputs_per_scale(self) -> int:
@@ -126,7 +177,8 @@ class Recipe:
 
     fuse: run the fusion rules. pack: bring weights into their kernels' order. max_fold_bytes: the largest tensor that
     constant folding makes. prefill_chunk: tokens of a prompt that are read at a time. quantize: how weights are stored, of several
-    entries the last that matches a layer; a scheme's name alone means all layers. calibration: how its text is cut.
+    entries the last that matches a layer; a scheme's name alone means all layers. rotate: one of `ROTATIONS`, done before. calibration:
+    how its text is cut.
     """
 
     fuse: bool = attrs.field(default=True, validator=_is_bool)
@@ -134,6 +186,7 @@ class Recipe:
     max_fold_bytes: int = attrs.field(default=1 << 20, validator=_between(0, 1 << 30))
     prefill_chunk: int = attrs.field(default=512, validator=_between(1, 1 << 20))
     quantize: tuple[QuantizeRecipe, ...] = ()
+    rotate: str = attrs.field(default="none", validator=_one_of("rotation", ROTATIONS))
     calibration: CalibrationRecipe = attrs.field(factory=CalibrationRecipe)
     cache: CacheRecipe = attrs.field(factory=CacheRecipe)
 
