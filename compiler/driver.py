@@ -254,6 +254,7 @@ def _lossy_passes(source: Source, recipe: Recipe, calibration: Any, tell: Progre
         return ()
     from jisu.passes.quantization import Quantize
     from jisu.passes.quantization.activations import QuantizeActivations
+    from jisu.passes.quantization.equalize import Equalize
 
     if calibration is not None and not any(rule.calibrated for rule in recipe.quantize):
         raise InputError(
@@ -265,6 +266,7 @@ def _lossy_passes(source: Source, recipe: Recipe, calibration: Any, tell: Progre
         return lambda done: tell("quantizing", begin + (end - begin) * done)
 
     return (
+        Equalize(recipe.quantize, tokens, during(0.3, 0.32)),
         QuantizeActivations(recipe.quantize, tokens, during(0.32, 0.34)),
         Quantize(recipe.quantize, tokens, during(0.34, 0.4)),
     )
