@@ -255,6 +255,7 @@ def _lossy_passes(source: Source, recipe: Recipe, calibration: Any, tell: Progre
     from jisu.passes.quantization import Quantize
     from jisu.passes.quantization.activations import QuantizeActivations
     from jisu.passes.quantization.equalize import Equalize
+    from jisu.passes.quantization.rotate import Rotate
 
     if calibration is not None and not any(rule.calibrated for rule in recipe.quantize):
         raise InputError(
@@ -266,6 +267,7 @@ def _lossy_passes(source: Source, recipe: Recipe, calibration: Any, tell: Progre
         return lambda done: tell("quantizing", begin + (end - begin) * done)
 
     return (
+        *([Rotate()] if recipe.rotate == "hadamard" else []),
         Equalize(recipe.quantize, tokens, during(0.3, 0.32)),
         QuantizeActivations(recipe.quantize, tokens, during(0.32, 0.34)),
         Quantize(recipe.quantize, tokens, during(0.34, 0.4)),

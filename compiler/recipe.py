@@ -190,6 +190,10 @@ class Recipe:
     calibration: CalibrationRecipe = attrs.field(factory=CalibrationRecipe)
     cache: CacheRecipe = attrs.field(factory=CacheRecipe)
 
+    def __attrs_post_init__(self) -> None:
+        if self.rotate != "none" and all(rule.scheme == "none" for rule in self.quantize):
+            raise RecipeError("rotate is for models that are quantized; give quantize, too")
+
     @classmethod
     def resolve(cls, recipe: Recipe | str | os.PathLike[str] | Mapping[str, Any] | None) -> Recipe:
         """A recipe from itself, a preset's name, a TOML file's path, a mapping of keys, or None for the default.

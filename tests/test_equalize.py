@@ -13,7 +13,7 @@ import jisu
 from jisu.compiler import ops
 from jisu.compiler.graph import Graph
 from jisu.compiler.interpret import interpret
-from jisu.compiler.pipeline import Pipeline, relative_error
+from jisu.compiler.pipeline import Pass, Pipeline, relative_error
 from jisu.compiler.recipe import QuantizeRecipe, Recipe
 from jisu.compiler.schemes import SCHEMES
 from jisu.compiler.verify import verify
@@ -24,6 +24,7 @@ from jisu.passes.quantization.activations import QuantizeActivations
 from jisu.passes.quantization.awq import clipped_grid, search_factors
 from jisu.passes.quantization.equalize import Equalize, apply, find_sites, smooth_factors
 from jisu.passes.quantization.gptq import choose_grid
+from jisu.passes.quantization.rotate import Rotate, find_heads, find_stream, hadamard, rotation
 
 HEAD = QuantizeRecipe(layers="lm_head", scheme="none")
 
@@ -37,8 +38,7 @@ def ids(windows: int, length: int, seed: int) -> np.ndarray:
 
 
 def logits(graph: Graph, tokens: np.ndarray) -> np.ndarray:
-    positions = np.ascontiguousarray(np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape))
-    return interpret(graph, [tokens, positions][: len(graph.inputs)])[0]
+    return interpret(graph, _inputs(graph, tokens))[0]
 
 
 def planted(graph: Graph) -> Graph:
@@ -221,3 +221,88 @@ def test_recipes_that_do_not_fit(entry: dict[str, Any], words: str) -> None:
 
 def test_every_architecture_above_is_known() -> None:
     assert set(SITES) <= set(DECODERS)
+
+
+# --- Rotations -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [1, 2, 12, 20, 28, 36, 48, 64, 80, 96, 128, 576, 768, 896])
+def test_hadamard_matrices(n: int) -> None:
+    found = hadamard(n).astype(int)
+    assert (np.abs(found) == 1).all()
+    np.testing.assert_array_equal(found @ found.T, n * np.eye(n))
+    turn = rotation(n, 3).astype(np.float64)
+    np.testing.assert_allclose(turn @ turn.T, np.eye(n), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "llama_tied", "qwen3", "phi3", "qwen2", "mistral"])
+def test_a_rotated_model_gives_the_same_logits(name: str) -> None:
+    graph, tokens = decoder(name), ids(2, 16, 0)
+    rotated = verify(Rotate()(graph))
+    np.testing.assert_allclose(logits(rotated, tokens), logits(graph, tokens), atol=1e-4)
+    assert len(find_heads(graph)) == 4  # values and what reads them, in two layers
+    stream = find_stream(graph)
+    assert len(stream.norms) == 5 and all(
+        n.operands[1] is None for n in rotated.nodes if n.op is ops.rms_norm and n.rank == 3
+    )
+    residual = {n: i for i, n in enumerate(graph.nodes)}
+    values, turned = (interpret(g, _inputs(g, tokens), keep=True) for g in (graph, rotated))
+    assert isinstance(values, dict) and isinstance(turned, dict)
+    first = min(stream.nodes, key=residual.__getitem__)
+    other = next(n for n in rotated.nodes if n.op is ops.take)
+    np.testing.assert_allclose(turned[other], values[first] @ rotation(32, 0), atol=1e-5)
+
+
+def _inputs(graph: Graph, tokens: np.ndarray) -> list[np.ndarray]:
+    positions = np.ascontiguousarray(np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape))
+    return [tokens, positions][: len(graph.inputs)]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("gpt2", "layer_norm .*subtracts the mean"),
+        ("gemma2", "rms_norm writes to the residual stream: its gain scales channels"),
+        ("olmo2", "rms_norm writes to the residual stream"),
+        ("cohere2", "layer_norm reads the residual stream"),
+        ("mixtral", "reshape .*reads a norm of the residual stream"),
+    ],
+)
+def test_what_cannot_be_rotated_says_why(name: str, words: str) -> None:
+    with pytest.raises(jisu.RecipeError, match=f"rotate: {words}"):
+        Rotate()(decoder(name))
+
+
+def test_rotated_outliers_cost_less() -> None:
+    """Gains are folded first, so outliers that norms make end in the weights' columns, and those are mixed."""
+    graph, probe = planted(decoder("llama")), ids(6, 24, 1)
+    rules = (QuantizeRecipe(scheme="int4", group=0, activations="int4"), HEAD)
+    steps = (QuantizeActivations(rules), Quantize(rules))
+
+    def error(*before: Pass) -> float:
+        found = logits(Pipeline((*before, *steps)).run(graph)[0], probe)
+        return float(np.square(found - logits(graph, probe)).mean())
+
+    assert error(Rotate()) < 0.5 * error(), (error(Rotate()), error())
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words"),
+    [
+        ({"rotate": "hadamart", "quantize": "int8"}, "did you mean 'hadamard'"),
+        ({"rotate": "hadamard"}, "rotate is for models that are quantized"),
+    ],
+    ids=str,
+)
+def test_rotations_that_do_not_fit(recipe: dict[str, Any], words: str) -> None:
+    with pytest.raises(jisu.RecipeError, match=words):
+        jisu.compile(make("llama"), recipe=recipe)
+
+
+@pytest.mark.parametrize("name", ["llama_tied", pytest.param("phi3", marks=pytest.mark.slow)])
+def test_a_rotated_program_steps_as_the_whole(name: str) -> None:
+    program = jisu.compile(make(name), recipe={"rotate": "hadamard", "quantize": "int8"}, check="numeric")
+    whole = program(ids(2, 20, 2)).logits
+    session = program.session()
+    parts = [session.append(ids(2, 20, 2)[:, a:b]) for a, b in ((0, 7), (7, 8), (8, 20))]
+    np.testing.assert_allclose(np.concatenate(parts, 1), whole, atol=1e-4)
