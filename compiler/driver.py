@@ -335,7 +335,7 @@ def _still_to_do(
 
 def _lossy_passes(source: Source, recipe: Recipe, calibration: Any, tell: Progress) -> tuple[Pass, ...]:
     """The passes that a recipe's lossy part asks for, with their calibration tokens."""
-    used = any(r.calibrated for r in recipe.remove) or any(r.algorithm != "rtn" for r in recipe.quantize)
+    used = any(r.calibrated for r in recipe.remove) or any(r.calibrated for r in recipe.quantize)
     if calibration is not None and not used:
         if not recipe.quantize and not recipe.remove:
             raise InputError(
@@ -346,15 +346,29 @@ def _lossy_passes(source: Source, recipe: Recipe, calibration: Any, tell: Progre
             'use algorithm = "auto" or "gptq", importance = "auto" or "activation"'
         )
     tokens = None if calibration is None else _calibration_tokens(source, recipe, calibration)
+
+    def during(stage: str, begin: float, end: float) -> Callable[[float], None]:
+        return lambda done: tell(stage, begin + (end - begin) * done)
+
     found: list[Pass] = []
     if recipe.remove:
         from jisu.passes.structured import Remove
 
-        found.append(Remove(recipe.remove, tokens, lambda done: tell("removing", 0.3 + 0.05 * done)))
+        found.append(Remove(recipe.remove, tokens, during("removing", 0.3, 0.32)))
+    if recipe.rotate == "hadamard":
+        from jisu.passes.compression.rotate import Rotate
+
+        found.append(Rotate())
     if recipe.quantize:
         from jisu.passes.compression import Quantize
+        from jisu.passes.compression.activations import QuantizeActivations
+        from jisu.passes.compression.equalize import Equalize
 
-        found.append(Quantize(recipe.quantize, tokens, progress=lambda done: tell("quantizing", 0.35 + 0.05 * done)))
+        found += [
+            Equalize(recipe.quantize, tokens, during("quantizing", 0.32, 0.34)),
+            QuantizeActivations(recipe.quantize, tokens, during("quantizing", 0.34, 0.36)),
+            Quantize(recipe.quantize, tokens, during("quantizing", 0.36, 0.4)),
+        ]
     return tuple(found)
 
 

@@ -60,25 +60,31 @@ class CacheRecipe:
     ring: bool = attrs.field(default=True, validator=_is_bool)
 
 
+def _one_of(known: tuple[str, ...]) -> Any:
+    def check(_: Any, attribute: attrs.Attribute[str], value: str) -> None:
+        if value not in known:
+            raise RecipeError(
+                f"unknown {attribute.name} {value!r}{_nearest(str(value), known)} (known: {', '.join(known)})"
+            )
+
+    return check
+
+
 _INTEGER_BITS = tuple(s.bits for s in SCHEMES.values() if s.uniform)
 
 
-def _is_scheme(_: Any, attribute: attrs.Attribute[str], value: str) -> None:
-    known = ("none", *SCHEMES)
-    if value not in known:
-        raise RecipeError(f"unknown scheme {value!r}{_nearest(str(value), known)} (known: {', '.join(known)})")
+ALGORITHMS = ("auto", "rtn", "gptq", "awq")
+"""How codes are found: "rtn" rounds to the nearest, "gptq" keeps each layer's outputs on calibration text, "awq" scales channels and
+clips ranges on it before rounding to the nearest, "auto" does as "gptq" where there is such text."""
 
+ACTIVATIONS = ("none", *(s.name for s in SCHEMES.values() if s.computes))
+"""Schemes to which the values that a layer reads can be rounded at each call."""
 
-def _is_algorithm(_: Any, attribute: attrs.Attribute[str], value: str) -> None:
-    if value not in ALGORITHMS:
-        raise RecipeError(
-            f"unknown algorithm {value!r}{_nearest(str(value), ALGORITHMS)} (known: {', '.join(ALGORITHMS)})"
-        )
+RANGES = ("dynamic", "static")
+"""Where the scales of such values come from: at each call from the token, or once from calibration text for all tokens."""
 
-
-ALGORITHMS = ("auto", "rtn", "gptq")
-"""How codes are found: "rtn" rounds to the nearest, "gptq" keeps each layer's outputs on calibration text, "auto" does the
-latter where there is such text."""
+ROTATIONS = ("none", "hadamard")
+"""How the channels of the residual stream and of heads are mixed before quantizing."""
 
 
 @attrs.frozen(kw_only=True)
@@ -90,20 +96,52 @@ class QuantizeRecipe:
     what is usual for the scheme. symmetric: no zeros. algorithm: one of `ALGORITHMS`; with calibration also search (how many
     ranges a group's scale is chosen from), match (0 to 1: how far layers make up for errors of those before them) and
     refine (sweeps of coordinate descent after it).
+
+    activations: the scheme that what the layers read is rounded to, one of `ACTIVATIONS`: a scale per token, or per the scheme's group
+    of channels; activation_range: one of `RANGES` ("static": one scale per layer). smooth: SmoothQuant's alpha, how much of the spread
+    between channels moves from what the layers read into their weights (0: none of it).
     """
 
     layers: str = attrs.field(default="*", validator=attrs.validators.instance_of(str))
-    scheme: str = attrs.field(default="int8", validator=_is_scheme)
+    scheme: str = attrs.field(default="int8", validator=_one_of(("none", *SCHEMES)))
     group: int = attrs.field(default=-1, validator=_between(-1, 1 << 20))
     symmetric: bool = attrs.field(default=True, validator=_is_bool)
-    algorithm: str = attrs.field(default="auto", validator=_is_algorithm)
+    algorithm: str = attrs.field(default="auto", validator=_one_of(ALGORITHMS))
     search: int = attrs.field(default=16, validator=_between(0, 1000))
     match: float = attrs.field(default=1.0, validator=_share)
     refine: int = attrs.field(default=8, validator=_between(0, 1000))
+    activations: str = attrs.field(default="none", validator=_one_of(ACTIVATIONS))
+    activation_range: str = attrs.field(default="dynamic", validator=_one_of(RANGES))
+    smooth: float = attrs.field(default=0.0, validator=_share)
 
     def __attrs_post_init__(self) -> None:
+        if self.scheme == "none":
+            for key in ("activations", "smooth"):
+                if getattr(self, key) not in ("none", 0):
+                    raise RecipeError(
+                        f'{key} is for layers whose weights are quantized; give them a scheme, not "none"'
+                    )
+        if self.smooth and self.algorithm == "awq":
+            raise RecipeError("smooth and awq both scale channels: leave one of them out")
+        if self.activation_range == "static":
+            if self.activations == "none":
+                raise RecipeError('activation_range needs activations, such as activations = "int8"')
+            if SCHEMES[self.activations].scale == "e8m0":
+                raise RecipeError(f'{self.activations} takes its scales from the values: activation_range = "dynamic"')
         if not self.symmetric and self.scheme != "none" and not SCHEMES[self.scheme].uniform:
             raise RecipeError(f"{self.scheme} has no zeros: symmetric = false is for integer schemes")
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether calibration text makes a difference."""
+        weights = self.algorithm != "rtn" and self.scheme != "none"
+        return weights or self.smooth > 0 or self.activation_range == "static"
+
+    @property
+    def channels_per_scale(self) -> int:
+        """The group of channels of the activations' scheme that share a scale; 0 for a whole token."""
+        kind = SCHEMES.get(self.activations)
+        return 0 if kind is None or kind.scale == "float16" else kind.group
 
     @property
     def inputs_per_scale(self) -> int:
@@ -118,16 +156,6 @@ stream, experts of a mixture."""
 IMPORTANCES = ("auto", "magnitude", "activation")
 """What is removed first: what has the smallest weights; what does least on calibration text; or, with "auto", what costs least there
 once everything left has made up for it (without such text: the smallest weights)."""
-
-
-def _one_of(known: tuple[str, ...]) -> Any:
-    def check(_: Any, attribute: attrs.Attribute[str], value: str) -> None:
-        if value not in known:
-            raise RecipeError(
-                f"unknown {attribute.name} {value!r}{_nearest(str(value), known)} (known: {', '.join(known)})"
-            )
-
-    return check
 
 
 def _below_one(_: Any, attribute: attrs.Attribute[float], value: float) -> None:
@@ -181,7 +209,7 @@ class Recipe:
     fuse: run the fusion rules. pack: bring weights into their kernels' order. max_fold_bytes: the largest tensor that
     constant folding makes. prefill_chunk: tokens of a prompt that are read at a time. remove: what is taken out, one entry after the
     other. quantize: how weights are stored, of several entries the last that matches a layer; a scheme's name alone means all layers.
-    calibration: how its text is cut.
+    rotate: one of `ROTATIONS`, done before. calibration: how its text is cut.
     """
 
     fuse: bool = attrs.field(default=True, validator=_is_bool)
@@ -190,8 +218,13 @@ class Recipe:
     prefill_chunk: int = attrs.field(default=512, validator=_between(1, 1 << 20))
     remove: tuple[RemoveRecipe, ...] = ()
     quantize: tuple[QuantizeRecipe, ...] = ()
+    rotate: str = attrs.field(default="none", validator=_one_of(ROTATIONS))
     calibration: CalibrationRecipe = attrs.field(factory=CalibrationRecipe)
     cache: CacheRecipe = attrs.field(factory=CacheRecipe)
+
+    def __attrs_post_init__(self) -> None:
+        if self.rotate != "none" and all(rule.scheme == "none" for rule in self.quantize):
+            raise RecipeError("rotate is for models that are quantized; give quantize, too")
 
     @classmethod
     def resolve(cls, recipe: Recipe | str | os.PathLike[str] | Mapping[str, Any] | None) -> Recipe:

@@ -150,6 +150,38 @@ class Scheme:
         shift = (self.middle if self.uniform else 0.0) if zeros is None else zeros
         return np.asarray((self.levels[codes] - np.float32(shift)) * scales, np.float32)
 
+    @property
+    def computes(self) -> bool:
+        """Whether rounding to the levels is arithmetic (integers, small floats), so that values can be rounded at each call."""
+        return self.uniform or self.mantissa > 0
+
+    def rounded(self, v: np.ndarray) -> np.ndarray:
+        """The nearest levels, relative to the middle, of numbers float32; halves go to the even one, NaN stays."""
+        require(self.computes, f"{self.name} is a table of levels; values are rounded to integers or small floats")
+        if self.uniform:
+            return np.asarray(np.clip(np.rint(v), -self.middle, self.top), np.float32)
+        step = np.ldexp(np.float32(1), np.maximum(exponent(v), 1 - self.bias) - self.mantissa)
+        return np.asarray(np.clip(np.rint(v / step) * step, -self.top, self.top), np.float32)
+
+    def running_scales(self, groups: np.ndarray, given: np.ndarray | None = None) -> np.ndarray:
+        """Scales float32 [*b, groups, 1] of numbers [*b, groups, g] that are rounded at each call; never 0 for finite numbers.
+
+        Each comes from its group (an e4m3 scale also from its row, whose largest is 448 steps), or is the one `given` for all: of an
+        e4m3 scale that step.
+        """
+        reach = np.abs(groups).max(-1, keepdims=True)
+        if self.scale == "e8m0":
+            require(given is None, f"{self.name} takes its scales from the values")
+            return np.asarray(
+                np.ldexp(np.float32(1), np.clip(exponent(reach) - exponent(np.float32(self.top)), -126, 127))
+            )
+        if self.scale == "e4m3":
+            largest = reach.max(-2, keepdims=True)
+            step = given if given is not None else _positive(largest / np.float32(self.top * 448))
+            codes = SCHEMES["fp8"].rounded(reach / np.float32(self.top) / step)
+            return np.asarray(np.maximum(codes, np.float32(2.0**-9)) * step, np.float32)
+        return np.broadcast_to(_positive(reach / np.float32(self.top)) if given is None else given, reach.shape)
+
     def row_bytes(self, k: int) -> int:
         """Bytes of the codes of k numbers."""
         return -(-k * self.bits // 8)
@@ -161,6 +193,16 @@ class Scheme:
     def unpack(self, packed: np.ndarray, k: int) -> np.ndarray:
         """codes uint8 [n, k] of what `pack` made."""
         return unpack_bits(packed, self.bits, k)
+
+
+def exponent(v: np.ndarray | np.float32) -> np.ndarray:
+    """The exponent int32 in float32's bits: floor(log2 |v|) of normal numbers, -127 of zeros and subnormal ones."""
+    return ((np.asarray(v, np.float32).view(np.int32) >> 23) & 255) - 127
+
+
+def _positive(scales: np.ndarray) -> np.ndarray:
+    """Scales with 1 where nothing is to be scaled; NaN stays."""
+    return np.where(scales == 0, np.float32(1), scales)
 
 
 def _uniform(bits: int, group: int) -> Scheme:

@@ -16,7 +16,7 @@ import numpy as np
 
 from jisu.compiler import ops, schemes
 from jisu.compiler.graph import CONSTANT, INPUT, WEIGHT, Graph, Node, Storage, weight
-from jisu.compiler.interpret import evaluate_node
+from jisu.compiler.interpret import evaluate_node, widen
 from jisu.compiler.text import attribute_text
 from jisu.compiler.types import TensorType, TupleType, numpy_dtype
 
@@ -316,20 +316,27 @@ class Derived:
 
     def numpy(self) -> np.ndarray:
         """The value, computed now."""
+        return self._computed("").astype(self.dtype, copy=False)
+
+    def wide(self) -> np.ndarray:
+        """The value float32, computed now without rounding to narrower dtypes on the way."""
+        return self._computed("float32").astype(np.float32, copy=False)
+
+    def _computed(self, floats: str) -> np.ndarray:
         values: dict[Node, Any] = {}
         nodes = Graph((), (self.node,), {}).nodes
         last = {parent: node for node in nodes for parent in node.parents}
         for node in nodes:
-            if node.op is WEIGHT:
-                values[node] = self.weights[node.name].numpy()
-            elif node.op is CONSTANT:
-                values[node] = node.value.array
+            if node.op in (WEIGHT, CONSTANT):
+                array = self.weights[node.name].numpy() if node.op is WEIGHT else node.value.array
+                values[node] = widen(array, floats) if floats else array
             else:
-                values[node] = evaluate_node(node, [values[o] if o is not None else None for o in node.operands], {})
+                operands = [values[o] if o is not None else None for o in node.operands]
+                values[node] = evaluate_node(node, operands, {}, floats)
             for parent in set(node.parents):
                 if last[parent] is node:
                     del values[parent]  # the largest of them are as large as a matrix
-        return np.asarray(values[self.node]).astype(self.dtype, copy=False)
+        return np.asarray(values[self.node])
 
     def release(self) -> None:
         """Let go of pages of memory-mapped sources that reading touched."""

@@ -149,6 +149,54 @@ def pack_bits(x: TensorType, *, bits: int) -> TensorType:
     return TensorType((*x.shape[:-1], -(-x.shape[-1] * bits // 8)), "uint8")
 
 
+# --- Values rounded at each call --------------------------------------------------------------------------------------
+
+
+def _fake_quantize(x: np.ndarray, scale: np.ndarray | None, *, scheme: str, group: int) -> np.ndarray:
+    kind, k = _scheme(scheme), x.shape[-1]
+    groups = x.astype(np.float32).reshape(*x.shape[:-1], -1, group or k)
+    given = None if scale is None else scale.astype(np.float32)
+    scales = kind.running_scales(groups, given)
+    return (kind.rounded(groups / scales) * scales).reshape(x.shape).astype(x.dtype)
+
+
+def _fake_axes(x: TensorType, scale: TensorType | None, *, scheme: str, **_: Any) -> str:
+    mixes = "!" if scale is None or _scheme(scheme).scale != "float16" else ""
+    return f"*b k{mixes}{', ' if scale is not None else ''} -> *b k{mixes}"
+
+
+@defop(
+    meaning=_fake_quantize,
+    axes=_fake_axes,
+    flops=8,
+    samples=lambda: iter(
+        [
+            (("float32[2, 3, 5]", None), {"scheme": "int8", "group": 0}),
+            (("float32[2, 6]", "float32[]"), {"scheme": "int4", "group": 0}),
+            (("float32[2, 6]", None), {"scheme": "fp8", "group": 3}),
+            (("float32[2, 6]", None), {"scheme": "mxfp4", "group": 2}),
+            (("float32[2, 2, 8]", None), {"scheme": "nvfp4", "group": 4}),
+            (("float32[2, 8]", "float32[]"), {"scheme": "nvfp4", "group": 4}),
+        ]
+    ),
+)
+def fake_quantize(x: TensorType, scale: TensorType | None = None, *, scheme: str, group: int = 0) -> TensorType:
+    """x rounded to a scheme's grid: level * scale, where groups of the last axis (0: all of it) have one scale each.
+
+    Without `scale` scales come from x itself, symmetric: an index depends on its own row of the last axis alone (its token). `scale`
+    float32 [] is one for all of x, found before (of an e4m3 scheme the step of its scales). Computed in float32, rounded to x's dtype:
+    a kernel behind it may take the levels and scales apart and multiply the levels.
+    """
+    kind, k = _scheme(scheme), x.shape[-1] if x.rank else 0
+    require(isinstance(k, int) and k > 0 and is_float(x.dtype), f"needs floats with a last axis of fixed size, got {x}")
+    require(kind.computes, f"{scheme} is a table of levels; values are rounded to integers or small floats")
+    require(0 <= group and (not group or k % group == 0), f"groups of {group} don't divide {k} channels")
+    require(scale is None or scale == TensorType((), "float32"), f"the scale must be float32[], got {scale}")
+    require(scale is None or kind.scale != "e8m0", f"{scheme} takes its scales from the values")
+    require(scale is None or kind.scale == "e4m3" or not group, "one scale for all leaves no groups")
+    return x
+
+
 # --- Packed for kernels ----------------------------------------------------------------------------------------------
 # A kernel reads panels of `panel` outputs: codes [panels, words, panel], a byte holding one code of 8 bits, or two of up to
 # 4 (the lower inputs' in the lower half); per group what turns a level into a value, level * scale + shift, [panels, groups,

@@ -14,6 +14,7 @@ from jisu.compiler.errors import InputError, RecipeError
 from jisu.compiler.graph import WEIGHT, ArrayStorage, Graph, Node, Storage, weight
 from jisu.compiler.recipe import QuantizeRecipe
 from jisu.compiler.types import TensorType
+from jisu.passes.compression import awq
 from jisu.passes.compression.calibrate import Values, Visit, stream
 from jisu.passes.compression.gptq import Grid, choose_grid, damped, gptq, refine
 from jisu.passes.layout import Derived, is_stored
@@ -97,11 +98,15 @@ class Quantize:
         chosen = choose(graph, self.rules)
         if not chosen:
             return graph
-        eager = sorted(layer.names[0] for layer, rule in chosen.values() if rule.algorithm == "gptq")
+        eager = sorted(
+            (layer.names[0], rule.algorithm) for layer, rule in chosen.values() if rule.algorithm in ("gptq", "awq")
+        )
         if eager and self.tokens is None:
+            name, algorithm = eager[0]
             raise RecipeError(
-                f'quantize: gptq needs calibration text for {eager[0]}; give calibration=…, or algorithm = "rtn"'
+                f'quantize: {algorithm} needs calibration text for {name}; give calibration=…, or algorithm = "rtn"'
             )
+        scores = awq.score_layers(graph)
         weights = dict(graph.weights)
         made: dict[Node, Node] = {}
         values: dict[Node, np.ndarray] = {}
@@ -109,7 +114,8 @@ class Quantize:
         def quantize(matrix: Node, statistics: Statistics | None) -> np.ndarray:
             layer, rule = chosen[matrix]
             w = _matrix(matrix, layer.names[0], graph.weights)
-            grid, codes = _solve(w, rule, statistics)
+            clip = not scores.issuperset(layer.users)
+            grid, codes = _solve(w, rule, statistics, clip)
             made[matrix] = _as_nodes(matrix, layer.names[0], grid, codes, weights)
             return grid.values(codes)
 
@@ -165,13 +171,16 @@ def _statistics(now: Values, then: Values) -> Statistics:
     return h, cross
 
 
-def _solve(w: np.ndarray, rule: QuantizeRecipe, statistics: Statistics | None) -> tuple[Grid, np.ndarray]:
-    """Grid and codes of one matrix: the nearest, or those that keep the layer's outputs."""
+def _solve(w: np.ndarray, rule: QuantizeRecipe, statistics: Statistics | None, clip: bool) -> tuple[Grid, np.ndarray]:
+    """Grid and codes of one matrix: the nearest (of a clipped grid, with `clip` and AWQ), or those that keep the layer's outputs."""
     kind, group = schemes.scheme(rule.scheme), rule.inputs_per_scale
     if statistics is None or rule.algorithm == "rtn":
         grid = choose_grid(w, kind, group, symmetric=rule.symmetric)
         return grid, grid.nearest(w)
     h, cross = statistics
+    if rule.algorithm == "awq":
+        grid = awq.clipped_grid(w, kind, group, h, symmetric=rule.symmetric, steps=10 if clip else 1)
+        return grid, grid.nearest(w)
     grid = choose_grid(w, kind, group, symmetric=rule.symmetric, importance=np.diag(h), steps=rule.search)
     solid = damped(h, 0.01)
     # The matrix that gives the unchanged outputs from the changed inputs best, before any rounding.
@@ -181,7 +190,7 @@ def _solve(w: np.ndarray, rule: QuantizeRecipe, statistics: Statistics | None) -
 
 def _matrix(node: Node, name: str, weights: Mapping[str, Storage]) -> np.ndarray:
     """The values float32 [n, k] of a matrix; raises InputError for NaN and infinities, which have no code."""
-    w = np.asarray(Derived(node, weights).numpy(), np.float32)
+    w = Derived(node, weights).wide()
     if not np.isfinite(w).all():
         raise InputError(
             f"{name}: the weight has {int((~np.isfinite(w)).sum())} NaN or infinite numbers; it can't be quantized"

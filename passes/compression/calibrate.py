@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from jisu.compiler import ops
 from jisu.compiler.graph import CONSTANT, INPUT, WEIGHT, Graph, Node
 from jisu.compiler.interpret import evaluate_node, widen
 from jisu.compiler.types import TupleType, numpy_dtype
@@ -38,8 +39,16 @@ def stream(
     now, then = _Run(graph, parts), _Run(graph, parts)
     for i, node in enumerate(graph.nodes):
         now.compute(node)
-        if not unchanged or all(now.values[p] is then.values[p] for p in node.parents):
+        if (
+            not unchanged
+            or node.op is not ops.fake_quantize
+            and all(now.values[p] is then.values[p] for p in node.parents)
+        ):
             then.values[node] = now.values[node]
+        elif node.op is ops.fake_quantize:  # not there in the unchanged model
+            x = node.operands[0]
+            assert x is not None
+            then.values[node] = then.values[x]
         else:
             then.compute(node)
         if node in layers:

@@ -10,7 +10,7 @@ import sympy
 from jisu.compiler import ops
 from jisu.compiler.graph import Node, Op
 from jisu.compiler.types import TensorType, TupleType
-from jisu.targets.cpu.generic import contract, index, moves, nn, reduce, sparse
+from jisu.targets.cpu.generic import contract, index, moves, nn, reduce, rounding, sparse
 from jisu.targets.cpu.generic.build import Builder, Flat
 from jisu.targets.cpu.generic.element import PULLED, Pull
 
@@ -26,6 +26,7 @@ BODIES: Mapping[Op, Body] = {
     ops.pad: _single(moves.pad),
     **{op: _single(body) for op, body in reduce.BODIES.items()},
     **{op: _single(body) for op, body in contract.BODIES.items()},
+    **{op: _single(body) for op, body in rounding.BODIES.items()},
     **contract.SEVERAL,
     **index.BODIES,
     **nn.BODIES,
@@ -34,7 +35,9 @@ BODIES: Mapping[Op, Body] = {
 """Ops with loops of their own; all others are computed element by element."""
 
 
-STORED = frozenset({*contract.BODIES, *contract.SEVERAL, *nn.BODIES, *sparse.BODIES, index.packed_take})
+STORED = frozenset(
+    {*contract.BODIES, *contract.SEVERAL, *nn.BODIES, *rounding.BODIES, *sparse.BODIES, index.packed_take}
+)
 """Ops that read their operands in memory: nothing is pulled into their kernels."""
 
 MULTIPLE = frozenset({ops.sort, *contract.SEVERAL})
