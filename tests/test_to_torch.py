@@ -108,7 +108,7 @@ def sampled(op: Op) -> list[tuple[list[torch.Tensor | None], dict[str, Any]]]:
 
 DIFFERENTIABLE = (
     ops.linear, ops.gated_linear, ops.conv, ops.rms_norm, ops.layer_norm, ops.rotary, ops.attention, ops.experts, ops.softmax,
-    ops.take, ops.gather, ops.scatter, ops.sum_, ops.prod, ops.scan, ops.slice_, ops.concat, ops.pad, ops.windows,
+    ops.take, ops.gather, ops.scatter, ops.expand, ops.sum_, ops.prod, ops.scan, ops.slice_, ops.concat, ops.pad, ops.windows,
 )  # fmt: skip
 
 
@@ -138,6 +138,14 @@ def test_a_query_without_keys_has_zero_and_finite_gradients() -> None:
         assert (out[:, 0] == 0).all()
         (gradient,) = torch.autograd.grad(out.sum(), q)
         assert gradient.isfinite().all() and gradient.any()
+
+
+def test_gradients_pass_rounding_but_not_clipping() -> None:
+    x = torch.tensor([[0.3, -0.76, 2.0, -9.0]], requires_grad=True)
+    out = MEANINGS[ops.fake_quantize](x, torch.tensor(0.5), scheme="int4", group=0)
+    assert out.tolist() == [[0.5, -1.0, 2.0, -4.0]]
+    (gradient,) = torch.autograd.grad(out.sum(), x)
+    assert gradient.tolist() == [[1, 1, 1, 0]]
 
 
 def test_a_symbol_is_bound_at_each_call() -> None:
