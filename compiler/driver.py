@@ -77,8 +77,9 @@ def compile(
     `torch.export` takes them. num_threads: threads that kernels use (default: all cores). check: "verify" runs the
     verifier after each pass, "numeric" also compares meanings with the interpreter, "none" neither. dump: a folder for
     the IR after each pass. stop_after: the name of the last pass to run. cache_dir: where compiled libraries are kept
-    (default: $JISU_CACHE_DIR or ~/.cache/jisu). calibration: for recipes that quantize a language model or remove parts of it, a text file's path, or
-    token ids int64 [windows, length]; without, numbers are rounded to the nearest, and the smallest weights go.
+    (default: $JISU_CACHE_DIR or ~/.cache/jisu). calibration: for recipes that compress a model: of a language model a text file's path or
+    token ids int64 [windows, length], of another module a list of calls, each a tuple of arguments; without, numbers are rounded to
+    the nearest, and the smallest weights go.
 
     Raises TargetError, RecipeError, InputError (what was given doesn't fit together), UnsupportedError (all that can't be
     compiled, at once), VerifyError, CompileError.
@@ -334,18 +335,16 @@ def _still_to_do(
 
 
 def _lossy_passes(source: Source, recipe: Recipe, calibration: Any, tell: Progress) -> tuple[Pass, ...]:
-    """The passes that a recipe's lossy part asks for, with their calibration tokens."""
-    used = any(r.calibrated for r in recipe.remove) or any(r.calibrated for r in recipe.quantize)
-    if calibration is not None and not used:
-        if not recipe.quantize and not recipe.remove:
-            raise InputError(
-                'calibration is given, but the recipe quantizes nothing and removes nothing; give a recipe such as "int4"'
-            )
+    """The passes that a recipe's lossy part asks for, with their calibration data."""
+    lossy = recipe.prune or recipe.quantize or recipe.remove
+    if calibration is not None and not recipe.calibrated:
+        if not lossy:
+            raise InputError('calibration is given, but the recipe compresses nothing; give a recipe such as "int4"')
         raise InputError(
             "calibration is given, but the recipe only rounds to the nearest and removes by magnitude; "
-            'use algorithm = "auto" or "gptq", importance = "auto" or "activation"'
+            'use algorithm = "auto", importance = "auto"'
         )
-    tokens = None if calibration is None else _calibration_tokens(source, recipe, calibration)
+    samples = None if calibration is None else _calibration_samples(source, recipe, calibration)
 
     def during(stage: str, begin: float, end: float) -> Callable[[float], None]:
         return lambda done: tell(stage, begin + (end - begin) * done)
@@ -354,28 +353,52 @@ def _lossy_passes(source: Source, recipe: Recipe, calibration: Any, tell: Progre
     if recipe.remove:
         from jisu.passes.structured import Remove
 
-        found.append(Remove(recipe.remove, tokens, during("removing", 0.3, 0.32)))
+        if samples is not None and not isinstance(samples, np.ndarray):
+            raise InputError("remove: only language models are calibrated; leave calibration out")
+        found.append(Remove(recipe.remove, samples, during("removing", 0.3, 0.32)))
     if recipe.rotate == "hadamard":
         from jisu.passes.compression.rotate import Rotate
 
         found.append(Rotate())
     if recipe.quantize:
-        from jisu.passes.compression import Quantize
         from jisu.passes.compression.activations import QuantizeActivations
         from jisu.passes.compression.equalize import Equalize
 
         found += [
-            Equalize(recipe.quantize, tokens, during("quantizing", 0.32, 0.34)),
-            QuantizeActivations(recipe.quantize, tokens, during("quantizing", 0.34, 0.36)),
-            Quantize(recipe.quantize, tokens, during("quantizing", 0.36, 0.4)),
+            Equalize(recipe.quantize, samples, during("equalizing", 0.32, 0.33)),
+            QuantizeActivations(recipe.quantize, samples, during("equalizing", 0.33, 0.34)),
         ]
+    if recipe.prune or recipe.quantize:
+        from jisu.passes.compression import Compress
+
+        found.append(Compress(recipe.prune, recipe.quantize, samples, during("compressing", 0.34, 0.4)))
     return tuple(found)
+
+
+def _calibration_samples(source: Source, recipe: Recipe, calibration: Any) -> np.ndarray | list[tuple[np.ndarray, ...]]:
+    """Token ids int64 [windows, length] of a language model, or the inputs of each call of another module."""
+    if source.sequence is not None:
+        return _calibration_tokens(source, recipe, calibration)
+    if isinstance(calibration, (str, os.PathLike)) or not isinstance(calibration, Sequence) or not calibration:
+        raise InputError(
+            "calibration of a module is a list of calls, each a tuple of its arguments; text is for causal language models"
+        )
+    found = []
+    for i, call in enumerate(calibration):
+        arguments = call if isinstance(call, (tuple, list)) else (call,)
+        try:
+            found.append(tuple(_array(a) for a in source.signature.flatten_call(arguments, {})))
+        except JisuError as error:
+            raise InputError(f"calibration[{i}]: {error}") from error
+    return found
+
+
+def _array(value: Any) -> np.ndarray:
+    return np.asarray(value.detach().cpu().numpy() if hasattr(value, "detach") else value)
 
 
 def _calibration_tokens(source: Source, recipe: Recipe, calibration: Any) -> np.ndarray:
     """Token ids int64 [windows, length] from ids, or from a text file by the model's own tokenizer."""
-    if source.sequence is None:
-        raise InputError("calibration is for causal language models; other modules are compressed without")
     if isinstance(calibration, (str, os.PathLike)):
         from jisu.runtime.tokenizer import Tokenizer, read_text
 
