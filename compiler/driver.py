@@ -99,7 +99,7 @@ def compile(
     for note in source.notes:
         warnings.warn(note, UserWarning, stacklevel=2)
     with _memory_errors():
-        chosen, lossy = _still_to_do(source, None if recipe is None else chosen, calibration, tell)
+        chosen, lossy = _still_to_do(source, None if recipe is None else chosen, calibration, tell, kept)
         return _build(
             source, machine, chosen, (*passes, *lossy), num_threads, check, dump, stop_after, kept, tell, times
         )
@@ -153,7 +153,7 @@ def to_torch(
     kept = cache_folder(Path(cache_dir) if cache_dir is not None else None)
     source = _capture(model, example_inputs, example_kwargs, dynamic_shapes, kept)
     with _memory_errors():
-        chosen, lossy = _still_to_do(source, None if recipe is None else chosen, calibration, tell)
+        chosen, lossy = _still_to_do(source, None if recipe is None else chosen, calibration, tell, kept)
         tell("rewriting", 0.3)
         exact, _ = Pipeline(default_passes(chosen.fuse, chosen.max_fold_bytes)).run(source.graph)
         graph, _ = Pipeline((*passes, *lossy)).run(exact)
@@ -326,16 +326,16 @@ def _build(
 
 
 def _still_to_do(
-    source: Source, recipe: Recipe | None, calibration: Any, tell: Progress
+    source: Source, recipe: Recipe | None, calibration: Any, tell: Progress, kept: Path
 ) -> tuple[Recipe, tuple[Pass, ...]]:
     """The recipe that holds, and its lossy passes: none where a graph comes back from training and no other is named."""
     done = recipe is None and source.recipe is not None
-    lossy = _lossy_passes(source, Recipe() if done or recipe is None else recipe, calibration, tell)
+    lossy = _lossy_passes(source, Recipe() if done or recipe is None else recipe, calibration, tell, kept)
     return recipe or source.recipe or Recipe(), lossy
 
 
-def _lossy_passes(source: Source, recipe: Recipe, calibration: Any, tell: Progress) -> tuple[Pass, ...]:
-    """The passes that a recipe's lossy part asks for, with their calibration data."""
+def _lossy_passes(source: Source, recipe: Recipe, calibration: Any, tell: Progress, kept: Path) -> tuple[Pass, ...]:
+    """The passes that a recipe's lossy part asks for, with their calibration data; what is unfinished stays in `kept`."""
     lossy = recipe.prune or recipe.quantize or recipe.remove
     if calibration is not None and not recipe.calibrated:
         if not lossy:
@@ -371,7 +371,9 @@ def _lossy_passes(source: Source, recipe: Recipe, calibration: Any, tell: Progre
     if recipe.prune or recipe.quantize:
         from jisu.passes.compression import Compress
 
-        found.append(Compress(recipe.prune, recipe.quantize, samples, during("compressing", 0.34, 0.4)))
+        found.append(
+            Compress(recipe.prune, recipe.quantize, samples, during("compressing", 0.34, 0.4), kept / "unfinished")
+        )
     return tuple(found)
 
 

@@ -212,7 +212,7 @@ def test_shares_of_all_layers_are_the_share_asked_for(allocation: str) -> None:
     graph = trace_decoder(make("llama")).graph
     rule = PruneRecipe(sparsity=0.6, allocation=allocation)
     chosen = choose_pruned(graph, (rule,))
-    shares = allocate(graph, chosen, dict.fromkeys(chosen, "alps"), ids(8, 16))
+    shares = allocate(graph, chosen, ids(8, 16))
     sizes = {node: node.tensor.size for node in chosen}
     total = sum(shares[n] * sizes[n] for n in chosen) / sum(sizes.values())
     assert total == pytest.approx(0.6, abs=0.01) and all(0 <= s < 1 for s in shares.values())
@@ -317,6 +317,48 @@ def test_a_module_is_calibrated_with_calls() -> None:
         program = jisu.compile(model, example_inputs=(probe,), recipe=recipe, calibration=calibration)
         errors.append(np.square(np.asarray(program(probe)) - want).mean())
     assert errors[1] < 0.7 * errors[0], errors
+
+
+@pytest.mark.parametrize("stop", [0.2, 0.8, 0.95])
+def test_an_interrupted_run_goes_on_and_gives_the_same_bytes(stop: float, tmp_path: Path) -> None:
+    graph, tokens = trace_decoder(make("llama")).graph, ids(8, 16)
+    rules = ((PruneRecipe(sparsity=0.5, allocation="optimal"),), (QuantizeRecipe(scheme="int4", group=16),))
+    want = Compress(*rules, tokens)(graph)
+
+    def interrupt(done: float) -> None:
+        if done >= stop:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Compress(*rules, tokens, interrupt, tmp_path)(graph)
+    (folder,) = tmp_path.iterdir()
+    files = {f: f.stat().st_mtime_ns for f in folder.iterdir()}
+    assert files
+    seen: list[dict[Path, int]] = []
+    found = Compress(
+        *rules, tokens, lambda done: seen.append({f: f.stat().st_mtime_ns for f in folder.iterdir()}), tmp_path
+    )(graph)
+    assert all(seen[-1][f] == time for f, time in files.items()) and len(seen[-1]) > len(files)
+    assert not any(tmp_path.iterdir())
+    assert str(found) == str(want)
+    for name, storage in want.weights.items():
+        assert storage.numpy().tobytes() == found.weights[name].numpy().tobytes(), name
+
+
+def test_a_damaged_file_of_an_interrupted_run_is_made_anew(tmp_path: Path) -> None:
+    graph, tokens = trace_decoder(make("llama")).graph, ids(4, 16)
+    rules = (PruneRecipe(sparsity=0.5),)
+
+    def interrupt(done: float) -> None:
+        if done > 0.5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Compress(rules, (), tokens, interrupt, tmp_path)(graph)
+    for file in next(tmp_path.iterdir()).iterdir():
+        file.write_bytes(file.read_bytes()[:100])
+    found, want = Compress(rules, (), tokens, folder=tmp_path)(graph), Compress(rules, (), tokens)(graph)
+    assert all(w.numpy().tobytes() == found.weights[n].numpy().tobytes() for n, w in want.weights.items())
 
 
 @pytest.mark.parametrize(

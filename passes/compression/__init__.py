@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import attrs
 import numpy as np
@@ -15,6 +16,7 @@ from jisu.passes.compression.allocation import allocate
 from jisu.passes.compression.calibrate import Run, Samples, Visit, stream
 from jisu.passes.compression.layers import MATRICES, Layer, choose_pruned, choose_quantized, matrix_of
 from jisu.passes.compression.matrix import Choice, Cut, Solved, Statistics, gather, solve
+from jisu.passes.compression.unfinished import Unfinished
 
 
 @attrs.frozen
@@ -23,20 +25,34 @@ class Compress:
 
     prune, quantize: which layers and how; the last rule that matches wins. A layer with both is done in one go: codes are found for what its
     mask leaves, and make up for both. samples: calibration data; without, the smallest numbers become 0 and codes are the nearest.
+    folder: where finished layers are kept until all are, so that an interrupted run goes on there; the result is the same.
     """
 
     prune: tuple[PruneRecipe, ...] = ()
     quantize: tuple[QuantizeRecipe, ...] = ()
     samples: Samples | None = attrs.field(default=None, eq=False, repr=False)
     progress: Callable[[float], None] = attrs.field(default=lambda done: None, eq=False, repr=False)
+    folder: Path | None = attrs.field(default=None, eq=False, repr=False)
     name: str = "compress"
     exact: bool = False
 
     def __call__(self, graph: Graph) -> Graph:
-        layers, choices = self.choose(graph)
-        return compress(graph, layers, choices, self.samples, self.progress) if choices else graph
+        kept = None
+        if self.folder is not None and self.samples is not None:
+            kept = Unfinished(self.folder, graph, self.samples, (self.prune, self.quantize))
+        measured = any(rule.allocation in ("owl", "optimal") for rule in self.prune)
+        share = 0.7 if measured else 0.0
+        layers, choices = self.choose(graph, kept, lambda done: self.progress(share * done))
+        if choices:
+            told = lambda done: self.progress(share + (1 - share) * done)  # noqa: E731
+            graph = compress(graph, layers, choices, self.samples, told, kept)
+        if kept is not None:
+            kept.done()
+        return graph
 
-    def choose(self, graph: Graph) -> tuple[dict[Node, Layer], dict[Node, Choice]]:
+    def choose(
+        self, graph: Graph, kept: Unfinished | None = None, progress: Callable[[float], None] = lambda done: None
+    ) -> tuple[dict[Node, Layer], dict[Node, Choice]]:
         """What is done to each matrix that the rules change. Raises RecipeError for rules that don't fit the graph or need samples."""
         pruned, coded = choose_pruned(graph, self.prune), choose_quantized(graph, self.quantize)
         layers = {node: layer for chosen in (pruned, coded) for node, (layer, _) in chosen.items()}
@@ -45,7 +61,7 @@ class Compress:
         methods = {
             node: rule.method or ("magnitude" if self.samples is None else "alps") for node, (_, rule) in pruned.items()
         }
-        shares = allocate(graph, pruned, methods, self.samples, self.progress)
+        shares = allocate(graph, pruned, self.samples, progress, kept)
         scores = awq.score_layers(graph)
         choices = {}
         for node in graph.nodes:
@@ -83,9 +99,12 @@ class Compress:
 
 def compress(
     graph: Graph, layers: Mapping[Node, Layer], choices: Mapping[Node, Choice], samples: Samples | None,
-    progress: Callable[[float], None] = lambda done: None,
+    progress: Callable[[float], None] = lambda done: None, kept: Unfinished | None = None,
 ) -> Graph:  # fmt: skip
-    """The graph with each matrix as chosen, one after the other, each with the inputs that those before it then give."""
+    """The graph with each matrix as chosen, one after the other, each with the inputs that those before it then give.
+
+    kept: holds the matrices of an interrupted run.
+    """
     solved: dict[Node, Solved] = {}
     if samples is None or not any(choice.calibrated for choice in choices.values()):
         for done, (node, choice) in enumerate(choices.items(), 1):
@@ -95,15 +114,33 @@ def compress(
     else:
         users = {u for node in choices for u in layers[node].users}
         unchanged = any(choice.match for choice in choices.values())
-        stream(graph, samples, users, _visit(graph, layers, choices, solved), unchanged=unchanged, progress=progress)
+        stream(
+            graph, samples, users, _visit(graph, layers, choices, solved, kept), unchanged=unchanged, progress=progress
+        )
     return with_solved(graph, layers, solved)
 
 
 def _visit(
-    graph: Graph, layers: Mapping[Node, Layer], choices: Mapping[Node, Choice], solved: dict[Node, Solved]
-) -> Visit:
+    graph: Graph, layers: Mapping[Node, Layer], choices: Mapping[Node, Choice], solved: dict[Node, Solved],
+    kept: Unfinished | None,
+) -> Visit:  # fmt: skip
     """What to do at each layer: compress its matrices, and go on with what they then compute."""
     last: list[tuple[tuple[Node | None, ...], Statistics]] = []  # layers of one input and residual share them
+
+    def stored(matrix: Node) -> Solved | None:
+        arrays = None if kept is None else kept.get(layers[matrix].names[0])
+        return None if arrays is None else Solved.from_arrays(arrays)
+
+    def compute(matrix: Node, layer: Node, now: Run, then: Run) -> Solved:
+        name, choice = layers[matrix].names[0], choices[matrix]
+        w = matrix_of(matrix, name, graph.weights)
+        key = (layer.operands[0], *layer.operands[3:])
+        if choice.calibrated and (not last or last[0][0] != key):
+            last[:] = [(key, gather(layer, now, then))]
+        found = solve(w, choice, last[0][1] if choice.calibrated else None, matrix.dtype)
+        if kept is not None:
+            kept.put(name, found.arrays())
+        return found
 
     def visit(layer: Node, now: Run, then: Run) -> dict[int, np.ndarray]:
         replaced = {}
@@ -112,14 +149,7 @@ def _visit(
             if matrix is None or matrix not in choices:
                 continue
             if matrix not in solved:
-                w = matrix_of(matrix, layers[matrix].names[0], graph.weights)
-                statistics = None
-                if choices[matrix].calibrated:
-                    key = (layer.operands[0], *layer.operands[3:])
-                    if not last or last[0][0] != key:
-                        last[:] = [(key, gather(layer, now, then))]
-                    statistics = last[0][1]
-                solved[matrix] = solve(w, choices[matrix], statistics, matrix.dtype)
+                solved[matrix] = stored(matrix) or compute(matrix, layer, now, then)
             replaced[position] = solved[matrix].values
         return replaced
 

@@ -12,6 +12,7 @@ from jisu.passes.compression.calibrate import Samples, Values, observe
 from jisu.passes.compression.layers import Layer, matrix_of
 from jisu.passes.compression.matrix import Choice, Cut
 from jisu.passes.compression.sensitivity import sensitivities
+from jisu.passes.compression.unfinished import Unfinished
 
 MEASURED = (0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 0.95)
 """The shares of zeros at which a layer's loss is measured; those in between are interpolated."""
@@ -23,8 +24,8 @@ Chosen = Mapping[Node, tuple[Layer, PruneRecipe]]
 
 
 def allocate(
-    graph: Graph, chosen: Chosen, methods: Mapping[Node, str], samples: Samples | None,
-    progress: Callable[[float], None] = lambda done: None,
+    graph: Graph, chosen: Chosen, samples: Samples | None, progress: Callable[[float], None] = lambda done: None,
+    kept: Unfinished | None = None,
 ) -> dict[Node, float]:  # fmt: skip
     """The share of zeros of each matrix: over all matrices of one rule the rule's share, weighted by their sizes."""
     shares: dict[Node, float] = {}
@@ -39,7 +40,7 @@ def allocate(
             if rule.allocation == "owl":
                 shares |= _by_outliers(graph, part, rule.share, samples, progress)
             else:
-                shares |= _by_loss(graph, part, rule, samples, progress)
+                shares |= _by_loss(graph, part, rule, samples, progress, kept)
     return shares
 
 
@@ -88,16 +89,21 @@ def _by_outliers(
 
 
 def _by_loss(
-    graph: Graph, chosen: Chosen, rule: PruneRecipe, samples: Samples, progress: Callable[[float], None]
+    graph: Graph,
+    chosen: Chosen,
+    rule: PruneRecipe,
+    samples: Samples,
+    progress: Callable[[float], None],
+    kept: Unfinished | None,
 ) -> dict[Node, float]:
     """The shares of least loss, if the losses of single layers add up: each is measured at some shares and interpolated."""
     layers = {node: layer for node, (layer, _) in chosen.items()}
     options = [Choice(Cut(share, rule.shape, "sparsegpt")) for share in MEASURED]
-    measured = sensitivities(graph, layers, dict.fromkeys(chosen, options), samples, progress)
+    measured = sensitivities(graph, layers, dict.fromkeys(chosen, options), samples, progress, kept)
     shares = np.arange(0, 0.9501, 0.0125)
     losses = [_interpolated(measured[node], shares) for node in chosen]
-    kept = [np.round((1 - shares) * _size(node)) for node in chosen]
-    picked = knapsack(losses, kept, sum(map(_size, chosen)) * (1 - rule.share))
+    sizes = [np.round((1 - shares) * _size(node)) for node in chosen]
+    picked = knapsack(losses, sizes, sum(map(_size, chosen)) * (1 - rule.share))
     return {node: float(shares[i]) for node, i in zip(chosen, picked, strict=True)}
 
 

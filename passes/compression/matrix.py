@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import attrs
 import numpy as np
@@ -131,6 +131,27 @@ class Solved:
             return self.grid.values(self.codes, self.mask)
         assert self.numbers is not None
         return self.numbers.astype(np.float32)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """All of it as arrays."""
+        found = {} if self.mask is None else {"mask": self.mask}
+        if self.numbers is not None:
+            found["numbers"] = self.numbers
+        if self.grid is not None and self.codes is not None:
+            found |= {"codes": self.codes, "scales": self.grid.scales, "scheme": np.array(self.grid.scheme.name)}
+            found |= {"group": np.array(self.grid.group)} | (
+                {} if self.grid.zeros is None else {"zeros": self.grid.zeros}
+            )
+        return found
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> Solved:
+        """What `arrays` gave."""
+        grid = None
+        if "codes" in arrays:
+            kind = schemes.scheme(str(arrays["scheme"]))
+            grid = Grid(kind, int(arrays["group"]), arrays["scales"], arrays.get("zeros"))
+        return cls(arrays.get("mask"), arrays.get("numbers"), grid, arrays.get("codes"))
 
     def nodes(self, matrix: Node, name: str, weights: dict[str, Storage]) -> Node:
         """The node that takes the matrix' place; what it stores is added to `weights` under names that begin with `name`."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeVar
 
 import numpy as np
 
@@ -11,11 +10,10 @@ from jisu.compiler.graph import Graph, Node
 from jisu.passes.compression.calibrate import Run, Samples, calls_of, stream
 from jisu.passes.compression.layers import MATRICES, Layer, matrix_of
 from jisu.passes.compression.matrix import Choice, Statistics, gather, solve
+from jisu.passes.compression.unfinished import Unfinished
 
 MOST_BYTES = 512 << 20
 """How much of the unchanged model's outputs is kept to compare with."""
-
-T = TypeVar("T")
 
 
 class Yardstick:
@@ -72,9 +70,12 @@ def _log_softmax(x: np.ndarray) -> np.ndarray:
 
 def sensitivities(
     graph: Graph, layers: Mapping[Node, Layer], options: Mapping[Node, Sequence[Choice]], samples: Samples,
-    progress: Callable[[float], None] = lambda done: None,
+    progress: Callable[[float], None] = lambda done: None, kept: Unfinished | None = None,
 ) -> dict[Node, np.ndarray]:  # fmt: skip
-    """Per matrix, float64 [options]: the model's distance from itself (see `Yardstick`) with that matrix alone compressed so."""
+    """Per matrix, float64 [options]: the model's distance from itself (see `Yardstick`) with that matrix alone compressed so.
+
+    kept: holds what an interrupted run measured.
+    """
     yardstick = Yardstick(graph, samples)
     found: dict[Node, np.ndarray] = {}
     last: list[tuple[Node, Statistics]] = []
@@ -86,6 +87,11 @@ def sensitivities(
             matrix = layer.operands[position]
             if matrix is None or matrix not in options or matrix in found:
                 continue
+            name = f"options of {layers[matrix].names[0]}: {options[matrix]}"
+            arrays = None if kept is None else kept.get(name)
+            if arrays is not None:
+                found[matrix] = arrays["losses"]
+                continue
             if not last or last[0][0] is not x:
                 last[:] = [(x, gather(layer, now, then))]
             w = matrix_of(matrix, layers[matrix].names[0], graph.weights)
@@ -94,6 +100,8 @@ def sensitivities(
                 values = solve(w, choice, last[0][1], matrix.dtype).values
                 losses.append(yardstick.of(now, layer, {position: values}))
             found[matrix] = np.array(losses)
+            if kept is not None:
+                kept.put(name, {"losses": found[matrix]})
         return {}
 
     stream(graph, samples, {u for node in options for u in layers[node].users}, visit, whole=True, progress=progress)
