@@ -66,6 +66,7 @@ def compile(
     stop_after: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     calibration: Any = None,
+    ledger: bool = False,
     progress: Progress | None = None,
 ) -> Program:
     """Compile a model for a target.
@@ -79,7 +80,8 @@ def compile(
     the IR after each pass. stop_after: the name of the last pass to run. cache_dir: where compiled libraries are kept
     (default: $JISU_CACHE_DIR or ~/.cache/jisu). calibration: for recipes that compress a model: of a language model a text file's path or
     token ids int64 [windows, length], of another module a list of calls, each a tuple of arguments; without, numbers are rounded to
-    the nearest, and the smallest weights go.
+    the nearest, and the smallest weights go. ledger: also measure on the calibration data what each lossy pass and each compressed
+    matrix costs the model, for `explain()["ledger"]` (see `passes/compression/ledger.py`).
 
     Raises TargetError, RecipeError, InputError (what was given doesn't fit together), UnsupportedError (all that can't be
     compiled, at once), VerifyError, CompileError.
@@ -99,9 +101,12 @@ def compile(
     for note in source.notes:
         warnings.warn(note, UserWarning, stacklevel=2)
     with _memory_errors():
+        if ledger and calibration is None:
+            raise InputError("a ledger is measured on calibration data; give calibration=…")
         chosen, lossy = _still_to_do(source, None if recipe is None else chosen, calibration, tell, kept)
+        samples = _calibration_samples(source, chosen, calibration) if ledger else None
         return _build(
-            source, machine, chosen, (*passes, *lossy), num_threads, check, dump, stop_after, kept, tell, times
+            source, machine, chosen, (*passes, *lossy), num_threads, check, dump, stop_after, kept, tell, times, samples
         )
 
 
@@ -257,6 +262,7 @@ def _build(
     kept: Path,
     tell: Progress,
     times: dict[str, float],
+    measured_on: Any,
 ) -> Program:
     from jisu.passes import default_passes
     from jisu.passes.layout import sparse_matrices
@@ -267,9 +273,12 @@ def _build(
     tell("rewriting", 0.3)
     report: dict[str, Any] = {"passes": [], "target_fingerprint": machine.fingerprint()}
     env = _typical_sizes(source.graph)
+    seen: list[tuple[str, bool, Graph]] = [("frontend", True, source.graph)]
 
     def note(done: Report, graph: Graph) -> None:
         report["passes"].append(_pass_report(done, graph, env, machine))
+        if measured_on is not None:
+            seen.append((done.name, done.exact, graph))
 
     report["passes"].append(
         _pass_report(Report("frontend", True, len(source.graph.nodes), times["trace_s"]), source.graph, env, machine)
@@ -283,6 +292,10 @@ def _build(
     )
     samples = sample_inputs(source.graph) if check == "numeric" else None
     graph, _ = pipeline.run(source.graph, samples)
+    if measured_on is not None:
+        report["ledger"] = _ledger(
+            source, seen, measured_on, lambda done: tell("measuring what it costs", 0.38 + 0.02 * done)
+        )
     entries, decoder = _entries(source, graph, recipe, report)
     finished: dict[str, Graph] = {}
     for entry, step in entries.items():
@@ -323,6 +336,19 @@ def _build(
     )
     tell("done", 1.0)
     return Program(parts, num_threads)
+
+
+def _ledger(
+    source: Source, seen: Sequence[tuple[str, bool, Graph]], samples: Any, progress: Callable[[float], None]
+) -> Any:
+    """What each lossy pass among those seen, and each matrix, costs; None where none of them changed anything."""
+    from jisu.passes.compression.ledger import keep_ledger
+
+    pairs = zip(seen, seen[1:], strict=False)
+    steps = [
+        (name, before, after) for (_, _, before), (name, exact, after) in pairs if not exact and after is not before
+    ]
+    return keep_ledger(source.graph, steps, samples, progress).as_dict() if steps else None
 
 
 def _still_to_do(

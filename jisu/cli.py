@@ -132,13 +132,18 @@ def compile_command(
     dump: Annotated[str | None, typer.Option(metavar="DIR", help="Write the IR after each pass.")] = None,
     calibration: Annotated[
         str | None,
-        typer.Option(metavar="FILE", help="Text on which a recipe that quantizes keeps the layers' outputs."),
+        typer.Option(metavar="FILE", help="Text on which a recipe that compresses keeps the layers' outputs."),
     ] = None,
+    ledger: Annotated[
+        bool, typer.Option("--ledger", help="Also measure what each compressed matrix costs, for `jisu explain`.")
+    ] = False,
 ) -> None:
     """Compile a checkpoint and save the program."""
     from jisu.commands import compile as command
 
-    command.run(shell, model, out, attrs.evolve(options, check=check, dump=dump, calibration=calibration))
+    command.run(
+        shell, model, out, attrs.evolve(options, check=check, dump=dump, calibration=calibration, ledger=ledger)
+    )
 
 
 @_command("generate")

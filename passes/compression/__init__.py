@@ -128,7 +128,7 @@ def _visit(
     last: list[tuple[tuple[Node | None, ...], Statistics]] = []  # layers of one input and residual share them
 
     def stored(matrix: Node) -> Solved | None:
-        arrays = None if kept is None else kept.get(layers[matrix].names[0])
+        arrays = None if kept is None else kept.get(str(graph.nodes.index(matrix)))
         return None if arrays is None else Solved.from_arrays(arrays)
 
     def compute(matrix: Node, layer: Node, now: Run, then: Run) -> Solved:
@@ -139,7 +139,7 @@ def _visit(
             last[:] = [(key, gather(layer, now, then))]
         found = solve(w, choice, last[0][1] if choice.calibrated else None, matrix.dtype)
         if kept is not None:
-            kept.put(name, found.arrays())
+            kept.put(str(graph.nodes.index(matrix)), found.arrays())
         return found
 
     def visit(layer: Node, now: Run, then: Run) -> dict[int, np.ndarray]:

@@ -56,8 +56,13 @@ class Yardstick:
                 size += float(np.square(want, dtype=np.float64).sum())
         return error, size
 
-    def of(self, run: Run, layer: Node, replaced: Mapping[int, np.ndarray]) -> float:
-        """The distance of a run from the unchanged model if `layer` computed with other matrices."""
+    @property
+    def unit(self) -> str:
+        """What distances are, in words."""
+        return "KL divergence, nats per token" if self.language else "relative squared error"
+
+    def of(self, run: Run, layer: Node | None, replaced: Mapping[int, np.ndarray]) -> float:
+        """The distance of a run from the unchanged model if `layer` computed with other matrices (None: of its graph as it is)."""
         pairs = run.outputs(layer, replaced, self.distance, self.calls)
         return sum(e for e, _ in pairs) / max(sum(s for _, s in pairs), 1e-30)
 
@@ -87,7 +92,7 @@ def sensitivities(
             matrix = layer.operands[position]
             if matrix is None or matrix not in options or matrix in found:
                 continue
-            name = f"options of {layers[matrix].names[0]}: {options[matrix]}"
+            name = f"{graph.nodes.index(matrix)} {options[matrix]}"
             arrays = None if kept is None else kept.get(name)
             if arrays is not None:
                 found[matrix] = arrays["losses"]
