@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import shutil
 import tempfile
@@ -25,6 +26,7 @@ from jisu.compiler.signature import Signature, Tree
 
 if TYPE_CHECKING:
     from jisu.frontends.to_torch import GraphModule
+    from jisu.passes.compression.search import Front
     from jisu.runtime.program import Program
     from jisu.targets.target import Target
 
@@ -168,6 +170,77 @@ def to_torch(
                              decoder=source.sequence is not None, source=source)  # fmt: skip
     tell("done", 1.0)
     return module
+
+
+def search(
+    model: Any,
+    target: str | Target = "cpu",
+    *,
+    calibration: Any,
+    budgets: Sequence[float] = (),
+    seconds: float = math.inf,
+    held_out: Any = None,
+    recipe: Any = None,
+    options: Sequence[Any] | None = None,
+    example_inputs: Sequence[Any] | None = None,
+    example_kwargs: Mapping[str, Any] | None = None,
+    dynamic_shapes: Any = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+) -> Front:
+    """The recipes that cost a model least within budgets: sparsity, bits and groups, layer by layer.
+
+    budgets: bytes of all weights, one recipe for each; without, eight between the smallest and the largest that there are. seconds: the
+    most that the target's cost model may predict for one token. calibration: as in `compile`; what results are measured on is `held_out`
+    or, without it, the last quarter of the calibration data. recipe: for the layers that its entries name, which are then not
+    searched, and for all that isn't about weights. options: ways to store a matrix (`jisu.passes.compression.search.Option`). Every point of the
+    result was made and measured; its `recipe` makes it again by `compile` with the same calibration. An interrupted search goes on where it was.
+
+    Raises what `compile` raises, and InputError for a budget that nothing fits, naming the least that there is.
+    """
+    from jisu.passes import default_passes
+    from jisu.passes.compression.search import OPTIONS
+    from jisu.passes.compression.search import search as find
+    from jisu.passes.compression.unfinished import Unfinished
+    from jisu.targets.compile import cache_folder
+    from jisu.targets.target import Target
+
+    machine, base = Target.resolve(target), Recipe.resolve(recipe)
+    if calibration is None:
+        raise InputError("a search measures on calibration data; give calibration=…")
+    if base.remove or base.rotate != "none":
+        raise InputError(
+            "search: the recipe may settle layers by prune and quantize entries; remove and rotate come before"
+        )
+    wanted = [float(b) for b in budgets]
+    tell = progress or (lambda stage, done: None)
+    tell("tracing", 0.0)
+    kept = cache_folder(Path(cache_dir) if cache_dir is not None else None)
+    source = _capture(model, example_inputs, example_kwargs, dynamic_shapes, kept)
+    samples = _calibration_samples(source, base, calibration)
+    if held_out is None:
+        most = len(samples) - max(len(samples) // 4, 1)
+        if not most:
+            raise InputError("search: one call is too little calibration data to hold some out; give held_out=…")
+        samples, rest = samples[:most], samples[most:]
+    else:
+        rest = _calibration_samples(source, base, held_out)
+    with _memory_errors():
+        graph, _ = Pipeline(default_passes(base.fuse, base.max_fold_bytes)).run(source.graph)
+        pairs = [(b, seconds) for b in wanted] or ([(math.inf, seconds)] if seconds < math.inf else [])
+        unfinished = Unfinished(kept / "unfinished", graph, samples, ("search",))
+        found = find(
+            graph, base, samples, rest, pairs, latency=lambda g: _predicted(g, base, machine), options=options or OPTIONS,
+            kept=unfinished, progress=lambda done: tell("searching", done),
+        )  # fmt: skip
+        unfinished.done()
+    return found
+
+
+def _predicted(graph: Graph, recipe: Recipe, machine: Target) -> float:
+    """Predicted seconds of one token, laid out for a machine."""
+    laid = _lay_out(graph, recipe, machine, "none", None, None)
+    return graph_cost(laid, dict.fromkeys(laid.symbols, 1), machine).seconds
 
 
 def _check_options(num_threads: int | None, check: str, passes: Sequence[Pass]) -> None:

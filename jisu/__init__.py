@@ -24,7 +24,7 @@ from jisu.compiler.errors import (
 )
 
 if TYPE_CHECKING:
-    from jisu.compiler.driver import compile, load, to_torch
+    from jisu.compiler.driver import compile, load, search, to_torch
     from jisu.compiler.recipe import Recipe
     from jisu.runtime.generate import GenerationConfig
     from jisu.runtime.program import Program
@@ -38,6 +38,7 @@ _LAZY = {
     "GenerationConfig": "jisu.runtime.generate",
     "Program": "jisu.runtime.program",
     "load": "jisu.compiler.driver",
+    "search": "jisu.compiler.driver",
     "Target": "jisu.targets.target",
     "to_torch": "jisu.compiler.driver",
 }
@@ -60,6 +61,7 @@ __all__ = [
     "VerifyError",
     "compile",
     "load",
+    "search",
     "to_torch",
 ]
 

@@ -220,6 +220,31 @@ def evaluate(
     command.run(shell, path, text, reference, window, limit, options)
 
 
+@_command("search")
+def search(
+    shell: Shell,
+    options: Options,
+    model: Model,
+    calibration: Annotated[str, typer.Option(metavar="FILE", help="Text on which losses are measured.")],
+    out: Annotated[str, typer.Option("--out", "-o", metavar="DIR", help="A new folder for recipes, figures and plot.")],
+    budget: Annotated[
+        list[str] | None,
+        typer.Option(metavar="SIZE", help="Bytes of all weights, such as 2.5MB; may be given several times."),
+    ] = None,
+    latency: Annotated[
+        float | None, typer.Option(metavar="MS", min=0, help="The most milliseconds predicted for one token.")
+    ] = None,
+    held_out: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Text on which recipes are measured; default: a quarter of the other."),
+    ] = None,
+) -> None:
+    """Find the recipes that cost a model least within budgets."""
+    from jisu.commands import search as command
+
+    command.run(shell, model, options, calibration, held_out, out, budget or [], latency)
+
+
 @_command("explain")
 def explain(shell: Shell, options: Options, path: Either) -> None:
     """Tell what each pass did, what layers cost, and which kernels run."""
