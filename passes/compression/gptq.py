@@ -125,6 +125,7 @@ def refine(
     """
     best, least = (grid, codes), _cost(w, h, grid.values(codes, mask))
     for _ in range(sweeps):
+        before = least
         codes = _descend(w, h, grid, codes, mask)
         cost = _cost(w, h, grid.values(codes, mask))
         if cost < least:
@@ -133,7 +134,13 @@ def refine(
         cost = _cost(w, h, grid.values(codes, mask))
         if cost < least:
             best, least = (grid, codes), cost
+        if least > (1 - _WORTHWHILE) * before:
+            break
     return best
+
+
+_WORTHWHILE = 0.003
+"""By how much a sweep must lower the cost for another one to follow."""
 
 
 def _cost(w: np.ndarray, h: np.ndarray, q: np.ndarray) -> float:

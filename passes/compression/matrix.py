@@ -19,6 +19,9 @@ from jisu.passes.compression.gptq import Grid, choose_grid, damped, gptq, refine
 DAMPING = 0.01
 """Of H's mean diagonal, added to all of it."""
 
+SAMPLED = 8
+"""Of how many tokens one tells how large errors in front of a layer are; what they have in common with its inputs is from all."""
+
 
 @attrs.frozen
 class Cut:
@@ -50,7 +53,8 @@ class Statistics:
     """What is known of a layer that computes y = W x + r, sums over all tokens, float64.
 
     h: x xᵀ [k, k]. tokens: their number. d = u - x and e = v - r say how x and r were in the unchanged model. cross: d xᵀ [k, k] and square:
-    d dᵀ [k, k]; None where x is unchanged. rest: e xᵀ [n, k], both: e dᵀ [n, k] and own: e² [n]; None where r is unchanged or there is none.
+    d dᵀ [k, k]; None where x is unchanged. rest: e xᵀ [n, k], both: e dᵀ [n, k] and own: e² [n]; None where r is unchanged or there is none. square, both and
+    own are of a sample of the tokens, scaled.
     """
 
     h: np.ndarray
@@ -102,13 +106,13 @@ def gather(layer: Node, now: Run, then: Run) -> Statistics:
         d = then[x][call].reshape(-1, k) - a if moved else None
         if d is not None:
             cross += d.T @ a
-            square += d.T @ d
+            square += SAMPLED * (d[::SAMPLED].T @ d[::SAMPLED])
         if shifted and residual is not None:
             e = np.broadcast_to(then[residual][call] - now[residual][call], (*whole.shape[:-1], n)).reshape(-1, n)
             rest += e.T @ a
-            own += np.einsum("tn,tn->n", e, e)
+            own += SAMPLED * np.einsum("tn,tn->n", e[::SAMPLED], e[::SAMPLED])
             if d is not None:
-                both += e.T @ d
+                both += SAMPLED * (e[::SAMPLED].T @ d[::SAMPLED])
     return Statistics(
         h, tokens, *((cross, square) if moved else (None, None)),
         *((rest, both if moved else None, own) if shifted else (None, None, None)),
