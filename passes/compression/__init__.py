@@ -40,12 +40,12 @@ class Compress:
         kept = None
         if self.folder is not None and self.samples is not None:
             kept = Unfinished(self.folder, graph, self.samples, (self.prune, self.quantize))
-        measured = any(rule.allocation in ("owl", "optimal") for rule in self.prune)
-        share = 0.7 if measured else 0.0
-        layers, choices = self.choose(graph, kept, lambda done: self.progress(share * done))
+        share = (
+            0.7 if any(rule.allocation in ("owl", "optimal") for rule in self.prune) else 0.0
+        )  # of the time, for shares
+        layers, choices = self.choose(graph, kept, _part(self.progress, 0, share))
         if choices:
-            told = lambda done: self.progress(share + (1 - share) * done)  # noqa: E731
-            graph = compress(graph, layers, choices, self.samples, told, kept)
+            graph = compress(graph, layers, choices, self.samples, _part(self.progress, share, 1), kept)
         if kept is not None:
             kept.done()
         return graph
@@ -95,6 +95,10 @@ class Compress:
                 raise RecipeError(
                     f'quantize: {code.algorithm} needs calibration data for {layer.names[0]}; give calibration=…, or algorithm = "rtn"'
                 )
+
+
+def _part(progress: Callable[[float], None], begin: float, end: float) -> Callable[[float], None]:
+    return lambda done: progress(begin + (end - begin) * done)
 
 
 def compress(
