@@ -226,6 +226,11 @@ class Recipe:
         if self.rotate != "none" and all(rule.scheme == "none" for rule in self.quantize):
             raise RecipeError("rotate is for models that are quantized; give quantize, too")
 
+    @property
+    def calibrated(self) -> bool:
+        """Whether calibration makes a difference."""
+        return any(r.calibrated for r in self.remove) or any(r.calibrated for r in self.quantize)
+
     @classmethod
     def resolve(cls, recipe: Recipe | str | os.PathLike[str] | Mapping[str, Any] | None) -> Recipe:
         """A recipe from itself, a preset's name, a TOML file's path, a mapping of keys, or None for the default.

@@ -24,7 +24,7 @@ from jisu.compiler.errors import (
 )
 
 if TYPE_CHECKING:
-    from jisu.compiler.driver import compile, load, to_torch
+    from jisu.compiler.driver import compile, ensemble, load, merge, to_torch
     from jisu.compiler.recipe import Recipe
     from jisu.runtime.generate import GenerationConfig
     from jisu.runtime.program import Program
@@ -39,6 +39,8 @@ _LAZY = {
     "Program": "jisu.runtime.program",
     "load": "jisu.compiler.driver",
     "Target": "jisu.targets.target",
+    "ensemble": "jisu.compiler.driver",
+    "merge": "jisu.compiler.driver",
     "to_torch": "jisu.compiler.driver",
 }
 
@@ -59,7 +61,9 @@ __all__ = [
     "UnsupportedError",
     "VerifyError",
     "compile",
+    "ensemble",
     "load",
+    "merge",
     "to_torch",
 ]
 

@@ -215,6 +215,32 @@ def evaluate(
     command.run(shell, path, text, reference, window, limit, options)
 
 
+@_command("merge")
+def merge(
+    shell: Shell,
+    models: Annotated[list[str], typer.Argument(metavar="MODEL…", help="Checkpoint folders of one architecture.")],
+    out: Annotated[str, typer.Option("--out", "-o", metavar="DIR", help="A new folder for the merged checkpoint.")],
+    method: Annotated[
+        Literal["linear", "slerp", "ties"],
+        typer.Option(help="Weighted mean; along the arc between two; or signs and largest changes from --base."),
+    ] = "linear",
+    weights: Annotated[
+        str | None, typer.Option(metavar="W,W…", help="One number per model, such as 0.3,0.7; default: all alike.")
+    ] = None,
+    base: Annotated[str | None, typer.Option(metavar="MODEL", help="What the models were trained from (ties).")] = None,
+    density: Annotated[
+        float | None, typer.Option(help="Share of the changes that is kept in each tensor (ties; default 0.2).")
+    ] = None,
+    scale: Annotated[float | None, typer.Option(help="How far to go from the base (ties; default 1).")] = None,
+    cache_dir: CacheDir = None,
+) -> None:
+    """Merge checkpoints of one architecture into one."""
+    from jisu.commands import merge as command
+
+    options = {"method": method, "base": base, "density": density, "scale": scale, "cache_dir": cache_dir}
+    command.run(shell, models, out, weights, options)
+
+
 @_command("explain")
 def explain(shell: Shell, options: Options, path: Either) -> None:
     """Tell what each pass did, what layers cost, and which kernels run."""
