@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import shutil
 import tempfile
@@ -25,6 +26,7 @@ from jisu.compiler.signature import Signature, Tree
 
 if TYPE_CHECKING:
     from jisu.frontends.to_torch import GraphModule
+    from jisu.passes.compression.search import Front
     from jisu.runtime.program import Program
     from jisu.targets.target import Target
 
@@ -68,6 +70,7 @@ def compile(
     stop_after: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     calibration: Any = None,
+    ledger: bool = False,
     progress: Progress | None = None,
 ) -> Program:
     """Compile a model for a target.
@@ -79,8 +82,10 @@ def compile(
     `torch.export` takes them. num_threads: threads that kernels use (default: all cores). check: "verify" runs the
     verifier after each pass, "numeric" also compares meanings with the interpreter, "none" neither. dump: a folder for
     the IR after each pass. stop_after: the name of the last pass to run. cache_dir: where compiled libraries are kept
-    (default: $JISU_CACHE_DIR or ~/.cache/jisu). calibration: for recipes that quantize a language model or remove parts of it, a text file's path, or
-    token ids int64 [windows, length]; without, numbers are rounded to the nearest, and the smallest weights go.
+    (default: $JISU_CACHE_DIR or ~/.cache/jisu). calibration: for recipes that compress a model: of a language model a text file's path or
+    token ids int64 [windows, length], of another module a list of calls, each a tuple of arguments; without, numbers are rounded to
+    the nearest, and the smallest weights go. ledger: also measure on the calibration data what each lossy pass and each compressed
+    matrix costs the model, for `explain()["ledger"]` (see `passes/compression/ledger.py`).
 
     Raises TargetError, RecipeError, InputError (what was given doesn't fit together), UnsupportedError (all that can't be
     compiled, at once), VerifyError, CompileError.
@@ -100,9 +105,12 @@ def compile(
     for note in source.notes:
         warnings.warn(note, UserWarning, stacklevel=2)
     with _memory_errors():
-        chosen, lossy = _still_to_do(source, None if recipe is None else chosen, calibration, tell)
+        if ledger and calibration is None:
+            raise InputError("a ledger is measured on calibration data; give calibration=…")
+        chosen, lossy = _still_to_do(source, None if recipe is None else chosen, calibration, tell, kept)
+        samples = _calibration_samples(source, chosen, calibration) if ledger else None
         return _build(
-            source, machine, chosen, (*passes, *lossy), num_threads, check, dump, stop_after, kept, tell, times
+            source, machine, chosen, (*passes, *lossy), num_threads, check, dump, stop_after, kept, tell, times, samples
         )
 
 
@@ -153,7 +161,7 @@ def to_torch(
     kept = cache_folder(Path(cache_dir) if cache_dir is not None else None)
     source = _capture(model, example_inputs, example_kwargs, dynamic_shapes, kept)
     with _memory_errors():
-        source = _compressed(source, None if recipe is None else chosen, passes, calibration, tell)
+        source = _compressed(source, None if recipe is None else chosen, passes, calibration, tell, kept)
         module = GraphModule(source.graph, buffers=source.buffers, dtype=dtype, signature=source.signature,
                              decoder=source.sequence is not None, source=source)  # fmt: skip
     tell("done", 1.0)
@@ -263,7 +271,9 @@ def ensemble(
     join([source.graph for source in sources], parts, average, names)  # refused before compressing, if it is
     with _memory_errors():
         done = [
-            _compressed(source, recipe, (), calibration if recipe is not None and recipe.calibrated else None, tell)
+            _compressed(
+                source, recipe, (), calibration if recipe is not None and recipe.calibrated else None, tell, kept
+            )
             for source, recipe in zip(sources, chosen, strict=True)
         ]
     graph = join([source.graph for source in done], parts, average, names)
@@ -292,6 +302,77 @@ def _names(models: Sequence[Any]) -> list[str]:
         repr(os.fspath(model)) if isinstance(model, (str, os.PathLike)) else f"model {i} ({type(model).__name__})"
         for i, model in enumerate(models)
     ]
+
+
+def search(
+    model: Any,
+    target: str | Target = "cpu",
+    *,
+    calibration: Any,
+    budgets: Sequence[float] = (),
+    seconds: float = math.inf,
+    held_out: Any = None,
+    recipe: Any = None,
+    options: Sequence[Any] | None = None,
+    example_inputs: Sequence[Any] | None = None,
+    example_kwargs: Mapping[str, Any] | None = None,
+    dynamic_shapes: Any = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+) -> Front:
+    """The recipes that cost a model least within budgets: sparsity, bits and groups, layer by layer.
+
+    budgets: bytes of all weights, one recipe for each; without, eight between the smallest and the largest that there are. seconds: the
+    most that the target's cost model may predict for one token. calibration: as in `compile`; what results are measured on is `held_out`
+    or, without it, the last quarter of the calibration data. recipe: for the layers that its entries name, which are then not
+    searched, and for all that isn't about weights. options: ways to store a matrix (`jisu.passes.compression.search.Option`). Every point of the
+    result was made and measured; its `recipe` makes it again by `compile` with the same calibration. An interrupted search goes on where it was.
+
+    Raises what `compile` raises, and InputError for a budget that nothing fits, naming the least that there is.
+    """
+    from jisu.passes import default_passes
+    from jisu.passes.compression.search import OPTIONS
+    from jisu.passes.compression.search import search as find
+    from jisu.passes.compression.unfinished import Unfinished
+    from jisu.targets.compile import cache_folder
+    from jisu.targets.target import Target
+
+    machine, base = Target.resolve(target), Recipe.resolve(recipe)
+    if calibration is None:
+        raise InputError("a search measures on calibration data; give calibration=…")
+    if base.remove or base.rotate != "none":
+        raise InputError(
+            "search: the recipe may settle layers by prune and quantize entries; remove and rotate come before"
+        )
+    wanted = [float(b) for b in budgets]
+    tell = progress or (lambda stage, done: None)
+    tell("tracing", 0.0)
+    kept = cache_folder(Path(cache_dir) if cache_dir is not None else None)
+    source = _capture(model, example_inputs, example_kwargs, dynamic_shapes, kept)
+    samples = _calibration_samples(source, base, calibration)
+    if held_out is None:
+        most = len(samples) - max(len(samples) // 4, 1)
+        if not most:
+            raise InputError("search: one call is too little calibration data to hold some out; give held_out=…")
+        samples, rest = samples[:most], samples[most:]
+    else:
+        rest = _calibration_samples(source, base, held_out)
+    with _memory_errors():
+        graph, _ = Pipeline(default_passes(base.fuse, base.max_fold_bytes)).run(source.graph)
+        pairs = [(b, seconds) for b in wanted] or ([(math.inf, seconds)] if seconds < math.inf else [])
+        unfinished = Unfinished(kept / "unfinished", graph, samples, ("search",))
+        found = find(
+            graph, base, samples, rest, pairs, latency=lambda g: _predicted(g, base, machine), options=options or OPTIONS,
+            kept=unfinished, progress=lambda done: tell("searching", done),
+        )  # fmt: skip
+        unfinished.done()
+    return found
+
+
+def _predicted(graph: Graph, recipe: Recipe, machine: Target) -> float:
+    """Predicted seconds of one token, laid out for a machine."""
+    laid = _lay_out(graph, recipe, machine, "none", None, None)
+    return graph_cost(laid, dict.fromkeys(laid.symbols, 1), machine).seconds
 
 
 def _check_options(num_threads: int | None, check: str, passes: Sequence[Pass]) -> None:
@@ -394,6 +475,7 @@ def _build(
     kept: Path,
     tell: Progress,
     times: dict[str, float],
+    measured_on: Any,
 ) -> Program:
     from jisu.passes import default_passes
     from jisu.passes.layout import sparse_matrices
@@ -404,9 +486,12 @@ def _build(
     tell("rewriting", 0.3)
     report: dict[str, Any] = {"passes": [], "target_fingerprint": machine.fingerprint()}
     env = _typical_sizes(source.graph)
+    seen: list[tuple[str, bool, Graph]] = [("frontend", True, source.graph)]
 
     def note(done: Report, graph: Graph) -> None:
         report["passes"].append(_pass_report(done, graph, env, machine))
+        if measured_on is not None:
+            seen.append((done.name, done.exact, graph))
 
     report["passes"].append(
         _pass_report(Report("frontend", True, len(source.graph.nodes), times["trace_s"]), source.graph, env, machine)
@@ -420,6 +505,10 @@ def _build(
     )
     samples = sample_inputs(source.graph) if check == "numeric" else None
     graph, _ = pipeline.run(source.graph, samples)
+    if measured_on is not None:
+        report["ledger"] = _ledger(
+            source, seen, measured_on, lambda done: tell("measuring what it costs", 0.38 + 0.02 * done)
+        )
     entries, decoder = _entries(source, graph, recipe, report)
     finished: dict[str, Graph] = {}
     for entry, step in entries.items():
@@ -463,22 +552,35 @@ def _build(
     return Program(parts, num_threads)
 
 
+def _ledger(
+    source: Source, seen: Sequence[tuple[str, bool, Graph]], samples: Any, progress: Callable[[float], None]
+) -> Any:
+    """What each lossy pass among those seen, and each matrix, costs; None where none of them changed anything."""
+    from jisu.passes.compression.ledger import keep_ledger
+
+    pairs = zip(seen, seen[1:], strict=False)
+    steps = [
+        (name, before, after) for (_, _, before), (name, exact, after) in pairs if not exact and after is not before
+    ]
+    return keep_ledger(source.graph, steps, samples, progress).as_dict() if steps else None
+
+
 def _still_to_do(
-    source: Source, recipe: Recipe | None, calibration: Any, tell: Progress
+    source: Source, recipe: Recipe | None, calibration: Any, tell: Progress, kept: Path
 ) -> tuple[Recipe, tuple[Pass, ...]]:
     """The recipe that holds, and its lossy passes: none where a graph comes back from training and no other is named."""
     done = recipe is None and source.recipe is not None
-    lossy = _lossy_passes(source, Recipe() if done or recipe is None else recipe, calibration, tell)
+    lossy = _lossy_passes(source, Recipe() if done or recipe is None else recipe, calibration, tell, kept)
     return recipe or source.recipe or Recipe(), lossy
 
 
 def _compressed(
-    source: Source, recipe: Recipe | None, passes: Sequence[Pass], calibration: Any, tell: Progress
+    source: Source, recipe: Recipe | None, passes: Sequence[Pass], calibration: Any, tell: Progress, kept: Path
 ) -> Source:
     """The model behind the exact passes and the recipe's lossy ones."""
     from jisu.passes import default_passes
 
-    chosen, lossy = _still_to_do(source, recipe, calibration, tell)
+    chosen, lossy = _still_to_do(source, recipe, calibration, tell, kept)
     tell("rewriting", 0.3)
     exact, _ = Pipeline(default_passes(chosen.fuse, chosen.max_fold_bytes)).run(source.graph)
     graph, _ = Pipeline((*passes, *lossy)).run(exact)
@@ -486,18 +588,17 @@ def _compressed(
     return attrs.evolve(source, graph=graph, buffers=buffers, recipe=chosen)
 
 
-def _lossy_passes(source: Source, recipe: Recipe, calibration: Any, tell: Progress) -> tuple[Pass, ...]:
-    """The passes that a recipe's lossy part asks for, with their calibration tokens."""
+def _lossy_passes(source: Source, recipe: Recipe, calibration: Any, tell: Progress, kept: Path) -> tuple[Pass, ...]:
+    """The passes that a recipe's lossy part asks for, with their calibration data; what is unfinished stays in `kept`."""
+    lossy = recipe.prune or recipe.quantize or recipe.remove
     if calibration is not None and not recipe.calibrated:
-        if not recipe.quantize and not recipe.remove:
-            raise InputError(
-                'calibration is given, but the recipe quantizes nothing and removes nothing; give a recipe such as "int4"'
-            )
+        if not lossy:
+            raise InputError('calibration is given, but the recipe compresses nothing; give a recipe such as "int4"')
         raise InputError(
             "calibration is given, but the recipe only rounds to the nearest and removes by magnitude; "
-            'use algorithm = "auto" or "gptq", importance = "auto" or "activation"'
+            'use algorithm = "auto", importance = "auto"'
         )
-    tokens = None if calibration is None else _calibration_tokens(source, recipe, calibration)
+    samples = None if calibration is None else _calibration_samples(source, recipe, calibration)
 
     def during(stage: str, begin: float, end: float) -> Callable[[float], None]:
         return lambda done: tell(stage, begin + (end - begin) * done)
@@ -506,28 +607,54 @@ def _lossy_passes(source: Source, recipe: Recipe, calibration: Any, tell: Progre
     if recipe.remove:
         from jisu.passes.structured import Remove
 
-        found.append(Remove(recipe.remove, tokens, during("removing", 0.3, 0.32)))
+        if samples is not None and not isinstance(samples, np.ndarray):
+            raise InputError("remove: only language models are calibrated; leave calibration out")
+        found.append(Remove(recipe.remove, samples, during("removing", 0.3, 0.32)))
     if recipe.rotate == "hadamard":
         from jisu.passes.compression.rotate import Rotate
 
         found.append(Rotate())
     if recipe.quantize:
-        from jisu.passes.compression import Quantize
         from jisu.passes.compression.activations import QuantizeActivations
         from jisu.passes.compression.equalize import Equalize
 
         found += [
-            Equalize(recipe.quantize, tokens, during("quantizing", 0.32, 0.34)),
-            QuantizeActivations(recipe.quantize, tokens, during("quantizing", 0.34, 0.36)),
-            Quantize(recipe.quantize, tokens, during("quantizing", 0.36, 0.4)),
+            Equalize(recipe.quantize, samples, during("equalizing", 0.32, 0.33)),
+            QuantizeActivations(recipe.quantize, samples, during("equalizing", 0.33, 0.34)),
         ]
+    if recipe.prune or recipe.quantize:
+        from jisu.passes.compression import Compress
+
+        found.append(
+            Compress(recipe.prune, recipe.quantize, samples, during("compressing", 0.34, 0.4), kept / "unfinished")
+        )
     return tuple(found)
+
+
+def _calibration_samples(source: Source, recipe: Recipe, calibration: Any) -> np.ndarray | list[tuple[np.ndarray, ...]]:
+    """Token ids int64 [windows, length] of a language model, or the inputs of each call of another module."""
+    if source.sequence is not None:
+        return _calibration_tokens(source, recipe, calibration)
+    if isinstance(calibration, (str, os.PathLike)) or not isinstance(calibration, Sequence) or not calibration:
+        raise InputError(
+            "calibration of a module is a list of calls, each a tuple of its arguments; text is for causal language models"
+        )
+    found = []
+    for i, call in enumerate(calibration):
+        arguments = call if isinstance(call, (tuple, list)) else (call,)
+        try:
+            found.append(tuple(_array(a) for a in source.signature.flatten_call(arguments, {})))
+        except JisuError as error:
+            raise InputError(f"calibration[{i}]: {error}") from error
+    return found
+
+
+def _array(value: Any) -> np.ndarray:
+    return np.asarray(value.detach().cpu().numpy() if hasattr(value, "detach") else value)
 
 
 def _calibration_tokens(source: Source, recipe: Recipe, calibration: Any) -> np.ndarray:
     """Token ids int64 [windows, length] from ids, or from a text file by the model's own tokenizer."""
-    if source.sequence is None:
-        raise InputError("calibration is for causal language models; other modules are compressed without")
     if isinstance(calibration, (str, os.PathLike)):
         from jisu.runtime.tokenizer import Tokenizer, read_text
 

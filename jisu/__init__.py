@@ -24,7 +24,7 @@ from jisu.compiler.errors import (
 )
 
 if TYPE_CHECKING:
-    from jisu.compiler.driver import compile, ensemble, load, merge, to_torch
+    from jisu.compiler.driver import compile, ensemble, load, merge, search, to_torch
     from jisu.compiler.recipe import Recipe
     from jisu.runtime.generate import GenerationConfig
     from jisu.runtime.program import Program
@@ -38,6 +38,7 @@ _LAZY = {
     "GenerationConfig": "jisu.runtime.generate",
     "Program": "jisu.runtime.program",
     "load": "jisu.compiler.driver",
+    "search": "jisu.compiler.driver",
     "Target": "jisu.targets.target",
     "ensemble": "jisu.compiler.driver",
     "merge": "jisu.compiler.driver",
@@ -64,6 +65,7 @@ __all__ = [
     "ensemble",
     "load",
     "merge",
+    "search",
     "to_torch",
 ]
 

@@ -27,7 +27,7 @@ from jisu.compiler.schemes import SCHEMES, Scheme
 from jisu.compiler.types import TensorType, is_float
 from jisu.frontends.aten.values import array_of
 from jisu.frontends.to_torch import MEANINGS, from_torch, to_torch
-from jisu.passes.compression import Quantize
+from jisu.passes.compression import Compress
 from jisu.testing import arrays_for, graph_of, op_calls
 
 INT4 = {"quantize": [{"scheme": "int4", "group": 16, "symmetric": False}]}
@@ -166,7 +166,7 @@ def coded(kind: Scheme, symmetric: bool = True) -> Graph:
     x = placeholder("x", TensorType((3, 20), "float32"))
     graph = Graph((x,), (ops.linear(x, w),), {"layer.weight": ArrayStorage(rng.standard_normal((6, 20), np.float32))})
     rule = QuantizeRecipe(scheme=kind.name, group=4 if kind.group else 0, symmetric=symmetric, algorithm="rtn")
-    return Quantize((rule,))(graph)
+    return Compress((), (rule,))(graph)
 
 
 def same_weights(a: Graph, b: Graph) -> bool:

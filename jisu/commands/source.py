@@ -30,6 +30,7 @@ class Options:
     check: str = "verify"
     dump: str | None = None
     calibration: str | None = None
+    ledger: bool = False
 
 
 @attrs.frozen
@@ -80,6 +81,7 @@ def compile_checkpoint(shell: Shell, path: str, options: Options) -> Opened:
             dump=options.dump,
             cache_dir=options.cache_dir,
             calibration=options.calibration,
+            ledger=options.ledger,
             progress=tell,
         )
     return Opened(program, time.perf_counter() - begin, None)
