@@ -2,7 +2,8 @@
 
     results = lm_eval.simple_evaluate(HarnessModel(program), tasks=["arc_easy"])
 
-Texts become tokens as the harness's own model of transformers makes them, so that figures can be compared.
+Texts become tokens as the harness's own model of transformers makes them, so that figures can be compared; but where the
+likelihood of a whole text is asked for, the token that stands before it is given and never predicted.
 """
 
 from __future__ import annotations
