@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import os
 import shutil
@@ -18,7 +19,7 @@ import attrs
 import numpy as np
 
 from jisu.compiler.cost import graph_cost, weight_bytes
-from jisu.compiler.errors import InputError, InputTypeError, JisuError
+from jisu.compiler.errors import InputError, InputTypeError, JisuError, RecipeError
 from jisu.compiler.graph import WEIGHT, Graph, Storage
 from jisu.compiler.pipeline import Pass, Pipeline, Report, sample_inputs
 from jisu.compiler.recipe import Recipe
@@ -70,6 +71,7 @@ def compile(
     stop_after: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     calibration: Any = None,
+    training: Any = None,
     ledger: bool = False,
     progress: Progress | None = None,
 ) -> Program:
@@ -84,7 +86,8 @@ def compile(
     the IR after each pass. stop_after: the name of the last pass to run. cache_dir: where compiled libraries are kept
     (default: $JISU_CACHE_DIR or ~/.cache/jisu). calibration: for recipes that compress a model: of a language model a text file's path or
     token ids int64 [windows, length], of another module a list of calls, each a tuple of arguments; without, numbers are rounded to
-    the nearest, and the smallest weights go. ledger: also measure on the calibration data what each lossy pass and each compressed
+    the nearest, and the smallest weights go. training: for recipes with `recover`, what the compressed model is trained on, in the
+    forms of calibration (default: the calibration data). ledger: also measure on the calibration data what each lossy pass and each compressed
     matrix costs the model, for `explain()["ledger"]` (see `passes/compression/ledger.py`).
 
     Raises TargetError, RecipeError, InputError (what was given doesn't fit together), UnsupportedError (all that can't be
@@ -107,7 +110,7 @@ def compile(
     with _memory_errors():
         if ledger and calibration is None:
             raise InputError("a ledger is measured on calibration data; give calibration=…")
-        chosen, lossy = _still_to_do(source, None if recipe is None else chosen, calibration, tell, kept)
+        chosen, lossy = _still_to_do(source, None if recipe is None else chosen, calibration, training, tell, kept)
         samples = _calibration_samples(source, chosen, calibration) if ledger else None
         return _build(
             source, machine, chosen, (*passes, *lossy), num_threads, check, dump, stop_after, kept, tell, times, samples
@@ -137,6 +140,7 @@ def to_torch(
     dynamic_shapes: Any = None,
     cache_dir: str | os.PathLike[str] | None = None,
     calibration: Any = None,
+    training: Any = None,
     dtype: Any = None,
     progress: Progress | None = None,
 ) -> GraphModule:
@@ -161,7 +165,7 @@ def to_torch(
     kept = cache_folder(Path(cache_dir) if cache_dir is not None else None)
     source = _capture(model, example_inputs, example_kwargs, dynamic_shapes, kept)
     with _memory_errors():
-        source = _compressed(source, None if recipe is None else chosen, passes, calibration, tell, kept)
+        source = _compressed(source, None if recipe is None else chosen, passes, calibration, training, tell, kept)
         module = GraphModule(source.graph, buffers=source.buffers, dtype=dtype, signature=source.signature,
                              decoder=source.sequence is not None, source=source)  # fmt: skip
     tell("done", 1.0)
@@ -225,6 +229,7 @@ def ensemble(
     average: str = "log",
     recipes: Any = None,
     calibration: Any = None,
+    training: Any = None,
     example_inputs: Sequence[Any] | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
@@ -237,7 +242,7 @@ def ensemble(
     models: whatever `compile` takes, of one vocabulary; their architectures may differ. weights: one per model, above 0 (default: all
     alike); they are divided by their sum. average: "log" (logits: a product of experts) or "probability" (a mixture), see
     `jisu.compiler.ensemble.join`. recipes: how each model is compressed before they are joined, one per model or one for all;
-    calibration: as in `compile`, for those that use it. example_inputs: for plain modules, whose outputs are averaged.
+    calibration, training: as in `compile`, for those that use them. example_inputs: for plain modules, whose outputs are averaged.
 
     Raises InputError for models whose inputs, outputs, calls or tokens don't fit together; otherwise as `compile`.
     """
@@ -252,8 +257,9 @@ def ensemble(
         raise InputError(f"recipes: expected one per model, {len(models)}, got {len(given)}")
     chosen = [None if recipe is None else Recipe.resolve(recipe) for recipe in given]
     parts, names = shares(weights, len(models)), _names(models)
-    if calibration is not None and not any(recipe is not None and recipe.calibrated for recipe in chosen):
-        raise InputError("calibration is given, but none of the recipes uses it")
+    for i, (what, data) in enumerate((("calibration", calibration), ("training", training))):
+        if data is not None and all(_of_use(recipe, calibration, training)[i] is None for recipe in chosen):
+            raise InputError(f"{what} is given, but none of the recipes uses it")
     tell = progress or (lambda stage, done: None)
     kept = cache_folder(Path(cache_dir) if cache_dir is not None else None)
     sources = [_capture(model, example_inputs, None, None, kept) for model in models]
@@ -271,9 +277,7 @@ def ensemble(
     join([source.graph for source in sources], parts, average, names)  # refused before compressing, if it is
     with _memory_errors():
         done = [
-            _compressed(
-                source, recipe, (), calibration if recipe is not None and recipe.calibrated else None, tell, kept
-            )
+            _compressed(source, recipe, (), *_of_use(recipe, calibration, training), tell, kept)
             for source, recipe in zip(sources, chosen, strict=True)
         ]
     graph = join([source.graph for source in done], parts, average, names)
@@ -286,6 +290,13 @@ def ensemble(
         recipe=Recipe(),
         members=tuple(source.recipe or Recipe() for source in done),
     )
+
+
+def _of_use(recipe: Recipe | None, calibration: Any, training: Any) -> tuple[Any, Any]:
+    """The data that a member's recipe uses."""
+    if recipe is None:
+        return None, None
+    return calibration if recipe.calibrated else None, training if recipe.recover.steps else None
 
 
 def _several(models: Any) -> Sequence[Any]:
@@ -566,21 +577,27 @@ def _ledger(
 
 
 def _still_to_do(
-    source: Source, recipe: Recipe | None, calibration: Any, tell: Progress, kept: Path
+    source: Source, recipe: Recipe | None, calibration: Any, training: Any, tell: Progress, kept: Path
 ) -> tuple[Recipe, tuple[Pass, ...]]:
     """The recipe that holds, and its lossy passes: none where a graph comes back from training and no other is named."""
     done = recipe is None and source.recipe is not None
-    lossy = _lossy_passes(source, Recipe() if done or recipe is None else recipe, calibration, tell, kept)
+    lossy = _lossy_passes(source, Recipe() if done or recipe is None else recipe, calibration, training, tell, kept)
     return recipe or source.recipe or Recipe(), lossy
 
 
 def _compressed(
-    source: Source, recipe: Recipe | None, passes: Sequence[Pass], calibration: Any, tell: Progress, kept: Path
+    source: Source,
+    recipe: Recipe | None,
+    passes: Sequence[Pass],
+    calibration: Any,
+    training: Any,
+    tell: Progress,
+    kept: Path,
 ) -> Source:
     """The model behind the exact passes and the recipe's lossy ones."""
     from jisu.passes import default_passes
 
-    chosen, lossy = _still_to_do(source, recipe, calibration, tell, kept)
+    chosen, lossy = _still_to_do(source, recipe, calibration, training, tell, kept)
     tell("rewriting", 0.3)
     exact, _ = Pipeline(default_passes(chosen.fuse, chosen.max_fold_bytes)).run(source.graph)
     graph, _ = Pipeline((*passes, *lossy)).run(exact)
@@ -588,8 +605,10 @@ def _compressed(
     return attrs.evolve(source, graph=graph, buffers=buffers, recipe=chosen)
 
 
-def _lossy_passes(source: Source, recipe: Recipe, calibration: Any, tell: Progress, kept: Path) -> tuple[Pass, ...]:
-    """The passes that a recipe's lossy part asks for, with their calibration data; what is unfinished stays in `kept`."""
+def _lossy_passes(
+    source: Source, recipe: Recipe, calibration: Any, training: Any, tell: Progress, kept: Path
+) -> tuple[Pass, ...]:
+    """The passes that a recipe's lossy part asks for, with their data; what is unfinished stays in `kept`."""
     lossy = recipe.prune or recipe.quantize or recipe.remove
     if calibration is not None and not recipe.calibrated:
         if not lossy:
@@ -598,6 +617,8 @@ def _lossy_passes(source: Source, recipe: Recipe, calibration: Any, tell: Progre
             "calibration is given, but the recipe only rounds to the nearest and removes by magnitude; "
             'use algorithm = "auto", importance = "auto"'
         )
+    if training is not None and not recipe.recover.steps:
+        raise InputError("training is given, but the recipe doesn't train: give it [recover] steps = 400")
     samples = None if calibration is None else _calibration_samples(source, recipe, calibration)
 
     def during(stage: str, begin: float, end: float) -> Callable[[float], None]:
@@ -614,21 +635,52 @@ def _lossy_passes(source: Source, recipe: Recipe, calibration: Any, tell: Progre
         from jisu.passes.compression.rotate import Rotate
 
         found.append(Rotate())
-    if recipe.quantize:
-        from jisu.passes.compression.activations import QuantizeActivations
+    if any(rule.smooth or rule.algorithm == "awq" for rule in recipe.quantize):
         from jisu.passes.compression.equalize import Equalize
 
-        found += [
-            Equalize(recipe.quantize, samples, during("equalizing", 0.32, 0.33)),
-            QuantizeActivations(recipe.quantize, samples, during("equalizing", 0.33, 0.34)),
-        ]
+        found.append(Equalize(recipe.quantize, samples, during("equalizing", 0.32, 0.33)))
+    if any(rule.activations != "none" for rule in recipe.quantize):
+        from jisu.passes.compression.activations import QuantizeActivations
+
+        found.append(QuantizeActivations(recipe.quantize, samples, during("rounding activations", 0.33, 0.34)))
     if recipe.prune or recipe.quantize:
         from jisu.passes.compression import Compress
 
-        found.append(
-            Compress(recipe.prune, recipe.quantize, samples, during("compressing", 0.34, 0.4), kept / "unfinished")
+        # What is trained is what was pruned; its codes are then found for the trained numbers.
+        apart = recipe.recover.steps > 0 and recipe.prune and recipe.quantize
+        steps = (
+            [("prune", recipe.prune, ()), ("quantize", (), recipe.quantize)]
+            if apart
+            else [("compress", recipe.prune, recipe.quantize)]
         )
+        for i, (name, prune, quantize) in enumerate(steps):
+            begin = 0.34 + 0.06 * i / len(steps)
+            told = during(f"{name.removesuffix('e')}ing", begin, begin + 0.02)
+            found.append(Compress(prune, quantize, samples, told, kept / "unfinished", name))
+            if recipe.recover.steps:
+                found.append(
+                    _recover(source, recipe, training, samples, name, during("recovering", begin + 0.02, begin + 0.03))
+                )
     return tuple(found)
+
+
+def _recover(
+    source: Source, recipe: Recipe, training: Any, samples: Any, behind: str, progress: Callable[[float], None]
+) -> Pass:
+    """The pass that trains what the pass named `behind` left."""
+    from jisu.frontends.training import distil
+    from jisu.passes.compression.recover import Recover
+
+    rule = recipe.recover
+    if training is not None:
+        drawn = attrs.evolve(recipe.calibration, windows=min(rule.steps * rule.batch, 1 << 16))
+        samples = _calibration_samples(source, attrs.evolve(recipe, calibration=drawn), training)
+    if samples is None:
+        raise RecipeError("recover: training needs data; give training=… or calibration=…")
+    if behind == "quantize":  # only scales and what isn't compressed are left to train
+        rule = attrs.evolve(rule, steps=max(rule.steps // 4, 1), minutes=rule.minutes / 4)
+    train = functools.partial(distil, buffers=source.buffers)
+    return Recover(rule, source.graph, samples, train, progress, f"recover behind {behind}")
 
 
 def _calibration_samples(source: Source, recipe: Recipe, calibration: Any) -> np.ndarray | list[tuple[np.ndarray, ...]]:

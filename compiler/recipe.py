@@ -268,6 +268,27 @@ class RemoveRecipe:
         return self.importance != "magnitude" or (self.refit and self.what in ("heads", "channels"))
 
 
+def _positive(_: Any, attribute: attrs.Attribute[float], value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+        raise RecipeError(f"{attribute.name} must be a number, 0 or above, not {value!r}")
+
+
+@attrs.frozen(kw_only=True)
+class RecoverRecipe:
+    """How a compressed model is trained to give the outputs of the unchanged one again (distillation; masks and codes stay).
+
+    steps: of training, 0 for none; each on `batch` windows of calibration.length tokens (of a module that is no language model: on one
+    call). learning_rate: of Adam, relative to the size of each parameter. minutes: ends the training early (0: never). seed: of the
+    order of windows.
+    """
+
+    steps: int = attrs.field(default=0, validator=_between(0, 1 << 20))
+    batch: int = attrs.field(default=8, validator=_between(1, 1 << 16))
+    learning_rate: float = attrs.field(default=0.005, validator=_positive)
+    minutes: float = attrs.field(default=0.0, validator=_positive)
+    seed: int = attrs.field(default=0, validator=_between(0, 1 << 31))
+
+
 @attrs.frozen(kw_only=True)
 class CalibrationRecipe:
     """How calibration text is used: `windows` pieces of `length` tokens, drawn by `seed` from all of it."""
@@ -285,7 +306,8 @@ class Recipe:
     constant folding makes. prefill_chunk: tokens of a prompt that are read at a time. remove: what is taken out, one entry after the
     other. prune: which numbers become 0, of several entries the last that matches a layer. quantize: how weights are stored, the same
     way; a scheme's name alone means all layers.
-    rotate: one of `ROTATIONS`, done before. calibration: how its text is cut.
+    recover: training of what is left. rotate: one of
+    `ROTATIONS`, done first. calibration: how its text is cut.
     """
 
     fuse: bool = attrs.field(default=True, validator=_is_bool)
@@ -295,6 +317,7 @@ class Recipe:
     remove: tuple[RemoveRecipe, ...] = ()
     prune: tuple[PruneRecipe, ...] = ()
     quantize: tuple[QuantizeRecipe, ...] = ()
+    recover: RecoverRecipe = attrs.field(factory=RecoverRecipe)
     rotate: str = attrs.field(default="none", validator=_one_of(ROTATIONS))
     calibration: CalibrationRecipe = attrs.field(factory=CalibrationRecipe)
     cache: CacheRecipe = attrs.field(factory=CacheRecipe)
@@ -306,7 +329,9 @@ class Recipe:
     @property
     def calibrated(self) -> bool:
         """Whether calibration data changes what is done."""
-        return any(r.calibrated for entries in (self.remove, self.prune, self.quantize) for r in entries)
+        return self.recover.steps > 0 or any(
+            r.calibrated for entries in (self.remove, self.prune, self.quantize) for r in entries
+        )
 
     @classmethod
     def resolve(cls, recipe: Recipe | str | os.PathLike[str] | Mapping[str, Any] | None) -> Recipe:

@@ -134,6 +134,10 @@ def compile_command(
         str | None,
         typer.Option(metavar="FILE", help="Text on which a recipe that compresses keeps the layers' outputs."),
     ] = None,
+    training: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Text on which a recipe with [recover] trains; default: the other."),
+    ] = None,
     ledger: Annotated[
         bool, typer.Option("--ledger", help="Also measure what each compressed matrix costs, for `jisu explain`.")
     ] = False,
@@ -142,7 +146,10 @@ def compile_command(
     from jisu.commands import compile as command
 
     command.run(
-        shell, model, out, attrs.evolve(options, check=check, dump=dump, calibration=calibration, ledger=ledger)
+        shell,
+        model,
+        out,
+        attrs.evolve(options, check=check, dump=dump, calibration=calibration, training=training, ledger=ledger),
     )
 
 

@@ -377,7 +377,7 @@ def test_ensembles_refuse_what_has_no_mean() -> None:
         jisu.ensemble([a, b], example_inputs=(torch.ones(1, 4),))
     with pytest.raises(jisu.InputError, match="weight 0 would be computed for nothing"):
         jisu.ensemble([a, a], (1, 0), example_inputs=(torch.ones(1, 4),))
-    with pytest.raises(jisu.InputError, match="none of the recipes uses it"):
+    with pytest.raises(jisu.InputError, match="calibration is given, but none of the recipes uses it"):
         jisu.ensemble([a, a], calibration="x.txt", example_inputs=(torch.ones(1, 4),))
     with pytest.raises(jisu.InputError, match="average is one of log, probability"):
         jisu.ensemble([a, a], average="median", example_inputs=(torch.ones(1, 4),))

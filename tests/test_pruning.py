@@ -26,7 +26,7 @@ from jisu.compiler.recipe import PruneRecipe, QuantizeRecipe, Recipe
 from jisu.compiler.schemes import SCHEMES
 from jisu.compiler.types import TensorType
 from jisu.frontends.huggingface import trace_decoder
-from jisu.passes.compression import Compress
+from jisu.passes.compression import Compress, calibrate
 from jisu.passes.compression.allocation import allocate, knapsack
 from jisu.passes.compression.gptq import choose_grid, damped, gptq, refine
 from jisu.passes.compression.layers import choose_pruned, find_layers
@@ -343,6 +343,16 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_bytes(stop: float, tmp_pa
     assert str(found) == str(want)
     for name, storage in want.weights.items():
         assert storage.numpy().tobytes() == found.weights[name].numpy().tobytes(), name
+
+
+def test_values_in_files_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calibration data that doesn't fit into memory gives the same bytes."""
+    graph, tokens = trace_decoder(make("llama")).graph, ids(20, 16)
+    rules = ((PruneRecipe(sparsity=0.5),), (QuantizeRecipe(scheme="int4", group=16),))
+    want = Compress(*rules, tokens)(graph)
+    monkeypatch.setattr(calibrate.Room.__init__, "__defaults__", (0,))
+    found = Compress(*rules, tokens)(graph)
+    assert all(w.numpy().tobytes() == found.weights[n].numpy().tobytes() for n, w in want.weights.items())
 
 
 def test_a_damaged_file_of_an_interrupted_run_is_made_anew(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ class Options:
     check: str = "verify"
     dump: str | None = None
     calibration: str | None = None
+    training: str | None = None
     ledger: bool = False
 
 
@@ -81,6 +82,7 @@ def compile_checkpoint(shell: Shell, path: str, options: Options) -> Opened:
             dump=options.dump,
             cache_dir=options.cache_dir,
             calibration=options.calibration,
+            training=options.training,
             ledger=options.ledger,
             progress=tell,
         )

@@ -14,7 +14,7 @@ from jisu.compiler.recipe import PruneRecipe, QuantizeRecipe
 from jisu.passes.compression import awq
 from jisu.passes.compression.allocation import allocate
 from jisu.passes.compression.calibrate import Run, Samples, Visit, stream
-from jisu.passes.compression.layers import MATRICES, Layer, choose_pruned, choose_quantized, matrix_of
+from jisu.passes.compression.layers import MATRICES, Layer, choose_pruned, choose_quantized, mask_of, matrix_of
 from jisu.passes.compression.matrix import Choice, Cut, Solved, Statistics, gather, solve
 from jisu.passes.compression.unfinished import Unfinished
 
@@ -109,7 +109,7 @@ def compress(
     if samples is None or not any(choice.calibrated for choice in choices.values()):
         for done, (node, choice) in enumerate(choices.items(), 1):
             w = matrix_of(node, layers[node].names[0], graph.weights)
-            solved[node] = solve(w, choice, None, node.dtype)
+            solved[node] = solve(w, choice, None, node.dtype, mask_of(node, graph.weights))
             progress(done / len(choices))
     else:
         users = {u for node in choices for u in layers[node].users}
@@ -137,7 +137,8 @@ def _visit(
         key = (layer.operands[0], *layer.operands[3:])
         if choice.calibrated and (not last or last[0][0] != key):
             last[:] = [(key, gather(layer, now, then))]
-        found = solve(w, choice, last[0][1] if choice.calibrated else None, matrix.dtype)
+        statistics = last[0][1] if choice.calibrated else None
+        found = solve(w, choice, statistics, matrix.dtype, mask_of(matrix, graph.weights))
         if kept is not None:
             kept.put(str(graph.nodes.index(matrix)), found.arrays())
         return found

@@ -6,6 +6,9 @@ gives its compressed outputs to all that come behind it ("true sequential").
 
 from __future__ import annotations
 
+import math
+import tempfile
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -58,7 +61,7 @@ def stream(
     needed = _up_to(graph, {*layers, *graph.outputs} if whole else layers)
     calls = calls_of(graph, samples, batch)
     now = Run(graph, calls)
-    then = Run(graph, calls) if unchanged else now
+    then = Run(graph, calls, now.room) if unchanged else now
     left = {node: sum(user in needed for user in graph.users[node]) for node in needed}
     last = max(i for i, node in enumerate(needed) if node in layers)
     for i, node in enumerate(list(needed)[: last + 1]):
@@ -98,12 +101,59 @@ def _follow(node: Node, now: Run, then: Run) -> None:
         then.compute(node)
 
 
-class Run:
-    """The values that a graph has on several calls, as far as they are needed still."""
+class Room:
+    """How many bytes of values may stay in memory; what goes beyond lies in files."""
 
-    def __init__(self, graph: Graph, calls: Sequence[Sequence[np.ndarray]]) -> None:
-        self.graph, self.calls = graph, calls
-        self.values: dict[Node, list[Any]] = {}
+    def __init__(self, size: int = 256 << 20) -> None:
+        self.left = size
+
+    def keep(self, arrays: Iterable[Any], count: int) -> Values:
+        """A value of `count` arrays; given back when it is no longer used."""
+        found: list[Any] | _Spooled | None = None
+        for array in arrays:
+            if found is None:
+                size = array.nbytes * count if isinstance(array, np.ndarray) else 0
+                found = _Held() if size <= self.left else _Spooled()
+                if isinstance(found, _Held):
+                    self.left -= size
+                    weakref.finalize(found, self._give_back, size)
+            found.append(array)
+        return found if found is not None else []
+
+    def _give_back(self, size: int) -> None:
+        self.left += size
+
+
+class _Held(list[Any]):
+    """A list that tells when it goes."""
+
+
+class _Spooled(Sequence[np.ndarray]):
+    """Arrays in a file without a name, each read when it is asked for."""
+
+    def __init__(self) -> None:
+        self.file = tempfile.TemporaryFile()
+        self.places: list[tuple[int, tuple[int, ...], np.dtype]] = []
+
+    def append(self, array: np.ndarray) -> None:
+        self.places.append((self.file.seek(0, 2), array.shape, array.dtype))
+        self.file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, i: Any) -> Any:
+        begin, shape, dtype = self.places[i]
+        self.file.seek(begin)
+        return np.fromfile(self.file, dtype, math.prod(shape)).reshape(shape)
+
+
+class Run:
+    """The values that a graph has on several calls, as far as they are needed still; beyond `room`, in files."""
+
+    def __init__(self, graph: Graph, calls: Sequence[Sequence[np.ndarray]], room: Room | None = None) -> None:
+        self.graph, self.calls, self.room = graph, calls, room or Room()
+        self.values: dict[Node, Values] = {}
         self.fixed: dict[Node, Any] = {}  # those of `constant` nodes that `outputs` needed
         self.constant: set[Node] = set()
         for node in graph.nodes:
@@ -120,7 +170,8 @@ class Run:
         if node in self.constant:
             self.values[node] = [self._value(node, 0, {}, replaced)] * len(self.calls)
         else:
-            self.values[node] = [self._value(node, i, {}, replaced) for i in range(len(self.calls))]
+            made = (self._value(node, i, {}, replaced) for i in range(len(self.calls)))
+            self.values[node] = self.room.keep(made, len(self.calls))
 
     def outputs(
         self,

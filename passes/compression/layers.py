@@ -13,6 +13,7 @@ import numpy as np
 from jisu.compiler import ops
 from jisu.compiler.errors import InputError, RecipeError
 from jisu.compiler.graph import WEIGHT, Graph, Node, Storage
+from jisu.compiler.masks import unpack_mask
 from jisu.compiler.recipe import PruneRecipe, QuantizeRecipe
 from jisu.passes.layout import Derived, is_stored
 
@@ -35,17 +36,18 @@ class Layer:
 
 
 def find_layers(graph: Graph) -> dict[Node, Layer]:
-    """The matrices that linear layers multiply by and that aren't compressed yet, by their nodes, in the graph's order."""
+    """The matrices that linear layers multiply by and that aren't codes yet, by their nodes, in the graph's order."""
     users: dict[Node, list[Node]] = {}
     for node in graph.nodes:
         for position in MATRICES.get(node.op, ()):
             matrix = node.operands[position]
             assert matrix is not None
-            if is_stored(matrix) and matrix.op not in (ops.dequantize, ops.expand) and not matrix.tensor.symbols:
+            if is_stored(matrix) and matrix.op is not ops.dequantize and not matrix.tensor.symbols:
                 users.setdefault(matrix, []).append(node)
     found = {}
     for matrix, layers in users.items():
-        name = next(n.name for n in Graph((), (matrix,)).nodes if n.op is WEIGHT).removesuffix(".weight")
+        name = next(n.name for n in Graph((), (matrix,)).nodes if n.op is WEIGHT)
+        name = name.removesuffix(".values" if matrix.op is ops.expand else ".weight")
         is_head = any(layer in graph.outputs for layer in layers)
         found[matrix] = Layer((name, *([HEAD] if is_head else [])), matrix, tuple(layers))
     return found
@@ -76,6 +78,8 @@ def choose_pruned(graph: Graph, rules: Iterable[PruneRecipe]) -> dict[Node, tupl
     kept = {n: (layer, rule) for n, (layer, rule) in _choose(graph, rules, "prune", matches).items() if rule.share > 0}
     for node, (layer, rule) in kept.items():
         n, k = map(int, node.shape)
+        if node.op is ops.expand:
+            raise RecipeError(f"prune: {layer.names[0]} is pruned already; leave it out by an entry with sparsity = 0")
         misfit = rule.shape.misfit(n, k)
         if misfit is not None:
             raise RecipeError(f"prune: {layer.names[0]}: {misfit}; leave it out by an entry with sparsity = 0")
@@ -101,6 +105,13 @@ def _choose(
             )
         chosen |= {n: (layers[n], rule) for n in matched}
     return {n: chosen[n] for n in layers if n in chosen}
+
+
+def mask_of(node: Node, weights: Mapping[str, Storage]) -> np.ndarray | None:
+    """The mask bool [n, k] of a matrix that is pruned already; None of another."""
+    if node.op is not ops.expand:
+        return None
+    return unpack_mask(Derived(node.parents[1], weights).numpy(), node.k)
 
 
 def matrix_of(node: Node, name: str, weights: Mapping[str, Storage]) -> np.ndarray:

@@ -190,22 +190,29 @@ class Solved:
         return ops.dequantize.make(operands, attributes, matrix.source)
 
 
-def solve(w: np.ndarray, choice: Choice, statistics: Statistics | None, dtype: str) -> Solved:
-    """Compress w float32 [n, k]; without statistics by its numbers alone. dtype: of numbers that aren't stored as codes."""
+def solve(
+    w: np.ndarray, choice: Choice, statistics: Statistics | None, dtype: str, mask: np.ndarray | None = None
+) -> Solved:
+    """Compress w float32 [n, k]; without statistics by its numbers alone. dtype: of numbers that aren't stored as codes. mask: of a
+    matrix that is pruned already, and only becomes codes."""
     if statistics is None or not choice.calibrated:
-        mask = None if choice.cut is None else prune.magnitude(w, choice.cut.pattern, choice.cut.sparsity)
+        if choice.cut is not None:
+            mask = prune.magnitude(w, choice.cut.pattern, choice.cut.sparsity)
         kept = w if mask is None else np.where(mask, w, np.float32(0))
         if choice.codes is None:
             return _in_floats(kept, mask, dtype)
         grid = choose_grid(
-            kept, schemes.scheme(choice.codes.scheme), choice.codes.inputs_per_scale, symmetric=choice.codes.symmetric
+            kept,
+            schemes.scheme(choice.codes.scheme),
+            choice.codes.inputs_per_scale,
+            symmetric=choice.codes.symmetric,
         )
         return _in_codes(grid, grid.nearest(kept), mask)
     solid = damped(statistics.h, DAMPING)
     aim = statistics.aim(w, solid, choice.match)
     if choice.cut is None:
-        assert choice.codes is not None
-        return _quantized(w, aim, aim, statistics.h, solid, None, choice)
+        start = aim if mask is None else prune.solve_on(aim, solid, mask)
+        return _quantized(w, start, aim, statistics.h, solid, mask, choice)
     start, mask = _pruned(w, aim, solid, choice.cut)
     kept = np.where(mask, start, 0)
     if choice.codes is None:

@@ -43,10 +43,15 @@ class Option:
         group = self.quantize.inputs_per_scale if self.quantize else 0
         return not (group and k % group) and (self.prune is None or self.prune.shape.misfit(n, k) is None)
 
-    def choice(self) -> Choice:
-        """What is done to a matrix."""
-        cut = None if self.prune is None else Cut(self.prune.share, self.prune.shape, self.prune.method or "alps")
-        return Choice(cut, self.quantize)
+    def quick(self) -> Choice:
+        """What is measured in its place: the same form, found by one sweep instead of many."""
+        cut = None if self.prune is None else Cut(self.prune.share, self.prune.shape, "sparsegpt")
+        return Choice(cut, self.quantize and attrs.evolve(self.quantize, refine=0, search=8))
+
+    def nearest(self) -> Choice:
+        """The same form, found by the numbers alone."""
+        cut = None if self.prune is None else Cut(self.prune.share, self.prune.shape, "magnitude")
+        return Choice(cut, self.quantize and attrs.evolve(self.quantize, algorithm="rtn"))
 
 
 def _codes(scheme: str, group: int) -> QuantizeRecipe:
@@ -116,7 +121,7 @@ def search(
     measured. Raises InputError for a budget that nothing fits, with the least there is.
     """
     space = _Space(graph, base, options, latency)
-    choices = {node: [o.choice() for o in found] for node, found in space.options.items()}
+    choices = {node: [o.quick() for o in found] for node, found in space.options.items()}
     losses = sensitivities(graph, space.layers, choices, samples, lambda done: progress(0.6 * done), kept)
     wanted = list(budgets) or [(float(b), np.inf) for b in space.spread(count)]
     picks = [space.pick(losses, *budget) for budget in wanted]
@@ -245,11 +250,8 @@ def _form(graph: Graph, node: Node, option: Option, latency: Latency) -> tuple[f
     n, k = map(int, node.shape)
     weights: dict[str, Storage] = dict(graph.weights)
     stored = node
-    choice = option.choice()
-    if choice.cut is not None or choice.codes is not None:
-        rtn = None if choice.codes is None else attrs.evolve(choice.codes, algorithm="rtn")
-        cut = None if choice.cut is None else attrs.evolve(choice.cut, algorithm="magnitude")
-        stored = solve(matrix_of(node, "", graph.weights), Choice(cut, rtn), None, node.dtype).nodes(
+    if option != Option():
+        stored = solve(matrix_of(node, "", graph.weights), option.nearest(), None, node.dtype).nodes(
             node, "option", weights
         )
     x = placeholder("x", TensorType((1, k), node.dtype))

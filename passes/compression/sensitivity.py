@@ -8,7 +8,7 @@ import numpy as np
 
 from jisu.compiler.graph import Graph, Node
 from jisu.passes.compression.calibrate import Run, Samples, calls_of, stream
-from jisu.passes.compression.layers import MATRICES, Layer, matrix_of
+from jisu.passes.compression.layers import MATRICES, Layer, mask_of, matrix_of
 from jisu.passes.compression.matrix import Choice, Statistics, gather, solve
 from jisu.passes.compression.unfinished import Unfinished
 
@@ -23,7 +23,7 @@ class Yardstick:
     all outputs relative to their squares. Compares the first calls of `samples`, up to `windows` of tokens and `MOST_BYTES`.
     """
 
-    def __init__(self, graph: Graph, samples: Samples, windows: int = 16) -> None:
+    def __init__(self, graph: Graph, samples: Samples, windows: int = 8) -> None:
         self.language = isinstance(samples, np.ndarray)
         calls = calls_of(graph, samples[:windows] if self.language else samples)
         self.wanted: list[list[np.ndarray]] = []
@@ -102,7 +102,7 @@ def sensitivities(
             w = matrix_of(matrix, layers[matrix].names[0], graph.weights)
             losses = []
             for choice in options[matrix]:
-                values = solve(w, choice, last[0][1], matrix.dtype).values
+                values = solve(w, choice, last[0][1], matrix.dtype, mask_of(matrix, graph.weights)).values
                 losses.append(yardstick.of(now, layer, {position: values}))
             found[matrix] = np.array(losses)
             if kept is not None:
