@@ -167,12 +167,14 @@ class Row:
     latency_s: float
 
 
-def measure(name: str, network: Network, recipe: Any, calibration: Any, test: tuple[Tensor, Tensor]) -> Row:
+def measure(
+    name: str, network: Network, recipe: Any, calibration: Any, test: tuple[Tensor, Tensor], threads: int
+) -> Row:
     """Compile the network by a recipe, and run the program on all test images, and on one."""
     calibrated = recipe is not None and jisu.Recipe.resolve(recipe).calibrated
     program = jisu.compile(
         network, example_inputs=(test[0][:2],), dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=4096)},),
-        recipe=recipe, calibration=calibration if calibrated else None,
+        recipe=recipe, calibration=calibration if calibrated else None, num_threads=threads,
     )  # fmt: skip
     right = torch.cat([program(x).argmax(1) for x in test[0].split(1000)]) == test[1]
     accuracy = float(right.float().mean())
@@ -205,15 +207,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a small network, hardly trained: a look at what happens")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1, help="threads of the compiled programs")
     parser.add_argument("--weights", type=Path, help="where the trained weights are kept, or read if they are there")
     options = parser.parse_args()
-    width, steps, batch, tests, calls = (160, 300, 100, 1000, 2) if options.quick else (1040, 700, 150, 10_000, 8)
+    width, steps, batch, tests, calls = (80, 300, 100, 1000, 1) if options.quick else (1040, 700, 150, 10_000, 8)
     drawn = glyphs()
     network = trained(drawn, options, width, steps, batch)
     test = images(drawn, tests, seed=options.seed)
     calibration = [(x,) for x in images(drawn, 250 * calls, seed=options.seed + 500_000)[0].split(250)]
     chosen = [name for name in RECIPES if not (options.quick and "int4" in name)]
-    rows = [measure(name, network, RECIPES[name], calibration, test) for name in chosen]
+    rows = [measure(name, network, RECIPES[name], calibration, test, options.threads) for name in chosen]
     show(rows)
     # The last layer, whose outputs are the answer, is left dense: a little more than half of the parameters stays.
     dense, limit = rows[0], 0.55 * rows[0].parameters

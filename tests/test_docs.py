@@ -44,5 +44,5 @@ def test_case_study_halves_a_network(tmp_path: Path) -> None:
     assert list(rows) == ["dense", "pruned 50 %", "int8", "pruned 50 %, int8"]
     size, accuracy = ({name: float(row[i]) for name, row in rows.items()} for i in (1, 2))
     assert size["pruned 50 %, int8"] < size["int8"] < size["pruned 50 %"] < size["dense"]
-    assert accuracy["dense"] > 0.5 and accuracy["pruned 50 %, int8"] >= 0.97 * accuracy["dense"]
+    assert accuracy["dense"] > 0.2 and accuracy["pruned 50 %, int8"] >= 0.97 * accuracy["dense"]
     assert "smallest of those that halve the parameters" in printed and (tmp_path / "weights.pt").exists()
