@@ -37,10 +37,11 @@ Progress = Callable[[str, float], None]
 
 @attrs.frozen
 class Source:
-    """What a frontend found: the graph, how it is called, and, for a causal language model, its sequence's symbol.
+    """A model that was captured: what frontends find, and what `merge` and `ensemble` return; `compile` and `to_torch` take it.
 
-    buffers: weights that are no parameters of the model. recipe: whose lossy part the graph went through already.
-    notes: what the model's files ask for that the graph doesn't do, in sentences.
+    graph, signature: what it computes, and how it is called. sequence: for a causal language model, the symbol of its tokens.
+    buffers: weights that are no parameters of the model. recipe: whose lossy part the graph went through already; members: the
+    same of each member of an ensemble. notes: what the model's files ask for that the graph doesn't do, in sentences.
     """
 
     graph: Graph
@@ -52,6 +53,7 @@ class Source:
     notes: tuple[str, ...] = ()
     buffers: frozenset[str] = frozenset()
     recipe: Recipe | None = None
+    members: tuple[Recipe, ...] = ()
 
 
 def compile(
@@ -76,8 +78,8 @@ def compile(
     """Compile a model for a target.
 
     model: a torch.nn.Module (with `example_inputs`, a tuple, and `example_kwargs`), a causal language model of
-    transformers, the path of a local checkpoint folder, or what `to_torch` returned (then without a recipe its own
-    holds, and nothing is compressed again). target: a name such as "cpu", or a Target. recipe: a preset's
+    transformers, the path of a local checkpoint folder, what `merge` returned, or what `to_torch` or `ensemble` did (then without
+    a recipe their own holds, and nothing is compressed again). target: a name such as "cpu", or a Target. recipe: a preset's
     name, a TOML file, a mapping or a Recipe. passes: extra passes, run behind the fusions and before the cache is derived. dynamic_shapes: as
     `torch.export` takes them. num_threads: threads that kernels use (default: all cores). check: "verify" runs the
     verifier after each pass, "numeric" also compares meanings with the interpreter, "none" neither. dump: a folder for
@@ -154,7 +156,6 @@ def to_torch(
     in `compile`, and so are the errors.
     """
     from jisu.frontends.to_torch import GraphModule
-    from jisu.passes import default_passes
     from jisu.targets.compile import cache_folder
 
     chosen = Recipe.resolve(recipe)
@@ -164,16 +165,154 @@ def to_torch(
     kept = cache_folder(Path(cache_dir) if cache_dir is not None else None)
     source = _capture(model, example_inputs, example_kwargs, dynamic_shapes, kept)
     with _memory_errors():
-        chosen, lossy = _still_to_do(source, None if recipe is None else chosen, calibration, training, tell, kept)
-        tell("rewriting", 0.3)
-        exact, _ = Pipeline(default_passes(chosen.fuse, chosen.max_fold_bytes)).run(source.graph)
-        graph, _ = Pipeline((*passes, *lossy)).run(exact)
-        buffers = source.buffers | (exact.weights.keys() - source.graph.weights.keys())  # those that folding made
-        source = attrs.evolve(source, graph=graph, buffers=buffers, recipe=chosen)
-        module = GraphModule(graph, buffers=buffers, dtype=dtype, signature=source.signature,
+        source = _compressed(source, None if recipe is None else chosen, passes, calibration, training, tell, kept)
+        module = GraphModule(source.graph, buffers=source.buffers, dtype=dtype, signature=source.signature,
                              decoder=source.sequence is not None, source=source)  # fmt: skip
     tell("done", 1.0)
     return module
+
+
+def merge(
+    models: Sequence[Any],
+    *,
+    method: str = "linear",
+    weights: Sequence[float] | None = None,
+    base: Any = None,
+    density: float | None = None,
+    scale: float | None = None,
+    out: str | os.PathLike[str] | None = None,
+    example_inputs: Sequence[Any] | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+) -> Source:
+    """Several models of one architecture as one, whose parameters are made of theirs.
+
+        soup = jisu.merge(["checkpoints/a", "checkpoints/b"], method="slerp", weights=(0.3, 0.7))
+        program = jisu.compile(soup, recipe="int4")
+
+    models, base: whatever `compile` takes; base is the model that the members were trained from. method: "linear", "slerp" (of two) or
+    "ties" (with base, and density and scale), see `jisu.compiler.merge.Merge`. weights: one per model, at least 0 (default: all alike);
+    they are divided by their sum. out: a new folder that gets the merged checkpoint, where all models are checkpoint folders; its
+    tensors keep their names and dtypes, its other files are the first model's. example_inputs: for plain modules.
+    Nothing is computed before the model is compiled or written, and then tensor by tensor.
+
+    Raises InputError for options that don't fit the method and for models that differ in more than their parameters' values
+    (naming what differs), OSError where `out` can't be written; otherwise as `compile`.
+    """
+    from jisu.compiler.merge import Merge, check_same_graph, check_same_tokens, merge_tensors
+    from jisu.compiler.storage import open_checkpoint, write_checkpoint
+    from jisu.targets.compile import cache_folder
+
+    how = Merge.resolve(method, len(_several(models)), weights, base=base is not None, density=density, scale=scale)
+    everyone = [*models, *([base] if base is not None else [])]
+    names = _names(everyone)
+    kept = cache_folder(Path(cache_dir) if cache_dir is not None else None)
+    if out is not None and not all(isinstance(model, (str, os.PathLike)) for model in everyone):
+        raise InputTypeError("out takes checkpoint folders; models in memory are merged without it, and saved compiled")
+    sources = [_capture(model, example_inputs, None, None, kept) for model in everyone]
+    first, members = sources[0], [source.graph.weights for source in sources[: len(models)]]
+    check_same_tokens([source.files for source in sources], names)
+    merged = merge_tensors(how, members, sources[-1].graph.weights if base is not None else None, names, first.buffers)
+    check_same_graph([source.graph for source in sources], names)
+    if out is None:
+        return attrs.evolve(first, graph=first.graph.replace(weights=merged))
+    stored = [open_checkpoint(model) for model in everyone]
+    tensors = merge_tensors(how, stored[: len(models)], stored[-1] if base is not None else None, names)
+    write_checkpoint(Path(out), Path(everyone[0]), tensors, progress)
+    return _capture(out, None, None, None, kept)
+
+
+def ensemble(
+    models: Sequence[Any],
+    weights: Sequence[float] | None = None,
+    *,
+    average: str = "log",
+    recipes: Any = None,
+    calibration: Any = None,
+    training: Any = None,
+    example_inputs: Sequence[Any] | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+) -> Source:
+    """Several models that answer as one: the weighted mean of what they give, compiled into one program.
+
+        both = jisu.ensemble(["checkpoints/a", "checkpoints/b"], (2, 1), recipes=("int4", "int8"))
+        program = jisu.compile(both)
+
+    models: whatever `compile` takes, of one vocabulary; their architectures may differ. weights: one per model, above 0 (default: all
+    alike); they are divided by their sum. average: "log" (logits: a product of experts) or "probability" (a mixture), see
+    `jisu.compiler.ensemble.join`. recipes: how each model is compressed before they are joined, one per model or one for all;
+    calibration, training: as in `compile`, for those that use them. example_inputs: for plain modules, whose outputs are averaged.
+
+    Raises InputError for models whose inputs, outputs, calls or tokens don't fit together; otherwise as `compile`.
+    """
+    from jisu.compiler.ensemble import join, prefix
+    from jisu.compiler.merge import check_same_tokens, shares
+    from jisu.targets.compile import cache_folder
+
+    _several(models)
+    shared = recipes is None or isinstance(recipes, (str, os.PathLike, Mapping, Recipe))
+    given = [recipes] * len(models) if shared else list(recipes)
+    if len(given) != len(models):
+        raise InputError(f"recipes: expected one per model, {len(models)}, got {len(given)}")
+    chosen = [None if recipe is None else Recipe.resolve(recipe) for recipe in given]
+    parts, names = shares(weights, len(models)), _names(models)
+    for i, (what, data) in enumerate((("calibration", calibration), ("training", training))):
+        if data is not None and all(_of_use(recipe, calibration, training)[i] is None for recipe in chosen):
+            raise InputError(f"{what} is given, but none of the recipes uses it")
+    tell = progress or (lambda stage, done: None)
+    kept = cache_folder(Path(cache_dir) if cache_dir is not None else None)
+    sources = [_capture(model, example_inputs, None, None, kept) for model in models]
+    check_same_tokens([source.files for source in sources], names)
+    first = sources[0]
+    for name, source in zip(names[1:], sources[1:], strict=True):
+        if source.signature != first.signature or (source.sequence is None) != (first.sequence is None):
+            raise InputError(f"{names[0]} and {name} are called differently; members of an ensemble share their call")
+        if source.vocabulary != first.vocabulary:
+            raise InputError(
+                f"{names[0]} has a vocabulary of {first.vocabulary} tokens, {name} of {source.vocabulary}; an ensemble shares one"
+            )
+    if first.signature.mutations:
+        raise InputError(f"{names[0]} changes its arguments, of which there is no mean")
+    join([source.graph for source in sources], parts, average, names)  # refused before compressing, if it is
+    with _memory_errors():
+        done = [
+            _compressed(source, recipe, (), *_of_use(recipe, calibration, training), tell, kept)
+            for source, recipe in zip(sources, chosen, strict=True)
+        ]
+    graph = join([source.graph for source in done], parts, average, names)
+    return attrs.evolve(
+        first,
+        graph=graph,
+        max_positions=min(source.max_positions for source in sources),
+        notes=tuple(dict.fromkeys(note for source in sources for note in source.notes)),
+        buffers=frozenset(prefix(i) + name for i, source in enumerate(done) for name in source.buffers),
+        recipe=Recipe(),
+        members=tuple(source.recipe or Recipe() for source in done),
+    )
+
+
+def _of_use(recipe: Recipe | None, calibration: Any, training: Any) -> tuple[Any, Any]:
+    """The data that a member's recipe uses."""
+    if recipe is None:
+        return None, None
+    return calibration if recipe.calibrated else None, training if recipe.recover.steps else None
+
+
+def _several(models: Any) -> Sequence[Any]:
+    if not isinstance(models, (list, tuple)):
+        raise InputTypeError(f"models must be a list of models, got {type(models).__name__}")
+    if len(models) < 2:
+        raise InputError(f"it takes at least two models, got {len(models)}")
+    return models
+
+
+def _names(models: Sequence[Any]) -> list[str]:
+    """What errors call the models: their paths, or their kind and place in the list."""
+    return [
+        repr(os.fspath(model)) if isinstance(model, (str, os.PathLike)) else f"model {i} ({type(model).__name__})"
+        for i, model in enumerate(models)
+    ]
 
 
 def search(
@@ -275,6 +414,14 @@ def _memory_errors() -> Iterator[None]:
 
 
 def _capture(model: Any, example_inputs: Any, example_kwargs: Any, dynamic_shapes: Any, kept: Path) -> Source:
+    from jisu.runtime.program import Program
+
+    if isinstance(model, Source):
+        if example_inputs is not None or example_kwargs is not None or dynamic_shapes is not None:
+            raise InputError("a captured model is not traced again; drop example inputs and dynamic_shapes")
+        return model
+    if isinstance(model, Program):
+        raise InputTypeError("a compiled program has no graph to compile; give the model that it was made from")
     if isinstance(model, (str, os.PathLike)):
         from jisu.frontends.checkpoint import load_checkpoint
 
@@ -397,6 +544,7 @@ def _build(
         "layers": _layer_report(next(iter(finished.values())), env, machine),
         "cache": None if decoder is None else decoder.reason or "derived",
         "notes": list(source.notes),
+        "members": [recipe.to_toml() for recipe in source.members],
     }
     parts = Compiled(
         library=library,
@@ -435,6 +583,26 @@ def _still_to_do(
     done = recipe is None and source.recipe is not None
     lossy = _lossy_passes(source, Recipe() if done or recipe is None else recipe, calibration, training, tell, kept)
     return recipe or source.recipe or Recipe(), lossy
+
+
+def _compressed(
+    source: Source,
+    recipe: Recipe | None,
+    passes: Sequence[Pass],
+    calibration: Any,
+    training: Any,
+    tell: Progress,
+    kept: Path,
+) -> Source:
+    """The model behind the exact passes and the recipe's lossy ones."""
+    from jisu.passes import default_passes
+
+    chosen, lossy = _still_to_do(source, recipe, calibration, training, tell, kept)
+    tell("rewriting", 0.3)
+    exact, _ = Pipeline(default_passes(chosen.fuse, chosen.max_fold_bytes)).run(source.graph)
+    graph, _ = Pipeline((*passes, *lossy)).run(exact)
+    buffers = source.buffers | (exact.weights.keys() - source.graph.weights.keys())  # those that folding made
+    return attrs.evolve(source, graph=graph, buffers=buffers, recipe=chosen)
 
 
 def _lossy_passes(
