@@ -32,18 +32,22 @@ def distil(
 
     batches: the graphs' inputs at each step. language: outputs are logits, and the loss is the Kullback-Leibler divergence per token; else
     it is the squared error relative to the teacher's. Adam (Kingma & Ba, 2015) with a step relative to each parameter's size, warmed up, then
-    lowered to nothing by a cosine, of the steps or of the minutes, whichever end first. Raises InputError where the loss isn't finite.
+    lowered to nothing by a cosine, of the steps or of the minutes, whichever end first. A bfloat16 model is computed in that where the
+    processor can; what is trained is float32. Raises InputError where the loss isn't finite.
     """
     learner = _Student(student, buffers)
     model = to_torch(teacher, buffers=buffers, dtype="float32")
+    half = _halves(teacher)
 
     def loss(step: int) -> Tensor:
         inputs = tuple(torch.from_numpy(np.ascontiguousarray(x)) for x in batches(step))
-        with torch.no_grad():
-            wanted = model(*inputs)
-        return _distance(learner(inputs), wanted, language)
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            with torch.no_grad():
+                wanted = model(*inputs)
+            found = learner(inputs)
+        return _distance(_float32(found), _float32(wanted), language)
 
-    optimizer = torch.optim.Adam(learner.groups(), lr=0.0, betas=(0.9, 0.98))
+    optimizer = torch.optim.Adam(learner.groups(), lr=0.0, betas=(0.9, 0.99))
     for step, share in _schedule(rule.steps, rule.minutes):
         rate = rule.learning_rate * min(1.0, share / 0.05) * 0.5 * (1 + math.cos(math.pi * share))
         _step(optimizer, rate, loss(step), rule)
@@ -200,7 +204,7 @@ class _Codes(nn.Module):
 def _step(optimizer: torch.optim.Optimizer, rate: float, loss: Tensor, rule: RecoverRecipe) -> None:
     """One step down the loss."""
     if not bool(loss.isfinite()):
-        raise InputError(f"recover: the loss became {float(loss)}; lower learning_rate ({rule.learning_rate})")
+        raise InputError(f"recover: the loss became {float(loss.detach())}; lower learning_rate ({rule.learning_rate})")
     parameters = []
     for group in optimizer.param_groups:
         group["lr"] = rate * group["size"]
@@ -219,6 +223,15 @@ def _schedule(steps: int, minutes: float) -> Iterator[tuple[int, float]]:
         if spent >= 1:
             return
         yield step, max((step + 0.5) / steps, spent)
+
+
+def _halves(graph: Graph) -> bool:
+    """Whether products are computed in bfloat16: those of a model that gives it, on a processor with instructions for it."""
+    return all(o.dtype == "bfloat16" for o in graph.outputs) and torch.cpu._is_avx512_bf16_supported()
+
+
+def _float32(values: Sequence[Tensor]) -> list[Tensor]:
+    return [v.float() if v.is_floating_point() else v for v in values]
 
 
 def _distance(got: Sequence[Tensor], wanted: Sequence[Tensor], language: bool) -> Tensor:

@@ -31,7 +31,8 @@ from jisu.compiler.schemes import SCHEMES
 PLAIN = {"search": 0, "match": 0.0, "refine": 0}
 INT4, INT3 = {"scheme": "int4", "symmetric": False}, {"scheme": "int3", "symmetric": False}
 HALF, OPTIMAL = {"sparsity": 0.5}, {"sparsity": 0.5, "allocation": "optimal"}
-RECOVER = {"steps": 4000, "minutes": 12, "learning_rate": 0.003}
+RECOVER = {"steps": 700, "minutes": 12}
+BLOCKS = {"blocks": 200, "learning_rate": 0.001}
 
 
 def coded(entry: dict[str, Any], **more: Any) -> dict[str, Any]:
@@ -46,9 +47,11 @@ ROWS: dict[str, dict[str, Any]] = {
     "int4 g128, AWQ": coded({**INT4, "algorithm": "awq"}),
     "int4 g128, plain GPTQ": coded({**INT4, **PLAIN}),
     "int4 g128": coded(INT4),
+    "int4 g128, learned": coded({**INT4, "algorithm": "autoround"}, recover={"learning_rate": 0.001}),
     "int4 g32": coded({**INT4, "group": 32}),
     "int3 g128, plain GPTQ": coded({**INT3, **PLAIN}),
     "int3 g128": coded(INT3),
+    "int3 g128, learned": coded({**INT3, "algorithm": "autoround"}, recover={"learning_rate": 0.001}),
     "int2 g64": coded({"scheme": "int2", "symmetric": False, "group": 64}),
     "mxfp4, nearest": coded({"scheme": "mxfp4", "algorithm": "rtn"}),
     "mxfp4": coded({"scheme": "mxfp4"}),
@@ -72,12 +75,13 @@ ROWS: dict[str, dict[str, Any]] = {
     "50 %, shares by loss": {"prune": OPTIMAL},
     "60 %, shares by loss": {"prune": {**OPTIMAL, "sparsity": 0.6}},
     "2:4": {"prune": "2:4"},
+    "2:4, blocks": {"prune": "2:4", "recover": BLOCKS},
     "50 % + int4 g128": coded(INT4, prune=HALF),
     "2:4 + int4 g128": coded(INT4, prune="2:4"),
     "50 %, shares by loss, recovered": {"prune": OPTIMAL, "recover": RECOVER},
-    "50 %, shares by loss, recovered + int4 g128": coded(INT4, prune=OPTIMAL, recover={**RECOVER, "minutes": 10}),
+    "50 %, shares by loss, recovered + int4 g128": coded(INT4, prune=OPTIMAL, recover=RECOVER),
     "2:4, recovered": {"prune": "2:4", "recover": RECOVER},
-    "2:4, recovered + int4 g128": coded(INT4, prune="2:4", recover={**RECOVER, "minutes": 10}),
+    "2:4, recovered + int4 g128": coded(INT4, prune="2:4", recover=RECOVER),
 }
 """Rows of the table: recipes."""
 
