@@ -23,7 +23,7 @@ from jisu.passes import default_passes
 from jisu.passes.compression import Compress
 from jisu.passes.compression.blocks import Reconstruct
 from jisu.passes.compression.calibrate import Run, calls_of
-from jisu.passes.compression.recover import Recover
+from jisu.passes.compression.recover import Recover, _batches
 from jisu.passes.compression.sensitivity import Yardstick
 from jisu.passes.structured.blocks import find_blocks
 
@@ -224,3 +224,16 @@ def test_training_without_a_recipe_that_trains() -> None:
             recipe={"prune": {"sparsity": 0.5}, "recover": {"steps": 50, "learning_rate": 1e30}},
             calibration=ids(2, 8),
         )
+
+
+def test_few_windows_are_spliced_from_the_second_round_on() -> None:
+    graph, samples = trace_decoder(make("llama")).graph, ids(6, 16)
+    rule = RecoverRecipe(steps=4, batch=4)
+    first = [_batches(graph, samples, rule)(step)[0] for step in (0, 1)]
+    assert sorted(map(tuple, np.concatenate(first))) == sorted(map(tuple, samples))
+    batch = _batches(graph, samples, rule)(2)[0]
+    np.testing.assert_array_equal(batch, _batches(graph, samples, rule)(2)[0])
+    assert batch.shape == (4, 16)
+    for window in batch:
+        cuts = [c for c in range(2, 15) if any((w[c:] == window[: 16 - c]).all() for w in samples)]
+        assert any((o[:c] == window[16 - c :]).all() for c in cuts for o in samples)

@@ -41,15 +41,30 @@ class Recover:
 
 
 def _batches(graph: Graph, samples: Samples, rule: RecoverRecipe) -> Callable[[int], Sequence[np.ndarray]]:
-    """The inputs of each step: all samples in a random order, then again in another."""
+    """The inputs of each step: all samples in a random order, then again in another.
+
+    From the second round on, windows of tokens are spliced: the end of one, then the beginning of another. The unchanged model says
+    what follows in any text, so that few windows give many, and training learns them less by heart.
+    """
     size = rule.batch if isinstance(samples, np.ndarray) else 1
     per_round = -(-len(samples) // size)
 
     def batch(step: int) -> Sequence[np.ndarray]:
         order = np.random.default_rng((rule.seed, step // per_round)).permutation(len(samples))
         chosen = order[(step % per_round) * size :][:size]
-        if isinstance(samples, np.ndarray):
-            return calls_of(graph, samples[chosen], len(chosen))[0]
-        return samples[chosen[0]]
+        if not isinstance(samples, np.ndarray):
+            return samples[chosen[0]]
+        windows = samples[chosen]
+        if step >= per_round:
+            windows = _spliced(windows, samples, np.random.default_rng((rule.seed, step, 1)))
+        return calls_of(graph, windows, len(windows))[0]
 
     return batch
+
+
+def _spliced(windows: np.ndarray, samples: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """Each window without its beginning, followed by as many tokens of the beginning of another."""
+    length = samples.shape[1]
+    cuts = random.integers(length // 8, length - length // 8, len(windows))
+    others = samples[random.integers(0, len(samples), len(windows))]
+    return np.stack([np.concatenate([w[c:], o[:c]]) for w, o, c in zip(windows, others, cuts, strict=True)])
