@@ -17,7 +17,7 @@ import attrs
 import numpy as np
 
 from jisu.compiler.cost import graph_cost, weight_bytes
-from jisu.compiler.errors import InputError, InputTypeError, JisuError
+from jisu.compiler.errors import InputError, InputTypeError, JisuError, RecipeError
 from jisu.compiler.graph import WEIGHT, Graph, Storage
 from jisu.compiler.pipeline import Pass, Pipeline, Report, sample_inputs
 from jisu.compiler.recipe import Recipe
@@ -335,9 +335,16 @@ def _still_to_do(
 
 def _lossy_passes(source: Source, recipe: Recipe, calibration: Any, tell: Progress) -> tuple[Pass, ...]:
     """The passes that a recipe's lossy part asks for, with their calibration tokens."""
-    used = any(r.calibrated for r in recipe.remove) or any(r.calibrated for r in recipe.quantize)
+    coded = recipe.cache.scheme != "none"
+    if coded and source.sequence is None:
+        raise RecipeError("cache.scheme is for causal language models; other modules have no cache")
+    used = (
+        recipe.cache.calibrated
+        or any(r.calibrated for r in recipe.remove)
+        or any(r.calibrated for r in recipe.quantize)
+    )
     if calibration is not None and not used:
-        if not recipe.quantize and not recipe.remove:
+        if not recipe.quantize and not recipe.remove and not coded:
             raise InputError(
                 'calibration is given, but the recipe quantizes nothing and removes nothing; give a recipe such as "int4"'
             )
@@ -359,13 +366,18 @@ def _lossy_passes(source: Source, recipe: Recipe, calibration: Any, tell: Progre
         from jisu.passes.compression.rotate import Rotate
 
         found.append(Rotate())
+    if coded:
+        from jisu.passes.compression.cached import QuantizeCache
+
+        transform = recipe.cache.transform_with(tokens is not None)
+        found.append(QuantizeCache(recipe.cache.scheme, transform, tokens, during("quantizing", 0.32, 0.33)))
     if recipe.quantize:
         from jisu.passes.compression import Quantize
         from jisu.passes.compression.activations import QuantizeActivations
         from jisu.passes.compression.equalize import Equalize
 
         found += [
-            Equalize(recipe.quantize, tokens, during("quantizing", 0.32, 0.34)),
+            Equalize(recipe.quantize, tokens, during("quantizing", 0.33, 0.34)),
             QuantizeActivations(recipe.quantize, tokens, during("quantizing", 0.34, 0.36)),
             Quantize(recipe.quantize, tokens, during("quantizing", 0.36, 0.4)),
         ]
