@@ -609,7 +609,10 @@ def _lossy_passes(
     source: Source, recipe: Recipe, calibration: Any, training: Any, tell: Progress, kept: Path
 ) -> tuple[Pass, ...]:
     """The passes that a recipe's lossy part asks for, with their data; what is unfinished stays in `kept`."""
-    lossy = recipe.prune or recipe.quantize or recipe.remove
+    coded = recipe.cache.scheme != "none"
+    if coded and source.sequence is None:
+        raise RecipeError("cache.scheme is for causal language models; other modules have no cache")
+    lossy = recipe.prune or recipe.quantize or recipe.remove or coded
     if calibration is not None and not recipe.calibrated:
         if not lossy:
             raise InputError('calibration is given, but the recipe compresses nothing; give a recipe such as "int4"')
@@ -635,6 +638,12 @@ def _lossy_passes(
         from jisu.passes.compression.rotate import Rotate
 
         found.append(Rotate())
+    if coded:
+        from jisu.passes.compression.cached import QuantizeCache
+
+        transform = recipe.cache.transform_with(samples is not None)
+        told = during("choosing the cache's basis", 0.32, 0.33)
+        found.append(QuantizeCache(recipe.cache.scheme, transform, samples, told))
     if any(rule.smooth or rule.algorithm == "awq" for rule in recipe.quantize):
         from jisu.passes.compression.equalize import Equalize
 
