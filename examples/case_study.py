@@ -1,7 +1,7 @@
 """A network of 10 million parameters, pruned and quantized to the equivalent of fewer than 5 million, as accurate as before.
 
     pip install "jisu[examples]"                # matplotlib, whose fonts are the data
-    python examples/case_study.py               # three minutes on two cores; --quick for a look
+    python examples/case_study.py               # about eleven minutes of one core; --quick for a look
 
 Ten layers, 1000 inputs (25 x 40 pixels), 100 outputs (characters). The data are characters in the 16 text fonts that matplotlib
 ships, each turned, moved, scaled and noised at random; test images are other draws than those that were trained on.
