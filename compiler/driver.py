@@ -305,6 +305,7 @@ def _build(
         "sparse": sparse_matrices(next(iter(finished.values()))),
         "layers": _layer_report(next(iter(finished.values())), env, machine),
         "cache": None if decoder is None else decoder.reason or "derived",
+        "cache_bytes_per_token": None if decoder is None else decoder.slot_bytes,
         "notes": list(source.notes),
     }
     parts = Compiled(

@@ -77,8 +77,8 @@ def _show(console: Console, path: str, report: Mapping[str, Any], program: Progr
     if sparse:
         console.print(table("Sparse matrices", ("<matrix", "kept", "<stored"), sparse))
     cache = report.get("cache")
-    if cache == "derived":
-        console.print("KV cache: derived")
+    if cache == "derived" and program.decoder is not None:
+        console.print(f"KV cache: derived, {units.nbytes(program.decoder.slot_bytes)} per token")
     elif cache is not None:
         console.print(f"no KV cache: {cache}")
     measured = report["measured"]

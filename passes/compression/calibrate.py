@@ -22,6 +22,9 @@ Values = Sequence[np.ndarray]
 Visit = Callable[[Node, Mapping[Node, Values], Mapping[Node, Values]], Mapping[int, np.ndarray]]
 """visit(layer, its operands' values, those in the unchanged model): matrices that take the place of operands of the layer, by position."""
 
+_ROUNDINGS = (ops.fake_quantize, ops.encode_rows, ops.decode_rows)
+"""Ops that are not there in the unchanged model: their operand takes their place."""
+
 
 def stream(
     graph: Graph, tokens: np.ndarray, layers: set[Node], visit: Visit, *, unchanged: bool = False, batch: int = 8,
@@ -39,13 +42,9 @@ def stream(
     now, then = _Run(graph, parts), _Run(graph, parts)
     for i, node in enumerate(graph.nodes):
         now.compute(node)
-        if (
-            not unchanged
-            or node.op is not ops.fake_quantize
-            and all(now.values[p] is then.values[p] for p in node.parents)
-        ):
+        if not unchanged or node.op not in _ROUNDINGS and all(now.values[p] is then.values[p] for p in node.parents):
             then.values[node] = now.values[node]
-        elif node.op is ops.fake_quantize:  # not there in the unchanged model
+        elif node.op in _ROUNDINGS:
             x = node.operands[0]
             assert x is not None
             then.values[node] = then.values[x]
