@@ -543,6 +543,7 @@ def _build(
         "sparse": sparse_matrices(next(iter(finished.values()))),
         "layers": _layer_report(next(iter(finished.values())), env, machine),
         "cache": None if decoder is None else decoder.reason or "derived",
+        "cache_bytes_per_token": None if decoder is None else decoder.slot_bytes,
         "notes": list(source.notes),
         "members": [recipe.to_toml() for recipe in source.members],
     }

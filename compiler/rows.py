@@ -4,7 +4,7 @@
 
 A record is uint8 [record_bytes]: codes of 8 bits one after the other, or codes of 4 bits, number i of k in the lower half of byte i and
 number i + k / 2 in the upper one (so that a vector of bytes is two vectors of neighbours); then scale and offset, bfloat16 with the
-lower byte first. The grid spans the row's least to its largest number; scale and offset are rounded outwards, so that it always does.
+lower byte first. The grid spans the row's least to its largest number, but for the rounding of scale and offset.
 """
 
 from __future__ import annotations
@@ -19,9 +19,6 @@ ROW_BITS = {"int8": 8, "int4": 4}
 
 TAIL = 4
 """Bytes of a record behind its codes: scale and offset."""
-
-OUTWARDS = 2.0**-8
-"""More than the relative error of rounding to bfloat16."""
 
 
 def record_bytes(scheme: str, k: int) -> int:
@@ -54,8 +51,8 @@ def encode(x: np.ndarray, scheme: str, feedback: np.ndarray | None = None) -> np
     top = np.float32(2 ** ROW_BITS[scheme] - 1)
     with np.errstate(invalid="ignore", over="ignore"):
         low, high = w.min(-1, keepdims=True), w.max(-1, keepdims=True)
-        offset = _stored(low - np.abs(low) * np.float32(OUTWARDS))
-        scale = _stored((high - offset) * np.float32((1 + OUTWARDS) / float(top)))
+        offset = _stored(low)
+        scale = _stored((high - offset) / top)
         steps = (w - offset) / np.where(scale == 0, np.float32(1), scale)
         codes = _nearest(steps, top) if feedback is None else _fed_back(steps, top, feedback)
     codes = np.where(np.isnan(codes), 0, codes).astype(np.uint8)

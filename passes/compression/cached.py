@@ -7,11 +7,11 @@ In front of the rounding it may change the basis of each head, which changes no 
     v' = v A,         o = o' A⁻¹     folded into the layers in front of and behind attention where these are plain
 
 "hadamard": A mixes channels, so that none stands out (QuaRot; Ashkboos et al., 2024). "calibrated": from the second moments K of k - m
-and Q of what multiplies its error (the queries; for values the layer behind), seen on calibration text. A step of the grid grows with
-tr(Aᵀ K A), and the error it makes counts tr(A⁻¹ Q A⁻ᵀ) times. The product is least where both matrices are equal, A = (K⁻¹ # Q)^½ with
-the geometric mean #; then a rotation makes all channels alike. What is left of Q is no multiple of the identity, so that errors in
-some directions cost more than in others: each number is rounded so that it takes back errors of those before it, as GPTQ does for
-weights (Frantar et al., 2023), with Q in the place of the inputs' moments.
+and Q of what multiplies its error (the queries, weighted by how much their results depend on scores; for values the layer behind), seen
+on calibration text. A step of the grid grows with tr(Aᵀ K A), and the error it makes counts tr(A⁻¹ Q A⁻ᵀ) times. The product is least
+where both matrices are equal, A = (K⁻¹ # Q)^½ with the geometric mean #; then a rotation makes all channels alike. What is left of Q is
+no multiple of the identity, so that errors in some directions cost more than in others: each number is rounded so that it takes back
+errors of those before it, as GPTQ does for weights (Frantar et al., 2023), with Q in the place of the inputs' moments.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class Moments:
             self.square += flat.swapaxes(1, 2) @ flat
             self.samples.append(flat[:, :: max(1, flat.shape[1] // each)][:, :each])
 
-    def count(self, queries: Values) -> None:
+    def count(self, queries: Sequence[np.ndarray]) -> None:
         """Add what multiplies errors: queries [b, s, h, d], heads of one group side by side."""
         for value in queries:
             apart = value.reshape(-1, self.groups, value.shape[2] // self.groups, self.width).astype(np.float64)
@@ -254,13 +254,30 @@ class QuantizeCache:
             for p in (k, v):
                 if not moments[p].tokens:
                     moments[p].see(now[p])
-            moments[k].count(now[q])
+            moments[k].count([a * _doubt(node, a, b) for a, b in zip(now[q], now[k], strict=True)])
             moments[v].count(_readers(graph, node, plain))
             return {}
 
         stream(graph, self.samples, set(attentions), visit, progress=self.progress)
-        centred = {n.parents[1] for n in attentions} - {n.parents[2] for n in attentions}
+        # A sink or a bound on scores tells scores that are all larger by one number from those that are not.
+        fixed = {n.parents[1] for n in attentions if n.softcap or n.operands[4] is not None}
+        centred = {n.parents[1] for n in attentions} - {n.parents[2] for n in attentions} - fixed
         return {p: m.basis(self.scheme, p in centred) for p, m in moments.items()}
+
+
+def _doubt(attention: Node, q: np.ndarray, k: np.ndarray) -> np.ndarray:
+    """(1 - Σ p²)^½ float32 [b, s, h, 1] of each query's weights p: what errors of scores do to them; none, where one key has it all."""
+    s, repeat = q.shape[1], q.shape[2] // k.shape[2]
+    scores = q.transpose(0, 2, 1, 3) @ np.repeat(k, repeat, 2).transpose(0, 2, 3, 1) * np.float32(attention.scale)
+    if attention.softcap:
+        scores = attention.softcap * np.tanh(scores / attention.softcap)
+    i, j = np.arange(s)[:, None], np.arange(s)
+    hidden = (j > i) | (j <= i - attention.window) if attention.window else j > i
+    scores = np.where(hidden, -np.inf, scores)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    doubt = np.sqrt(np.maximum(1 - np.square(weights).sum(-1, keepdims=True), 0))
+    return np.asarray(doubt.transpose(0, 2, 1, 3), np.float32)
 
 
 def _readers(graph: Graph, attention: Node, plain: Mapping[Node, tuple[Node, int]]) -> Sequence[np.ndarray]:

@@ -48,6 +48,10 @@ def calls_of(graph: Graph, samples: Samples, batch: int = 8) -> list[tuple[np.nd
     return found
 
 
+_ROUNDINGS = (ops.fake_quantize, ops.encode_rows, ops.decode_rows)
+"""Ops that are not there in the unchanged model: their operand takes their place."""
+
+
 def stream(
     graph: Graph, samples: Samples, layers: set[Node], visit: Visit, *, unchanged: bool = False, whole: bool = False, batch: int = 8,
     progress: Callable[[float], None] = lambda done: None,
@@ -91,7 +95,7 @@ def _up_to(graph: Graph, layers: set[Node]) -> dict[Node, None]:
 
 def _follow(node: Node, now: Run, then: Run) -> None:
     """The node's value in the unchanged model, which is that of the run as long as nothing in front of it was changed."""
-    if node.op is ops.fake_quantize:  # not there in the unchanged model
+    if node.op in _ROUNDINGS:
         x = node.operands[0]
         assert x is not None
         then.values[node] = then.values[x]

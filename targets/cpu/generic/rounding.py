@@ -96,9 +96,8 @@ def _encode_rows(b: Builder, pull: Pull, node: Node, target: Flat) -> None:
             return found if dtype_of(found) == "float32" else b.let(tirx.Cast("float32", found))
 
         low, high = (line(b, i64(k), kind, "float32", value, vector=False) for kind in ("min", "max"))
-        offset = round_to(b, b.let(low - intrinsic("fabs", low) * literal(rows.OUTWARDS, "float32")), "bfloat16")
-        widened = literal((1 + rows.OUTWARDS) / (2**bits - 1), "float32")
-        scale = round_to(b, b.let((high - offset) * widened), "bfloat16")
+        offset = round_to(b, low, "bfloat16")
+        scale = round_to(b, b.let((high - offset) / top), "bfloat16")
         step = b.let(tirx.Select(tirx.EQ(scale, zero), literal(1, "float32"), scale), "step")
         steps, wanted, codes = b.scratch(k, "float32"), b.scratch(k, "float32"), b.scratch(k, "uint8")
         with b.loop(k) as i:
