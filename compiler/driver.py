@@ -22,7 +22,7 @@ from jisu.compiler.cost import graph_cost, weight_bytes
 from jisu.compiler.errors import InputError, InputTypeError, JisuError, RecipeError
 from jisu.compiler.graph import WEIGHT, Graph, Storage
 from jisu.compiler.pipeline import Pass, Pipeline, Report, sample_inputs
-from jisu.compiler.recipe import Recipe
+from jisu.compiler.recipe import QuantizeRecipe, Recipe
 from jisu.compiler.signature import Signature, Tree
 
 if TYPE_CHECKING:
@@ -657,7 +657,8 @@ def _lossy_passes(
         from jisu.passes.compression import Compress
 
         # What is trained is what was pruned; its codes are then found for the trained numbers.
-        apart = recipe.recover.steps > 0 and recipe.prune and recipe.quantize
+        trained = recipe.recover.steps > 0 or recipe.recover.blocks > 0
+        apart = trained and recipe.prune and recipe.quantize
         steps = (
             [("prune", recipe.prune, ()), ("quantize", (), recipe.quantize)]
             if apart
@@ -667,11 +668,30 @@ def _lossy_passes(
             begin = 0.34 + 0.06 * i / len(steps)
             told = during(f"{name.removesuffix('e')}ing", begin, begin + 0.02)
             found.append(Compress(prune, quantize, samples, told, kept / "unfinished", name))
+            learned = any(rule.algorithm == "autoround" for rule in quantize)
+            if learned or recipe.recover.blocks:
+                told = during("reconstructing blocks", begin + 0.02, begin + 0.025)
+                found.append(_reconstruct(source, recipe, quantize if learned else (), samples, name, told))
             if recipe.recover.steps:
-                found.append(
-                    _recover(source, recipe, training, samples, name, during("recovering", begin + 0.02, begin + 0.03))
-                )
+                told = during("recovering", begin + 0.025, begin + 0.03)
+                found.append(_recover(source, recipe, training, samples, name, told))
     return tuple(found)
+
+
+def _reconstruct(
+    source: Source, recipe: Recipe, learned: tuple[QuantizeRecipe, ...], samples: Any, behind: str, progress: Callable[[float], None]
+) -> Pass:  # fmt: skip
+    """The pass that trains the blocks of what the pass named `behind` left, and codes of the rules `learned`."""
+    from jisu.frontends.training import fit_block
+    from jisu.passes.compression.blocks import ITERATIONS, Reconstruct
+
+    if samples is None:
+        raise RecipeError("blocks are trained on calibration data; give calibration=…")
+    fit = functools.partial(fit_block, buffers=source.buffers)
+    steps = recipe.recover.blocks or ITERATIONS
+    return Reconstruct(
+        recipe.recover, steps, learned, source.graph, samples, fit, progress, f"reconstruct behind {behind}"
+    )
 
 
 def _recover(

@@ -103,9 +103,10 @@ class CacheRecipe:
 _INTEGER_BITS = tuple(s.bits for s in SCHEMES.values() if s.uniform)
 
 
-ALGORITHMS = ("auto", "rtn", "gptq", "awq")
+ALGORITHMS = ("auto", "rtn", "gptq", "awq", "autoround")
 """How codes are found: "rtn" rounds to the nearest, "gptq" keeps each layer's outputs on calibration text, "awq" scales channels and
-clips ranges on it before rounding to the nearest, "auto" does as "gptq" where there is such text."""
+clips ranges on it before rounding to the nearest, "autoround" goes on from "gptq" and learns codes and scales block by block (after
+AutoRound; Cheng et al., 2024), "auto" does as "gptq" where there is such text."""
 
 ACTIVATIONS = ("none", *(s.name for s in SCHEMES.values() if s.computes))
 """Schemes to which the values that a layer reads can be rounded at each call."""
@@ -160,6 +161,8 @@ class QuantizeRecipe:
                 raise RecipeError(f'{self.activations} takes its scales from the values: activation_range = "dynamic"')
         if not self.symmetric and self.scheme != "none" and not SCHEMES[self.scheme].uniform:
             raise RecipeError(f"{self.scheme} has no zeros: symmetric = false is for integer schemes")
+        if self.algorithm == "autoround" and self.scheme != "none" and not SCHEMES[self.scheme].uniform:
+            raise RecipeError(f'{self.scheme} has no steps to learn: algorithm = "autoround" is for integer schemes')
 
     @property
     def calibrated(self) -> bool:
@@ -306,11 +309,13 @@ def _positive(_: Any, attribute: attrs.Attribute[float], value: float) -> None:
 class RecoverRecipe:
     """How a compressed model is trained to give the outputs of the unchanged one again (distillation; masks and codes stay).
 
-    steps: of training, 0 for none; each on `batch` windows of calibration.length tokens (of a module that is no language model: on one
-    call). learning_rate: of Adam, relative to the size of each parameter. minutes: ends the training early (0: never). seed: of the
-    order of windows.
+    blocks: steps of training for each block of the residual stream alone, before the whole, each on one part of the calibration data (8
+    windows, or a call); 0 for none. steps: of training the whole, 0 for none; each on `batch` windows of calibration.length tokens (of
+    a module that is no language model: on one call). learning_rate: of Adam, relative to the size of each parameter. minutes: ends the
+    training of the whole early (0: never). seed: of the order of windows.
     """
 
+    blocks: int = attrs.field(default=0, validator=_between(0, 1 << 20))
     steps: int = attrs.field(default=0, validator=_between(0, 1 << 20))
     batch: int = attrs.field(default=8, validator=_between(1, 1 << 16))
     learning_rate: float = attrs.field(default=0.005, validator=_positive)
@@ -361,6 +366,7 @@ class Recipe:
         return (
             self.recover.steps > 0
             or self.cache.calibrated
+            or self.recover.blocks > 0
             or any(r.calibrated for entries in (self.remove, self.prune, self.quantize) for r in entries)
         )
 

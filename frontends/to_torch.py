@@ -549,7 +549,7 @@ class GraphModule(nn.Module):
         plan = self._plan
         values: dict[Node, Any] = {}
         for node, x in zip(plan.graph.inputs, inputs, strict=True):
-            if not isinstance(x, Tensor) or _name(x.dtype) != node.dtype:
+            if not isinstance(x, Tensor) or _name(x.dtype) not in (node.dtype, self._held(node.dtype)):
                 shown = _name(x.dtype) if isinstance(x, Tensor) else type(x).__name__
                 raise InputTypeError(f"input {node.name!r}: expected a tensor {node.tensor}, got {shown}")
             values[node] = self._wide(x)
@@ -570,8 +570,12 @@ class GraphModule(nn.Module):
                 del values[parent]
         return tuple(values[o] for o in plan.graph.outputs)
 
+    def _held(self, dtype: str) -> str:
+        """The dtype in which values of a dtype are held."""
+        return self._plan.floats if dtype in _NARROWER[self._plan.floats] else dtype
+
     def _wide(self, x: Tensor) -> Tensor:
-        return x.to(_dtype(self._plan.floats)) if _name(x.dtype) in _NARROWER[self._plan.floats] else x
+        return x.to(_dtype(self._held(_name(x.dtype))))
 
 
 _WITHOUT_EFFECT = {"use_cache": (False, None), "return_dict": (True, None), "logits_to_keep": (0,)}

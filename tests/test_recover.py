@@ -15,13 +15,17 @@ from jisu.compiler import masks, ops
 from jisu.compiler.errors import InputError, RecipeError
 from jisu.compiler.graph import Graph
 from jisu.compiler.interpret import interpret
+from jisu.compiler.pipeline import Pipeline
 from jisu.compiler.recipe import PruneRecipe, QuantizeRecipe, RecoverRecipe
 from jisu.frontends.huggingface import trace_decoder
-from jisu.frontends.training import distil
+from jisu.frontends.training import distil, fit_block
+from jisu.passes import default_passes
 from jisu.passes.compression import Compress
+from jisu.passes.compression.blocks import Reconstruct
 from jisu.passes.compression.calibrate import Run, calls_of
 from jisu.passes.compression.recover import Recover
 from jisu.passes.compression.sensitivity import Yardstick
+from jisu.passes.structured.blocks import find_blocks
 
 
 def ids(windows: int, length: int, seed: int = 0) -> np.ndarray:
@@ -30,6 +34,19 @@ def ids(windows: int, length: int, seed: int = 0) -> np.ndarray:
 
 def divergence(dense: Graph, graph: Graph, tokens: np.ndarray) -> float:
     return Yardstick(dense, tokens).of(Run(graph, calls_of(graph, tokens)), None, {})
+
+
+def block_errors(dense: Graph, graph: Graph, tokens: np.ndarray) -> np.ndarray:
+    """The squared error at the end of each block of the residual stream, relative to the unchanged model's values."""
+    runs = [Run(g, calls_of(g, tokens)) for g in (dense, graph)]
+    for run in runs:
+        for node in run.graph.nodes:
+            run.compute(node)
+    errors = []
+    for old, new in zip(find_blocks(dense), find_blocks(graph), strict=True):
+        want, got = np.concatenate(runs[0][old.end]), np.concatenate(runs[1][new.end])
+        errors.append(float(np.square(got - want).sum() / np.square(want).sum()))
+    return np.array(errors)
 
 
 def stored(graph: Graph, op: Any, position: int) -> dict[str, bytes]:
@@ -53,6 +70,48 @@ def test_training_lowers_the_loss_and_keeps_masks_and_codes() -> None:
     assert stored(graph, ops.expand, 0) != stored(found, ops.expand, 0) == stored(again, ops.expand, 0)
     assert stored(graph, ops.dequantize, 1) != stored(found, ops.dequantize, 1)
     assert str(found) == str(graph)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3", "mixtral"])
+def test_blocks_come_nearer_to_those_of_the_unchanged_model(name: str) -> None:
+    dense, tokens, probe = trace_decoder(make(name)).graph, ids(128, 16), ids(32, 16, 1)
+    graph = Compress((PruneRecipe(sparsity=0.6),), (), tokens)(Pipeline(default_passes()).run(dense)[0])
+    step = Reconstruct(RecoverRecipe(learning_rate=0.01), 60, (), dense, tokens, fit_block)
+    found, again = step(graph), step(graph)
+    assert (block_errors(dense, found, probe) < block_errors(dense, graph, probe)).all()
+    assert stored(graph, ops.expand, 1) == stored(found, ops.expand, 1)
+    assert stored(graph, ops.expand, 0) != stored(found, ops.expand, 0) == stored(again, ops.expand, 0)
+    assert str(found) == str(graph)
+
+
+@pytest.mark.parametrize("pruned", [False, True])
+def test_codes_are_learned_where_the_recipe_says_so(pruned: bool) -> None:
+    dense, tokens = trace_decoder(make("llama")).graph, ids(256, 16)
+    rules = (
+        QuantizeRecipe(scheme="int3", group=16, symmetric=False, algorithm="autoround"),
+        QuantizeRecipe(layers="*.o_proj", scheme="int3", group=16, algorithm="gptq"),
+        QuantizeRecipe(layers="head", scheme="none"),
+    )
+    graph = Compress((PruneRecipe(pattern="2:4"),) if pruned else (), rules, tokens)(dense)
+    found = Reconstruct(RecoverRecipe(learning_rate=0.002), 100, rules, dense, tokens, fit_block)(graph)
+    fixed = Reconstruct(RecoverRecipe(learning_rate=0.0), 100, rules, dense, tokens, fit_block)(graph)
+    start = block_errors(dense, graph, tokens)
+    for better in (found, fixed):
+        assert block_errors(dense, better, tokens)[-1] < start[-1]
+    before, after = stored(graph, ops.dequantize, 0), stored(found, ops.dequantize, 0)
+    moved = {name.rpartition(".")[0].rpartition(".")[2] for name in before if before[name] != after[name]}
+    assert moved and "o_proj" not in moved
+    assert stored(graph, ops.dequantize, 1) == stored(fixed, ops.dequantize, 1)
+    assert stored(graph, ops.dequantize, 3) == stored(found, ops.dequantize, 3)
+    assert stored(graph, ops.dequantize, 1) != stored(found, ops.dequantize, 1)
+    assert str(found) == str(graph)
+
+
+def test_a_block_that_training_only_worsens_stays() -> None:
+    dense, tokens = trace_decoder(make("llama")).graph, ids(8, 16)
+    graph = Compress((PruneRecipe(sparsity=0.5),), (), tokens)(dense)
+    found = Reconstruct(RecoverRecipe(learning_rate=1.0), 4, (), dense, tokens, fit_block)(graph)
+    assert stored(graph, ops.expand, 0) == stored(found, ops.expand, 0)
 
 
 @pytest.mark.parametrize("coded", [False, True])
@@ -85,6 +144,22 @@ def test_a_recipe_recovers(coded: bool) -> None:
         if node.op in (ops.expand, ops.dequantize) and node.parents[-1].name.endswith(".mask"):
             keep = masks.unpack_mask(module.graph.weights[node.parents[-1].name].numpy(), node.k)
             assert (keep.reshape(len(keep), -1, 4).sum(-1) == 2).all()
+
+
+def test_recipes_that_train_blocks() -> None:
+    model, tokens, probe = make("llama"), ids(16, 16), ids(4, 16, 1)
+    want = np.asarray(jisu.compile(model)(probe).logits)
+
+    def error(recipe: dict[str, Any], passes: list[str]) -> float:
+        program = jisu.compile(model, recipe=recipe, calibration=tokens)
+        assert [p["name"] for p in program.explain()["passes"] if not p["exact"]] == passes
+        return float(np.square(np.asarray(program(probe).logits) - want).mean())
+
+    plain = error({"prune": "2:4"}, ["compress"])
+    assert error({"prune": "2:4", "recover": {"blocks": 40}}, ["compress", "reconstruct behind compress"]) < plain
+    coded = {"scheme": "int3", "group": 16, "algorithm": "autoround"}
+    wanted = ["prune", "reconstruct behind prune", "quantize", "reconstruct behind quantize"]
+    error({"prune": "2:4", "quantize": coded, "recover": {"blocks": 4}}, wanted)
 
 
 def test_training_data_of_its_own_and_minutes() -> None:
@@ -122,11 +197,22 @@ def test_what_training_gives_is_what_the_program_computes() -> None:
         ({"recover": {"steps": 4, "learning_rate": float("nan")}}, RecipeError, "learning_rate must be a number"),
         ({"recover": {"stps": 4}}, RecipeError, "did you mean 'steps'"),
         ({"prune": {"sparsity": 0.5}, "recover": {"steps": 4}}, RecipeError, "training needs data"),
+        ({"prune": {"sparsity": 0.5}, "recover": {"blocks": 4}}, RecipeError, "blocks are trained on calibration data"),
+        ({"quantize": {"scheme": "int4", "algorithm": "autoround"}}, RecipeError, "give calibration"),
+        ({"quantize": {"scheme": "nf4", "algorithm": "autoround"}}, RecipeError, "autoround. is for integer schemes"),
     ],
 )
 def test_recipes_that_do_not_fit(recipe: dict[str, Any], error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
         jisu.compile(make("llama"), recipe=recipe)
+
+
+def test_a_model_without_a_residual_stream_has_no_blocks_to_train() -> None:
+    model = nn.Sequential(nn.Linear(24, 64), nn.ReLU(), nn.Linear(64, 4)).eval()
+    calls = [(torch.randn(32, 24),)]
+    recipe = {"prune": {"sparsity": 0.7}, "recover": {"blocks": 10}}
+    with pytest.raises(RecipeError, match=r"leave out recover\.blocks"):
+        jisu.compile(model, example_inputs=calls[0], recipe=recipe, calibration=calls)
 
 
 def test_training_without_a_recipe_that_trains() -> None:

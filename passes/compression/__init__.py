@@ -91,7 +91,7 @@ class Compress:
                     'give calibration=…, or allocation = "uniform" or "global"'
                 )
         for layer, code in coded.values():
-            if code.algorithm in ("gptq", "awq"):
+            if code.algorithm in ("gptq", "awq", "autoround"):
                 raise RecipeError(
                     f'quantize: {code.algorithm} needs calibration data for {layer.names[0]}; give calibration=…, or algorithm = "rtn"'
                 )

@@ -62,7 +62,7 @@ def stream(
     and memory); without, the same run is given twice. whole: keep what the graph's outputs need, for `Run.outputs`. batch: windows of
     tokens at a time.
     """
-    needed = _up_to(graph, {*layers, *graph.outputs} if whole else layers)
+    needed = up_to(graph, {*layers, *graph.outputs} if whole else layers)
     calls = calls_of(graph, samples, batch)
     now = Run(graph, calls)
     then = Run(graph, calls, now.room) if unchanged else now
@@ -84,7 +84,7 @@ def stream(
         progress((i + 1) / (last + 1))
 
 
-def _up_to(graph: Graph, layers: set[Node]) -> dict[Node, None]:
+def up_to(graph: Graph, layers: set[Node]) -> dict[Node, None]:
     """The nodes that lead to some of `layers`, in the graph's order."""
     wanted = set(layers)
     for node in reversed(graph.nodes):

@@ -86,6 +86,19 @@ def choose_pruned(graph: Graph, rules: Iterable[PruneRecipe]) -> dict[Node, tupl
     return kept
 
 
+def learned_codes(graph: Graph, rules: Iterable[QuantizeRecipe]) -> frozenset[str]:
+    """The names of stored codes whose last matching rule has algorithm = "autoround"."""
+    found = set()
+    for node in graph.nodes:
+        if node.op is ops.dequantize and node.parents[0].op is WEIGHT:
+            name, users = str(node.parents[0].name), graph.users[node]
+            names = (name.removesuffix(".codes"), *([HEAD] if any(u in graph.outputs for u in users) else []))
+            last = [r for r in rules if _matches(Layer(names, node, users), r.layers)][-1:]
+            if last and last[0].algorithm == "autoround":
+                found.add(name)
+    return frozenset(found)
+
+
 def _matches(layer: Layer, pattern: str) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for name in layer.names)
 

@@ -39,7 +39,7 @@ def find_blocks(graph: Graph) -> list[Block]:
             found.append(Block(begin, end, _names(graph, begin, end)))
 
     for before, after in zip(chain, chain[1:], strict=False):
-        inside = _between(before, after)
+        inside = between(before, after)
         if _adds(before, after):
             attends = no_attention or any(n.op is ops.attention for n in inside)
             if attends and (attended or begin is None):
@@ -79,7 +79,7 @@ def _adds(before: Node, after: Node) -> bool:
     return False
 
 
-def _between(before: Node, after: Node) -> set[Node]:
+def between(before: Node, after: Node) -> set[Node]:
     """What `after` is computed from, itself included, without `before` and what that is computed from."""
     old, stack = set(), [before]
     while stack:
@@ -97,7 +97,7 @@ def _between(before: Node, after: Node) -> set[Node]:
 
 
 def _names(graph: Graph, begin: Node, end: Node) -> tuple[str, ...]:
-    inside = _between(begin, end)
+    inside = between(begin, end)
     return tuple(
         n.name.removesuffix(".weight")
         for n in graph.nodes
