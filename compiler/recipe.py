@@ -318,7 +318,7 @@ class RecoverRecipe:
     blocks: int = attrs.field(default=0, validator=_between(0, 1 << 20))
     steps: int = attrs.field(default=0, validator=_between(0, 1 << 20))
     batch: int = attrs.field(default=8, validator=_between(1, 1 << 16))
-    learning_rate: float = attrs.field(default=0.005, validator=_positive)
+    learning_rate: float = attrs.field(default=0.003, validator=_positive)
     minutes: float = attrs.field(default=0.0, validator=_positive)
     seed: int = attrs.field(default=0, validator=_between(0, 1 << 31))
 

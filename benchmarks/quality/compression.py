@@ -31,7 +31,7 @@ from jisu.compiler.schemes import SCHEMES
 PLAIN = {"search": 0, "match": 0.0, "refine": 0}
 INT4, INT3 = {"scheme": "int4", "symmetric": False}, {"scheme": "int3", "symmetric": False}
 HALF, OPTIMAL = {"sparsity": 0.5}, {"sparsity": 0.5, "allocation": "optimal"}
-RECOVER = {"steps": 4000, "minutes": 12, "learning_rate": 0.003}
+RECOVER = {"steps": 700, "minutes": 12}
 
 
 def coded(entry: dict[str, Any], **more: Any) -> dict[str, Any]:
@@ -75,9 +75,9 @@ ROWS: dict[str, dict[str, Any]] = {
     "50 % + int4 g128": coded(INT4, prune=HALF),
     "2:4 + int4 g128": coded(INT4, prune="2:4"),
     "50 %, shares by loss, recovered": {"prune": OPTIMAL, "recover": RECOVER},
-    "50 %, shares by loss, recovered + int4 g128": coded(INT4, prune=OPTIMAL, recover={**RECOVER, "minutes": 10}),
+    "50 %, shares by loss, recovered + int4 g128": coded(INT4, prune=OPTIMAL, recover=RECOVER),
     "2:4, recovered": {"prune": "2:4", "recover": RECOVER},
-    "2:4, recovered + int4 g128": coded(INT4, prune="2:4", recover={**RECOVER, "minutes": 10}),
+    "2:4, recovered + int4 g128": coded(INT4, prune="2:4", recover=RECOVER),
 }
 """Rows of the table: recipes."""
 
