@@ -377,7 +377,7 @@ def test_command_line(tmp_path: Path) -> None:
     out = tmp_path / "q.jisu"
     result(command("compile", model, "-o", out, "--recipe", recipe, "--calibration", text, *cache, "--json"))
     found = result(
-        command("eval", out, "--text", text, "--window", "64", "--limit", "8", "--reference", model, *cache, "--json")
+        command("eval", out, "--text", text, "--window", "64", "--limit", "8", "--reference", model, "--json")
     )
     assert 1e-6 < found["kl_per_token"] < 0.1
     told = result(command("explain", out, "--json"))
