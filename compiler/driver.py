@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import math
 import os
 import shutil
 import tempfile
@@ -25,6 +27,7 @@ from jisu.compiler.signature import Signature, Tree
 
 if TYPE_CHECKING:
     from jisu.frontends.to_torch import GraphModule
+    from jisu.passes.compression.search import Front
     from jisu.runtime.program import Program
     from jisu.targets.target import Target
 
@@ -34,10 +37,11 @@ Progress = Callable[[str, float], None]
 
 @attrs.frozen
 class Source:
-    """What a frontend found: the graph, how it is called, and, for a causal language model, its sequence's symbol.
+    """A model that was captured: what frontends find, and what `merge` and `ensemble` return; `compile` and `to_torch` take it.
 
-    buffers: weights that are no parameters of the model. recipe: whose lossy part the graph went through already.
-    notes: what the model's files ask for that the graph doesn't do, in sentences.
+    graph, signature: what it computes, and how it is called. sequence: for a causal language model, the symbol of its tokens.
+    buffers: weights that are no parameters of the model. recipe: whose lossy part the graph went through already; members: the
+    same of each member of an ensemble. notes: what the model's files ask for that the graph doesn't do, in sentences.
     """
 
     graph: Graph
@@ -49,6 +53,7 @@ class Source:
     notes: tuple[str, ...] = ()
     buffers: frozenset[str] = frozenset()
     recipe: Recipe | None = None
+    members: tuple[Recipe, ...] = ()
 
 
 def compile(
@@ -66,19 +71,24 @@ def compile(
     stop_after: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     calibration: Any = None,
+    training: Any = None,
+    ledger: bool = False,
     progress: Progress | None = None,
 ) -> Program:
     """Compile a model for a target.
 
     model: a torch.nn.Module (with `example_inputs`, a tuple, and `example_kwargs`), a causal language model of
-    transformers, the path of a local checkpoint folder, or what `to_torch` returned (then without a recipe its own
-    holds, and nothing is compressed again). target: a name such as "cpu", or a Target. recipe: a preset's
+    transformers, the path of a local checkpoint folder, what `merge` returned, or what `to_torch` or `ensemble` did (then without
+    a recipe their own holds, and nothing is compressed again). target: a name such as "cpu", or a Target. recipe: a preset's
     name, a TOML file, a mapping or a Recipe. passes: extra passes, run behind the fusions and before the cache is derived. dynamic_shapes: as
     `torch.export` takes them. num_threads: threads that kernels use (default: all cores). check: "verify" runs the
     verifier after each pass, "numeric" also compares meanings with the interpreter, "none" neither. dump: a folder for
     the IR after each pass. stop_after: the name of the last pass to run. cache_dir: where compiled libraries are kept
-    (default: $JISU_CACHE_DIR or ~/.cache/jisu). calibration: for recipes that quantize a language model or remove parts of it, a text file's path, or
-    token ids int64 [windows, length]; without, numbers are rounded to the nearest, and the smallest weights go.
+    (default: $JISU_CACHE_DIR or ~/.cache/jisu). calibration: for recipes that compress a model: of a language model a text file's path or
+    token ids int64 [windows, length], of another module a list of calls, each a tuple of arguments; without, numbers are rounded to
+    the nearest, and the smallest weights go. training: for recipes with `recover`, what the compressed model is trained on, in the
+    forms of calibration (default: the calibration data). ledger: also measure on the calibration data what each lossy pass and each compressed
+    matrix costs the model, for `explain()["ledger"]` (see `passes/compression/ledger.py`).
 
     Raises TargetError, RecipeError, InputError (what was given doesn't fit together), UnsupportedError (all that can't be
     compiled, at once), VerifyError, CompileError.
@@ -98,9 +108,12 @@ def compile(
     for note in source.notes:
         warnings.warn(note, UserWarning, stacklevel=2)
     with _memory_errors():
-        chosen, lossy = _still_to_do(source, None if recipe is None else chosen, calibration, tell)
+        if ledger and calibration is None:
+            raise InputError("a ledger is measured on calibration data; give calibration=…")
+        chosen, lossy = _still_to_do(source, None if recipe is None else chosen, calibration, training, tell, kept)
+        samples = _calibration_samples(source, chosen, calibration) if ledger else None
         return _build(
-            source, machine, chosen, (*passes, *lossy), num_threads, check, dump, stop_after, kept, tell, times
+            source, machine, chosen, (*passes, *lossy), num_threads, check, dump, stop_after, kept, tell, times, samples
         )
 
 
@@ -127,6 +140,7 @@ def to_torch(
     dynamic_shapes: Any = None,
     cache_dir: str | os.PathLike[str] | None = None,
     calibration: Any = None,
+    training: Any = None,
     dtype: Any = None,
     progress: Progress | None = None,
 ) -> GraphModule:
@@ -142,7 +156,6 @@ def to_torch(
     in `compile`, and so are the errors.
     """
     from jisu.frontends.to_torch import GraphModule
-    from jisu.passes import default_passes
     from jisu.targets.compile import cache_folder
 
     chosen = Recipe.resolve(recipe)
@@ -152,16 +165,225 @@ def to_torch(
     kept = cache_folder(Path(cache_dir) if cache_dir is not None else None)
     source = _capture(model, example_inputs, example_kwargs, dynamic_shapes, kept)
     with _memory_errors():
-        chosen, lossy = _still_to_do(source, None if recipe is None else chosen, calibration, tell)
-        tell("rewriting", 0.3)
-        exact, _ = Pipeline(default_passes(chosen.fuse, chosen.max_fold_bytes)).run(source.graph)
-        graph, _ = Pipeline((*passes, *lossy)).run(exact)
-        buffers = source.buffers | (exact.weights.keys() - source.graph.weights.keys())  # those that folding made
-        source = attrs.evolve(source, graph=graph, buffers=buffers, recipe=chosen)
-        module = GraphModule(graph, buffers=buffers, dtype=dtype, signature=source.signature,
+        source = _compressed(source, None if recipe is None else chosen, passes, calibration, training, tell, kept)
+        module = GraphModule(source.graph, buffers=source.buffers, dtype=dtype, signature=source.signature,
                              decoder=source.sequence is not None, source=source)  # fmt: skip
     tell("done", 1.0)
     return module
+
+
+def merge(
+    models: Sequence[Any],
+    *,
+    method: str = "linear",
+    weights: Sequence[float] | None = None,
+    base: Any = None,
+    density: float | None = None,
+    scale: float | None = None,
+    out: str | os.PathLike[str] | None = None,
+    example_inputs: Sequence[Any] | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+) -> Source:
+    """Several models of one architecture as one, whose parameters are made of theirs.
+
+        soup = jisu.merge(["checkpoints/a", "checkpoints/b"], method="slerp", weights=(0.3, 0.7))
+        program = jisu.compile(soup, recipe="int4")
+
+    models, base: whatever `compile` takes; base is the model that the members were trained from. method: "linear", "slerp" (of two) or
+    "ties" (with base, and density and scale), see `jisu.compiler.merge.Merge`. weights: one per model, at least 0 (default: all alike);
+    they are divided by their sum. out: a new folder that gets the merged checkpoint, where all models are checkpoint folders; its
+    tensors keep their names and dtypes, its other files are the first model's. example_inputs: for plain modules.
+    Nothing is computed before the model is compiled or written, and then tensor by tensor.
+
+    Raises InputError for options that don't fit the method and for models that differ in more than their parameters' values
+    (naming what differs), OSError where `out` can't be written; otherwise as `compile`.
+    """
+    from jisu.compiler.merge import Merge, check_same_graph, check_same_tokens, merge_tensors
+    from jisu.compiler.storage import open_checkpoint, write_checkpoint
+    from jisu.targets.compile import cache_folder
+
+    how = Merge.resolve(method, len(_several(models)), weights, base=base is not None, density=density, scale=scale)
+    everyone = [*models, *([base] if base is not None else [])]
+    names = _names(everyone)
+    kept = cache_folder(Path(cache_dir) if cache_dir is not None else None)
+    if out is not None and not all(isinstance(model, (str, os.PathLike)) for model in everyone):
+        raise InputTypeError("out takes checkpoint folders; models in memory are merged without it, and saved compiled")
+    sources = [_capture(model, example_inputs, None, None, kept) for model in everyone]
+    first, members = sources[0], [source.graph.weights for source in sources[: len(models)]]
+    check_same_tokens([source.files for source in sources], names)
+    merged = merge_tensors(how, members, sources[-1].graph.weights if base is not None else None, names, first.buffers)
+    check_same_graph([source.graph for source in sources], names)
+    if out is None:
+        return attrs.evolve(first, graph=first.graph.replace(weights=merged))
+    stored = [open_checkpoint(model) for model in everyone]
+    tensors = merge_tensors(how, stored[: len(models)], stored[-1] if base is not None else None, names)
+    write_checkpoint(Path(out), Path(everyone[0]), tensors, progress)
+    return _capture(out, None, None, None, kept)
+
+
+def ensemble(
+    models: Sequence[Any],
+    weights: Sequence[float] | None = None,
+    *,
+    average: str = "log",
+    recipes: Any = None,
+    calibration: Any = None,
+    training: Any = None,
+    example_inputs: Sequence[Any] | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+) -> Source:
+    """Several models that answer as one: the weighted mean of what they give, compiled into one program.
+
+        both = jisu.ensemble(["checkpoints/a", "checkpoints/b"], (2, 1), recipes=("int4", "int8"))
+        program = jisu.compile(both)
+
+    models: whatever `compile` takes, of one vocabulary; their architectures may differ. weights: one per model, above 0 (default: all
+    alike); they are divided by their sum. average: "log" (logits: a product of experts) or "probability" (a mixture), see
+    `jisu.compiler.ensemble.join`. recipes: how each model is compressed before they are joined, one per model or one for all;
+    calibration, training: as in `compile`, for those that use them. example_inputs: for plain modules, whose outputs are averaged.
+
+    Raises InputError for models whose inputs, outputs, calls or tokens don't fit together; otherwise as `compile`.
+    """
+    from jisu.compiler.ensemble import join, prefix
+    from jisu.compiler.merge import check_same_tokens, shares
+    from jisu.targets.compile import cache_folder
+
+    _several(models)
+    shared = recipes is None or isinstance(recipes, (str, os.PathLike, Mapping, Recipe))
+    given = [recipes] * len(models) if shared else list(recipes)
+    if len(given) != len(models):
+        raise InputError(f"recipes: expected one per model, {len(models)}, got {len(given)}")
+    chosen = [None if recipe is None else Recipe.resolve(recipe) for recipe in given]
+    parts, names = shares(weights, len(models)), _names(models)
+    for i, (what, data) in enumerate((("calibration", calibration), ("training", training))):
+        if data is not None and all(_of_use(recipe, calibration, training)[i] is None for recipe in chosen):
+            raise InputError(f"{what} is given, but none of the recipes uses it")
+    tell = progress or (lambda stage, done: None)
+    kept = cache_folder(Path(cache_dir) if cache_dir is not None else None)
+    sources = [_capture(model, example_inputs, None, None, kept) for model in models]
+    check_same_tokens([source.files for source in sources], names)
+    first = sources[0]
+    for name, source in zip(names[1:], sources[1:], strict=True):
+        if source.signature != first.signature or (source.sequence is None) != (first.sequence is None):
+            raise InputError(f"{names[0]} and {name} are called differently; members of an ensemble share their call")
+        if source.vocabulary != first.vocabulary:
+            raise InputError(
+                f"{names[0]} has a vocabulary of {first.vocabulary} tokens, {name} of {source.vocabulary}; an ensemble shares one"
+            )
+    if first.signature.mutations:
+        raise InputError(f"{names[0]} changes its arguments, of which there is no mean")
+    join([source.graph for source in sources], parts, average, names)  # refused before compressing, if it is
+    with _memory_errors():
+        done = [
+            _compressed(source, recipe, (), *_of_use(recipe, calibration, training), tell, kept)
+            for source, recipe in zip(sources, chosen, strict=True)
+        ]
+    graph = join([source.graph for source in done], parts, average, names)
+    return attrs.evolve(
+        first,
+        graph=graph,
+        max_positions=min(source.max_positions for source in sources),
+        notes=tuple(dict.fromkeys(note for source in sources for note in source.notes)),
+        buffers=frozenset(prefix(i) + name for i, source in enumerate(done) for name in source.buffers),
+        recipe=Recipe(),
+        members=tuple(source.recipe or Recipe() for source in done),
+    )
+
+
+def _of_use(recipe: Recipe | None, calibration: Any, training: Any) -> tuple[Any, Any]:
+    """The data that a member's recipe uses."""
+    if recipe is None:
+        return None, None
+    return calibration if recipe.calibrated else None, training if recipe.recover.steps else None
+
+
+def _several(models: Any) -> Sequence[Any]:
+    if not isinstance(models, (list, tuple)):
+        raise InputTypeError(f"models must be a list of models, got {type(models).__name__}")
+    if len(models) < 2:
+        raise InputError(f"it takes at least two models, got {len(models)}")
+    return models
+
+
+def _names(models: Sequence[Any]) -> list[str]:
+    """What errors call the models: their paths, or their kind and place in the list."""
+    return [
+        repr(os.fspath(model)) if isinstance(model, (str, os.PathLike)) else f"model {i} ({type(model).__name__})"
+        for i, model in enumerate(models)
+    ]
+
+
+def search(
+    model: Any,
+    target: str | Target = "cpu",
+    *,
+    calibration: Any,
+    budgets: Sequence[float] = (),
+    seconds: float = math.inf,
+    held_out: Any = None,
+    recipe: Any = None,
+    options: Sequence[Any] | None = None,
+    example_inputs: Sequence[Any] | None = None,
+    example_kwargs: Mapping[str, Any] | None = None,
+    dynamic_shapes: Any = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+) -> Front:
+    """The recipes that cost a model least within budgets: sparsity, bits and groups, layer by layer.
+
+    budgets: bytes of all weights, one recipe for each; without, eight between the smallest and the largest that there are. seconds: the
+    most that the target's cost model may predict for one token. calibration: as in `compile`; what results are measured on is `held_out`
+    or, without it, the last quarter of the calibration data. recipe: for the layers that its entries name, which are then not
+    searched, and for all that isn't about weights. options: ways to store a matrix (`jisu.passes.compression.search.Option`). Every point of the
+    result was made and measured; its `recipe` makes it again by `compile` with the same calibration. An interrupted search goes on where it was.
+
+    Raises what `compile` raises, and InputError for a budget that nothing fits, naming the least that there is.
+    """
+    from jisu.passes import default_passes
+    from jisu.passes.compression.search import OPTIONS
+    from jisu.passes.compression.search import search as find
+    from jisu.passes.compression.unfinished import Unfinished
+    from jisu.targets.compile import cache_folder
+    from jisu.targets.target import Target
+
+    machine, base = Target.resolve(target), Recipe.resolve(recipe)
+    if calibration is None:
+        raise InputError("a search measures on calibration data; give calibration=…")
+    if base.remove or base.rotate != "none":
+        raise InputError(
+            "search: the recipe may settle layers by prune and quantize entries; remove and rotate come before"
+        )
+    wanted = [float(b) for b in budgets]
+    tell = progress or (lambda stage, done: None)
+    tell("tracing", 0.0)
+    kept = cache_folder(Path(cache_dir) if cache_dir is not None else None)
+    source = _capture(model, example_inputs, example_kwargs, dynamic_shapes, kept)
+    samples = _calibration_samples(source, base, calibration)
+    if held_out is None:
+        most = len(samples) - max(len(samples) // 4, 1)
+        if not most:
+            raise InputError("search: one call is too little calibration data to hold some out; give held_out=…")
+        samples, rest = samples[:most], samples[most:]
+    else:
+        rest = _calibration_samples(source, base, held_out)
+    with _memory_errors():
+        graph, _ = Pipeline(default_passes(base.fuse, base.max_fold_bytes)).run(source.graph)
+        pairs = [(b, seconds) for b in wanted] or ([(math.inf, seconds)] if seconds < math.inf else [])
+        unfinished = Unfinished(kept / "unfinished", graph, samples, ("search",))
+        found = find(
+            graph, base, samples, rest, pairs, latency=lambda g: _predicted(g, base, machine), options=options or OPTIONS,
+            kept=unfinished, progress=lambda done: tell("searching", done),
+        )  # fmt: skip
+        unfinished.done()
+    return found
+
+
+def _predicted(graph: Graph, recipe: Recipe, machine: Target) -> float:
+    """Predicted seconds of one token, laid out for a machine."""
+    laid = _lay_out(graph, recipe, machine, "none", None, None)
+    return graph_cost(laid, dict.fromkeys(laid.symbols, 1), machine).seconds
 
 
 def _check_options(num_threads: int | None, check: str, passes: Sequence[Pass]) -> None:
@@ -192,6 +414,14 @@ def _memory_errors() -> Iterator[None]:
 
 
 def _capture(model: Any, example_inputs: Any, example_kwargs: Any, dynamic_shapes: Any, kept: Path) -> Source:
+    from jisu.runtime.program import Program
+
+    if isinstance(model, Source):
+        if example_inputs is not None or example_kwargs is not None or dynamic_shapes is not None:
+            raise InputError("a captured model is not traced again; drop example inputs and dynamic_shapes")
+        return model
+    if isinstance(model, Program):
+        raise InputTypeError("a compiled program has no graph to compile; give the model that it was made from")
     if isinstance(model, (str, os.PathLike)):
         from jisu.frontends.checkpoint import load_checkpoint
 
@@ -256,6 +486,7 @@ def _build(
     kept: Path,
     tell: Progress,
     times: dict[str, float],
+    measured_on: Any,
 ) -> Program:
     from jisu.passes import default_passes
     from jisu.passes.layout import sparse_matrices
@@ -266,9 +497,12 @@ def _build(
     tell("rewriting", 0.3)
     report: dict[str, Any] = {"passes": [], "target_fingerprint": machine.fingerprint()}
     env = _typical_sizes(source.graph)
+    seen: list[tuple[str, bool, Graph]] = [("frontend", True, source.graph)]
 
     def note(done: Report, graph: Graph) -> None:
         report["passes"].append(_pass_report(done, graph, env, machine))
+        if measured_on is not None:
+            seen.append((done.name, done.exact, graph))
 
     report["passes"].append(
         _pass_report(Report("frontend", True, len(source.graph.nodes), times["trace_s"]), source.graph, env, machine)
@@ -282,6 +516,10 @@ def _build(
     )
     samples = sample_inputs(source.graph) if check == "numeric" else None
     graph, _ = pipeline.run(source.graph, samples)
+    if measured_on is not None:
+        report["ledger"] = _ledger(
+            source, seen, measured_on, lambda done: tell("measuring what it costs", 0.38 + 0.02 * done)
+        )
     entries, decoder = _entries(source, graph, recipe, report)
     finished: dict[str, Graph] = {}
     for entry, step in entries.items():
@@ -307,6 +545,7 @@ def _build(
         "cache": None if decoder is None else decoder.reason or "derived",
         "cache_bytes_per_token": None if decoder is None else decoder.slot_bytes,
         "notes": list(source.notes),
+        "members": [recipe.to_toml() for recipe in source.members],
     }
     parts = Compiled(
         library=library,
@@ -325,35 +564,66 @@ def _build(
     return Program(parts, num_threads)
 
 
+def _ledger(
+    source: Source, seen: Sequence[tuple[str, bool, Graph]], samples: Any, progress: Callable[[float], None]
+) -> Any:
+    """What each lossy pass among those seen, and each matrix, costs; None where none of them changed anything."""
+    from jisu.passes.compression.ledger import keep_ledger
+
+    pairs = zip(seen, seen[1:], strict=False)
+    steps = [
+        (name, before, after) for (_, _, before), (name, exact, after) in pairs if not exact and after is not before
+    ]
+    return keep_ledger(source.graph, steps, samples, progress).as_dict() if steps else None
+
+
 def _still_to_do(
-    source: Source, recipe: Recipe | None, calibration: Any, tell: Progress
+    source: Source, recipe: Recipe | None, calibration: Any, training: Any, tell: Progress, kept: Path
 ) -> tuple[Recipe, tuple[Pass, ...]]:
     """The recipe that holds, and its lossy passes: none where a graph comes back from training and no other is named."""
     done = recipe is None and source.recipe is not None
-    lossy = _lossy_passes(source, Recipe() if done or recipe is None else recipe, calibration, tell)
+    lossy = _lossy_passes(source, Recipe() if done or recipe is None else recipe, calibration, training, tell, kept)
     return recipe or source.recipe or Recipe(), lossy
 
 
-def _lossy_passes(source: Source, recipe: Recipe, calibration: Any, tell: Progress) -> tuple[Pass, ...]:
-    """The passes that a recipe's lossy part asks for, with their calibration tokens."""
+def _compressed(
+    source: Source,
+    recipe: Recipe | None,
+    passes: Sequence[Pass],
+    calibration: Any,
+    training: Any,
+    tell: Progress,
+    kept: Path,
+) -> Source:
+    """The model behind the exact passes and the recipe's lossy ones."""
+    from jisu.passes import default_passes
+
+    chosen, lossy = _still_to_do(source, recipe, calibration, training, tell, kept)
+    tell("rewriting", 0.3)
+    exact, _ = Pipeline(default_passes(chosen.fuse, chosen.max_fold_bytes)).run(source.graph)
+    graph, _ = Pipeline((*passes, *lossy)).run(exact)
+    buffers = source.buffers | (exact.weights.keys() - source.graph.weights.keys())  # those that folding made
+    return attrs.evolve(source, graph=graph, buffers=buffers, recipe=chosen)
+
+
+def _lossy_passes(
+    source: Source, recipe: Recipe, calibration: Any, training: Any, tell: Progress, kept: Path
+) -> tuple[Pass, ...]:
+    """The passes that a recipe's lossy part asks for, with their data; what is unfinished stays in `kept`."""
     coded = recipe.cache.scheme != "none"
     if coded and source.sequence is None:
         raise RecipeError("cache.scheme is for causal language models; other modules have no cache")
-    used = (
-        recipe.cache.calibrated
-        or any(r.calibrated for r in recipe.remove)
-        or any(r.calibrated for r in recipe.quantize)
-    )
-    if calibration is not None and not used:
-        if not recipe.quantize and not recipe.remove and not coded:
-            raise InputError(
-                'calibration is given, but the recipe quantizes nothing and removes nothing; give a recipe such as "int4"'
-            )
+    lossy = recipe.prune or recipe.quantize or recipe.remove or coded
+    if calibration is not None and not recipe.calibrated:
+        if not lossy:
+            raise InputError('calibration is given, but the recipe compresses nothing; give a recipe such as "int4"')
         raise InputError(
             "calibration is given, but the recipe only rounds to the nearest and removes by magnitude; "
-            'use algorithm = "auto" or "gptq", importance = "auto" or "activation"'
+            'use algorithm = "auto", importance = "auto"'
         )
-    tokens = None if calibration is None else _calibration_tokens(source, recipe, calibration)
+    if training is not None and not recipe.recover.steps:
+        raise InputError("training is given, but the recipe doesn't train: give it [recover] steps = 400")
+    samples = None if calibration is None else _calibration_samples(source, recipe, calibration)
 
     def during(stage: str, begin: float, end: float) -> Callable[[float], None]:
         return lambda done: tell(stage, begin + (end - begin) * done)
@@ -362,7 +632,9 @@ def _lossy_passes(source: Source, recipe: Recipe, calibration: Any, tell: Progre
     if recipe.remove:
         from jisu.passes.structured import Remove
 
-        found.append(Remove(recipe.remove, tokens, during("removing", 0.3, 0.32)))
+        if samples is not None and not isinstance(samples, np.ndarray):
+            raise InputError("remove: only language models are calibrated; leave calibration out")
+        found.append(Remove(recipe.remove, samples, during("removing", 0.3, 0.32)))
     if recipe.rotate == "hadamard":
         from jisu.passes.compression.rotate import Rotate
 
@@ -370,25 +642,81 @@ def _lossy_passes(source: Source, recipe: Recipe, calibration: Any, tell: Progre
     if coded:
         from jisu.passes.compression.cached import QuantizeCache
 
-        transform = recipe.cache.transform_with(tokens is not None)
-        found.append(QuantizeCache(recipe.cache.scheme, transform, tokens, during("quantizing", 0.32, 0.33)))
-    if recipe.quantize:
-        from jisu.passes.compression import Quantize
-        from jisu.passes.compression.activations import QuantizeActivations
+        transform = recipe.cache.transform_with(samples is not None)
+        told = during("choosing the cache's basis", 0.32, 0.33)
+        found.append(QuantizeCache(recipe.cache.scheme, transform, samples, told))
+    if any(rule.smooth or rule.algorithm == "awq" for rule in recipe.quantize):
         from jisu.passes.compression.equalize import Equalize
 
-        found += [
-            Equalize(recipe.quantize, tokens, during("quantizing", 0.33, 0.34)),
-            QuantizeActivations(recipe.quantize, tokens, during("quantizing", 0.34, 0.36)),
-            Quantize(recipe.quantize, tokens, during("quantizing", 0.36, 0.4)),
-        ]
+        found.append(Equalize(recipe.quantize, samples, during("equalizing", 0.32, 0.33)))
+    if any(rule.activations != "none" for rule in recipe.quantize):
+        from jisu.passes.compression.activations import QuantizeActivations
+
+        found.append(QuantizeActivations(recipe.quantize, samples, during("rounding activations", 0.33, 0.34)))
+    if recipe.prune or recipe.quantize:
+        from jisu.passes.compression import Compress
+
+        # What is trained is what was pruned; its codes are then found for the trained numbers.
+        apart = recipe.recover.steps > 0 and recipe.prune and recipe.quantize
+        steps = (
+            [("prune", recipe.prune, ()), ("quantize", (), recipe.quantize)]
+            if apart
+            else [("compress", recipe.prune, recipe.quantize)]
+        )
+        for i, (name, prune, quantize) in enumerate(steps):
+            begin = 0.34 + 0.06 * i / len(steps)
+            told = during(f"{name.removesuffix('e')}ing", begin, begin + 0.02)
+            found.append(Compress(prune, quantize, samples, told, kept / "unfinished", name))
+            if recipe.recover.steps:
+                found.append(
+                    _recover(source, recipe, training, samples, name, during("recovering", begin + 0.02, begin + 0.03))
+                )
     return tuple(found)
+
+
+def _recover(
+    source: Source, recipe: Recipe, training: Any, samples: Any, behind: str, progress: Callable[[float], None]
+) -> Pass:
+    """The pass that trains what the pass named `behind` left."""
+    from jisu.frontends.training import distil
+    from jisu.passes.compression.recover import Recover
+
+    rule = recipe.recover
+    if training is not None:
+        drawn = attrs.evolve(recipe.calibration, windows=min(rule.steps * rule.batch, 1 << 16))
+        samples = _calibration_samples(source, attrs.evolve(recipe, calibration=drawn), training)
+    if samples is None:
+        raise RecipeError("recover: training needs data; give training=… or calibration=…")
+    if behind == "quantize":  # only scales and what isn't compressed are left to train
+        rule = attrs.evolve(rule, steps=max(rule.steps // 4, 1), minutes=rule.minutes / 4)
+    train = functools.partial(distil, buffers=source.buffers)
+    return Recover(rule, source.graph, samples, train, progress, f"recover behind {behind}")
+
+
+def _calibration_samples(source: Source, recipe: Recipe, calibration: Any) -> np.ndarray | list[tuple[np.ndarray, ...]]:
+    """Token ids int64 [windows, length] of a language model, or the inputs of each call of another module."""
+    if source.sequence is not None:
+        return _calibration_tokens(source, recipe, calibration)
+    if isinstance(calibration, (str, os.PathLike)) or not isinstance(calibration, Sequence) or not calibration:
+        raise InputError(
+            "calibration of a module is a list of calls, each a tuple of its arguments; text is for causal language models"
+        )
+    found = []
+    for i, call in enumerate(calibration):
+        arguments = call if isinstance(call, (tuple, list)) else (call,)
+        try:
+            found.append(tuple(_array(a) for a in source.signature.flatten_call(arguments, {})))
+        except JisuError as error:
+            raise InputError(f"calibration[{i}]: {error}") from error
+    return found
+
+
+def _array(value: Any) -> np.ndarray:
+    return np.asarray(value.detach().cpu().numpy() if hasattr(value, "detach") else value)
 
 
 def _calibration_tokens(source: Source, recipe: Recipe, calibration: Any) -> np.ndarray:
     """Token ids int64 [windows, length] from ids, or from a text file by the model's own tokenizer."""
-    if source.sequence is None:
-        raise InputError("calibration is for causal language models; other modules are compressed without")
     if isinstance(calibration, (str, os.PathLike)):
         from jisu.runtime.tokenizer import Tokenizer, read_text
 

@@ -22,6 +22,7 @@ import cattrs
 from cattrs.errors import ClassValidationError, ForbiddenExtraKeysError
 
 from jisu.compiler.errors import RecipeError
+from jisu.compiler.pattern import Pattern
 from jisu.compiler.rows import ROW_BITS
 from jisu.compiler.schemes import SCHEMES
 
@@ -178,6 +179,85 @@ class QuantizeRecipe:
         return SCHEMES[self.scheme].group if self.group < 0 else self.group
 
 
+def _below_one(_: Any, attribute: attrs.Attribute[float], value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
+        raise RecipeError(f"{attribute.name} must be at least 0 and below 1, not {value!r}")
+
+
+PRUNINGS = ("auto", "magnitude", "wanda", "sparsegpt", "alps")
+"""How a mask and the numbers that stay are found: the largest numbers (the only way without calibration data); Wanda (Sun et al., 2023);
+SparseGPT (Frantar & Alistarh, 2023); "alps": masks by ADMM, then least squares (Meng et al., 2024). "auto" is the last where there is
+calibration data, else the first."""
+
+ALLOCATIONS = ("uniform", "global", "owl", "optimal")
+"""How an entry's share of zeros is spread over its layers: the same for all; by one threshold of magnitudes; by outliers of what layers
+read (OWL; Yin et al., 2024); so that the loss measured layer by layer is least."""
+
+
+def _is_pattern(_: Any, attribute: attrs.Attribute[str], value: str) -> None:
+    try:
+        Pattern.parse(value)
+    except ValueError as error:
+        raise RecipeError(str(error)) from None
+
+
+def _share_or_none(_: Any, attribute: attrs.Attribute[float], value: float | None) -> None:
+    if value is not None:
+        _below_one(_, attribute, value)
+
+
+@attrs.frozen(kw_only=True)
+class PruneRecipe:
+    """Which numbers of the matrices of some linear layers become 0.
+
+    layers: as in `QuantizeRecipe`; but "*" leaves out the layer that gives the logits, which is named "head". sparsity: the share of
+    zeros, 0 to leave the layers dense; N:M patterns have their own. pattern: "unstructured", "N:M" (at most N of M consecutive
+    inputs stay) or blocks of outputs x inputs such as "16x1". algorithm: one of `PRUNINGS`. allocation: one of `ALLOCATIONS`.
+    match: as in `QuantizeRecipe`.
+    """
+
+    layers: str = attrs.field(default="*", validator=attrs.validators.instance_of(str))
+    sparsity: float | None = attrs.field(default=None, validator=_share_or_none)
+    pattern: str = attrs.field(default="unstructured", validator=_is_pattern)
+    algorithm: str = attrs.field(default="auto", validator=_one_of(PRUNINGS))
+    allocation: str = attrs.field(default="uniform", validator=_one_of(ALLOCATIONS))
+    match: float = attrs.field(default=1.0, validator=_share)
+
+    def __attrs_post_init__(self) -> None:
+        own = self.shape.sparsity
+        if own is None and self.sparsity is None:
+            raise RecipeError("prune: sparsity is missing, the share of zeros (0.5)")
+        if own is not None and self.sparsity not in (None, 0, own):
+            raise RecipeError(
+                f"prune: {self.pattern} removes {own:g} of the numbers, not {self.sparsity!r}; leave sparsity out"
+            )
+        if own is not None and self.allocation != "uniform":
+            raise RecipeError(f"prune: {self.pattern} removes the same share everywhere; leave allocation out")
+        if self.allocation == "global" and self.algorithm not in ("auto", "magnitude"):
+            raise RecipeError('prune: allocation = "global" compares magnitudes; it goes with algorithm = "magnitude"')
+
+    @property
+    def shape(self) -> Pattern:
+        """The pattern."""
+        return Pattern.parse(self.pattern)
+
+    @property
+    def share(self) -> float:
+        """The share of zeros."""
+        own = self.shape.sparsity
+        return float(self.sparsity if self.sparsity is not None else own or 0.0)
+
+    @property
+    def method(self) -> str | None:
+        """The algorithm where it is settled without knowing whether there is calibration data."""
+        return "magnitude" if self.allocation == "global" else None if self.algorithm == "auto" else self.algorithm
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether calibration data changes what is done."""
+        return self.share > 0 and (self.method != "magnitude" or self.allocation in ("owl", "optimal"))
+
+
 REMOVALS = ("heads", "channels", "layers", "experts")
 """What can be removed: groups of key/value heads with their query heads, channels between two layers, whole blocks of the residual
 stream, experts of a mixture."""
@@ -185,11 +265,6 @@ stream, experts of a mixture."""
 IMPORTANCES = ("auto", "magnitude", "activation")
 """What is removed first: what has the smallest weights; what does least on calibration text; or, with "auto", what costs least there
 once everything left has made up for it (without such text: the smallest weights)."""
-
-
-def _below_one(_: Any, attribute: attrs.Attribute[float], value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
-        raise RecipeError(f"{attribute.name} must be at least 0 and below 1, not {value!r}")
 
 
 @attrs.frozen(kw_only=True)
@@ -222,6 +297,27 @@ class RemoveRecipe:
         return self.importance != "magnitude" or (self.refit and self.what in ("heads", "channels"))
 
 
+def _positive(_: Any, attribute: attrs.Attribute[float], value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+        raise RecipeError(f"{attribute.name} must be a number, 0 or above, not {value!r}")
+
+
+@attrs.frozen(kw_only=True)
+class RecoverRecipe:
+    """How a compressed model is trained to give the outputs of the unchanged one again (distillation; masks and codes stay).
+
+    steps: of training, 0 for none; each on `batch` windows of calibration.length tokens (of a module that is no language model: on one
+    call). learning_rate: of Adam, relative to the size of each parameter. minutes: ends the training early (0: never). seed: of the
+    order of windows.
+    """
+
+    steps: int = attrs.field(default=0, validator=_between(0, 1 << 20))
+    batch: int = attrs.field(default=8, validator=_between(1, 1 << 16))
+    learning_rate: float = attrs.field(default=0.005, validator=_positive)
+    minutes: float = attrs.field(default=0.0, validator=_positive)
+    seed: int = attrs.field(default=0, validator=_between(0, 1 << 31))
+
+
 @attrs.frozen(kw_only=True)
 class CalibrationRecipe:
     """How calibration text is used: `windows` pieces of `length` tokens, drawn by `seed` from all of it."""
@@ -237,8 +333,10 @@ class Recipe:
 
     fuse: run the fusion rules. pack: bring weights into their kernels' order. max_fold_bytes: the largest tensor that
     constant folding makes. prefill_chunk: tokens of a prompt that are read at a time. remove: what is taken out, one entry after the
-    other. quantize: how weights are stored, of several entries the last that matches a layer; a scheme's name alone means all layers.
-    rotate: one of `ROTATIONS`, done before. calibration: how its text is cut.
+    other. prune: which numbers become 0, of several entries the last that matches a layer. quantize: how weights are stored, the same
+    way; a scheme's name alone means all layers.
+    recover: training of what is left. rotate: one of
+    `ROTATIONS`, done first. calibration: how its text is cut.
     """
 
     fuse: bool = attrs.field(default=True, validator=_is_bool)
@@ -246,7 +344,9 @@ class Recipe:
     max_fold_bytes: int = attrs.field(default=1 << 20, validator=_between(0, 1 << 30))
     prefill_chunk: int = attrs.field(default=512, validator=_between(1, 1 << 20))
     remove: tuple[RemoveRecipe, ...] = ()
+    prune: tuple[PruneRecipe, ...] = ()
     quantize: tuple[QuantizeRecipe, ...] = ()
+    recover: RecoverRecipe = attrs.field(factory=RecoverRecipe)
     rotate: str = attrs.field(default="none", validator=_one_of(ROTATIONS))
     calibration: CalibrationRecipe = attrs.field(factory=CalibrationRecipe)
     cache: CacheRecipe = attrs.field(factory=CacheRecipe)
@@ -254,6 +354,15 @@ class Recipe:
     def __attrs_post_init__(self) -> None:
         if self.rotate != "none" and all(rule.scheme == "none" for rule in self.quantize):
             raise RecipeError("rotate is for models that are quantized; give quantize, too")
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether calibration data changes what is done."""
+        return (
+            self.recover.steps > 0
+            or self.cache.calibrated
+            or any(r.calibrated for entries in (self.remove, self.prune, self.quantize) for r in entries)
+        )
 
     @classmethod
     def resolve(cls, recipe: Recipe | str | os.PathLike[str] | Mapping[str, Any] | None) -> Recipe:
@@ -296,15 +405,15 @@ class Recipe:
     def to_toml(self) -> str:
         """The recipe as TOML, every key spelled out."""
         lines, tables = [], []
+
+        def written(entry: Any) -> list[str]:
+            return [f"{k} = {_toml(v)}" for k, v in attrs.asdict(entry).items() if v is not None]
+
         for key, value in attrs.asdict(self, recurse=False).items():
             if isinstance(value, tuple):
-                tables += [
-                    "\n".join([f"\n[[{key}]]", *(f"{k} = {_toml(v)}" for k, v in attrs.asdict(v).items())])
-                    for v in value
-                ]
+                tables += ["\n".join([f"\n[[{key}]]", *written(v)]) for v in value]
             elif attrs.has(type(value)):
-                inside = attrs.asdict(value).items()
-                tables.append("\n".join([f"\n[{key}]", *(f"{k} = {_toml(v)}" for k, v in inside)]))
+                tables.append("\n".join([f"\n[{key}]", *written(value)]))
             else:
                 lines.append(f"{key} = {_toml(value)}")
         return "\n".join([*lines, *tables]) + "\n"
@@ -318,9 +427,15 @@ PRESETS: dict[str, Recipe] = {
     "int4": Recipe(
         quantize=(QuantizeRecipe(scheme="int4", symmetric=False), QuantizeRecipe(layers="head", scheme="int8"))
     ),
+    "2:4": Recipe(prune=(PruneRecipe(pattern="2:4"),)),
+    "2:4+int4": Recipe(
+        prune=(PruneRecipe(pattern="2:4"),),
+        quantize=(QuantizeRecipe(scheme="int4", symmetric=False), QuantizeRecipe(layers="head", scheme="int8")),
+    ),
     "fp8": Recipe(quantize=(QuantizeRecipe(scheme="fp8"),)),
 }
-"""Recipes by name: the default; a paged KV cache; everything without fusion and packing (to compare with); weights in few bits."""
+"""Recipes by name: the default; a paged KV cache; everything without fusion and packing (to compare with); weights in
+few bits, or two of four of them."""
 
 
 def _toml(value: Any) -> str:
@@ -352,6 +467,22 @@ def _quantize_entries(value: Any, _: Any) -> tuple[QuantizeRecipe, ...]:
                 raise RecipeError("give scheme or bits, not both")
             fields["scheme"] = f"int{int(bits)}"
         found.append(_CONVERTER.structure(fields, QuantizeRecipe))
+    return tuple(found)
+
+
+def _prune_entries(value: Any, _: Any) -> tuple[PruneRecipe, ...]:
+    """A share of zeros, a pattern, one entry, or a list of entries."""
+    entries = value if isinstance(value, (list, tuple)) else [value]
+    found = []
+    for entry in entries:
+        if isinstance(entry, PruneRecipe):
+            found.append(entry)
+        elif isinstance(entry, Mapping):
+            found.append(_CONVERTER.structure(dict(entry), PruneRecipe))
+        elif isinstance(entry, str):
+            found.append(PruneRecipe(pattern=entry))
+        else:
+            found.append(PruneRecipe(sparsity=entry))
     return tuple(found)
 
 
@@ -407,7 +538,9 @@ def _converter() -> cattrs.Converter:
         converter.register_structure_hook(kind, _strictly(kind))
     converter.register_structure_hook(str, _text)
     converter.register_structure_hook(float, lambda value, _: value)  # the field's validator says what is wrong
+    converter.register_structure_hook_func(lambda kind: kind == float | None, lambda value, _: value)
     converter.register_structure_hook_func(lambda kind: kind == tuple[QuantizeRecipe, ...], _quantize_entries)
+    converter.register_structure_hook_func(lambda kind: kind == tuple[PruneRecipe, ...], _prune_entries)
     converter.register_structure_hook_func(lambda kind: kind == tuple[RemoveRecipe, ...], _remove_entries)
     return converter
 

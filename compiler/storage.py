@@ -7,10 +7,13 @@ without holes. Every number of the header is checked against the file's real siz
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import mmap
 import os
+import secrets
+import shutil
 import stat
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -22,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from jisu.compiler.errors import ArtifactError, InputError
+from jisu.compiler.graph import Storage
 
 Bytes = npt.NDArray[np.uint8]
 Producer = Callable[[], npt.NDArray[Any]]
@@ -321,18 +325,19 @@ def write_safetensors(
     file: BinaryIO,
     tensors: Mapping[str, tuple[npt.DTypeLike, tuple[int, ...], Producer]],
     metadata: Mapping[str, str] | None = None,
+    alignment: int = ALIGNMENT,
 ) -> int:
     """Write tensors `{name: (dtype, shape, producer)}` one at a time and return the number of bytes written.
 
     Each producer is called once, when its tensor's turn has come, and its array is dropped before the next is produced.
-    Every tensor begins at a multiple of ALIGNMENT from the file's start. Since the format allows no holes, tensors
+    Every tensor begins at a multiple of `alignment` from the file's start. Since the format allows no holes, tensors
     whose size is a multiple of it come first (in the given order) and the rest is separated by small uint8 entries,
-    which this reader hides.
+    which this reader hides; files for other readers are written with an alignment of 1, and have none.
 
     Raises: InputError for a dtype the format lacks, a reserved name, or an array that isn't what was declared.
     """
     specs = [(name, np.dtype(dtype), tuple(shape), producer) for name, (dtype, shape, producer) in tensors.items()]
-    specs.sort(key=lambda spec: math.prod(spec[2]) * spec[1].itemsize % ALIGNMENT != 0)
+    specs.sort(key=lambda spec: math.prod(spec[2]) * spec[1].itemsize % alignment != 0)
     header: dict[str, Any] = {}
     if metadata:
         header["__metadata__"] = dict(sorted(metadata.items()))
@@ -342,7 +347,7 @@ def write_safetensors(
             raise InputError(f"a tensor can't have the reserved name {name!r}")
         if dtype not in _CODES:
             raise InputError(f"tensor {name!r}: safetensors has no dtype {dtype}; it has {', '.join(DTYPES)}")
-        gap = -position % ALIGNMENT
+        gap = -position % alignment
         if gap:
             header[f"{_PADDING}{position}"] = {
                 "dtype": "U8",
@@ -359,7 +364,7 @@ def write_safetensors(
     file.write(len(text).to_bytes(8, "little") + text)
     written = 0
     for name, dtype, shape, producer in specs:
-        gap = -written % ALIGNMENT
+        gap = -written % alignment
         file.write(bytes(gap))
         written += gap + _write_tensor(file, name, dtype, shape, producer)
     return 8 + len(text) + written
@@ -374,3 +379,60 @@ def _write_tensor(file: BinaryIO, name: str, dtype: np.dtype[Any], shape: tuple[
     data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
     file.write(data)
     return data.nbytes
+
+
+_WEIGHTS = (
+    ".safetensors",
+    ".safetensors.index.json",
+    ".bin",
+    ".bin.index.json",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".gguf",
+    ".h5",
+    ".msgpack",
+)
+
+
+def write_checkpoint(
+    out: Path, like: Path, tensors: Mapping[str, Storage], progress: Callable[[str, float], None] | None = None
+) -> None:
+    """A new checkpoint folder with these tensors, one in memory at a time; its other files are those of the folder `like`.
+
+    The folder appears whole or not at all. Raises: InputError where something stands at `out` already, OSError with the
+    path if it can't be written.
+    """
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise InputError(f"{os.fspath(out)!r} exists already; choose a new folder for the checkpoint")
+    if not out.absolute().parent.is_dir():
+        raise InputError(
+            f"{os.fspath(out)!r} can't be written: there is no folder {os.fspath(out.absolute().parent)!r}"
+        )
+    done = 0
+
+    def values(storage: Storage) -> npt.NDArray[Any]:
+        nonlocal done
+        array = storage.numpy()
+        release = getattr(storage, "release", None)
+        if release is not None:
+            release()
+        done += 1
+        if progress is not None:
+            progress("writing", done / len(tensors))
+        return array
+
+    staging = out.absolute().parent / f".jisu-{secrets.token_hex(8)}.tmp"
+    staging.mkdir()
+    try:
+        for file in sorted(like.iterdir()):
+            if file.is_file() and not file.name.endswith(_WEIGHTS):
+                shutil.copyfile(file, staging / file.name)
+        with open(staging / "model.safetensors", "xb") as binary:
+            specs = {name: (s.dtype, tuple(s.shape), functools.partial(values, s)) for name, s in tensors.items()}
+            write_safetensors(binary, specs, {"format": "pt"}, alignment=1)  # which transformers asks for
+            binary.flush()
+            os.fsync(binary.fileno())
+        os.rename(staging, out)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)

@@ -261,16 +261,21 @@ def _pack_bits(x: Tensor, *, bits: int) -> Tensor:
 
 
 def _dequantize(
-    codes: Tensor, scales: Tensor, zeros: Tensor | None, *, scheme: str, k: int, group: int, whole: float, dtype: str
-) -> Tensor:
+    codes: Tensor, scales: Tensor, zeros: Tensor | None, mask: Tensor | None, *, scheme: str, k: int, group: int, whole: float,
+    dtype: str,
+) -> Tensor:  # fmt: skip
     kind = _scheme(scheme)
-    single = _unpacked(codes, kind.bits, k)
+    single = _unpacked(codes, kind.bits, k if mask is None else codes.shape[-1] * 8 // kind.bits)
     levels = single.float() if kind.uniform else torch.from_numpy(kind.levels).to(codes.device)[single.int()]
+    if mask is not None:
+        levels, there = _expand(levels, mask, k=k), _expand(torch.ones_like(levels), mask, k=k)
     decoded = scales.float() if scales.is_floating_point() else _decoded(scales, kind, whole)
     if zeros is not None:
         levels = levels - _spread(zeros.float(), k, group)
     elif kind.middle:
         levels = levels - kind.middle
+    if mask is not None:
+        levels = levels * there
     return (levels * _spread(decoded, k, group)).to(_dtype(dtype))
 
 
@@ -286,6 +291,26 @@ def _spread(values: Tensor, k: int, group: int) -> Tensor:
     if values.shape[-1] == 1:
         return values
     return values.repeat_interleave(group, -1)[..., :k]
+
+
+def _expand(values: Tensor, mask: Tensor, *, k: int) -> Tensor:
+    bits = ((mask[..., None] >> _places(8, mask)) & 1).flatten(-2)[..., :k]
+    places = bits.flatten().nonzero()[: values.shape[0], 0]
+    flat = values.new_zeros(bits.numel()).index_copy(0, places, values[: places.shape[0]])
+    return flat.unflatten(0, bits.shape)
+
+
+def _fake_quantize(x: Tensor, scale: Tensor | None, *, scheme: str, group: int) -> Tensor:
+    """Rounded, with the gradient of the identity where nothing is clipped (straight-through; Bengio et al., 2013)."""
+    kind = _scheme(scheme)
+    groups = x.float().unflatten(-1, (-1, group or x.shape[-1]))
+    given = None if scale is None else array_of(scale.detach().cpu()).astype(np.float32)
+    found = kind.running_scales(array_of(groups.detach().cpu()), given)
+    scales = torch.from_numpy(np.array(found)).to(x.device)
+    inside = (groups.detach() / scales).clamp(-kind.middle or -kind.top, kind.top)
+    rounded = torch.from_numpy(kind.rounded(array_of(inside.cpu()))).to(x.device)
+    clipped = groups.clamp(scales * (-kind.middle or -kind.top), scales * kind.top)
+    return (clipped + (rounded * scales - clipped).detach()).flatten(-2).to(x.dtype)
 
 
 def _elementwise(name: str) -> Callable[..., Tensor]:
@@ -351,6 +376,8 @@ MEANINGS: Mapping[Op, Callable[..., Any]] = {
     ops.attention: _attention,
     ops.experts: _experts,
     ops.dequantize: _dequantize,
+    ops.expand: _expand,
+    ops.fake_quantize: _fake_quantize,
     ops.unpack_bits: _unpack_bits,
     ops.pack_bits: _pack_bits,
 }

@@ -24,7 +24,7 @@ from jisu.compiler.errors import (
 )
 
 if TYPE_CHECKING:
-    from jisu.compiler.driver import compile, load, to_torch
+    from jisu.compiler.driver import compile, ensemble, load, merge, search, to_torch
     from jisu.compiler.recipe import Recipe
     from jisu.runtime.generate import GenerationConfig
     from jisu.runtime.program import Program
@@ -38,7 +38,10 @@ _LAZY = {
     "GenerationConfig": "jisu.runtime.generate",
     "Program": "jisu.runtime.program",
     "load": "jisu.compiler.driver",
+    "search": "jisu.compiler.driver",
     "Target": "jisu.targets.target",
+    "ensemble": "jisu.compiler.driver",
+    "merge": "jisu.compiler.driver",
     "to_torch": "jisu.compiler.driver",
 }
 
@@ -59,7 +62,10 @@ __all__ = [
     "UnsupportedError",
     "VerifyError",
     "compile",
+    "ensemble",
     "load",
+    "merge",
+    "search",
     "to_torch",
 ]
 

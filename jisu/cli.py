@@ -132,13 +132,25 @@ def compile_command(
     dump: Annotated[str | None, typer.Option(metavar="DIR", help="Write the IR after each pass.")] = None,
     calibration: Annotated[
         str | None,
-        typer.Option(metavar="FILE", help="Text on which a recipe that quantizes keeps the layers' outputs."),
+        typer.Option(metavar="FILE", help="Text on which a recipe that compresses keeps the layers' outputs."),
     ] = None,
+    training: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Text on which a recipe with [recover] trains; default: the other."),
+    ] = None,
+    ledger: Annotated[
+        bool, typer.Option("--ledger", help="Also measure what each compressed matrix costs, for `jisu explain`.")
+    ] = False,
 ) -> None:
     """Compile a checkpoint and save the program."""
     from jisu.commands import compile as command
 
-    command.run(shell, model, out, attrs.evolve(options, check=check, dump=dump, calibration=calibration))
+    command.run(
+        shell,
+        model,
+        out,
+        attrs.evolve(options, check=check, dump=dump, calibration=calibration, training=training, ledger=ledger),
+    )
 
 
 @_command("generate")
@@ -202,17 +214,97 @@ def evaluate(
     shell: Shell,
     options: Options,
     path: Either,
-    text: Annotated[str, typer.Option(metavar="FILE", help="The text to predict.")],
+    text: Annotated[str | None, typer.Option(metavar="FILE", help="The text to predict.")] = None,
     reference: Annotated[
         str | None, typer.Option(metavar="DIR|MODEL", help="Also tell how far the predictions are from this one's.")
     ] = None,
-    window: Annotated[int, typer.Option(min=2, help="Tokens that are read at a time.")] = 256,
-    limit: Annotated[int | None, typer.Option(min=1, help="The most windows to read; default: the whole text.")] = None,
+    window: Annotated[
+        int | None, typer.Option(min=2, help="Tokens of the text that are read at a time; default: 256.")
+    ] = None,
+    tasks: Annotated[
+        str | None, typer.Option(metavar="TASK,TASK…", help="Benchmarks of lm-evaluation-harness, such as arc_easy.")
+    ] = None,
+    shots: Annotated[
+        int | None, typer.Option(min=0, help="Examples before each question; default: the task's.")
+    ] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Sequences of tasks read at a time; default: 8.")] = None,
+    task_folder: Annotated[str | None, typer.Option(metavar="DIR", help="A folder with more tasks (YAML).")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Tasks go through the model's chat template.")] = False,
+    download: Annotated[bool, typer.Option("--download", help="Tasks may fetch their data.")] = False,
+    limit: Annotated[int | None, typer.Option(min=1, help="The most windows, or documents of each task.")] = None,
 ) -> None:
-    """Measure how well a model predicts a text."""
-    from jisu.commands import evaluate as command
+    """Measure how well a model predicts a text, or does on benchmarks."""
+    if (text is None) == (tasks is None):
+        raise typer.BadParameter("give --text or --tasks, one of them")
+    foreign = {
+        "--text": {"--shots": shots, "--batch": batch, "--task-folder": task_folder, "--chat": chat, "--download": download},
+        "--tasks": {"--reference": reference, "--window": window},
+    }  # fmt: skip
+    mine = "--text" if tasks is None else "--tasks"
+    given = [name for name, value in foreign[mine].items() if value not in (None, False)]
+    if given:
+        raise typer.BadParameter(f"{', '.join(given)} can't be used with {mine}")
+    if text is not None:
+        from jisu.commands import evaluate as command
 
-    command.run(shell, path, text, reference, window, limit, options)
+        command.run(shell, path, text, reference, window or 256, limit, options)
+    elif tasks is not None:
+        from jisu.commands import tasks as benchmarks
+
+        names = tuple(name.strip() for name in tasks.split(",") if name.strip())
+        wanted = benchmarks.Tasks(names, shots, limit, batch or 8, task_folder, chat, download)
+        benchmarks.run(shell, path, wanted, options)
+
+
+@_command("merge")
+def merge(
+    shell: Shell,
+    models: Annotated[list[str], typer.Argument(metavar="MODEL…", help="Checkpoint folders of one architecture.")],
+    out: Annotated[str, typer.Option("--out", "-o", metavar="DIR", help="A new folder for the merged checkpoint.")],
+    method: Annotated[
+        Literal["linear", "slerp", "ties"],
+        typer.Option(help="Weighted mean; along the arc between two; or signs and largest changes from --base."),
+    ] = "linear",
+    weights: Annotated[
+        str | None, typer.Option(metavar="W,W…", help="One number per model, such as 0.3,0.7; default: all alike.")
+    ] = None,
+    base: Annotated[str | None, typer.Option(metavar="MODEL", help="What the models were trained from (ties).")] = None,
+    density: Annotated[
+        float | None, typer.Option(help="Share of the changes that is kept in each tensor (ties; default 0.2).")
+    ] = None,
+    scale: Annotated[float | None, typer.Option(help="How far to go from the base (ties; default 1).")] = None,
+    cache_dir: CacheDir = None,
+) -> None:
+    """Merge checkpoints of one architecture into one."""
+    from jisu.commands import merge as command
+
+    options = {"method": method, "base": base, "density": density, "scale": scale, "cache_dir": cache_dir}
+    command.run(shell, models, out, weights, options)
+
+
+@_command("search")
+def search(
+    shell: Shell,
+    options: Options,
+    model: Model,
+    calibration: Annotated[str, typer.Option(metavar="FILE", help="Text on which losses are measured.")],
+    out: Annotated[str, typer.Option("--out", "-o", metavar="DIR", help="A new folder for recipes, figures and plot.")],
+    budget: Annotated[
+        list[str] | None,
+        typer.Option(metavar="SIZE", help="Bytes of all weights, such as 2.5MB; may be given several times."),
+    ] = None,
+    latency: Annotated[
+        float | None, typer.Option(metavar="MS", min=0, help="The most milliseconds predicted for one token.")
+    ] = None,
+    held_out: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Text on which recipes are measured; default: a quarter of the other."),
+    ] = None,
+) -> None:
+    """Find the recipes that cost a model least within budgets."""
+    from jisu.commands import search as command
+
+    command.run(shell, model, options, calibration, held_out, out, budget or [], latency)
 
 
 @_command("explain")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ settings.register_profile(
 settings.load_profile("ci")
 
 GOLDEN = Path(__file__).parent / "golden"
+DEMO = Path(__file__).parent.parent / "jisu" / "demo"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -34,3 +36,26 @@ def golden(request: pytest.FixtureRequest) -> Callable[[str, object], None]:
         )
 
     return check
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random model with a fixed seed and the bundled tokenizer."""
+    import torch
+    import transformers as hf
+
+    folder = tmp_path_factory.mktemp("checkpoint")
+    torch.manual_seed(0)
+    config = hf.LlamaConfig(
+        vocab_size=2048,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+    )
+    hf.LlamaForCausalLM(config).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(DEMO / name, folder)
+    return folder

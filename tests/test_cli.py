@@ -18,8 +18,6 @@ from typer.testing import CliRunner
 
 from jisu.cli import app
 
-DEMO = Path(__file__).parent.parent / "jisu" / "demo"
-
 
 def jisu(*arguments: str | Path, stdin: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
@@ -40,29 +38,6 @@ def result(done: subprocess.CompletedProcess[str], code: int = 0) -> dict[str, A
     value = json.loads(done.stdout)
     assert isinstance(value, dict)
     return value
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny random model with a fixed seed and the bundled tokenizer."""
-    import torch
-    import transformers as hf
-
-    folder = tmp_path_factory.mktemp("checkpoint")
-    torch.manual_seed(0)
-    config = hf.LlamaConfig(
-        vocab_size=2048,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-    )
-    hf.LlamaForCausalLM(config).save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(DEMO / name, folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

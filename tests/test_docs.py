@@ -34,3 +34,15 @@ def test_block_runs(block: str, shown: str | None, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["quickstart.py", "own_rule.py"])
 def test_example_runs(name: str, tmp_path: Path) -> None:
     run([str(ROOT / "examples" / name)], tmp_path)
+
+
+def test_case_study_halves_a_network(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    printed = run([str(ROOT / "examples" / "case_study.py"), "--quick", "--weights", "weights.pt"], tmp_path)
+    table = [line for line in printed.splitlines() if " ± " in line]
+    rows = {line[:20].strip(): line[20:].replace(",", "").split() for line in table}
+    assert list(rows) == ["dense", "pruned 50 %", "int8", "pruned 50 %, int8"]
+    size, accuracy = ({name: float(row[i]) for name, row in rows.items()} for i in (1, 2))
+    assert size["pruned 50 %, int8"] < size["int8"] < size["pruned 50 %"] < size["dense"]
+    assert accuracy["dense"] > 0.2 and accuracy["pruned 50 %, int8"] >= 0.97 * accuracy["dense"]
+    assert "smallest of those that halve the parameters" in printed and (tmp_path / "weights.pt").exists()

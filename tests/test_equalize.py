@@ -19,11 +19,12 @@ from jisu.compiler.schemes import SCHEMES
 from jisu.compiler.verify import verify
 from jisu.frontends.huggingface import trace_decoder
 from jisu.passes import default_passes
-from jisu.passes.compression import Quantize, find_layers
+from jisu.passes.compression import Compress
 from jisu.passes.compression.activations import QuantizeActivations
 from jisu.passes.compression.awq import clipped_grid, search_factors
 from jisu.passes.compression.equalize import Equalize, apply, find_sites, smooth_factors
 from jisu.passes.compression.gptq import choose_grid
+from jisu.passes.compression.layers import find_layers
 from jisu.passes.compression.rotate import Rotate, find_heads, find_stream, hadamard, rotation
 
 HEAD = QuantizeRecipe(layers="lm_head", scheme="none")
@@ -179,7 +180,7 @@ def test_outlier_channels_are_made_up_for(entry: dict[str, Any], gain: float) ->
 
     def error(fields: dict[str, Any]) -> float:
         rules = (QuantizeRecipe(**fields), HEAD)
-        steps = (Equalize(rules, tokens), QuantizeActivations(rules, tokens), Quantize(rules, tokens))
+        steps = (Equalize(rules, tokens), QuantizeActivations(rules, tokens), Compress((), rules, tokens))
         return float(np.square(logits(Pipeline(steps).run(graph)[0], probe) - want).mean())
 
     plain = {**entry, "smooth": 0.0, "algorithm": "rtn"}
@@ -192,8 +193,8 @@ def test_a_whole_program_is_equalized() -> None:
     rules = (QuantizeRecipe(activations="int8", activation_range="static", smooth=0.8),)
     program = jisu.compile(model, recipe=Recipe(quantize=rules), calibration=tokens, check="numeric")
     names = [p["name"] for p in program.explain()["passes"]]
-    assert names.index("equalize") < names.index("quantize activations") < names.index("quantize")
-    steps = (Equalize(rules, tokens), QuantizeActivations(rules, tokens), Quantize(rules, tokens))
+    assert names.index("equalize") < names.index("quantize activations") < names.index("compress")
+    steps = (Equalize(rules, tokens), QuantizeActivations(rules, tokens), Compress((), rules, tokens))
     want = logits(Pipeline(steps).run(decoder("llama"))[0], probe)
     off = np.abs(np.asarray(program(probe).logits) - want).max(-1)  # a few numbers go to the level beside theirs
     assert np.median(off) < 1e-4 and off.max() < 0.2
@@ -277,7 +278,7 @@ def test_rotated_outliers_cost_less() -> None:
     """Gains are folded first, so outliers that norms make end in the weights' columns, and those are mixed."""
     graph, probe = planted(decoder("llama")), ids(6, 24, 1)
     rules = (QuantizeRecipe(scheme="int4", group=0, activations="int4"), HEAD)
-    steps = (QuantizeActivations(rules), Quantize(rules))
+    steps = (QuantizeActivations(rules), Compress((), rules))
 
     def error(*before: Pass) -> float:
         found = logits(Pipeline((*before, *steps)).run(graph)[0], probe)

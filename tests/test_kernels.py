@@ -336,7 +336,8 @@ def test_attention_over_records(scheme: str, where: str) -> None:
     caches = [np.full((batch, kv, total, r.shape[3]), 255, np.uint8) for r in records]
     start = np.array([0, 7])
     visible = interval(total, total) & (np.arange(total) >= start[:, None, None, None])
-    expected = attend(q, *(decode(r, scheme) for r in records), 0.3, visible)
+    keys, values = (decode(r, scheme) for r in records)
+    expected = attend(q, keys, values, 0.3, visible)
     at = 0
     for count in (1, 3, 120, 26):
         part = slice(at, at + count)

@@ -243,7 +243,7 @@ def test_plain_modules_are_quantized_too() -> None:
         ({"quantize": {"scheme": "nf4", "symmetric": False}}, "nf4 has no zeros"),
         ({"quantize": [{"shceme": "int4"}]}, "did you mean 'scheme'"),
         ({"quantize": {"algorithm": "gtpq"}}, "did you mean 'gptq'"),
-        ({"quantize": {"scheme": "int4", "group": 8, "algorithm": "gptq"}}, "gptq needs calibration text for first"),
+        ({"quantize": {"scheme": "int4", "group": 8, "algorithm": "gptq"}}, "gptq needs calibration data for first"),
     ],
     ids=str,
 )
@@ -319,7 +319,7 @@ def test_steps_of_a_quantized_model_equal_the_whole(name: str, tmp_path: Path) -
 def test_calibration_that_does_not_fit(calibration: Any, words: str) -> None:
     with pytest.raises(jisu.InputError, match=words):
         jisu.compile(make("llama_tied"), recipe="int4", calibration=calibration)
-    with pytest.raises(jisu.InputError, match="quantizes nothing"):
+    with pytest.raises(jisu.InputError, match="compresses nothing"):
         jisu.compile(make("llama_tied"), calibration=ids(2, 8, 0))
     with pytest.raises(jisu.InputError, match="only rounds to the nearest"):
         jisu.compile(make("llama_tied"), recipe={"quantize": {"algorithm": "rtn"}}, calibration=ids(2, 8, 0))

@@ -27,7 +27,7 @@ from jisu.compiler.schemes import SCHEMES, Scheme
 from jisu.compiler.types import TensorType, is_float
 from jisu.frontends.aten.values import array_of
 from jisu.frontends.to_torch import MEANINGS, from_torch, to_torch
-from jisu.passes.compression import Quantize
+from jisu.passes.compression import Compress
 from jisu.testing import arrays_for, graph_of, op_calls
 
 INT4 = {"quantize": [{"scheme": "int4", "group": 16, "symmetric": False}]}
@@ -108,7 +108,7 @@ def sampled(op: Op) -> list[tuple[list[torch.Tensor | None], dict[str, Any]]]:
 
 DIFFERENTIABLE = (
     ops.linear, ops.gated_linear, ops.conv, ops.rms_norm, ops.layer_norm, ops.rotary, ops.attention, ops.experts, ops.softmax,
-    ops.take, ops.gather, ops.scatter, ops.sum_, ops.prod, ops.scan, ops.slice_, ops.concat, ops.pad, ops.windows,
+    ops.take, ops.gather, ops.scatter, ops.expand, ops.sum_, ops.prod, ops.scan, ops.slice_, ops.concat, ops.pad, ops.windows,
 )  # fmt: skip
 
 
@@ -140,6 +140,14 @@ def test_a_query_without_keys_has_zero_and_finite_gradients() -> None:
         assert gradient.isfinite().all() and gradient.any()
 
 
+def test_gradients_pass_rounding_but_not_clipping() -> None:
+    x = torch.tensor([[0.3, -0.76, 2.0, -9.0]], requires_grad=True)
+    out = MEANINGS[ops.fake_quantize](x, torch.tensor(0.5), scheme="int4", group=0)
+    assert out.tolist() == [[0.5, -1.0, 2.0, -4.0]]
+    (gradient,) = torch.autograd.grad(out.sum(), x)
+    assert gradient.tolist() == [[1, 1, 1, 0]]
+
+
 def test_a_symbol_is_bound_at_each_call() -> None:
     graph = jisu.to_torch(make("llama_tied")).graph
     module = to_torch(graph)
@@ -158,7 +166,7 @@ def coded(kind: Scheme, symmetric: bool = True) -> Graph:
     x = placeholder("x", TensorType((3, 20), "float32"))
     graph = Graph((x,), (ops.linear(x, w),), {"layer.weight": ArrayStorage(rng.standard_normal((6, 20), np.float32))})
     rule = QuantizeRecipe(scheme=kind.name, group=4 if kind.group else 0, symmetric=symmetric, algorithm="rtn")
-    return Quantize((rule,))(graph)
+    return Compress((), (rule,))(graph)
 
 
 def same_weights(a: Graph, b: Graph) -> bool:

@@ -76,6 +76,8 @@ def _show(console: Console, path: str, report: Mapping[str, Any], program: Progr
     sparse = [[m["name"], f"{m['kept']:.0%}", m["stored"]] for m in report.get("sparse", ())]
     if sparse:
         console.print(table("Sparse matrices", ("<matrix", "kept", "<stored"), sparse))
+    if report.get("ledger"):
+        _show_ledger(console, report["ledger"])
     cache = report.get("cache")
     if cache == "derived" and program.decoder is not None:
         console.print(f"KV cache: derived, {units.nbytes(program.decoder.slot_bytes)} per token")
@@ -87,6 +89,29 @@ def _show(console: Console, path: str, report: Mapping[str, Any], program: Progr
             f"measured: {units.seconds(measured['step_s'])} for {measured['tokens']} tokens at once, "
             f"{units.seconds(measured['decode_s'])} for one after them ({program.num_threads} threads)"
         )
+
+
+def _show_ledger(console: Console, ledger: Mapping[str, Any]) -> None:
+    rows = [
+        [
+            e["layer"],
+            e["form"],
+            units.nbytes(e["bytes"]),
+            units.nbytes(e["int8_bytes"]),
+            f"{e['output_error']:.1%}",
+            f"{e['loss']:.2g}",
+            f"{e['share']:.0%}",
+        ]
+        for e in ledger["layers"]
+    ]
+    columns = ("<matrix", "<form", "bytes", "at int8", "output error", "loss", "share")
+    passes = ", ".join(f"{p['loss']:.3g} behind {p['name']}" for p in ledger["passes"])
+    console.print(table(f"What compression costs ({ledger['unit']}): {passes}", columns, rows))
+    first = next(iter(ledger["layers"]), None)
+    if first is not None and first["share"] > 0:
+        more = first["int8_bytes"] - first["bytes"]
+        spared = f"; at int8 it would take {units.nbytes(more)} more" if more > 0 else ""
+        console.print(f"{first['layer']} at {first['form']} costs {first['share']:.0%} of the loss{spared}")
 
 
 def _passes(passes: Sequence[Mapping[str, Any]]) -> Any:

@@ -30,6 +30,8 @@ class Options:
     check: str = "verify"
     dump: str | None = None
     calibration: str | None = None
+    training: str | None = None
+    ledger: bool = False
 
 
 @attrs.frozen
@@ -80,6 +82,8 @@ def compile_checkpoint(shell: Shell, path: str, options: Options) -> Opened:
             dump=options.dump,
             cache_dir=options.cache_dir,
             calibration=options.calibration,
+            training=options.training,
+            ledger=options.ledger,
             progress=tell,
         )
     return Opened(program, time.perf_counter() - begin, None)

@@ -13,9 +13,8 @@ from jisu.compiler.graph import ArrayStorage, Graph, Node, Storage, weight
 from jisu.compiler.recipe import QuantizeRecipe
 from jisu.compiler.schemes import SCHEMES
 from jisu.compiler.types import TensorType
-from jisu.passes.compression import Layer, choose
-from jisu.passes.compression.calibrate import Values
-from jisu.passes.compression.observe import observe
+from jisu.passes.compression.calibrate import Samples, Values, observe
+from jisu.passes.compression.layers import Layer, choose_quantized
 
 
 @attrs.frozen(eq=False)
@@ -59,18 +58,18 @@ def _grid(rule: QuantizeRecipe) -> tuple[str, str]:
 class QuantizeActivations:
     """Round what linear layers read, as their weights' rules say; layers of one input share what is rounded.
 
-    rules: as for `Quantize`, which runs behind this pass and so calibrates weights for the inputs that they will have. tokens: int64
-    [windows, length], needed for static ranges: these span the largest number that the model as it is gives on them.
+    rules: as for `Quantize`, which runs behind this pass and so calibrates weights for the inputs that they will have. samples:
+    calibration data, needed for static ranges: these span the largest number that the model as it is gives on it.
     """
 
     rules: tuple[QuantizeRecipe, ...]
-    tokens: np.ndarray | None = attrs.field(default=None, eq=False, repr=False)
+    samples: Samples | None = attrs.field(default=None, eq=False, repr=False)
     progress: Callable[[float], None] = attrs.field(default=lambda done: None, eq=False, repr=False)
     name: str = "quantize activations"
     exact: bool = False
 
     def __call__(self, graph: Graph) -> Graph:
-        found = find_roundings(graph, choose(graph, self.rules))
+        found = find_roundings(graph, choose_quantized(graph, self.rules))
         if not found:
             return graph
         reach = self._reach(graph, found)
@@ -97,7 +96,7 @@ class QuantizeActivations:
     def _reach(self, graph: Graph, found: Mapping[Node, Rounding]) -> dict[Node, float]:
         """The largest magnitude of each value that gets a static scale."""
         layers = {node: r for node, r in found.items() if r.rule.activation_range == "static"}
-        if layers and self.tokens is None:
+        if layers and self.samples is None:
             raise RecipeError(
                 f"quantize: static ranges need calibration text for {next(iter(layers.values())).name}; give calibration=…, "
                 'or activation_range = "dynamic"'
@@ -108,8 +107,8 @@ class QuantizeActivations:
             reach[x] = max(float(np.abs(v).max()) for v in values)
 
         if layers:
-            assert self.tokens is not None
-            observe(graph, self.tokens, layers, look, self.progress)
+            assert self.samples is not None
+            observe(graph, self.samples, layers, look, self.progress)
         return reach
 
 

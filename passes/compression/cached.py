@@ -26,7 +26,7 @@ from jisu.compiler.errors import RecipeError
 from jisu.compiler.graph import ArrayStorage, Graph, Node, weight
 from jisu.compiler.types import TensorType, TypeRuleError, numpy_dtype
 from jisu.passes.cache import NotCausal, prove_causal
-from jisu.passes.compression.calibrate import Values, stream
+from jisu.passes.compression.calibrate import Run, Samples, Values, stream
 from jisu.passes.compression.gptq import damped
 from jisu.passes.compression.rotate import find_heads, hadamard
 from jisu.passes.layout import Derived
@@ -143,13 +143,13 @@ class Moments:
 class QuantizeCache:
     """Keep keys and values of causal attention as records of a scheme of `jisu.compiler.rows`.
 
-    transform: "none", "hadamard" or "calibrated", which needs tokens int64 [windows, length]. Raises RecipeError where there is no cache or
+    transform: "none", "hadamard" or "calibrated", which needs samples. Raises RecipeError where there is no cache or
     a head's channels fill no bytes.
     """
 
     scheme: str
     transform: str = "none"
-    tokens: np.ndarray | None = attrs.field(default=None, eq=False, repr=False)
+    samples: Samples | None = attrs.field(default=None, eq=False, repr=False)
     progress: Callable[[float], None] = attrs.field(default=lambda done: None, eq=False, repr=False)
     name: str = "quantize cache"
     exact: bool = False
@@ -243,13 +243,13 @@ class QuantizeCache:
         if self.transform == "hadamard":
             mixing = {int(p.shape[3]): _mixing(int(p.shape[3])).astype(np.float32) for p in read}
             return {p: Basis(mixing[int(p.shape[3])], mixing[int(p.shape[3])]) for p in read}
-        if self.tokens is None:
+        if self.samples is None:
             raise RecipeError(
                 'cache: transform = "calibrated" needs calibration text; give calibration=…, or transform = "hadamard"'
             )
         moments = {p: Moments(int(p.shape[2]), int(p.shape[3])) for p in read}
 
-        def visit(node: Node, now: Mapping[Node, Values], then: Mapping[Node, Values]) -> dict[int, np.ndarray]:
+        def visit(node: Node, now: Run, then: Run) -> dict[int, np.ndarray]:
             q, k, v = node.parents[:3]
             for p in (k, v):
                 if not moments[p].tokens:
@@ -258,7 +258,7 @@ class QuantizeCache:
             moments[v].count(_readers(graph, node, plain))
             return {}
 
-        stream(graph, self.tokens, set(attentions), visit, progress=self.progress)
+        stream(graph, self.samples, set(attentions), visit, progress=self.progress)
         # A sink or a bound on scores tells scores that are all larger by one number from those that are not.
         fixed = {n.parents[1] for n in attentions if n.softcap or n.operands[4] is not None}
         centred = {n.parents[1] for n in attentions} - {n.parents[2] for n in attentions} - fixed

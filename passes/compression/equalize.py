@@ -17,14 +17,10 @@ from jisu.compiler.errors import RecipeError
 from jisu.compiler.graph import ArrayStorage, Graph, Node, weight
 from jisu.compiler.recipe import QuantizeRecipe
 from jisu.compiler.types import TensorType, numpy_dtype, product
-from jisu.passes.compression import Layer, choose
 from jisu.passes.compression.awq import search_factors
-from jisu.passes.compression.calibrate import Values
-from jisu.passes.compression.observe import observe
+from jisu.passes.compression.calibrate import Samples, Values, observe
+from jisu.passes.compression.layers import MATRICES, Layer, choose_quantized
 from jisu.passes.layout import Derived, is_stored
-
-MATRICES = {ops.linear: (1,), ops.gated_linear: (1, 2)}
-"""Where layers hold the matrices that multiply their first operand."""
 
 
 class Fixed(Exception):
@@ -226,18 +222,18 @@ def _scaled(node: Node, position: int, by: Node, columns: bool) -> Node:
 class Equalize:
     """Choose factors on calibration text and fold them, for the layers whose rules say `smooth` or AWQ.
 
-    tokens: int64 [windows, length]. Values whose channels can't be divided are left as they are; `notes` says which, and why.
+    samples: calibration data. Values whose channels can't be divided are left as they are; `notes` says which, and why.
     """
 
     rules: tuple[QuantizeRecipe, ...]
-    tokens: np.ndarray | None = attrs.field(default=None, eq=False, repr=False)
+    samples: Samples | None = attrs.field(default=None, eq=False, repr=False)
     progress: Callable[[float], None] = attrs.field(default=lambda done: None, eq=False, repr=False)
     name: str = "equalize"
     exact: bool = True
     notes: dict[str, str] = attrs.field(factory=dict, eq=False, repr=False)
 
     def __call__(self, graph: Graph) -> Graph:
-        every = choose(graph, self.rules)
+        every = choose_quantized(graph, self.rules)
         chosen = {m: found for m, found in every.items() if found[1].smooth or found[1].algorithm == "awq"}
         if not chosen:
             return graph
@@ -252,7 +248,7 @@ class Equalize:
             raise RecipeError(
                 f"quantize: {method} finds no layer whose input's channels can be divided; {first.names[0]}: {why}"
             )
-        if self.tokens is None:
+        if self.samples is None:
             raise RecipeError(f"quantize: {method} needs calibration text for {first.names[0]}; give calibration=…")
         by_value = {site.value: site for site in wanted}
         factors: list[tuple[Site, np.ndarray]] = []
@@ -268,7 +264,7 @@ class Equalize:
             if not np.array_equal(found, np.ones(len(found))):
                 factors.append((site, found))
 
-        observe(graph, self.tokens, {site.layers[0] for site in wanted}, look, self.progress)
+        observe(graph, self.samples, {site.layers[0] for site in wanted}, look, self.progress)
         return apply(graph, factors)
 
 

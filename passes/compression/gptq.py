@@ -1,7 +1,7 @@
 """Codes of one matrix that keep a layer's output: GPTQ, and a refinement by coordinate descent.
 
 A layer maps inputs x to W x. With H = sum of x xᵀ over calibration tokens, replacing W by Q costs the layer tr((W - Q) H (W - Q)ᵀ)
-in its outputs. All arrays here are NumPy's: W [n, k] float32, H [k, k] float64.
+in its outputs. All arrays here are NumPy's: W [n, k] float32, H [k, k] float64; masks bool [n, k], where Q is 0 if False.
 """
 
 from __future__ import annotations
@@ -33,9 +33,10 @@ class Grid:
         """Codes of the nearest points."""
         return self.scheme.encode(w, *self.at(w.shape[1]))
 
-    def values(self, codes: np.ndarray) -> np.ndarray:
-        """The points of codes, float32."""
-        return self.scheme.decode(codes, *self.at(codes.shape[1]))
+    def values(self, codes: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
+        """The points of codes, float32; 0 outside of the mask."""
+        found = self.scheme.decode(codes, *self.at(codes.shape[1]))
+        return found if mask is None else np.where(mask, found, np.float32(0))
 
 
 def in_groups(w: np.ndarray, group: int) -> np.ndarray:
@@ -85,9 +86,12 @@ def damped(h: np.ndarray, damping: float) -> np.ndarray:
     return h
 
 
-def gptq(w: np.ndarray, h: np.ndarray, grid: Grid, *, damping: float = 0.01, block: int = 128) -> np.ndarray:
+def gptq(
+    w: np.ndarray, h: np.ndarray, grid: Grid, mask: np.ndarray | None = None, *, damping: float = 0.01, block: int = 128
+) -> np.ndarray:
     """Codes [n, k] by GPTQ (Frantar et al., 2023): inputs in order of falling importance, each one's rounding error made up for by
-    the inputs still to come. Groups are static: scales are those of the unchanged matrix.
+    the inputs still to come. Groups are static: scales are those of the unchanged matrix. What the mask leaves out becomes 0, with the
+    same feedback (SparseGPT's joint sweep); its codes mean nothing.
     """
     n, k = w.shape
     order = np.argsort(-np.diag(h), kind="stable")
@@ -105,27 +109,38 @@ def gptq(w: np.ndarray, h: np.ndarray, grid: Grid, *, damping: float = 0.01, blo
             s, z = scales[:, column], None if zeros is None else zeros[:, column]
             codes[:, column] = grid.scheme.encode(rest[:, j].astype(np.float32), s, z)
             value = grid.scheme.decode(codes[:, column], s, z)
+            if mask is not None:
+                value = np.where(mask[:, column], value, 0)
             errors[:, j - begin] = (rest[:, j] - value) / factor[j, j]
             rest[:, j + 1 : end] -= np.outer(errors[:, j - begin], factor[j, j + 1 : end])
         rest[:, end:] -= errors @ factor[begin:end, end:]
     return codes
 
 
-def refine(w: np.ndarray, h: np.ndarray, grid: Grid, codes: np.ndarray, *, sweeps: int) -> tuple[Grid, np.ndarray]:
+def refine(
+    w: np.ndarray, h: np.ndarray, grid: Grid, codes: np.ndarray, mask: np.ndarray | None = None, *, sweeps: int
+) -> tuple[Grid, np.ndarray]:
     """Lower tr((W - Q) H (W - Q)ᵀ) from given codes: coordinate descent over the codes (Behdin et al., "QuantEase", 2023), scales
     refitted by least squares in between. Never makes it larger.
     """
-    best, least = (grid, codes), _cost(w, h, grid.values(codes))
+    best, least = (grid, codes), _cost(w, h, grid.values(codes, mask))
     for _ in range(sweeps):
-        codes = _descend(w, h, grid, codes)
-        cost = _cost(w, h, grid.values(codes))
+        before = least
+        codes = _descend(w, h, grid, codes, mask)
+        cost = _cost(w, h, grid.values(codes, mask))
         if cost < least:
             best, least = (grid, codes), cost
-        grid = _refitted(w, h, grid, codes)
-        cost = _cost(w, h, grid.values(codes))
+        grid = _refitted(w, h, grid, codes, mask)
+        cost = _cost(w, h, grid.values(codes, mask))
         if cost < least:
             best, least = (grid, codes), cost
+        if least > (1 - _WORTHWHILE) * before:
+            break
     return best
+
+
+_WORTHWHILE = 0.003
+"""By how much a sweep must lower the cost for another one to follow."""
 
 
 def _cost(w: np.ndarray, h: np.ndarray, q: np.ndarray) -> float:
@@ -133,12 +148,14 @@ def _cost(w: np.ndarray, h: np.ndarray, q: np.ndarray) -> float:
     return float(np.einsum("nk,nk->", e @ h, e))
 
 
-def _descend(w: np.ndarray, h: np.ndarray, grid: Grid, codes: np.ndarray, block: int = 128) -> np.ndarray:
+def _descend(
+    w: np.ndarray, h: np.ndarray, grid: Grid, codes: np.ndarray, mask: np.ndarray | None, block: int = 128
+) -> np.ndarray:
     """One sweep: every code in turn becomes the best one while all others stay."""
     n, k = w.shape
     codes = codes.copy()
     scales, zeros = grid.at(k)
-    q = grid.values(codes).astype(np.float64)
+    q = grid.values(codes, mask).astype(np.float64)
     gradient = (q - w) @ h  # half the cost's gradient
     diagonal = np.maximum(np.diag(h), 1e-12)
     for begin in range(0, k, block):
@@ -149,6 +166,8 @@ def _descend(w: np.ndarray, h: np.ndarray, grid: Grid, codes: np.ndarray, block:
             aim = q[:, j] - gradient[:, j] / diagonal[j]
             codes[:, j] = grid.scheme.encode(aim.astype(np.float32), s, z)
             step = grid.scheme.decode(codes[:, j], s, z) - q[:, j]
+            if mask is not None:
+                step = np.where(mask[:, j], step, 0)
             q[:, j] += step
             moved[:, j - begin] = step
             gradient[:, begin:end] += np.outer(step, h[j, begin:end])
@@ -157,11 +176,11 @@ def _descend(w: np.ndarray, h: np.ndarray, grid: Grid, codes: np.ndarray, block:
     return codes
 
 
-def _refitted(w: np.ndarray, h: np.ndarray, grid: Grid, codes: np.ndarray) -> Grid:
+def _refitted(w: np.ndarray, h: np.ndarray, grid: Grid, codes: np.ndarray, mask: np.ndarray | None) -> Grid:
     """The scales that suit given codes best (all groups of a row together), as they can be stored."""
     k = w.shape[1]
     ones = Grid(grid.scheme, grid.group, np.ones_like(grid.scales), grid.zeros)
-    levels = ones.values(codes).astype(np.float64)
+    levels = ones.values(codes, mask).astype(np.float64)
     size = grid.group or k
     edges = range(0, k, size)
     groups = len(edges)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from jisu.passes.compression.pattern import Pattern
+from jisu.compiler.pattern import Pattern
 
 
 def magnitude(w: np.ndarray, pattern: Pattern, sparsity: float) -> np.ndarray:
@@ -21,30 +21,33 @@ def wanda(w: np.ndarray, h: np.ndarray, pattern: Pattern, sparsity: float) -> np
     return pattern.choose(np.abs(w) * np.sqrt(np.diag(h)), sparsity, by_row=True)
 
 
-def sparsegpt(w: np.ndarray, h: np.ndarray, pattern: Pattern, sparsity: float, *, block: int = 128) -> np.ndarray:
-    """The pruned matrix float64 [n, k] of SparseGPT (Frantar & Alistarh, 2023): inputs from first to last, each one's error made up
-    for by those still to come; the mask is chosen block by block (N:M: run by run) from w² / [H^-1]². h: damped.
+def sparsegpt(
+    w: np.ndarray, h: np.ndarray, pattern: Pattern, sparsity: float, *, block: int = 128
+) -> tuple[np.ndarray, np.ndarray]:
+    """The matrix float64 [n, k] of SparseGPT (Frantar & Alistarh, 2023) and its mask: inputs from first to last, each one's error made
+    up for by those still to come; what stays is chosen block by block (N:M: run by run) from w² / [H^-1]². h: damped.
     """
     n, k = w.shape
     inverse = np.linalg.inv(h)
     factor = np.linalg.cholesky((inverse + inverse.T) / 2).T
     spread = np.diag(factor)
     rest = w.astype(np.float64)
-    result = np.zeros((n, k))
+    found, mask = np.zeros((n, k)), np.empty((n, k), bool)
     step = block - block % np.lcm(max(pattern.of, 1), pattern.columns) or pattern.columns
     for begin in range(0, k, step):
         end = min(begin + step, k)
         errors = np.empty((n, end - begin))
-        mask = pattern.choose((rest[:, begin:end] / spread[begin:end]) ** 2, sparsity)
+        if not pattern.of:
+            mask[:, begin:end] = pattern.choose((rest[:, begin:end] / spread[begin:end]) ** 2, sparsity)
         for j in range(begin, end):
-            if pattern.of and j % pattern.of == 0:  # the run's numbers have moved since
-                run = slice(j - begin, j - begin + pattern.of)
-                mask[:, run] = pattern.choose((rest[:, j : j + pattern.of] / spread[j : j + pattern.of]) ** 2, sparsity)
-            result[:, j] = np.where(mask[:, j - begin], rest[:, j], 0)
-            errors[:, j - begin] = (rest[:, j] - result[:, j]) / factor[j, j]
+            if pattern.of and j % pattern.of == 0:
+                run = slice(j, j + pattern.of)
+                mask[:, run] = pattern.choose((rest[:, run] / spread[run]) ** 2, sparsity)
+            found[:, j] = np.where(mask[:, j], rest[:, j], 0)
+            errors[:, j - begin] = (rest[:, j] - found[:, j]) / factor[j, j]
             rest[:, j + 1 : end] -= np.outer(errors[:, j - begin], factor[j, j + 1 : end])
         rest[:, end:] -= errors @ factor[begin:end, end:]
-    return result
+    return found, mask
 
 
 def admm(

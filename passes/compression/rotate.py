@@ -17,7 +17,7 @@ from jisu.compiler import ops
 from jisu.compiler.errors import RecipeError
 from jisu.compiler.graph import ArrayStorage, Graph, Node, weight
 from jisu.compiler.types import TensorType, same_shape
-from jisu.passes.compression.equalize import MATRICES
+from jisu.passes.compression.layers import MATRICES
 from jisu.passes.layout import is_stored
 
 

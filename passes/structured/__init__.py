@@ -15,7 +15,7 @@ from jisu.compiler.errors import RecipeError
 from jisu.compiler.graph import Graph, Node
 from jisu.compiler.interpret import evaluate_node
 from jisu.compiler.recipe import RemoveRecipe
-from jisu.passes.compression.calibrate import Values, stream
+from jisu.passes.compression.calibrate import Run, Values, stream
 from jisu.passes.layout import Derived
 from jisu.passes.structured.blocks import Block, find_blocks, remove_block
 from jisu.passes.structured.coupling import Coupling, couple
@@ -170,7 +170,7 @@ class _Work:
             scores += np.bincount(labels, np.square(w).sum(others, dtype=np.float64), minlength=self.coupling.count)
         return scores[site.units]
 
-    def visit(self, node: Node, now: Mapping[Node, Values], then: Mapping[Node, Values]) -> dict[int, np.ndarray]:
+    def visit(self, node: Node, now: Run, then: Run) -> dict[int, np.ndarray]:
         """At a layer that reads what may go: decide, make up for it, and let the layers behind it see that."""
         if self.rule.what == "experts":
             for site in self.counts:
@@ -198,8 +198,8 @@ class _Work:
         return np.asarray(Derived(consumer.matrix, self.graph.weights).numpy(), np.float32)
 
     def choose(
-        self, site: Site, readers: list[Consumer], values: Mapping[Consumer, np.ndarray], now: Mapping[Node, Values],
-        then: Mapping[Node, Values],
+        self, site: Site, readers: list[Consumer], values: Mapping[Consumer, np.ndarray], now: Run,
+        then: Run,
     ) -> None:  # fmt: skip
         """Which units go, by what they do for the layers that read them first."""
         first = readers[0]
@@ -212,9 +212,7 @@ class _Work:
         else:
             self.gone[site] = site.units[cheapest(w, found, units, self.counts[site])]
 
-    def refit(
-        self, c: Consumer, value: np.ndarray, kept: np.ndarray, now: Mapping[Node, Values], then: Mapping[Node, Values]
-    ) -> dict[int, np.ndarray]:
+    def refit(self, c: Consumer, value: np.ndarray, kept: np.ndarray, now: Run, then: Run) -> dict[int, np.ndarray]:
         """The layer's new weights, its bias with them, by position."""
         bias = c.node.operands[2] if c.node.op is ops.linear else None
         if bias is not None and not _is_own(self.graph, bias):
@@ -243,7 +241,7 @@ def _is_own(graph: Graph, bias: Node) -> bool:
     return bias.op.name == "weight" and len(graph.users[bias]) == 1
 
 
-def _mass(node: Node, now: Mapping[Node, Values]) -> np.ndarray:
+def _mass(node: Node, now: Run) -> np.ndarray:
     """Per expert the sum over tokens of its score times the norm of its output, float64 [experts]."""
     x, index, scores, *weights = (now[o] for o in node.parents)
     count = weights[0][0].shape[0]
@@ -313,7 +311,7 @@ def _turns(graph: Graph, blocks: list[Block], tokens: np.ndarray, progress: Prog
     begins: dict[Node, Values] = {}
     found: dict[Node, float] = {}
 
-    def visit(node: Node, now: Mapping[Node, Values], then: Mapping[Node, Values]) -> dict[int, np.ndarray]:
+    def visit(node: Node, now: Run, then: Run) -> dict[int, np.ndarray]:
         for block in blocks:
             if block.end is node:
                 found[node] = 1 - float(
@@ -337,7 +335,7 @@ def loss(graph: Graph, tokens: np.ndarray) -> np.ndarray:
     (output,) = graph.outputs
     found: list[np.ndarray] = []
 
-    def visit(node: Node, now: Mapping[Node, Values], then: Mapping[Node, Values]) -> dict[int, np.ndarray]:
+    def visit(node: Node, now: Run, then: Run) -> dict[int, np.ndarray]:
         scores = now[node][0][:, :-1].astype(np.float64)
         scores -= scores.max(-1, keepdims=True)
         chosen = np.take_along_axis(scores, ids[:, 1:, None], -1)[..., 0]

@@ -1,4 +1,4 @@
-"""Which numbers of a matrix may be kept together: unstructured, N of every M inputs, or whole blocks."""
+"""Patterns of sparsity: which numbers of a matrix may be kept together: unstructured, N of every M inputs, or whole blocks."""
 
 from __future__ import annotations
 

@@ -1,0 +1,124 @@
+"""The matrices that are compressed, and which entry of a recipe each belongs to."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Callable, Iterable, Mapping
+from typing import TypeVar
+
+import attrs
+import numpy as np
+
+from jisu.compiler import ops
+from jisu.compiler.errors import InputError, RecipeError
+from jisu.compiler.graph import WEIGHT, Graph, Node, Storage
+from jisu.compiler.masks import unpack_mask
+from jisu.compiler.recipe import PruneRecipe, QuantizeRecipe
+from jisu.passes.layout import Derived, is_stored
+
+HEAD = "head"
+"""A name by which patterns find the layer that makes a language model's logits, whatever the model calls it."""
+
+MATRICES = {ops.linear: (1,), ops.gated_linear: (1, 2)}
+"""Where layers hold the matrices [n, k] that multiply their first operand."""
+
+Rule = TypeVar("Rule", PruneRecipe, QuantizeRecipe)
+
+
+@attrs.frozen(eq=False)
+class Layer:
+    """A matrix of weights: its names, its node, and the layers that multiply by it."""
+
+    names: tuple[str, ...]
+    node: Node
+    users: tuple[Node, ...]
+
+
+def find_layers(graph: Graph) -> dict[Node, Layer]:
+    """The matrices that linear layers multiply by and that aren't codes yet, by their nodes, in the graph's order."""
+    users: dict[Node, list[Node]] = {}
+    for node in graph.nodes:
+        for position in MATRICES.get(node.op, ()):
+            matrix = node.operands[position]
+            assert matrix is not None
+            if is_stored(matrix) and matrix.op is not ops.dequantize and not matrix.tensor.symbols:
+                users.setdefault(matrix, []).append(node)
+    found = {}
+    for matrix, layers in users.items():
+        name = next(n.name for n in Graph((), (matrix,)).nodes if n.op is WEIGHT)
+        name = name.removesuffix(".values" if matrix.op is ops.expand else ".weight")
+        is_head = any(layer in graph.outputs for layer in layers)
+        found[matrix] = Layer((name, *([HEAD] if is_head else [])), matrix, tuple(layers))
+    return found
+
+
+def choose_quantized(graph: Graph, rules: Iterable[QuantizeRecipe]) -> dict[Node, tuple[Layer, QuantizeRecipe]]:
+    """The last rule that matches each matrix; those that stay as they are are left out.
+
+    Raises RecipeError for a pattern that matches nothing and for groups that don't divide a layer's inputs.
+    """
+    found = _choose(graph, rules, "quantize", lambda layer, rule: _matches(layer, rule.layers))
+    kept = {n: (layer, rule) for n, (layer, rule) in found.items() if rule.scheme != "none"}
+    for node, (layer, rule) in kept.items():
+        k, group = int(node.shape[1]), rule.inputs_per_scale
+        if group and k % group:
+            raise RecipeError(
+                f"quantize: groups of {group} don't divide the {k} inputs of {layer.names[0]}; take a divisor, or 0 for whole rows"
+            )
+    return kept
+
+
+def choose_pruned(graph: Graph, rules: Iterable[PruneRecipe]) -> dict[Node, tuple[Layer, PruneRecipe]]:
+    """As `choose_quantized`; raises RecipeError also for a pattern of sparsity that doesn't divide a matrix."""
+
+    def matches(layer: Layer, rule: PruneRecipe) -> bool:
+        return _matches(layer, rule.layers) and not (rule.layers == "*" and HEAD in layer.names)
+
+    kept = {n: (layer, rule) for n, (layer, rule) in _choose(graph, rules, "prune", matches).items() if rule.share > 0}
+    for node, (layer, rule) in kept.items():
+        n, k = map(int, node.shape)
+        if node.op is ops.expand:
+            raise RecipeError(f"prune: {layer.names[0]} is pruned already; leave it out by an entry with sparsity = 0")
+        misfit = rule.shape.misfit(n, k)
+        if misfit is not None:
+            raise RecipeError(f"prune: {layer.names[0]}: {misfit}; leave it out by an entry with sparsity = 0")
+    return kept
+
+
+def _matches(layer: Layer, pattern: str) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for name in layer.names)
+
+
+def _choose(
+    graph: Graph, rules: Iterable[Rule], verb: str, matches: Callable[[Layer, Rule], bool]
+) -> dict[Node, tuple[Layer, Rule]]:
+    layers = find_layers(graph)
+    names = [name for layer in layers.values() for name in layer.names]
+    chosen: dict[Node, tuple[Layer, Rule]] = {}
+    for rule in rules:
+        matched = [n for n, layer in layers.items() if matches(layer, rule)]
+        if not matched:
+            near = difflib.get_close_matches(rule.layers, names, n=3, cutoff=0.3)
+            raise RecipeError(
+                f"{verb}: no layer matches {rule.layers!r}; near: {', '.join(near or names[:3]) or 'the model has no linear layer'}"
+            )
+        chosen |= {n: (layers[n], rule) for n in matched}
+    return {n: chosen[n] for n in layers if n in chosen}
+
+
+def mask_of(node: Node, weights: Mapping[str, Storage]) -> np.ndarray | None:
+    """The mask bool [n, k] of a matrix that is pruned already; None of another."""
+    if node.op is not ops.expand:
+        return None
+    return unpack_mask(Derived(node.parents[1], weights).numpy(), node.k)
+
+
+def matrix_of(node: Node, name: str, weights: Mapping[str, Storage]) -> np.ndarray:
+    """The values float32 [n, k] of a matrix; raises InputError for NaN and infinities, which can't be compressed."""
+    w = Derived(node, weights).wide()
+    if not np.isfinite(w).all():
+        raise InputError(
+            f"{name}: the weight has {int((~np.isfinite(w)).sum())} NaN or infinite numbers; it can't be compressed"
+        )
+    return w
