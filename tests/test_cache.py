@@ -20,11 +20,13 @@ from jisu.compiler import ops, rows
 from jisu.compiler.graph import Graph, placeholder
 from jisu.compiler.interpret import interpret
 from jisu.compiler.pipeline import Pipeline
+from jisu.compiler.recipe import QuantizeRecipe
 from jisu.compiler.types import TensorType, TypeRuleError, numpy_dtype, symbol
 from jisu.compiler.verify import verify
 from jisu.frontends.huggingface import trace_decoder
 from jisu.passes import default_passes
 from jisu.passes.cache import CacheLayout, derive_step, keep_last_token, prove_causal
+from jisu.passes.compression import Compress
 from jisu.passes.compression.cached import QuantizeCache, balanced
 from jisu.runtime.executable import Executable
 from jisu.targets.compile import compile_graphs
@@ -192,6 +194,15 @@ def test_another_basis_is_the_same_function(name: str, transform: str) -> None:
     places = prove_causal(found, str(found.inputs[0].shape[1]))
     computed = sum(n.op is ops.matmul and places[n] is not None for n in found.nodes) - plain.count(ops.matmul)
     assert computed == (8 if name == "deepseek_v3" else 4)
+
+
+def test_layers_of_codes_stay_as_they_are() -> None:
+    """What was quantized before is not turned: values and attention's results are, at each call."""
+    coded = decoder("llama", Compress(quantize=(QuantizeRecipe(),)))
+    found, tokens = verify(quantized("hadamard")(coded)), ids(2, 16, 0)
+    assert found.count(ops.dequantize) == coded.count(ops.dequantize) > 0
+    assert found.count(ops.matmul) - coded.count(ops.matmul) == 8
+    np.testing.assert_allclose(whole(unrounded(found), tokens), whole(coded, tokens), atol=1e-4)
 
 
 def test_the_calibrated_basis_balances() -> None:
