@@ -639,12 +639,16 @@ def _lossy_passes(
         from jisu.passes.compression.rotate import Rotate
 
         found.append(Rotate())
+    rounding: list[Pass] = []
     if coded:
         from jisu.passes.compression.cached import QuantizeCache
 
         transform = recipe.cache.transform_with(samples is not None)
         told = during("choosing the cache's basis", 0.32, 0.33)
-        found.append(QuantizeCache(recipe.cache.scheme, transform, samples, told))
+        rounding.append(QuantizeCache(recipe.cache.scheme, transform, samples, told))
+    # Training goes through no records. Else they come first, so that matrices take the basis in before they are rounded.
+    if not recipe.recover.steps:
+        found += rounding
     if any(rule.smooth or rule.algorithm == "awq" for rule in recipe.quantize):
         from jisu.passes.compression.equalize import Equalize
 
@@ -671,6 +675,8 @@ def _lossy_passes(
                 found.append(
                     _recover(source, recipe, training, samples, name, during("recovering", begin + 0.02, begin + 0.03))
                 )
+    if recipe.recover.steps:
+        found += rounding
     return tuple(found)
 
 

@@ -331,6 +331,13 @@ def test_a_program_with_a_calibrated_cache(cache: dict[str, int], tmp_path: Path
     assert program.explain()["cache_bytes_per_token"] == 2 * 2 * 2 * 8
 
 
+def test_training_goes_through_no_records() -> None:
+    recipe = {"cache": {"scheme": "int4"}, "prune": {"sparsity": 0.3}, "quantize": "int8", "recover": {"steps": 1}}
+    program = jisu.compile(make("llama"), recipe=recipe, calibration=ids(4, 24, 0))
+    passes = [p["name"] for p in program.explain()["passes"]]
+    assert passes.index("recover behind quantize") < passes.index("quantize cache") and "feedback" in program.ir()
+
+
 def test_a_basis_for_outliers() -> None:
     """A few channels of keys that are far larger than the rest cost a plain cache dear; what mixes or balances them helps."""
     model = make("qwen2")
