@@ -639,12 +639,21 @@ def _lossy_passes(
         from jisu.passes.compression.rotate import Rotate
 
         found.append(Rotate())
+    rounding: list[Pass] = []
     if coded:
         from jisu.passes.compression.cached import QuantizeCache
 
         transform = recipe.cache.transform_with(samples is not None)
         told = during("choosing the cache's basis", 0.32, 0.33)
-        found.append(QuantizeCache(recipe.cache.scheme, transform, samples, told))
+        rounding.append(QuantizeCache(recipe.cache.scheme, transform, samples, told))
+    # Training goes through no records. Else they come first, so that matrices take the basis in before they are rounded.
+    trained = (
+        recipe.recover.steps > 0
+        or recipe.recover.blocks > 0
+        or any(rule.algorithm == "autoround" for rule in recipe.quantize)
+    )
+    if not trained:
+        found += rounding
     if any(rule.smooth or rule.algorithm == "awq" for rule in recipe.quantize):
         from jisu.passes.compression.equalize import Equalize
 
@@ -657,8 +666,7 @@ def _lossy_passes(
         from jisu.passes.compression import Compress
 
         # What is trained is what was pruned; its codes are then found for the trained numbers.
-        trained = recipe.recover.steps > 0 or recipe.recover.blocks > 0
-        apart = trained and recipe.prune and recipe.quantize
+        apart = (recipe.recover.steps > 0 or recipe.recover.blocks > 0) and recipe.prune and recipe.quantize
         steps = (
             [("prune", recipe.prune, ()), ("quantize", (), recipe.quantize)]
             if apart
@@ -675,6 +683,8 @@ def _lossy_passes(
             if recipe.recover.steps:
                 told = during("recovering", begin + 0.025, begin + 0.03)
                 found.append(_recover(source, recipe, training, samples, name, told))
+    if trained:
+        found += rounding
     return tuple(found)
 
 

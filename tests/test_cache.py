@@ -20,11 +20,13 @@ from jisu.compiler import ops, rows
 from jisu.compiler.graph import Graph, placeholder
 from jisu.compiler.interpret import interpret
 from jisu.compiler.pipeline import Pipeline
+from jisu.compiler.recipe import QuantizeRecipe
 from jisu.compiler.types import TensorType, TypeRuleError, numpy_dtype, symbol
 from jisu.compiler.verify import verify
 from jisu.frontends.huggingface import trace_decoder
 from jisu.passes import default_passes
 from jisu.passes.cache import CacheLayout, derive_step, keep_last_token, prove_causal
+from jisu.passes.compression import Compress
 from jisu.passes.compression.cached import QuantizeCache, balanced
 from jisu.runtime.executable import Executable
 from jisu.targets.compile import compile_graphs
@@ -194,6 +196,15 @@ def test_another_basis_is_the_same_function(name: str, transform: str) -> None:
     assert computed == (8 if name == "deepseek_v3" else 4)
 
 
+def test_layers_of_codes_stay_as_they_are() -> None:
+    """What was quantized before is not turned: values and attention's results are, at each call."""
+    coded = decoder("llama", Compress(quantize=(QuantizeRecipe(),)))
+    found, tokens = verify(quantized("hadamard")(coded)), ids(2, 16, 0)
+    assert found.count(ops.dequantize) == coded.count(ops.dequantize) > 0
+    assert found.count(ops.matmul) - coded.count(ops.matmul) == 8
+    np.testing.assert_allclose(whole(unrounded(found), tokens), whole(coded, tokens), atol=1e-4)
+
+
 def test_the_calibrated_basis_balances() -> None:
     rng = np.random.default_rng(0)
     first, second = (a @ a.T for a in rng.standard_normal((2, 12, 12)) * np.logspace(0, 1, 12))
@@ -320,6 +331,13 @@ def test_a_program_with_a_calibrated_cache(cache: dict[str, int], tmp_path: Path
     assert program.explain()["cache_bytes_per_token"] == 2 * 2 * 2 * 8
 
 
+def test_training_goes_through_no_records() -> None:
+    recipe = {"cache": {"scheme": "int4"}, "prune": {"sparsity": 0.3}, "quantize": "int8", "recover": {"steps": 1}}
+    program = jisu.compile(make("llama"), recipe=recipe, calibration=ids(4, 24, 0))
+    passes = [p["name"] for p in program.explain()["passes"]]
+    assert passes.index("recover behind quantize") < passes.index("quantize cache") and "feedback" in program.ir()
+
+
 def test_a_basis_for_outliers() -> None:
     """A few channels of keys that are far larger than the rest cost a plain cache dear; what mixes or balances them helps."""
     model = make("qwen2")
@@ -377,7 +395,7 @@ def test_command_line(tmp_path: Path) -> None:
     out = tmp_path / "q.jisu"
     result(command("compile", model, "-o", out, "--recipe", recipe, "--calibration", text, *cache, "--json"))
     found = result(
-        command("eval", out, "--text", text, "--window", "64", "--limit", "8", "--reference", model, *cache, "--json")
+        command("eval", out, "--text", text, "--window", "64", "--limit", "8", "--reference", model, "--json")
     )
     assert 1e-6 < found["kl_per_token"] < 0.1
     told = result(command("explain", out, "--json"))

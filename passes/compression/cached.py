@@ -157,7 +157,7 @@ class QuantizeCache:
     def __call__(self, graph: Graph) -> Graph:
         attentions = self._attentions(graph)
         keys, values = (dict.fromkeys(n.parents[i] for n in attentions) for i in (1, 2))
-        plain = find_heads(graph)
+        plain = _plain_heads(graph)
         makers = {node: layer for layer, (node, side) in plain.items() if side > 0}
         bases = self._bases(graph, attentions, plain)
         weights = dict(graph.weights)
@@ -191,12 +191,8 @@ class QuantizeCache:
 
         def transform(old: Node, new: Node) -> Node:
             if old in plain and bases:
-                return _folded(
-                    old,
-                    new,
-                    matrix(plain[old][0].parents[2], "turn" if plain[old][1] > 0 else "back", "float32"),
-                    plain[old][1],
-                )
+                node, side = plain[old]
+                return _folded(new, matrix(node.parents[2], "turn" if side > 0 else "back", "float32"), side)
             if old not in attentions:
                 return new
             q, k, v, *others = new.operands
@@ -280,6 +276,15 @@ def _doubt(attention: Node, q: np.ndarray, k: np.ndarray) -> np.ndarray:
     return np.asarray(doubt.transpose(0, 2, 1, 3), np.float32)
 
 
+def _plain_heads(graph: Graph) -> dict[Node, tuple[Node, int]]:
+    """`find_heads` without those whose layers have codes or masks, which turning would undo."""
+    found = find_heads(graph)
+    fixed = {
+        node for layer, (node, _) in found.items() if Graph((), layer.parents[1:2]).count(ops.dequantize, ops.expand)
+    }
+    return {layer: (node, side) for layer, (node, side) in found.items() if node not in fixed}
+
+
 def _readers(graph: Graph, attention: Node, plain: Mapping[Node, tuple[Node, int]]) -> Sequence[np.ndarray]:
     """What multiplies the errors of attention's results, as if it were queries: the rows of the layers behind, where these are plain."""
     layers = [layer for layer, (node, side) in plain.items() if node is attention and side < 0]
@@ -306,7 +311,7 @@ def _turned(x: Node, by: Node) -> Node:
     return ops.reshape(ops.matmul(apart, by), shape=x.shape)
 
 
-def _folded(old: Node, new: Node, by: Node, side: int) -> Node:
+def _folded(new: Node, by: Node, side: int) -> Node:
     """A layer in front of attention (side +1) whose outputs are turned, or behind it (-1) whose inputs are turned back."""
     x, matrix, bias, *others = new.operands
     assert matrix is not None

@@ -30,6 +30,9 @@ Samples = np.ndarray | Sequence[Sequence[np.ndarray]]
 Visit = Callable[[Node, "Run", "Run"], Mapping[int, np.ndarray]]
 """visit(layer, the run, the run of the unchanged model): matrices that take the place of operands of the layer, by position."""
 
+_ROUNDINGS = (ops.fake_quantize, ops.encode_rows, ops.decode_rows)
+"""Ops that are not there in the unchanged model: their operand takes their place."""
+
 
 def calls_of(graph: Graph, samples: Samples, batch: int = 8) -> list[tuple[np.ndarray, ...]]:
     """The graph's inputs, call by call: `batch` windows of tokens, with positions that count them where the graph asks for these."""
@@ -46,10 +49,6 @@ def calls_of(graph: Graph, samples: Samples, batch: int = 8) -> list[tuple[np.nd
             )
         )
     return found
-
-
-_ROUNDINGS = (ops.fake_quantize, ops.encode_rows, ops.decode_rows)
-"""Ops that are not there in the unchanged model: their operand takes their place."""
 
 
 def stream(
