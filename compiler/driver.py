@@ -543,6 +543,7 @@ def _build(
         "sparse": sparse_matrices(next(iter(finished.values()))),
         "layers": _layer_report(next(iter(finished.values())), env, machine),
         "cache": None if decoder is None else decoder.reason or "derived",
+        "cache_bytes_per_token": None if decoder is None else decoder.slot_bytes,
         "notes": list(source.notes),
         "members": [recipe.to_toml() for recipe in source.members],
     }
@@ -609,7 +610,10 @@ def _lossy_passes(
     source: Source, recipe: Recipe, calibration: Any, training: Any, tell: Progress, kept: Path
 ) -> tuple[Pass, ...]:
     """The passes that a recipe's lossy part asks for, with their data; what is unfinished stays in `kept`."""
-    lossy = recipe.prune or recipe.quantize or recipe.remove
+    coded = recipe.cache.scheme != "none"
+    if coded and source.sequence is None:
+        raise RecipeError("cache.scheme is for causal language models; other modules have no cache")
+    lossy = recipe.prune or recipe.quantize or recipe.remove or coded
     if calibration is not None and not recipe.calibrated:
         if not lossy:
             raise InputError('calibration is given, but the recipe compresses nothing; give a recipe such as "int4"')
@@ -635,6 +639,21 @@ def _lossy_passes(
         from jisu.passes.compression.rotate import Rotate
 
         found.append(Rotate())
+    rounding: list[Pass] = []
+    if coded:
+        from jisu.passes.compression.cached import QuantizeCache
+
+        transform = recipe.cache.transform_with(samples is not None)
+        told = during("choosing the cache's basis", 0.32, 0.33)
+        rounding.append(QuantizeCache(recipe.cache.scheme, transform, samples, told))
+    # Training goes through no records. Else they come first, so that matrices take the basis in before they are rounded.
+    trained = (
+        recipe.recover.steps > 0
+        or recipe.recover.blocks > 0
+        or any(rule.algorithm == "autoround" for rule in recipe.quantize)
+    )
+    if not trained:
+        found += rounding
     if any(rule.smooth or rule.algorithm == "awq" for rule in recipe.quantize):
         from jisu.passes.compression.equalize import Equalize
 
@@ -647,8 +666,7 @@ def _lossy_passes(
         from jisu.passes.compression import Compress
 
         # What is trained is what was pruned; its codes are then found for the trained numbers.
-        trained = recipe.recover.steps > 0 or recipe.recover.blocks > 0
-        apart = trained and recipe.prune and recipe.quantize
+        apart = (recipe.recover.steps > 0 or recipe.recover.blocks > 0) and recipe.prune and recipe.quantize
         steps = (
             [("prune", recipe.prune, ()), ("quantize", (), recipe.quantize)]
             if apart
@@ -665,6 +683,8 @@ def _lossy_passes(
             if recipe.recover.steps:
                 told = during("recovering", begin + 0.025, begin + 0.03)
                 found.append(_recover(source, recipe, training, samples, name, told))
+    if trained:
+        found += rounding
     return tuple(found)
 
 

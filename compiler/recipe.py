@@ -23,6 +23,7 @@ from cattrs.errors import ClassValidationError, ForbiddenExtraKeysError
 
 from jisu.compiler.errors import RecipeError
 from jisu.compiler.pattern import Pattern
+from jisu.compiler.rows import ROW_BITS
 from jisu.compiler.schemes import SCHEMES
 
 if sys.version_info >= (3, 11):
@@ -49,18 +50,6 @@ def _share(_: Any, attribute: attrs.Attribute[float], value: float) -> None:
         raise RecipeError(f"{attribute.name} must be a number from 0 to 1, not {value!r}")
 
 
-@attrs.frozen(kw_only=True)
-class CacheRecipe:
-    """How keys and values of earlier tokens are stored.
-
-    page: slots per page, 0 for one contiguous block per layer. ring: layers with a sliding window keep only the slots
-    that they look back over.
-    """
-
-    page: int = attrs.field(default=0, validator=_between(0, 4096))
-    ring: bool = attrs.field(default=True, validator=_is_bool)
-
-
 def _one_of(known: tuple[str, ...]) -> Any:
     def check(_: Any, attribute: attrs.Attribute[str], value: str) -> None:
         if value not in known:
@@ -69,6 +58,46 @@ def _one_of(known: tuple[str, ...]) -> Any:
             )
 
     return check
+
+
+CACHE_SCHEMES = ("none", *ROW_BITS)
+"""How the cache stores numbers: as they are, or as records of `jisu.compiler.rows`."""
+
+TRANSFORMS = ("auto", "none", "hadamard", "calibrated")
+"""The basis in which keys and values are rounded: as they are; channels mixed; the best one for calibration text. "auto" takes, for few
+bits, the last where there is such text, else the one before."""
+
+
+@attrs.frozen(kw_only=True)
+class CacheRecipe:
+    """How keys and values of earlier tokens are stored.
+
+    page: slots per page, 0 for one contiguous block per layer. ring: layers with a sliding window keep only the slots
+    that they look back over. scheme: one of `CACHE_SCHEMES`; codes have a scale and an offset per token and head. transform: one of
+    `TRANSFORMS`.
+    """
+
+    page: int = attrs.field(default=0, validator=_between(0, 4096))
+    ring: bool = attrs.field(default=True, validator=_is_bool)
+    scheme: str = attrs.field(default="none", validator=_one_of(CACHE_SCHEMES))
+    transform: str = attrs.field(default="auto", validator=_one_of(TRANSFORMS))
+
+    def __attrs_post_init__(self) -> None:
+        if self.scheme == "none" and self.transform != "auto":
+            raise RecipeError(
+                f'cache: transform is for a cache in few bits; give a scheme, such as scheme = "{next(iter(ROW_BITS))}"'
+            )
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether calibration text changes what is done."""
+        return self.transform == "calibrated" or self.transform == "auto" and ROW_BITS.get(self.scheme, 8) < 8
+
+    def transform_with(self, calibration: bool) -> str:
+        """The transform that is meant, with calibration text or without."""
+        if self.transform != "auto":
+            return self.transform
+        return "none" if not self.calibrated else "calibrated" if calibration else "hadamard"
 
 
 _INTEGER_BITS = tuple(s.bits for s in SCHEMES.values() if s.uniform)
@@ -336,6 +365,7 @@ class Recipe:
         """Whether calibration data changes what is done."""
         return (
             self.recover.steps > 0
+            or self.cache.calibrated
             or self.recover.blocks > 0
             or any(r.calibrated for entries in (self.remove, self.prune, self.quantize) for r in entries)
         )

@@ -141,7 +141,7 @@ def _contraction(node: Node, sizes: Mapping[str, int]) -> int:
     if node.op in (ops.attention, ops.attention_cached):
         (batch, queries, heads, width), keys = shapes[0], shapes[1]
         rows = keys[1] if node.op is ops.attention else keys[2] * (shapes[5][1] if shapes[5] else 1)
-        return 2 * batch * queries * heads * rows * (width + shapes[2][3])
+        return 2 * batch * queries * heads * rows * (width + node.shape[3])
     return 2 * points * shapes[0][-1] * (2 if node.op in (ops.gated_linear, ops.packed_gated_linear) else 1)
 
 

@@ -4,7 +4,8 @@
 on the sequence, or has exactly one axis along which every index belongs to one token. Ops that read other tokens must be
 causal attention, whose keys and values then are the state. `derive_step` rebuilds the same graph over a chunk of new
 tokens that starts at slot `length`: attention appends its keys and values to a cache and reads the cache. Prefill,
-chunked prefill and decode are that one program at different chunk lengths.
+chunked prefill and decode are that one program at different chunk lengths. Keys and values that are decoded from records
+(`decode_rows`; see `jisu.passes.compression.cached`) are kept as these records.
 
 No op or model is known by name here except attention itself; a graph for which the proof fails is refused with the op and
 the axis that break it.
@@ -234,6 +235,14 @@ def _positions(batch: Dim, sequence: str, length: Node, start: Node) -> Node:
     return ops.maximum(relative, 0)
 
 
+def _kept(attention: Node) -> tuple[tuple[Node, Node], str]:
+    """What stands in the cache for an attention's keys and values, and its scheme: their records where both come from such."""
+    keys, values = attention.parents[1:3]
+    if keys.op is values.op is ops.decode_rows and keys.scheme == values.scheme:
+        return (keys.parents[0], values.parents[0]), keys.scheme
+    return (keys, values), "none"
+
+
 def derive_step(
     graph: Graph,
     *,
@@ -263,8 +272,9 @@ def derive_step(
     caches: dict[tuple[Node, int, int], Node] = {}
     state: list[tuple[StateSpec, Node, Node]] = []
 
-    def cached(role: str, old: Node, new: Node, window: int) -> Node:
-        """The cache with `new` appended; attentions that share keys (and their window) share the cache."""
+    def cached(role: str, old: Node, window: int) -> Node:
+        """The cache with a value of the chunk appended; attentions that share keys (and their window) share the cache."""
+        new = done[old]
         ring = bool(window) and layout.ring and not layout.page
         key = (old, window if ring else 0, 0 if role == "key" else 1)
         if key not in caches:
@@ -282,13 +292,14 @@ def derive_step(
             continue
         operands = [done[o] if o is not None else None for o in node.operands]
         if node.op is ops.attention:
-            q, k, v, _, sinks = operands
-            assert q is not None and k is not None and v is not None
-            keys = cached("key", node.operands[1], k, node.window)  # type: ignore[arg-type]
-            values = cached("value", node.operands[2], v, node.window)  # type: ignore[arg-type]
+            q, sinks = operands[0], operands[4]
+            assert q is not None
+            (k, v), scheme = _kept(node)
+            keys, values = cached("key", k, node.window), cached("value", v, node.window)
             done[node] = ops.attention_cached(
-                q, keys, values, length, start, table, sinks, scale=node.scale, window=node.window, softcap=node.softcap
-            )
+                q, keys, values, length, start, table, sinks, scale=node.scale, window=node.window, softcap=node.softcap,
+                scheme=scheme,
+            )  # fmt: skip
         else:
             done[node] = node.with_operands(operands)
     for old, new in ((o, done[o]) for o in graph.outputs):

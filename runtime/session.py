@@ -37,6 +37,11 @@ class DecoderInfo:
     inputs: tuple[str, ...] = attrs.field(default=(), converter=tuple)
     reason: str = ""
 
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of state that a token of a sequence takes, in all layers."""
+        return sum(int(kind.shape[1]) * int(kind.shape[3]) * kind.itemsize for _, kind, _, _ in self.state)
+
 
 class Call(Protocol):
     """Runs one entry of a program on arrays."""

@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from jisu.compiler.errors import InputError, TargetError
+from jisu.compiler.rows import ROW_BITS, decode, encode
 from jisu.targets.cpu import isa
 from jisu.targets.cpu.kernels import attention, embedding, matmul, moe, norm, rotary
 from jisu.targets.target import Target, known_targets
@@ -321,6 +322,33 @@ def test_attention_cached_equals_the_whole_sequence(
             at = part.stop
 
     check()
+
+
+@everywhere
+@pytest.mark.parametrize("scheme", list(ROW_BITS))
+def test_attention_over_records(scheme: str, where: str) -> None:
+    """What the kernel decodes in tiles is what the records stand for; heads fill no whole vectors, records start at odd addresses."""
+    heads, kv, d, e, batch, total = 6, 2, 22, 14, 2, 150
+    run = compiled(attention.attention_cached, where, heads, kv, d, e, "float32", scale=0.3, scheme=scheme)
+    q, k, v = (draw(s, batch, total, n, w) for s, n, w in ((1, heads, d), (2, kv, d), (3, kv, e)))
+    records = [encode(x, scheme) for x in (k, v)]
+    append = [compiled(attention.cache_append, where, kv, r.shape[3], "uint8") for r in records]
+    caches = [np.full((batch, kv, total, r.shape[3]), 255, np.uint8) for r in records]
+    start = np.array([0, 7])
+    visible = interval(total, total) & (np.arange(total) >= start[:, None, None, None])
+    keys, values = (decode(r, scheme) for r in records)
+    expected = attend(q, keys, values, 0.3, visible)
+    at = 0
+    for count in (1, 3, 120, 26):
+        part = slice(at, at + count)
+        for write, cache, new in zip(append, caches, records, strict=True):
+            write(cache, np.array([at]), np.ascontiguousarray(new[:, part]))
+        out = empty(batch, count, heads, e, dtype="float32")
+        run(np.ascontiguousarray(q[:, part]), *caches, np.array([at]), start, out)
+        close(out, expected[:, part], "float32")
+        at += count
+    for cache, new in zip(caches, records, strict=True):
+        np.testing.assert_array_equal(cache, new.transpose(0, 2, 1, 3))
 
 
 @pytest.mark.parametrize(("layout", "page", "length", "says"), [

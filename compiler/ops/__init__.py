@@ -91,7 +91,9 @@ from jisu.compiler.ops.elementwise import (
 from jisu.compiler.ops.index import gather, scatter, sort, take
 from jisu.compiler.ops.nn import attention, attention_cached, cache_append, experts, layer_norm, rms_norm, rotary
 from jisu.compiler.ops.quantize import (
+    decode_rows,
     dequantize,
+    encode_rows,
     fake_quantize,
     pack_bits,
     pack_codes,
@@ -129,9 +131,9 @@ ELEMENTWISE: frozenset[Op] = frozenset(v for v in vars(elementwise).values() if 
 __all__ = [
     "ACTIVATIONS", "ELEMENTWISE", "OPS", "abs_", "acos", "acosh", "add", "all_", "any_", "argmax", "argmin", "asin",
     "asinh", "atan", "atan2", "atanh", "attention", "attention_cached", "bit_and", "bit_not", "bit_or", "bit_xor",
-    "broadcast_to", "cache_append", "cast", "ceil", "concat", "conv", "copysign", "cos", "cosh", "dequantize", "dim_value", "div", "eq",
-    "erf", "exp", "exp2", "expand", "experts", "expm1", "fake_quantize", "fill_codes", "flip", "floor", "floor_div", "fmod", "gated_linear",
-    "gather", "ge", "gelu", "get", "gt", "iota", "isnan", "layer_norm", "le", "linear", "log", "log10", "log1p", "log2", "logical_and",
+    "broadcast_to", "cache_append", "cast", "ceil", "concat", "conv", "copysign", "cos", "cosh", "decode_rows", "dequantize", "dim_value", "div",
+    "encode_rows", "eq", "erf", "exp", "exp2", "expand", "experts", "expm1", "fake_quantize", "fill_codes", "flip", "floor", "floor_div", "fmod",
+    "gated_linear", "gather", "ge", "gelu", "get", "gt", "iota", "isnan", "layer_norm", "le", "linear", "log", "log10", "log1p", "log2", "logical_and",
     "logical_not", "logical_or", "logical_xor", "lt", "matmul", "maximum", "minimum", "mul", "ne", "neg", "pack",
     "pack_bits", "pack_codes", "pack_gated", "pack_mask", "pack_scales", "pack_starts", "pack_values",
     "packed_experts", "packed_gated_linear", "packed_linear", "packed_projections", "packed_take", "pad", "pow_",

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from jisu.compiler import rows
 from jisu.compiler.errors import InputError
 from jisu.compiler.graph import defop
 from jisu.compiler.ops.contract import ACTIVATIONS, _activate, _round, _wide
@@ -377,12 +378,15 @@ def _attention_cached(
     scale: float,
     window: int,
     softcap: float,
+    scheme: str,
 ) -> np.ndarray:
     first, c = int(length[0]), q.shape[1]
     total = first + c
     capacity = k_cache.shape[2] * (1 if table is None else table.shape[1])
     slots = np.arange(max(0, total - capacity), total)
-    keys, values = _rows(k_cache, table, slots), _rows(v_cache, table, slots)
+    keys, values = (_rows(cache, table, slots) for cache in (k_cache, v_cache))
+    if scheme != "none":
+        keys, values = rows.decode(keys, scheme), rows.decode(values, scheme)
     i, j = first + np.arange(c)[:, None], slots[None, :]
     visible = (j <= i) & (j > i - window) if window else j <= i
     visible = visible[None] & (slots[None, None, :] >= start[:, None, None])
@@ -414,26 +418,27 @@ def _cached_samples() -> Samples:
         ),
         {"scale": 0.5, "softcap": 4.0},
     )
+    yield (
+        ("float32[1, 2, 4, 6]", "uint8[1, 2, 9, 7]", "uint8[1, 2, 9, 6]", "int64[1] < 7", "int64[1] < 2", None, None),
+        {"scale": 0.5, "scheme": "int4"},
+    )
 
 
 def _cached_flops(
-    result: TensorType,
-    q: TensorType,
-    keys: TensorType,
-    values: TensorType,
-    length: Any,
-    start: Any,
-    table: Any,
-    *_: Any,
-    **__: Any,
-) -> Any:
-    rows = keys.shape[2] * (table.shape[1] if table is not None else 1)
-    return 2 * product(q.shape[:3]) * rows * (q.shape[3] + values.shape[3])
+    result: TensorType, q: TensorType, keys: TensorType, values: TensorType, length: Any, start: Any, table: Any, *_: Any, **__: Any
+) -> Any:  # fmt: skip
+    slots = keys.shape[2] * (table.shape[1] if table is not None else 1)
+    return 2 * product(q.shape[:3]) * slots * (q.shape[3] + result.shape[3])
+
+
+def _cached_axes(*_: Any, scheme: str, **__: Any) -> str:
+    keys, values = ("d", "e") if scheme == "none" else ("k", "v")  # records have other sizes than their rows
+    return f"b s h d, c g r {keys}, c g r {values}, one, b, b p, h -> b s h e"
 
 
 @defop(
     meaning=_attention_cached,
-    axes="b s h d, c g r d, c g r e, one, b, b p, h -> b s h e",
+    axes=_cached_axes,
     flops=_cached_flops,
     samples=_cached_samples,
 )
@@ -449,18 +454,23 @@ def attention_cached(
     scale: float,
     window: int = 0,
     softcap: float = 0.0,
+    scheme: str = "none",
 ) -> TensorType:
     """Causal attention of the queries in slots length … length + c - 1 over a cache that already holds their keys.
 
     q [b, c, h, d]; caches as in `cache_append`; start int64 [b]: slots before it are padding. A row that sees no key
-    gives 0. A ring cache must have at least window + c - 1 rows.
+    gives 0. A ring cache must have at least window + c - 1 rows. With a scheme the caches hold records of `encode_rows`
+    instead of rows.
     """
     require(q.rank == k_cache.rank == v_cache.rank == 4, f"needs rank 4, got {q}, {k_cache} and {v_cache}")
+    stored = q.dtype if scheme == "none" else "uint8"
     require(
-        q.dtype == k_cache.dtype == v_cache.dtype and is_float(q.dtype), f"dtypes differ: {q}, {k_cache} and {v_cache}"
+        is_float(q.dtype) and k_cache.dtype == v_cache.dtype == stored,
+        f"caches for {q} must be {stored}, got {k_cache} and {v_cache}",
     )
     require(same_shape(k_cache.shape[:3], v_cache.shape[:3]), f"caches differ: {k_cache} and {v_cache}")
-    require(same_dim(q.shape[3], k_cache.shape[3]), f"head sizes differ: {q} and {k_cache}")
+    d, e = (c.shape[3] if scheme == "none" else rows.row_length(scheme, int(c.shape[3])) for c in (k_cache, v_cache))
+    require(same_dim(q.shape[3], d), f"head sizes differ: {q} and {k_cache}")
     h, g = q.shape[2], k_cache.shape[1]
     require(isinstance(h, int) and isinstance(g, int) and h % g == 0, f"{g} KV heads don't divide {h} heads")
     require(length == TensorType((1,), "int64"), f"length must be int64[1], got {length}")
@@ -473,4 +483,4 @@ def attention_cached(
         f"the page table must be int32[b, n], got {table}",
     )
     require(sinks is None or sinks == TensorType((h,), q.dtype), f"sinks must be {q.dtype}[{h}], got {sinks}")
-    return q.with_shape(*q.shape[:3], v_cache.shape[3])
+    return q.with_shape(*q.shape[:3], e)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from jisu.compiler import masks, schemes
+from jisu.compiler import masks, rows, schemes
 from jisu.compiler.graph import defop
 from jisu.compiler.ops.contract import ACTIVATIONS, _gated, _linear
 from jisu.compiler.schemes import decode_scales, scheme
@@ -195,6 +195,56 @@ def fake_quantize(x: TensorType, scale: TensorType | None = None, *, scheme: str
     require(scale is None or kind.scale != "e8m0", f"{scheme} takes its scales from the values")
     require(scale is None or kind.scale == "e4m3" or not group, "one scale for all leaves no groups")
     return x
+
+
+# --- Rows in few bits -------------------------------------------------------------------------------------------------
+# What a program makes and keeps, such as the keys and values of a cache: each row is a record (see `jisu.compiler.rows`).
+
+
+@defop(
+    meaning=lambda x, feedback, *, scheme: rows.encode(x, scheme, feedback),
+    axes=lambda x, feedback, **_: "*b k! -> *b r" if feedback is None else "*b g k!, g k! l! -> *b g r",
+    flops=8,
+    samples=lambda: iter(
+        [
+            (("float32[2, 3, 6]", None), {"scheme": "int8"}),
+            (("float32[2, 6]", None), {"scheme": "int4"}),
+            (("float32[2, 3, 6]", "float32[3, 6, 6]"), {"scheme": "int4"}),
+        ]
+    ),
+)
+def encode_rows(x: TensorType, feedback: TensorType | None = None, *, scheme: str) -> TensorType:
+    """Records uint8 [*b, bytes] of the rows of x [*b, k]: each has its own scale and offset, so that a row (a token) stands for itself.
+
+    scheme: of `jisu.compiler.rows.ROW_BITS`. Codes are the nearest; with feedback float32 [g, k, k], for x [*b, g, k], number i also
+    takes back feedback[g, j, i] of the error made in each number j < i, in the order of the row.
+    """
+    k = x.shape[-1] if x.rank else 0
+    require(isinstance(k, int) and is_float(x.dtype), f"needs floats with a last axis of fixed size, got {x}")
+    require(
+        feedback is None or x.rank > 1 and feedback == TensorType((x.shape[-2], k, k), "float32"),
+        f"feedback must be float32[g, {k}, {k}] for x [*b, g, {k}], got {feedback} for {x}",
+    )
+    return TensorType((*x.shape[:-1], rows.record_bytes(scheme, k)), "uint8")
+
+
+@defop(
+    meaning=lambda records, *, scheme, dtype: rows.decode(records, scheme).astype(numpy_dtype(dtype)),
+    axes="*b r! -> *b k",
+    flops=2,
+    samples=lambda: iter(
+        [
+            (("uint8[2, 3, 10]",), {"scheme": "int8", "dtype": "float32"}),
+            (("uint8[3, 7]",), {"scheme": "int4", "dtype": "bfloat16"}),
+        ]
+    ),
+)
+def decode_rows(records: TensorType, *, scheme: str, dtype: str = "float32") -> TensorType:
+    """The rows [*b, k] that records uint8 [*b, bytes] of `encode_rows` stand for, rounded to `dtype`."""
+    size = records.shape[-1] if records.rank else 0
+    require(isinstance(size, int) and records.dtype == "uint8", f"needs records uint8[..., bytes], got {records}")
+    require(is_float(dtype), f"rows are floats, not {dtype}")
+    return TensorType((*records.shape[:-1], rows.row_length(scheme, size)), dtype)
 
 
 # --- Packed for kernels ----------------------------------------------------------------------------------------------

@@ -79,8 +79,8 @@ def _show(console: Console, path: str, report: Mapping[str, Any], program: Progr
     if report.get("ledger"):
         _show_ledger(console, report["ledger"])
     cache = report.get("cache")
-    if cache == "derived":
-        console.print("KV cache: derived")
+    if cache == "derived" and program.decoder is not None:
+        console.print(f"KV cache: derived, {units.nbytes(program.decoder.slot_bytes)} per token")
     elif cache is not None:
         console.print(f"no KV cache: {cache}")
     measured = report["measured"]

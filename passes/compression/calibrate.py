@@ -30,6 +30,9 @@ Samples = np.ndarray | Sequence[Sequence[np.ndarray]]
 Visit = Callable[[Node, "Run", "Run"], Mapping[int, np.ndarray]]
 """visit(layer, the run, the run of the unchanged model): matrices that take the place of operands of the layer, by position."""
 
+_ROUNDINGS = (ops.fake_quantize, ops.encode_rows, ops.decode_rows)
+"""Ops that are not there in the unchanged model: their operand takes their place."""
+
 
 def calls_of(graph: Graph, samples: Samples, batch: int = 8) -> list[tuple[np.ndarray, ...]]:
     """The graph's inputs, call by call: `batch` windows of tokens, with positions that count them where the graph asks for these."""
@@ -91,7 +94,7 @@ def up_to(graph: Graph, layers: set[Node]) -> dict[Node, None]:
 
 def _follow(node: Node, now: Run, then: Run) -> None:
     """The node's value in the unchanged model, which is that of the run as long as nothing in front of it was changed."""
-    if node.op is ops.fake_quantize:  # not there in the unchanged model
+    if node.op in _ROUNDINGS:
         x = node.operands[0]
         assert x is not None
         then.values[node] = then.values[x]

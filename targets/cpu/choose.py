@@ -123,24 +123,24 @@ def _attention(node: Node, target: Target) -> Kernel | None:
 
 
 def _cached(node: Node, target: Target) -> Kernel | None:
-    q, keys, values = (_operand(node, i) for i in range(3))
+    q, keys = _operand(node, 0), _operand(node, 1)
     if not _computes(node, target):
         return None
     paged = node.operands[5] is not None
     # A contiguous cache is a ring that is never full.
     contiguous = keys.op is ops.cache_append and not keys.attributes["ring"]
     function = attention.attention_cached(
-        int(q.shape[2]), int(keys.shape[1]), int(q.shape[3]), int(values.shape[3]), node.dtype, target,
+        int(q.shape[2]), int(keys.shape[1]), int(q.shape[3]), int(node.shape[3]), node.dtype, target,
         scale=node.scale, layout="paged" if paged else "contiguous" if contiguous else "ring",
         page=int(keys.shape[2]) if paged else 0, window=node.window or None, softcap=node.softcap or None,
-        sinks=node.operands[6] is not None,
+        sinks=node.operands[6] is not None, scheme=node.scheme,
     )  # fmt: skip
     return Kernel(function, (Argument(0), Argument(1), Argument(2), *_present(node, 5, 3, 4, 6)))
 
 
 def _append(node: Node, target: Target) -> Kernel | None:
     cache, new = _operand(node, 0), _operand(node, 1)
-    if not _computes(node, target):
+    if node.dtype != "uint8" and not _computes(node, target):
         return None
     paged = node.operands[3] is not None
     layout = "paged" if paged else "ring" if node.ring else "contiguous"

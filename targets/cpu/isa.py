@@ -22,7 +22,15 @@ from jisu.compiler.errors import TargetError
 from jisu.targets.target import Target
 
 FLOATS = ("float32", "bfloat16", "float16")
-_STORED = {"float32": "float", "bfloat16": "i16", "float16": "half", "int64": "i64", "int32": "i32", "bool": "i8"}
+_STORED = {
+    "float32": "float",
+    "bfloat16": "i16",
+    "float16": "half",
+    "int64": "i64",
+    "int32": "i32",
+    "bool": "i8",
+    "uint8": "i8",
+}
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2, "int64": 8, "int32": 4, "bool": 1, "int8": 1, "uint8": 1}
 
 

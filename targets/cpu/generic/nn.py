@@ -14,6 +14,7 @@ from jisu.targets.cpu.generic.build import Builder, Expr, Flat, i64, literal
 from jisu.targets.cpu.generic.contract import load
 from jisu.targets.cpu.generic.element import Pull, aligned
 from jisu.targets.cpu.generic.reduce import line
+from jisu.targets.cpu.generic.rounding import record
 from jisu.targets.cpu.generic.scalar import (
     ACTIVATE,
     compute_dtype,
@@ -160,6 +161,14 @@ def row_of(b: Builder, flat: Flat, position: Expr) -> Callable[[Expr], Expr]:
     return lambda d: load(b, flat, base + d)
 
 
+def _row_of_cache(b: Builder, node: Node, cache: _Cache, position: Expr, width: int) -> Callable[[Expr], Expr]:
+    """A slot's row of `width` numbers in the cache that a node reads, as a function of the element."""
+    if node.scheme == "none":
+        return row_of(b, cache.cache, position)
+    found = record(b, cache.cache, position, node.scheme, width)
+    return found if node.dtype != "float64" else lambda d: b.let(tirx.Cast("float64", found(d)))
+
+
 def line_product(
     b: Builder, size: Expr, dtype: str, left: Callable[[Expr], Expr], right: Callable[[Expr], Expr], vector: bool
 ) -> Expr:
@@ -269,9 +278,9 @@ def _attention_cached(b: Builder, pull: Pull, node: Node, targets: Sequence[Flat
         attend(
             b, dtype=dtype, storage=q.dtype, low=low, high=high, most=keys.capacity,
             query=lambda d: load(b, queries, q_base + d),
-            key=lambda j: row_of(b, keys.cache, keys.base(image, group, j)),
-            value=lambda j: row_of(b, values.cache, values.base(image, group, j)),
-            width=b.dim(width), out=b.dim(v.shape[3]), scale=node.scale, softcap=node.softcap,
+            key=lambda j: _row_of_cache(b, node, keys, keys.base(image, group, j), int(width)),
+            value=lambda j: _row_of_cache(b, node, values, values.base(image, group, j), int(node.shape[3])),
+            width=b.dim(width), out=b.dim(node.shape[3]), scale=node.scale, softcap=node.softcap,
             adjust=lambda j, score: score,
             sink=None if sinks is None else pull.fresh().wide(sinks, [head]),
             empty_nan=False,

@@ -1,4 +1,4 @@
-"""Values rounded to a scheme's grid at each call."""
+"""Values rounded to a scheme's grid at each call, and rows as records of codes."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Callable, Mapping
 import numpy as np
 from tvm import tirx
 
-from jisu.compiler import ops, schemes
+from jisu.compiler import ops, rows, schemes
 from jisu.compiler.graph import Node, Op
 from jisu.targets.cpu.generic.build import Builder, Expr, Flat, i64, literal
 from jisu.targets.cpu.generic.element import Pull
 from jisu.targets.cpu.generic.reduce import line
-from jisu.targets.cpu.generic.scalar import dtype_of, intrinsic, maximum, minimum, narrow
+from jisu.targets.cpu.generic.scalar import dtype_of, intrinsic, is_nan, maximum, minimum, narrow, round_to, select, u32
 
 
 def _exponent(value: Expr) -> Expr:
@@ -77,4 +77,89 @@ def _fake_quantize(b: Builder, pull: Pull, node: Node, target: Flat) -> None:
     b.spread(x.shape[:-1], x.tensor.size * 8, row)
 
 
-BODIES: Mapping[Op, Callable[[Builder, Pull, Node, Flat], None]] = {ops.fake_quantize: _fake_quantize}
+def _bytes_of(b: Builder, value: Expr) -> tuple[Expr, Expr]:
+    """Both bytes of a float32 that bfloat16 holds, the lower first."""
+    bits = b.let(tirx.reinterpret("uint32", value) >> u32(16), "bits")
+    return tirx.Cast("uint8", bits & u32(255)), tirx.Cast("uint8", bits >> u32(8))
+
+
+def _encode_rows(b: Builder, pull: Pull, node: Node, target: Flat) -> None:
+    x, feedback = node.operands
+    assert x is not None
+    k, bits = int(x.shape[-1]), rows.ROW_BITS[node.scheme]
+    size, top, zero = k * bits // 8, literal(2**bits - 1, "float32"), literal(0, "float32")
+    shares = None if feedback is None else pull.leaves[feedback]
+
+    def row(outer: list[Expr]) -> None:
+        def value(i: Expr) -> Expr:
+            found = pull.fresh().wide(x, [*outer, i])
+            return found if dtype_of(found) == "float32" else b.let(tirx.Cast("float32", found))
+
+        low, high = (line(b, i64(k), kind, "float32", value, vector=False) for kind in ("min", "max"))
+        offset = round_to(b, low, "bfloat16")
+        scale = round_to(b, b.let((high - offset) / top), "bfloat16")
+        step = b.let(tirx.Select(tirx.EQ(scale, zero), literal(1, "float32"), scale), "step")
+        steps, wanted, codes = b.scratch(k, "float32"), b.scratch(k, "float32"), b.scratch(k, "uint8")
+        with b.loop(k) as i:
+            b.store(steps, i, (value(i) - offset) / step)
+            b.store(wanted, i, steps[i])
+        with b.loop(k) as j:
+            nearest = b.let(minimum(b.let(maximum(b.let(intrinsic("rint", wanted[j])), zero)), top), "code")
+            b.store(codes, j, tirx.Cast("uint8", tirx.Cast("int32", b.let(select(is_nan(nearest), zero, nearest)))))
+            if shares is not None:
+                error = b.let(nearest - steps[j], "error")
+                share = b.let(shares.offset([outer[-1], j, i64(0)]), "share")
+                with b.loop(i64(k - 1) - j) as n:
+                    i = b.let(j + i64(1) + n)
+                    b.store(wanted, i, wanted[i] - shares[share + i] * error)
+        with b.loop(size) as i:
+            packed = codes[i] if bits == 8 else codes[i] | codes[i + i64(size)] << tirx.IntImm("uint8", 4)
+            b.store(target, [*outer, i], packed)
+        for n, byte in enumerate((*_bytes_of(b, scale), *_bytes_of(b, offset))):
+            b.store(target, [*outer, i64(size + n)], byte)
+
+    b.spread(x.shape[:-1], x.tensor.size * (16 if feedback is None else 16 + k // 2), row)
+
+
+def record(b: Builder, flat: Flat, position: Expr, scheme: str, k: int) -> Callable[[Expr], Expr]:
+    """The row of k numbers whose record starts at a position, as a float32 function of the element."""
+    bits = rows.ROW_BITS[scheme]
+    size = k * bits // 8
+    base = b.let(position, "base")
+
+    def stored(n: int) -> Expr:
+        low, high = (tirx.Cast("uint32", flat[base + i64(size + n + m)]) for m in (0, 1))
+        return b.let(tirx.reinterpret("float32", (low << u32(16)) | (high << u32(24))), "tail")
+
+    scale, offset = stored(0), stored(2)
+
+    def element(i: Expr) -> Expr:
+        if bits == 8:
+            code = tirx.Cast("int32", flat[base + i])
+        else:
+            both = b.let(tirx.Cast("int32", flat[base + tirx.floormod(i, i64(size))]), "both")
+            code = tirx.Select(i < i64(size), both & 15, both >> 4)
+        return b.let(tirx.Cast("float32", b.let(code)) * scale + offset)
+
+    return element
+
+
+def _decode_rows(b: Builder, pull: Pull, node: Node, target: Flat) -> None:
+    (records,) = node.parents
+    flat, k = pull.leaves[records], int(node.shape[-1])
+
+    def row(outer: list[Expr]) -> None:
+        element = record(b, flat, flat.offset([*outer, i64(0)]), node.scheme, k)
+        with b.loop(k) as i:
+            found = element(i)
+            wide = found if node.dtype != "float64" else tirx.Cast("float64", found)
+            b.store(target, [*outer, i], narrow(b, wide, node.dtype))
+
+    b.spread(node.shape[:-1], node.tensor.size * 4, row)
+
+
+BODIES: Mapping[Op, Callable[[Builder, Pull, Node, Flat], None]] = {
+    ops.fake_quantize: _fake_quantize,
+    ops.encode_rows: _encode_rows,
+    ops.decode_rows: _decode_rows,
+}

@@ -2,7 +2,8 @@
 
 The rows of one task are query positions times the query heads that share a key/value head, so that a tile of keys is
 read once for all of them. Every mask but a bias operand makes the visible keys of a row an interval, so whole tiles
-outside it are never touched. Sums are float32 and their order depends on the lengths only, never on the threads.
+outside it are never touched. Sums are float32 and their order depends on the lengths only, never on the threads. Of a cache
+of records a tile at a time is decoded into the task's scratch memory.
 
 Cache layouts: "contiguous" (slot s at row s), "ring" (slot s at row s % CAP), "paged" (a table of pages per sequence).
 """
@@ -16,6 +17,7 @@ import attrs
 from tvm.script.ir_builder import tirx as T
 
 from jisu.compiler.errors import TargetError
+from jisu.compiler.rows import ROW_BITS, record_bytes
 from jisu.targets.cpu.isa import Arg, Function, Micro, Val, align_up, prim_func, require_dtype
 from jisu.targets.cpu.kernels.matmul import block_sizes, copy_row, in_tasks, product, row_blocks
 from jisu.targets.target import Target
@@ -46,6 +48,12 @@ class _Spec:
     nan_rows: bool
     layout: str | None
     page: int
+    scheme: str = "none"
+
+    @property
+    def stored(self) -> str:
+        """The dtype in which the kernel reads keys and values: of a cache of records, what a tile was decoded to."""
+        return self.dtype if self.scheme == "none" else "float32"
 
     @property
     def group(self) -> int:
@@ -92,7 +100,7 @@ def attention(
 def attention_cached(
     heads: int, kv_heads: int, head_dim: int, v_dim: int, dtype: str, target: Target, *, scale: float,
     layout: str = "contiguous", page: int = 0, window: int | None = None, softcap: float | None = None,
-    sinks: bool = False,
+    sinks: bool = False, scheme: str = "none",
 ) -> Any:  # fmt: skip
     """PrimFunc of causal attention of C new tokens over a cache that already holds them.
 
@@ -100,13 +108,17 @@ def attention_cached(
     [P, kv_heads, page, D] and then page_table int32[B, MAXPAGES]), length int64[1] (slots filled before this chunk;
     query i is at slot length + i), start int64[B] (first valid slot per sequence), sinks[heads] if `sinks`,
     out[B, C, heads, v_dim]. A row that sees no key is 0. The call fails where the cache can't hold length + C slots
-    (in a ring: where the window's keys of all new tokens exceed CAP) or a page number is outside the pages.
+    (in a ring: where the window's keys of all new tokens exceed CAP) or a page number is outside the pages. With a scheme
+    of `jisu.compiler.rows` the caches are uint8, a record in the place of each row of D numbers.
     """
     spec = _spec(heads, kv_heads, head_dim, v_dim, dtype, target, scale, True, window, softcap, sinks, None, False,
-                 layout, page)  # fmt: skip
+                 layout, page, scheme)  # fmt: skip
+    stored, sizes = dtype, (head_dim, v_dim)
+    if scheme != "none":
+        stored, sizes = "uint8", (record_bytes(scheme, head_dim), record_bytes(scheme, v_dim))
     args = [
         Arg("q", ("b", "s", heads, head_dim), dtype),
-        *_cache_args(layout, kv_heads, head_dim, v_dim, page, dtype),
+        *_cache_args(layout, kv_heads, *sizes, page, stored),
         Arg("length", (1,), "int64"),
         Arg("start", ("b",), "int64"),
     ]
@@ -123,10 +135,11 @@ def cache_append(
 
     Parameters in order: cache ([B, kv_heads, CAP, dim]; paged: [P, kv_heads, page, dim], then page_table
     int32[B, MAXPAGES]), length int64[1] (slots filled before), new[B, C, kv_heads, dim]. The call fails rather than
-    write beyond CAP (contiguous), more than CAP rows at once (ring) or outside the pages.
+    write beyond CAP (contiguous), more than CAP rows at once (ring) or outside the pages. dtype: a float, or uint8 for records.
     """
     _require_layout(layout, page)
-    require_dtype(dtype, target)
+    if dtype != "uint8":
+        require_dtype(dtype, target)
     args = [*_cache_args(layout, kv_heads, dim, None, page, dtype), Arg("length", (1,), "int64")]
     args.append(Arg("new", ("b", "s", kv_heads, dim), dtype))
     operands = [a.name for a in args if a.name != "length"]
@@ -173,7 +186,7 @@ def _require_layout(layout: str, page: int) -> None:
 def _spec(
     heads: int, kv_heads: int, head_dim: int, v_dim: int, dtype: str, target: Target, scale: float, causal: bool,
     window: int | None, softcap: float | None, sinks: bool, bias: str | None, nan_rows: bool, layout: str | None,
-    page: int,
+    page: int, scheme: str = "none",
 ) -> _Spec:  # fmt: skip
     require_dtype(dtype, target)
     if layout is not None:
@@ -183,7 +196,7 @@ def _spec(
     if bias not in (None, "float", "bool"):
         raise TargetError(f"an attention bias is None, 'float' or 'bool', not {bias!r}")
     return _Spec(heads, kv_heads, head_dim, v_dim, dtype, scale, causal, window, softcap, sinks, bias, nan_rows, layout,
-                 page)  # fmt: skip
+                 page, scheme)  # fmt: skip
 
 
 def _cache_args(layout: str, kv_heads: int, k_dim: int, v_dim: int | None, page: int, dtype: str) -> list[Arg]:
@@ -238,6 +251,8 @@ def _build(name: str, spec: _Spec, args: Sequence[Arg], target: Target, bias_dty
     state, lanes = _state_words(spec, target), target.lanes("float32")
     operands = [a.name for a in args if a.name not in ("out", "length")]
     score_words = rows * KEYS + spec.head_dim * KEYS + rows * align_up(spec.head_dim, lanes)
+    if spec.scheme != "none":
+        score_words += KEYS * (spec.head_dim + spec.v_dim)
 
     def body(buffers: Mapping[str, Any], dims: Mapping[str, Any]) -> None:
         batch, count = dims["b"], dims["s"]
@@ -355,7 +370,14 @@ def _tiles(spec: _Spec, args: Sequence[Arg], target: Target, bias_dtype: str) ->
             row, stride = _place(f, spec.layout, spec.page, spec.kv_heads, at, j)
             place = row + at["hk"] * stride
             k_at, v_at = place * d, place * spec.v_dim
-        k_tile, v_tile = f.at(at["k"], k_at, spec.dtype), f.at(at["v"], v_at, spec.dtype)
+        if spec.scheme == "none":
+            k_tile, v_tile = f.at(at["k"], k_at, spec.dtype), f.at(at["v"], v_at, spec.dtype)
+        else:
+            k_tile = f.at(queries, max_rows * d_pad, "float32")
+            v_tile = f.at(k_tile, KEYS * d, "float32")
+            for name, tile, width in (("k", k_tile, d), ("v", v_tile, spec.v_dim)):
+                records = f.at(at[name], place * record_bytes(spec.scheme, width), "uint8")
+                f.use(decode_records(spec.scheme, width, target), records, tile, room)
         f.when(rows <= _FEW, lambda: few(k_tile, room), lambda: many(k_tile, room))
         f.loop(0, rows, 1, [], lambda r, _: weigh(r, j, room))
         _values(f, spec, target, scores, v_tile, states, rows, room, state)
@@ -401,15 +423,42 @@ def _values(
     for column in range(0, spec.v_dim, 2 * lanes):
         width = min(2 * lanes, spec.v_dim - column)
         add = {
-            mr: product(mr, target, vectors=-(-width // lanes), columns=width, rows_of=spec.dtype, accumulate=True)
+            mr: product(mr, target, vectors=-(-width // lanes), columns=width, rows_of=spec.stored, accumulate=True)
             for mr in block_sizes(target)
         }
 
         def multiply(mr: int, m: Val, add: dict[int, Micro] = add, column: int = column) -> None:
-            values, sums = f.at(v_tile, column, spec.dtype), f.at(states, m * state + (16 + column), "float32")
+            values, sums = f.at(v_tile, column, spec.stored), f.at(states, m * state + (16 + column), "float32")
             f.use(add[mr], f.at(scores, m * KEYS, "float32"), KEYS, values, spec.v_stride, sums, state, n)
 
         row_blocks(f, rows, multiply, target)
+
+
+def decode_records(scheme: str, k: int, target: Target) -> Micro:
+    """void(records, out, n): out[n, k] in float32, the rows that n records of k numbers stand for."""
+    f = Function("decode", [("ptr", "records"), ("ptr", "out"), ("i64", "n")], target)
+    records, out, n = f.params()
+    bits, size = ROW_BITS[scheme], record_bytes(scheme, k)
+    codes = k * bits // 8
+
+    def row(r: Val, _: list[Val]) -> None:
+        here, there = f.at(records, r * size, "uint8"), f.at(out, r * k, "float32")
+        tail = []
+        for i in (codes, codes + 2):  # a record may begin at an odd address
+            half = f.op(f"load i16, ptr {f.at(here, i, 'uint8').name}, align 1", "i16")
+            tail.append(f.splat(f.widen(half, "bfloat16"), f.lanes))
+        scale, offset = tail
+
+        def some(i: Val, mask: Val | None, _: list[Val]) -> None:
+            both = f.cast("zext", f.load_raw("i8", f.at(here, i, "uint8"), mask), "i32")
+            for part, code in enumerate([both] if bits == 8 else [both & 15, both >> 4]):
+                value = f.fma(f.cast("sitofp", code, "float"), scale, offset)
+                f.store_f32(value, there, i + part * codes, "float32", mask)
+
+        f.vectors(codes, some)
+
+    f.loop(0, n, 1, [], row)
+    return f.finish()
 
 
 def _dots(spec: _Spec, target: Target) -> Micro:
@@ -420,14 +469,14 @@ def _dots(spec: _Spec, target: Target) -> Micro:
     d_pad = align_up(d, lanes)
 
     def block(j: Val, _: list[Val]) -> None:
-        at = [f.at(k, f.minimum(j + i, n - 1) * spec.k_stride, spec.dtype) for i in range(lanes)]
+        at = [f.at(k, f.minimum(j + i, n - 1) * spec.k_stride, spec.stored) for i in range(lanes)]
 
         def row(r: Val, _: list[Val]) -> None:
             sums = [f.const(0.0, f"<{lanes} x float>")] * lanes
             for c in range(0, d, lanes):
                 mask = f.mask_below(d - c) if d - c < lanes else None
                 x = f.load_f32(q, r * d_pad + c, "float32")
-                sums = [f.fma(x, f.load_f32(p, c, spec.dtype, mask), t) for p, t in zip(at, sums, strict=True)]
+                sums = [f.fma(x, f.load_f32(p, c, spec.stored, mask), t) for p, t in zip(at, sums, strict=True)]
             f.store_f32(_fold(f, sums), s, r * KEYS + j, "float32")
 
         f.loop(0, rows, 1, [], row)
@@ -464,10 +513,10 @@ def _transpose(spec: _Spec, target: Target) -> Micro:
     lanes, d = f.lanes, spec.head_dim
 
     def block(j: Val, _: list[Val]) -> None:
-        at = [f.at(k, f.minimum(j + i, n - 1) * spec.k_stride, spec.dtype) for i in range(lanes)]
+        at = [f.at(k, f.minimum(j + i, n - 1) * spec.k_stride, spec.stored) for i in range(lanes)]
         for c in range(0, d, lanes):
             mask = f.mask_below(d - c) if d - c < lanes else None
-            rows = [f.load_f32(p, c, spec.dtype, mask) for p in at]
+            rows = [f.load_f32(p, c, spec.stored, mask) for p in at]
             size = 1
             while size < lanes:
                 for i in (i for i in range(lanes) if not i & size):

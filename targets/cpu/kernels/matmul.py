@@ -316,7 +316,7 @@ def copy_row(n: int, dtype: str, out: str, target: Target, *, padded: int | None
         f.store_f32(f.load_f32(x, i, dtype, mask), y, i, out, mask)
 
     def raw(i: Val, mask: Val | None, _: list[Val]) -> None:
-        scalar = {2: "i16", 4: "i32"}[ITEMSIZE[dtype]]
+        scalar = {1: "i8", 2: "i16", 4: "i32"}[ITEMSIZE[dtype]]
         f.store_raw(f.load_raw(scalar, f.at(x, i, scalar), mask), f.at(y, i, scalar), mask)
 
     f.vectors(n, raw if dtype == out else body)
