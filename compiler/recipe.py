@@ -359,6 +359,11 @@ class Recipe:
     def __attrs_post_init__(self) -> None:
         if self.rotate != "none" and all(rule.scheme == "none" for rule in self.quantize):
             raise RecipeError("rotate is for models that are quantized; give quantize, too")
+        if self.rotate != "none" and (self.recover.blocks or any(r.algorithm == "autoround" for r in self.quantize)):
+            raise RecipeError(
+                "rotate turns the residual stream, so that blocks can't be drawn to the unchanged model's; leave out rotate, or "
+                'recover.blocks and algorithm = "autoround"'
+            )
 
     @property
     def calibrated(self) -> bool:

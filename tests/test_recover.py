@@ -199,6 +199,16 @@ def test_what_training_gives_is_what_the_program_computes() -> None:
         ({"prune": {"sparsity": 0.5}, "recover": {"steps": 4}}, RecipeError, "training needs data"),
         ({"prune": {"sparsity": 0.5}, "recover": {"blocks": 4}}, RecipeError, "blocks are trained on calibration data"),
         ({"quantize": {"scheme": "int4", "algorithm": "autoround"}}, RecipeError, "give calibration"),
+        (
+            {"quantize": "int4", "rotate": "hadamard", "recover": {"blocks": 4}},
+            RecipeError,
+            "rotate turns the residual stream",
+        ),
+        (
+            {"quantize": {"algorithm": "autoround"}, "rotate": "hadamard"},
+            RecipeError,
+            "rotate turns the residual stream",
+        ),
         ({"quantize": {"scheme": "nf4", "algorithm": "autoround"}}, RecipeError, "autoround. is for integer schemes"),
     ],
 )
