@@ -70,6 +70,8 @@ def make(name: str, dtype: torch.dtype = torch.float32, **changes: Any) -> hf.Pr
     for field, value in changes.items():
         setattr(config, field, value)
     model = hf.AutoModelForCausalLM.from_config(config, attn_implementation="eager").to(dtype).eval()
+    if dtype == torch.float64:  # torch's grouped product, the default for experts, has no float64
+        model.set_experts_implementation("eager")
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
