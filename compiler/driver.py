@@ -341,6 +341,7 @@ def search(
 
     Raises what `compile` raises, and InputError for a budget that nothing fits, naming the least that there is.
     """
+    from jisu.frontends.gradients import output_gradients
     from jisu.passes import default_passes
     from jisu.passes.compression.search import OPTIONS
     from jisu.passes.compression.search import search as find
@@ -374,7 +375,7 @@ def search(
         unfinished = Unfinished(kept / "unfinished", graph, samples, ("search",))
         found = find(
             graph, base, samples, rest, pairs, latency=lambda g: _predicted(g, base, machine), options=options or OPTIONS,
-            kept=unfinished, progress=lambda done: tell("searching", done),
+            differentiate=output_gradients, kept=unfinished, progress=lambda done: tell("searching", done),
         )  # fmt: skip
         unfinished.done()
     return found
@@ -663,6 +664,7 @@ def _lossy_passes(
 
         found.append(QuantizeActivations(recipe.quantize, samples, during("rounding activations", 0.33, 0.34)))
     if recipe.prune or recipe.quantize:
+        from jisu.frontends.gradients import output_gradients
         from jisu.passes.compression import Compress
 
         # What is trained is what was pruned; its codes are then found for the trained numbers.
@@ -675,7 +677,7 @@ def _lossy_passes(
         for i, (name, prune, quantize) in enumerate(steps):
             begin = 0.34 + 0.06 * i / len(steps)
             told = during(f"{name.removesuffix('e')}ing", begin, begin + 0.02)
-            found.append(Compress(prune, quantize, samples, told, kept / "unfinished", name))
+            found.append(Compress(prune, quantize, samples, told, kept / "unfinished", name, output_gradients))
             learned = any(rule.algorithm == "autoround" for rule in quantize)
             if learned or recipe.recover.blocks:
                 told = during("reconstructing blocks", begin + 0.02, begin + 0.025)

@@ -108,6 +108,10 @@ ALGORITHMS = ("auto", "rtn", "gptq", "awq", "autoround")
 clips ranges on it before rounding to the nearest, "autoround" goes on from "gptq" and learns codes and scales block by block (after
 AutoRound; Cheng et al., 2024), "auto" does as "gptq" where there is such text."""
 
+OBJECTIVES = ("loss", "output")
+"""What GPTQ and ALPS keep: the model's loss, by how errors in a layer's outputs count for it to second order (estimated from gradients
+on calibration data, after YAQA; Tseng et al., 2025), or the outputs of each layer by itself."""
+
 ACTIVATIONS = ("none", *(s.name for s in SCHEMES.values() if s.computes))
 """Schemes to which the values that a layer reads can be rounded at each call."""
 
@@ -125,8 +129,8 @@ class QuantizeRecipe:
     layers: a pattern of their names in the model ("*.mlp.down_proj"; "head" is the layer that gives the logits). scheme: a name of
     `jisu.compiler.schemes.SCHEMES`, or "none" to leave them as they are. group: inputs per scale, 0 for a whole row, -1 for
     what is usual for the scheme. symmetric: no zeros. algorithm: one of `ALGORITHMS`; with calibration also search (how many
-    ranges a group's scale is chosen from), match (0 to 1: how far layers make up for errors of those before them) and
-    refine (sweeps of coordinate descent after it).
+    ranges a group's scale is chosen from), match (0 to 1: how far layers make up for errors of those before them), refine (sweeps of
+    coordinate descent after it) and objective (one of `OBJECTIVES`).
 
     activations: the scheme that what the layers read is rounded to, one of `ACTIVATIONS`: a scale per token, or per the scheme's group
     of channels; activation_range: one of `RANGES` ("static": one scale per layer). smooth: SmoothQuant's alpha, how much of the spread
@@ -141,6 +145,7 @@ class QuantizeRecipe:
     search: int = attrs.field(default=16, validator=_between(0, 1000))
     match: float = attrs.field(default=1.0, validator=_share)
     refine: int = attrs.field(default=8, validator=_between(0, 1000))
+    objective: str = attrs.field(default="loss", validator=_one_of(OBJECTIVES))
     activations: str = attrs.field(default="none", validator=_one_of(ACTIVATIONS))
     activation_range: str = attrs.field(default="dynamic", validator=_one_of(RANGES))
     smooth: float = attrs.field(default=0.0, validator=_share)
@@ -216,7 +221,7 @@ class PruneRecipe:
     layers: as in `QuantizeRecipe`; but "*" leaves out the layer that gives the logits, which is named "head". sparsity: the share of
     zeros, 0 to leave the layers dense; N:M patterns have their own. pattern: "unstructured", "N:M" (at most N of M consecutive
     inputs stay) or blocks of outputs x inputs such as "16x1". algorithm: one of `PRUNINGS`. allocation: one of `ALLOCATIONS`.
-    match: as in `QuantizeRecipe`.
+    match, objective: as in `QuantizeRecipe`.
     """
 
     layers: str = attrs.field(default="*", validator=attrs.validators.instance_of(str))
@@ -225,6 +230,7 @@ class PruneRecipe:
     algorithm: str = attrs.field(default="auto", validator=_one_of(PRUNINGS))
     allocation: str = attrs.field(default="uniform", validator=_one_of(ALLOCATIONS))
     match: float = attrs.field(default=1.0, validator=_share)
+    objective: str = attrs.field(default="loss", validator=_one_of(OBJECTIVES))
 
     def __attrs_post_init__(self) -> None:
         own = self.shape.sparsity

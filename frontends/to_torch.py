@@ -329,7 +329,9 @@ _SAME_NAME = (
 )  # fmt: skip
 """Ops that PyTorch has under the same name, with the same meaning."""
 
-MEANINGS: Mapping[Op, Callable[..., Any]] = {
+Meaning = Callable[..., Any]
+
+MEANINGS: Mapping[Op, Meaning] = {
     **{op: _elementwise(op.name) for op in _SAME_NAME},
     ops.silu: F.silu,
     ops.gelu: F.gelu,
@@ -424,7 +426,7 @@ class _Plan:
 
     graph: Graph
     floats: str
-    steps: tuple[tuple[Node, Callable[..., Any], Mapping[str, Any], bool, tuple[Node, ...]], ...]
+    steps: tuple[tuple[Node, Meaning, Mapping[str, Any], bool, tuple[Node, ...]], ...]
     signature: Signature
     decoder: bool
     source: Any
@@ -564,11 +566,15 @@ class GraphModule(nn.Module):
         for node, meaning, attributes, symbolic, dead in plan.steps:
             if symbolic:
                 attributes = {k: substitute(v, env) for k, v in attributes.items()}
-            result = meaning(*(values[o] if o is not None else None for o in node.operands), **attributes)
+            result = self._compute(node, meaning, [None if o is None else values[o] for o in node.operands], attributes)
             values[node] = result if node.operands else result.to(device)
             for parent in dead:
                 del values[parent]
         return tuple(values[o] for o in plan.graph.outputs)
+
+    def _compute(self, node: Node, meaning: Meaning, operands: Sequence[Any], attributes: Mapping[str, Any]) -> Any:
+        """The value of a node; where a subclass can look on."""
+        return meaning(*operands, **attributes)
 
     def _held(self, dtype: str) -> str:
         """The dtype in which values of a dtype are held."""

@@ -19,6 +19,7 @@ from jisu.compiler.graph import ArrayStorage, Graph, Node, Storage, weight
 from jisu.compiler.recipe import RecoverRecipe
 from jisu.compiler.schemes import decode_scales, encode_scales, scheme
 from jisu.compiler.types import numpy_dtype
+from jisu.frontends.gradients import computes_bfloat16
 from jisu.frontends.to_torch import from_torch, to_torch
 
 Batch = tuple[Tensor, ...]
@@ -37,7 +38,7 @@ def distil(
     """
     learner = _Student(student, buffers)
     model = to_torch(teacher, buffers=buffers, dtype="float32")
-    half = _halves(teacher)
+    half = computes_bfloat16(teacher)
 
     def loss(step: int) -> Tensor:
         inputs = tuple(torch.from_numpy(np.ascontiguousarray(x)) for x in batches(step))
@@ -223,11 +224,6 @@ def _schedule(steps: int, minutes: float) -> Iterator[tuple[int, float]]:
         if spent >= 1:
             return
         yield step, max((step + 0.5) / steps, spent)
-
-
-def _halves(graph: Graph) -> bool:
-    """Whether products are computed in bfloat16: those of a model that gives it, on a processor with instructions for it."""
-    return all(o.dtype == "bfloat16" for o in graph.outputs) and torch.cpu._is_avx512_bf16_supported()
 
 
 def _float32(values: Sequence[Tensor]) -> list[Tensor]:

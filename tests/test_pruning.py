@@ -28,7 +28,7 @@ from jisu.compiler.types import TensorType
 from jisu.frontends.huggingface import trace_decoder
 from jisu.passes.compression import Compress, calibrate
 from jisu.passes.compression.allocation import allocate, knapsack
-from jisu.passes.compression.gptq import choose_grid, damped, gptq, refine
+from jisu.passes.compression.gptq import choose_grid, damped, feedback, gptq, refine
 from jisu.passes.compression.layers import choose_pruned, find_layers
 from jisu.passes.compression.matrix import Choice, Cut, Statistics, solve
 from jisu.passes.compression.prune import admm, magnitude, solve_on, sparsegpt, wanda
@@ -129,7 +129,7 @@ def test_codes_on_a_mask_make_up_for_it(kind: Any) -> None:
     start = solve_on(w, solid, mask)
     grid = choose_grid(start.astype(np.float32), kind, 16, importance=np.diag(h), steps=8)
     nearest = grid.values(grid.nearest(start.astype(np.float32)), mask)
-    codes = gptq(start, h, grid, mask)
+    codes = gptq(start, *feedback(h, 0.01), grid, mask)
     swept = grid.values(codes, mask)
     best, codes = refine(w, solid, grid, codes, mask, sweeps=4)
     refined = best.values(codes, mask)

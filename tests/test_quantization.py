@@ -26,7 +26,7 @@ from jisu.compiler.schemes import SCHEMES, Scheme, decode_scales, encode_scales
 from jisu.compiler.types import TensorType, numpy_dtype, symbol
 from jisu.compiler.verify import verify
 from jisu.passes import layout_passes
-from jisu.passes.compression.gptq import Grid, choose_grid, damped, gptq, refine
+from jisu.passes.compression.gptq import Grid, choose_grid, damped, feedback, gptq, refine
 from jisu.runtime.executable import Executable
 from jisu.targets.compile import compile_graphs
 from jisu.targets.cpu import packing
@@ -118,7 +118,7 @@ def test_each_algorithm_is_better_than_the_one_before(name: str, symmetric: bool
     for seed in range(3):
         w, h = problem(seed)
         grid = choose_grid(w, kind, 16, symmetric=symmetric)
-        nearest, found = grid.nearest(w), gptq(w, h, grid)
+        nearest, found = grid.nearest(w), gptq(w, *feedback(h, 0.01), grid)
         solid = damped(h, 0.01)
         better = refine(w, solid, grid, found, sweeps=4)
         costs = [cost(w, solid, grid, nearest), cost(w, solid, grid, found), cost(w, solid, *better)]
@@ -128,14 +128,14 @@ def test_each_algorithm_is_better_than_the_one_before(name: str, symmetric: bool
 def test_independent_inputs_are_rounded_to_the_nearest() -> None:
     w, _ = problem(0)
     grid = choose_grid(w, SCHEMES["int4"], 16)
-    np.testing.assert_array_equal(gptq(w, np.diag(np.arange(1.0, 49)), grid), grid.nearest(w))
+    np.testing.assert_array_equal(gptq(w, *feedback(np.diag(np.arange(1.0, 49)), 0.01), grid), grid.nearest(w))
 
 
 def test_dead_inputs_do_no_harm() -> None:
     w, h = problem(1)
     h[5], h[:, 5] = 0, 0
     grid = choose_grid(w, SCHEMES["int4"], 0, importance=np.diag(h), steps=8)
-    codes = gptq(w, h, grid)
+    codes = gptq(w, *feedback(h, 0.01), grid)
     assert np.isfinite(cost(w, h, *refine(w, damped(h, 0.01), grid, codes, sweeps=2)))
 
 

@@ -14,6 +14,7 @@ from jisu.compiler.recipe import PruneRecipe, QuantizeRecipe
 from jisu.passes.compression import awq
 from jisu.passes.compression.allocation import allocate
 from jisu.passes.compression.calibrate import Run, Samples, Visit, stream
+from jisu.passes.compression.curvature import Differentiate, curvatures
 from jisu.passes.compression.layers import MATRICES, Layer, choose_pruned, choose_quantized, mask_of, matrix_of
 from jisu.passes.compression.matrix import Choice, Cut, Solved, Statistics, gather, solve
 from jisu.passes.compression.unfinished import Unfinished
@@ -25,7 +26,8 @@ class Compress:
 
     prune, quantize: which layers and how; the last rule that matches wins. A layer with both is done in one go: codes are found for what its
     mask leaves, and make up for both. samples: calibration data; without, the smallest numbers become 0 and codes are the nearest.
-    folder: where finished layers are kept until all are, so that an interrupted run goes on there; the result is the same.
+    folder: where finished layers are kept until all are, so that an interrupted run goes on there; the result is the same. differentiate:
+    computes what the objective "loss" needs; without, it is as "output".
     """
 
     prune: tuple[PruneRecipe, ...] = ()
@@ -34,6 +36,7 @@ class Compress:
     progress: Callable[[float], None] = attrs.field(default=lambda done: None, eq=False, repr=False)
     folder: Path | None = attrs.field(default=None, eq=False, repr=False)
     name: str = "compress"
+    differentiate: Differentiate | None = attrs.field(default=None, eq=False, repr=False)
     exact: bool = False
 
     def __call__(self, graph: Graph) -> Graph:
@@ -43,16 +46,30 @@ class Compress:
         share = (
             0.7 if any(rule.allocation in ("owl", "optimal") for rule in self.prune) else 0.0
         )  # of the time, for shares
-        layers, choices = self.choose(graph, kept, _part(self.progress, 0, share))
+        counts = self.curvatures(graph, kept)
+        layers, choices = self.choose(graph, kept, _part(self.progress, 0, share), counts)
         if choices:
-            graph = compress(graph, layers, choices, self.samples, _part(self.progress, share, 1), kept)
+            graph = compress(graph, layers, choices, self.samples, _part(self.progress, share, 1), kept, counts)
         if kept is not None:
             kept.done()
         return graph
 
+    def curvatures(self, graph: Graph, kept: Unfinished | None = None) -> dict[Node, np.ndarray]:
+        """How errors in the outputs of matrices count, of those whose rules ask for it. Raises RecipeError as `choose`."""
+        chosen = (choose_pruned(graph, self.prune), choose_quantized(graph, self.quantize))
+        matrices = {
+            node: layer for found in chosen for node, (layer, rule) in found.items() if _objective(rule) == "loss"
+        }
+        if self.differentiate is None or self.samples is None or not matrices:
+            return {}
+        for node, layer in matrices.items():
+            matrix_of(node, layer.names[0], graph.weights)  # its errors come before those of gradients
+        return curvatures(graph, matrices, self.samples, self.differentiate, kept)
+
     def choose(
-        self, graph: Graph, kept: Unfinished | None = None, progress: Callable[[float], None] = lambda done: None
-    ) -> tuple[dict[Node, Layer], dict[Node, Choice]]:
+        self, graph: Graph, kept: Unfinished | None = None, progress: Callable[[float], None] = lambda done: None,
+        curvatures: Mapping[Node, np.ndarray] | None = None,
+    ) -> tuple[dict[Node, Layer], dict[Node, Choice]]:  # fmt: skip
         """What is done to each matrix that the rules change. Raises RecipeError for rules that don't fit the graph or need samples."""
         pruned, coded = choose_pruned(graph, self.prune), choose_quantized(graph, self.quantize)
         layers = {node: layer for chosen in (pruned, coded) for node, (layer, _) in chosen.items()}
@@ -61,7 +78,7 @@ class Compress:
         methods = {
             node: rule.method or ("magnitude" if self.samples is None else "alps") for node, (_, rule) in pruned.items()
         }
-        shares = allocate(graph, pruned, self.samples, progress, kept)
+        shares = allocate(graph, pruned, self.samples, progress, kept, curvatures)
         scores = awq.score_layers(graph)
         choices = {}
         for node in graph.nodes:
@@ -71,9 +88,10 @@ class Compress:
             if node in pruned and shares[node] > 0:
                 cut = Cut(shares[node], pruned[node][1].shape, methods[node])
             codes = coded[node][1] if node in coded else None
-            match = pruned[node][1].match if node in pruned else coded[node][1].match
+            rule = pruned[node][1] if node in pruned else coded[node][1]
             if cut is not None or codes is not None:
-                choices[node] = Choice(cut, codes, match, not scores.issuperset(layers[node].users))
+                clip = not scores.issuperset(layers[node].users)
+                choices[node] = Choice(cut, codes, rule.match, clip, _objective(rule))
         return layers, choices
 
     @staticmethod
@@ -97,6 +115,11 @@ class Compress:
                 )
 
 
+def _objective(rule: PruneRecipe | QuantizeRecipe) -> str:
+    """What is kept: other algorithms than ALPS and those that begin with GPTQ know outputs only."""
+    return rule.objective if rule.algorithm in ("auto", "alps", "gptq", "autoround") else "output"
+
+
 def _part(progress: Callable[[float], None], begin: float, end: float) -> Callable[[float], None]:
     return lambda done: progress(begin + (end - begin) * done)
 
@@ -104,10 +127,11 @@ def _part(progress: Callable[[float], None], begin: float, end: float) -> Callab
 def compress(
     graph: Graph, layers: Mapping[Node, Layer], choices: Mapping[Node, Choice], samples: Samples | None,
     progress: Callable[[float], None] = lambda done: None, kept: Unfinished | None = None,
+    curvatures: Mapping[Node, np.ndarray] | None = None,
 ) -> Graph:  # fmt: skip
     """The graph with each matrix as chosen, one after the other, each with the inputs that those before it then give.
 
-    kept: holds the matrices of an interrupted run.
+    kept: holds the matrices of an interrupted run. curvatures: how errors in the outputs of matrices count.
     """
     solved: dict[Node, Solved] = {}
     if samples is None or not any(choice.calibrated for choice in choices.values()):
@@ -119,14 +143,19 @@ def compress(
         users = {u for node in choices for u in layers[node].users}
         unchanged = any(choice.match for choice in choices.values())
         stream(
-            graph, samples, users, _visit(graph, layers, choices, solved, kept), unchanged=unchanged, progress=progress
+            graph,
+            samples,
+            users,
+            _visit(graph, layers, choices, solved, kept, curvatures or {}),
+            unchanged=unchanged,
+            progress=progress,
         )
     return with_solved(graph, layers, solved)
 
 
 def _visit(
     graph: Graph, layers: Mapping[Node, Layer], choices: Mapping[Node, Choice], solved: dict[Node, Solved],
-    kept: Unfinished | None,
+    kept: Unfinished | None, curvatures: Mapping[Node, np.ndarray],
 ) -> Visit:  # fmt: skip
     """What to do at each layer: compress its matrices, and go on with what they then compute."""
     last: list[tuple[tuple[Node | None, ...], Statistics]] = []  # layers of one input and residual share them
@@ -142,7 +171,8 @@ def _visit(
         if choice.calibrated and (not last or last[0][0] != key):
             last[:] = [(key, gather(layer, now, then))]
         statistics = last[0][1] if choice.calibrated else None
-        found = solve(w, choice, statistics, matrix.dtype, mask_of(matrix, graph.weights))
+        mask = mask_of(matrix, graph.weights)
+        found = solve(w, choice, statistics, matrix.dtype, mask, curvatures.get(matrix))
         if kept is not None:
             kept.put(str(graph.nodes.index(matrix)), found.arrays())
         return found

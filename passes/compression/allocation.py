@@ -25,9 +25,10 @@ Chosen = Mapping[Node, tuple[Layer, PruneRecipe]]
 
 def allocate(
     graph: Graph, chosen: Chosen, samples: Samples | None, progress: Callable[[float], None] = lambda done: None,
-    kept: Unfinished | None = None,
+    kept: Unfinished | None = None, curvatures: Mapping[Node, np.ndarray] | None = None,
 ) -> dict[Node, float]:  # fmt: skip
-    """The share of zeros of each matrix: over all matrices of one rule the rule's share, weighted by their sizes."""
+    """The share of zeros of each matrix: over all matrices of one rule the rule's share, weighted by their sizes. curvatures: how errors
+    in a matrix' outputs count."""
     shares: dict[Node, float] = {}
     for rule in dict.fromkeys(rule for _, rule in chosen.values()):
         part = {node: found for node, found in chosen.items() if found[1] == rule}
@@ -40,7 +41,7 @@ def allocate(
             if rule.allocation == "owl":
                 shares |= _by_outliers(graph, part, rule.share, samples, progress)
             else:
-                shares |= _by_loss(graph, part, rule, samples, progress, kept)
+                shares |= _by_loss(graph, part, rule, samples, progress, kept, curvatures)
     return shares
 
 
@@ -95,11 +96,12 @@ def _by_loss(
     samples: Samples,
     progress: Callable[[float], None],
     kept: Unfinished | None,
+    curvatures: Mapping[Node, np.ndarray] | None,
 ) -> dict[Node, float]:
     """The shares of least loss, if the losses of single layers add up: each is measured at some shares and interpolated."""
     layers = {node: layer for node, (layer, _) in chosen.items()}
-    options = [Choice(Cut(share, rule.shape, "sparsegpt")) for share in MEASURED]
-    measured = sensitivities(graph, layers, dict.fromkeys(chosen, options), samples, progress, kept)
+    options = [Choice(Cut(share, rule.shape, "sparsegpt"), objective=rule.objective) for share in MEASURED]
+    measured = sensitivities(graph, layers, dict.fromkeys(chosen, options), samples, progress, kept, curvatures)
     shares = np.arange(0, 0.9501, 0.0125)
     losses = [_interpolated(measured[node], shares) for node in chosen]
     sizes = [np.round((1 - shares) * _size(node)) for node in chosen]

@@ -33,6 +33,10 @@ class Grid:
         """Codes of the nearest points."""
         return self.scheme.encode(w, *self.at(w.shape[1]))
 
+    def rows(self, rows: np.ndarray) -> Grid:
+        """The grid of some rows of the matrix."""
+        return attrs.evolve(self, scales=self.scales[rows], zeros=None if self.zeros is None else self.zeros[rows])
+
     def values(self, codes: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
         """The points of codes, float32; 0 outside of the mask."""
         found = self.scheme.decode(codes, *self.at(codes.shape[1]))
@@ -86,19 +90,29 @@ def damped(h: np.ndarray, damping: float) -> np.ndarray:
     return h
 
 
+def feedback(h: np.ndarray, damping: float) -> tuple[np.ndarray, np.ndarray]:
+    """The order in which inputs are rounded, by falling importance, and how an error at each is best made up for by those behind it: rows
+    of the upper Cholesky factor of H^-1 in that order."""
+    order = np.argsort(-np.diag(h), kind="stable")
+    inverse = np.linalg.inv(damped(h, damping)[np.ix_(order, order)])
+    return order, np.linalg.cholesky((inverse + inverse.T) / 2).T
+
+
 def gptq(
-    w: np.ndarray, h: np.ndarray, grid: Grid, mask: np.ndarray | None = None, *, damping: float = 0.01, block: int = 128
+    w: np.ndarray,
+    order: np.ndarray,
+    factor: np.ndarray,
+    grid: Grid,
+    mask: np.ndarray | None = None,
+    *,
+    block: int = 128,
 ) -> np.ndarray:
     """Codes [n, k] by GPTQ (Frantar et al., 2023): inputs in order of falling importance, each one's rounding error made up for by
     the inputs still to come. Groups are static: scales are those of the unchanged matrix. What the mask leaves out becomes 0, with the
-    same feedback (SparseGPT's joint sweep); its codes mean nothing.
+    same feedback (SparseGPT's joint sweep); its codes mean nothing. order, factor: from `feedback`.
     """
     n, k = w.shape
-    order = np.argsort(-np.diag(h), kind="stable")
     rest = w[:, order].astype(np.float64)
-    # Rows of the upper Cholesky factor of H^-1 say how an error is best made up for.
-    inverse = np.linalg.inv(damped(h, damping)[np.ix_(order, order)])
-    factor = np.linalg.cholesky((inverse + inverse.T) / 2).T
     scales, zeros = grid.at(k)
     codes = np.empty((n, k), np.uint8)
     for begin in range(0, k, block):

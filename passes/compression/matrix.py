@@ -14,7 +14,8 @@ from jisu.compiler.recipe import QuantizeRecipe
 from jisu.compiler.types import TensorType, numpy_dtype
 from jisu.passes.compression import awq, prune
 from jisu.passes.compression.calibrate import Run
-from jisu.passes.compression.gptq import Grid, choose_grid, damped, gptq, refine
+from jisu.passes.compression.curvature import in_turn
+from jisu.passes.compression.gptq import Grid, choose_grid, damped, feedback, gptq, refine
 
 DAMPING = 0.01
 """Of H's mean diagonal, added to all of it."""
@@ -34,12 +35,14 @@ class Cut:
 
 @attrs.frozen
 class Choice:
-    """What is done to a matrix. match: how far it makes up for changes in front of it, 0 to 1. clip: AWQ may narrow its ranges."""
+    """What is done to a matrix. match: how far it makes up for changes in front of it, 0 to 1. clip: AWQ may narrow its ranges.
+    objective: one of `recipe.OBJECTIVES`."""
 
     cut: Cut | None = None
     codes: QuantizeRecipe | None = None
     match: float = 1.0
     clip: bool = True
+    objective: str = "loss"
 
     @property
     def calibrated(self) -> bool:
@@ -195,10 +198,11 @@ class Solved:
 
 
 def solve(
-    w: np.ndarray, choice: Choice, statistics: Statistics | None, dtype: str, mask: np.ndarray | None = None
-) -> Solved:
+    w: np.ndarray, choice: Choice, statistics: Statistics | None, dtype: str, mask: np.ndarray | None = None,
+    curvature: np.ndarray | None = None,
+) -> Solved:  # fmt: skip
     """Compress w float32 [n, k]; without statistics by its numbers alone. dtype: of numbers that aren't stored as codes. mask: of a
-    matrix that is pruned already, and only becomes codes."""
+    matrix that is pruned already, and only becomes codes. curvature: how errors in outputs count [n, n], if not alike."""
     if statistics is None or not choice.calibrated:
         if choice.cut is not None:
             mask = prune.magnitude(w, choice.cut.pattern, choice.cut.sparsity)
@@ -214,30 +218,35 @@ def solve(
         return _in_codes(grid, grid.nearest(kept), mask)
     solid = damped(statistics.h, DAMPING)
     aim = statistics.aim(w, solid, choice.match)
+    counts = curvature.astype(np.float64) if curvature is not None and choice.objective == "loss" else None
     if choice.cut is None:
         start = aim if mask is None else prune.solve_on(aim, solid, mask)
-        return _quantized(w, start, aim, statistics.h, solid, mask, choice)
-    start, mask = _pruned(w, aim, solid, choice.cut)
+        return _quantized(w, start, aim, statistics.h, solid, mask, choice, counts)
+    start, mask = _pruned(w, aim, solid, choice.cut, counts)
     kept = np.where(mask, start, 0)
     if choice.codes is None:
         return _in_floats(kept, mask, dtype)
-    return _quantized(kept.astype(np.float32), start, aim, statistics.h, solid, mask, choice)
+    return _quantized(kept.astype(np.float32), start, aim, statistics.h, solid, mask, choice, counts)
 
 
-def _pruned(w: np.ndarray, aim: np.ndarray, solid: np.ndarray, cut: Cut) -> tuple[np.ndarray, np.ndarray]:
+def _pruned(
+    w: np.ndarray, aim: np.ndarray, solid: np.ndarray, cut: Cut, curvature: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray]:
     """A mask, and a matrix float64 that holds what stays there (and of algorithms that only choose a mask, everything)."""
     if cut.algorithm == "magnitude":
         return w.astype(np.float64), prune.magnitude(w, cut.pattern, cut.sparsity)
     if cut.algorithm == "wanda":
         return w.astype(np.float64), prune.wanda(w, solid, cut.pattern, cut.sparsity)
     if cut.algorithm == "sparsegpt":
-        return prune.sparsegpt(aim, solid, cut.pattern, cut.sparsity)
-    mask = prune.admm(aim, solid, cut.pattern, cut.sparsity)
-    return prune.solve_on(aim, solid, mask), mask
+        start, mask = prune.sparsegpt(aim, solid, cut.pattern, cut.sparsity)
+        return (start if curvature is None else prune.solve_on(aim, solid, mask, curvature, tolerance=1e-4)), mask
+    mask = prune.admm(aim, solid, cut.pattern, cut.sparsity, curvature)
+    return prune.solve_on(aim, solid, mask, curvature), mask
 
 
 def _quantized(
-    w: np.ndarray, start: np.ndarray, aim: np.ndarray, h: np.ndarray, solid: np.ndarray, mask: np.ndarray | None, choice: Choice
+    w: np.ndarray, start: np.ndarray, aim: np.ndarray, h: np.ndarray, solid: np.ndarray, mask: np.ndarray | None, choice: Choice,
+    curvature: np.ndarray | None,
 ) -> Solved:  # fmt: skip
     """Codes for a matrix w, 0 outside of the mask: by GPTQ from `start`, refined towards `aim`; or the nearest."""
     rule = choice.codes
@@ -250,8 +259,22 @@ def _quantized(
         grid = awq.clipped_grid(w, kind, group, h, symmetric=rule.symmetric, steps=10 if choice.clip else 1)
         return _in_codes(grid, grid.nearest(w), mask)
     grid = choose_grid(w, kind, group, symmetric=rule.symmetric, importance=np.diag(h), steps=rule.search)
-    grid, codes = refine(aim, solid, grid, gptq(start, h, grid, mask, damping=DAMPING), mask, sweeps=rule.refine)
-    return _in_codes(grid, codes, mask)
+    order, factor = feedback(h, DAMPING)
+    if curvature is None:
+        codes = gptq(start, order, factor, grid, mask)
+        return _in_codes(*refine(aim, solid, grid, codes, mask, sweeps=rule.refine), mask)
+    scales, codes = grid.scales.copy(), np.empty(w.shape, np.uint8)
+
+    def solve_rows(rows: np.ndarray, aims: np.ndarray) -> np.ndarray:
+        kept = None if mask is None else mask[rows]
+        begin = aims if kept is None else prune.solve_on(aims, solid, kept, tolerance=1e-6)
+        part = grid.rows(rows)
+        part, codes[rows] = refine(aims, solid, part, gptq(begin, order, factor, part, kept), kept, sweeps=rule.refine)
+        scales[rows] = part.scales
+        return part.values(codes[rows], kept)
+
+    in_turn(aim, curvature, solve_rows)
+    return _in_codes(attrs.evolve(grid, scales=scales), codes, mask)
 
 
 def _in_floats(w: np.ndarray, mask: np.ndarray | None, dtype: str) -> Solved:

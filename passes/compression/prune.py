@@ -1,7 +1,8 @@
 """Masks of one matrix, and the numbers that are left: magnitude, Wanda, SparseGPT, and reconstruction by ADMM.
 
 A layer maps inputs x to W x. With H = sum of x xᵀ over calibration tokens, replacing W by Q costs the layer tr((W - Q) H (W - Q)ᵀ)
-in its outputs. All arrays here are NumPy's: W [n, k] float32 or float64, H [k, k] float64, masks bool [n, k] (True: kept).
+in its outputs, and the model tr(C (W - Q) H (W - Q)ᵀ) if errors in outputs count as C says (see `curvature`). All arrays here are
+NumPy's: W [n, k] float32 or float64, H [k, k] and C [n, n] float64, masks bool [n, k] (True: kept).
 """
 
 from __future__ import annotations
@@ -51,20 +52,35 @@ def sparsegpt(
 
 
 def admm(
-    w: np.ndarray, h: np.ndarray, pattern: Pattern, sparsity: float, *, growth: float = 1.1, rounds: int = 300
-) -> np.ndarray:
+    w: np.ndarray, h: np.ndarray, pattern: Pattern, sparsity: float, curvature: np.ndarray | None = None, *,
+    growth: float = 1.1, rounds: int = 300,
+) -> np.ndarray:  # fmt: skip
     """The mask of ALPS (Meng et al., 2024): the matrix nearest in outputs and its nearest sparse one are drawn together by ADMM, the
-    harder the less the mask still changes. h: damped.
+    harder the less the mask still changes. h: damped. curvature: C; without, all outputs count alike.
     """
     scale = np.sqrt(np.diag(h))
     values, vectors = np.linalg.eigh(h / np.outer(scale, scale))
-    values = np.maximum(values, 1e-12)
-    aim = w * scale  # in the basis in which every input has norm 1
-    target = (aim @ vectors) * values  # aim H, rotated
+    costs = np.maximum(values, 1e-12)
+    aim = w * scale  # in the basis in which every input, and every output, has norm 1
+    turned: np.ndarray | None = None
+    if curvature is not None:
+        size = np.sqrt(np.diag(curvature))
+        values, turned = np.linalg.eigh(curvature / np.outer(size, size))
+        costs = np.maximum(values, 1e-12)[:, None] * costs
+        aim = size[:, None] * aim
+
+    def turn(x: np.ndarray) -> np.ndarray:
+        """To the eigenvectors of H and C."""
+        return x @ vectors if turned is None else turned.T @ (x @ vectors)
+
+    def back(x: np.ndarray) -> np.ndarray:
+        return x @ vectors.T if turned is None else turned @ (x @ vectors.T)
+
+    target = turn(aim) * costs
     sparse, dual, rho = aim.copy(), np.zeros_like(aim), 0.1
     mask = np.ones(w.shape, bool)
     for i in range(rounds):
-        free = ((target + (rho * sparse - dual) @ vectors) / (values + rho)) @ vectors.T
+        free = back((target + turn(rho * sparse - dual)) / (costs + rho))
         moved = free + dual / rho
         before, mask = mask, pattern.choose(moved**2, sparsity)
         sparse = np.where(mask, moved, 0)
@@ -78,29 +94,39 @@ def admm(
 
 
 def solve_on(
-    w: np.ndarray, h: np.ndarray, mask: np.ndarray, *, rounds: int = 200, tolerance: float = 1e-10
-) -> np.ndarray:
-    """The matrix float64 [n, k], zero outside of the mask, that is nearest to W in outputs: conjugate gradients on all rows at once.
+    w: np.ndarray, h: np.ndarray, mask: np.ndarray, curvature: np.ndarray | None = None, *, rounds: int = 200, tolerance: float = 1e-10
+) -> np.ndarray:  # fmt: skip
+    """The matrix float64 [n, k], zero outside of the mask, of least cost: conjugate gradients, on each row by itself or, with C, on
+    all rows together.
 
     h: damped. Stops when the gradient's norm has fallen by `tolerance` (squared).
     """
-    diagonal = np.diag(h)
+    diagonal = np.diag(h) if curvature is None else np.outer(np.diag(curvature), np.diag(h))
+    axis = 1 if curvature is None else None
+
+    def masked(x: np.ndarray) -> np.ndarray:
+        x = x @ h
+        return np.where(mask, x if curvature is None else curvature @ x, 0)
+
+    def dot(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        return np.asarray((a * b).sum(axis, keepdims=True))
+
     q = np.where(mask, w, 0).astype(np.float64)
-    residual = np.where(mask, (w - q) @ h, 0)
+    residual = masked(w - q)
     z = residual / diagonal
     direction = z.copy()
-    rz = np.einsum("nk,nk->n", residual, z)
+    rz = dot(residual, z)
     start = np.maximum(rz, 1e-300)
     for _ in range(rounds):
-        spread = np.where(mask, direction @ h, 0)
-        curvature = np.einsum("nk,nk->n", direction, spread)
-        step = np.where(curvature > 0, rz / np.maximum(curvature, 1e-300), 0)[:, None]
+        spread = masked(direction)
+        bend = dot(direction, spread)
+        step = np.where(bend > 0, rz / np.maximum(bend, 1e-300), 0)
         q += step * direction
         residual -= step * spread
         z = residual / diagonal
-        new = np.einsum("nk,nk->n", residual, z)
+        new = dot(residual, z)
         if (new <= tolerance * start).all():
             break
-        direction = z + (new / np.maximum(rz, 1e-300))[:, None] * direction
+        direction = z + (new / np.maximum(rz, 1e-300)) * direction
         rz = new
     return q

@@ -21,6 +21,7 @@ from jisu.compiler.types import TensorType
 from jisu.passes.compression import compress
 from jisu.passes.compression.allocation import knapsack
 from jisu.passes.compression.calibrate import Run, Samples, calls_of
+from jisu.passes.compression.curvature import Differentiate, curvatures
 from jisu.passes.compression.layers import HEAD, Layer, choose_pruned, choose_quantized, find_layers, matrix_of
 from jisu.passes.compression.matrix import Choice, Cut, solve
 from jisu.passes.compression.sensitivity import Yardstick, sensitivities
@@ -110,25 +111,26 @@ class Front:
 
 def search(
     graph: Graph, base: Recipe, samples: Samples, held_out: Samples, budgets: Sequence[tuple[float, float]], *,
-    latency: Latency, options: Sequence[Option] = OPTIONS, count: int = 8, kept: Unfinished | None = None,
-    progress: Callable[[float], None] = lambda done: None,
+    latency: Latency, options: Sequence[Option] = OPTIONS, count: int = 8, differentiate: Differentiate | None = None,
+    kept: Unfinished | None = None, progress: Callable[[float], None] = lambda done: None,
 ) -> Front:  # fmt: skip
     """Recipes of least loss within budgets, each made and measured.
 
     base: what is done to matrices that are not searched: the head, and those that its entries name. samples: what options are
     measured and made with; held_out: what the results are measured on. budgets: (bytes of all weights, predicted seconds of a token), inf
     for none; without any, `count` budgets of bytes between the smallest and the largest choice. kept: holds what an interrupted run
-    measured. Raises InputError for a budget that nothing fits, with the least there is.
+    measured. differentiate: as in `Compress`. Raises InputError for a budget that nothing fits, with the least there is.
     """
     space = _Space(graph, base, options, latency)
     choices = {node: [o.quick() for o in found] for node, found in space.options.items()}
-    losses = sensitivities(graph, space.layers, choices, samples, lambda done: progress(0.6 * done), kept)
+    counts = {} if differentiate is None else curvatures(graph, space.layers, samples, differentiate, kept)
+    losses = sensitivities(graph, space.layers, choices, samples, lambda done: progress(0.6 * done), kept, counts)
     wanted = list(budgets) or [(float(b), np.inf) for b in space.spread(count)]
     picks = [space.pick(losses, *budget) for budget in wanted]
     yardstick = Yardstick(graph, held_out, windows=64)
     points = []
     for i, pick in enumerate(dict.fromkeys(picks)):
-        points.append(space.made(pick, losses, samples, yardstick, held_out))
+        points.append(space.made(pick, losses, samples, yardstick, held_out, counts))
         progress(0.6 + 0.4 * (i + 1) / len(picks))
     points.sort(key=lambda p: -p.bytes)
     on_front = [
@@ -215,14 +217,15 @@ class _Space:
         return attrs.evolve(self.base, prune=tuple(prune), quantize=tuple(codes))
 
     def made(
-        self, pick: Sequence[int], losses: Mapping[Node, np.ndarray], samples: Samples, yardstick: Yardstick, held_out: Samples
+        self, pick: Sequence[int], losses: Mapping[Node, np.ndarray], samples: Samples, yardstick: Yardstick, held_out: Samples,
+        curvatures: Mapping[Node, np.ndarray],
     ) -> Point:  # fmt: skip
         """A choice, made and measured."""
         from jisu.passes.compression import Compress
 
         recipe = self.recipe(pick)
-        layers, choices = Compress(recipe.prune, recipe.quantize, samples).choose(self.graph)
-        made = compress(self.graph, layers, choices, samples)
+        layers, choices = Compress(recipe.prune, recipe.quantize, samples).choose(self.graph, curvatures=curvatures)
+        made = compress(self.graph, layers, choices, samples, curvatures=curvatures)
         pairs = Run(made, calls_of(made, held_out)).outputs(None, {}, yardstick.distance, yardstick.calls)
         loss = sum(e for e, _ in pairs) / max(sum(s for _, s in pairs), 1e-30)
         each = np.array([e / max(s, 1e-30) for e, s in pairs])

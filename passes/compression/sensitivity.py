@@ -76,10 +76,11 @@ def _log_softmax(x: np.ndarray) -> np.ndarray:
 def sensitivities(
     graph: Graph, layers: Mapping[Node, Layer], options: Mapping[Node, Sequence[Choice]], samples: Samples,
     progress: Callable[[float], None] = lambda done: None, kept: Unfinished | None = None,
+    curvatures: Mapping[Node, np.ndarray] | None = None,
 ) -> dict[Node, np.ndarray]:  # fmt: skip
     """Per matrix, float64 [options]: the model's distance from itself (see `Yardstick`) with that matrix alone compressed so.
 
-    kept: holds what an interrupted run measured.
+    curvatures: how errors in a matrix' outputs count. kept: holds what an interrupted run measured.
     """
     yardstick = Yardstick(graph, samples)
     found: dict[Node, np.ndarray] = {}
@@ -102,7 +103,8 @@ def sensitivities(
             w = matrix_of(matrix, layers[matrix].names[0], graph.weights)
             losses = []
             for choice in options[matrix]:
-                values = solve(w, choice, last[0][1], matrix.dtype, mask_of(matrix, graph.weights)).values
+                mask, counts = mask_of(matrix, graph.weights), (curvatures or {}).get(matrix)
+                values = solve(w, choice, last[0][1], matrix.dtype, mask, counts).values
                 losses.append(yardstick.of(now, layer, {position: values}))
             found[matrix] = np.array(losses)
             if kept is not None:
