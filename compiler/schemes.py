@@ -111,6 +111,11 @@ class Scheme:
         """How far the levels reach from the middle, in the direction in which they reach less far."""
         return float(2 ** (self.bits - 1) - 1) if self.uniform else float(self.levels.max())
 
+    @property
+    def per_byte(self) -> int:
+        """Codes in a byte where kernels read them: two of up to 4 bits, or one."""
+        return 2 if self.bits <= 4 else 1
+
     def groups(self, k: int, group: int) -> int:
         """How many groups a row of k inputs has (group 0: one)."""
         return 1 if not group else -(-k // group)
@@ -213,6 +218,8 @@ SCHEMES: Mapping[str, Scheme] = {
     s.name: s
     for s in (
         _uniform(8, 0),
+        _uniform(6, 128),
+        _uniform(5, 128),
         _uniform(4, 128),
         _uniform(3, 128),
         _uniform(2, 64),

@@ -235,8 +235,8 @@ class _Sparse:
         first, second = found
         values = ops.concat(first[0], second[0], axis=0)
         # The second matrix' values stand behind the first's.
-        halves = weights[0].op is ops.dequantize and schemes.scheme(weights[0].scheme).bits < 8
-        moved = ops.add(second[2], int(first[0].shape[0]) * (2 if halves else 1))
+        per_byte = schemes.scheme(weights[0].scheme).per_byte if weights[0].op is ops.dequantize else 1
+        moved = ops.add(second[2], int(first[0].shape[0]) * per_byte)
         scales = None if first[3] is None or second[3] is None else _beside(first[3], second[3])
         return values, _beside(first[1], second[1]), _beside(first[2], moved), scales
 

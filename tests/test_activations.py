@@ -244,7 +244,7 @@ def _rounding_last(graph: Graph, rules: tuple[QuantizeRecipe, ...]) -> Graph:
 @pytest.mark.parametrize(
     ("recipe", "words"),
     [
-        ({"activations": "int5"}, "unknown activations 'int5'; did you mean 'int"),
+        ({"activations": "int7"}, "unknown activations 'int7'; did you mean 'int"),
         ({"activations": "nf4"}, "unknown activations 'nf4'"),
         ({"activation": "int8"}, "did you mean 'activations'"),
         ({"activations": "int8", "activation_range": "statics"}, "did you mean 'static'"),

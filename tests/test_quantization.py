@@ -236,10 +236,10 @@ def test_plain_modules_are_quantized_too() -> None:
     [
         ({"quantize": {"scheme": "int4", "group": 24}}, r"groups of 24 don't divide the 16 inputs of first"),
         ({"quantize": {"layers": "*.frist", "scheme": "int4"}}, r"no layer matches '\*.frist'; near: first"),
-        ({"quantize": {"bits": 3.5}}, r"bits must be one of 2, 3, 4, 8, not 3.5"),
+        ({"quantize": {"bits": 3.5}}, r"bits must be one of 2, 3, 4, 5, 6, 8, not 3.5"),
         ({"quantize": {"bits": 0}}, "bits must be one of"),
         ({"quantize": {"bits": 64}}, "bits must be one of"),
-        ({"quantize": "int5"}, "unknown scheme 'int5'"),
+        ({"quantize": "int7"}, "unknown scheme 'int7'"),
         ({"quantize": {"scheme": "nf4", "symmetric": False}}, "nf4 has no zeros"),
         ({"quantize": [{"shceme": "int4"}]}, "did you mean 'scheme'"),
         ({"quantize": {"algorithm": "gtpq"}}, "did you mean 'gptq'"),

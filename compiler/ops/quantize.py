@@ -248,14 +248,9 @@ def decode_rows(records: TensorType, *, scheme: str, dtype: str = "float32") -> 
 
 
 # --- Packed for kernels ----------------------------------------------------------------------------------------------
-# A kernel reads panels of `panel` outputs: codes [panels, words, panel], a byte holding one code of 8 bits, or two of up to
-# 4 (the lower inputs' in the lower half); per group what turns a level into a value, level * scale + shift, [panels, groups,
+# A kernel reads panels of `panel` outputs: codes [panels, words, panel], a byte holding one code, or two of up to 4 bits
+# (the lower inputs' in the lower half); per group what turns a level into a value, level * scale + shift, [panels, groups,
 # 2, panel] float32.
-
-
-def code_words(bits: int, k: int) -> int:
-    """Bytes per output that the codes of k inputs take in panels."""
-    return k if bits == 8 else -(-k // 2)
 
 
 def _in_panels(rows: np.ndarray, panel: int) -> np.ndarray:
@@ -269,7 +264,7 @@ def _in_panels(rows: np.ndarray, panel: int) -> np.ndarray:
 def _pack_codes(codes: np.ndarray, *, scheme: str, k: int, panel: int) -> np.ndarray:
     kind = _scheme(scheme)
     single = kind.unpack(codes, k)
-    if kind.bits < 8:
+    if kind.per_byte == 2:
         single = np.pad(single, ((0, 0), (0, k % 2)))
         single = single[:, ::2] | (single[:, 1::2] << 4)
     return _in_panels(single, panel)
@@ -296,7 +291,7 @@ def pack_codes(codes: TensorType, *, scheme: str, k: int, panel: int) -> TensorT
         codes.shape[1] == kind.row_bytes(k),
         f"{k} codes of {kind.bits} bits take {kind.row_bytes(k)} bytes a row, got {codes}",
     )
-    return TensorType((-(-codes.shape[0] // panel), code_words(kind.bits, k), panel), "uint8")
+    return TensorType((-(-codes.shape[0] // panel), -(-k // kind.per_byte), panel), "uint8")
 
 
 def _pack_scales(scales: np.ndarray, zeros: np.ndarray | None, *, scheme: str, whole: float, panel: int) -> np.ndarray:
@@ -331,7 +326,7 @@ def _unpack_quantized(codes: np.ndarray, scales: np.ndarray, scheme: str, n: int
     """float32 [n, k]."""
     kind = _scheme(scheme)
     rows = codes.transpose(0, 2, 1).reshape(-1, codes.shape[1])[:n]
-    if kind.bits < 8:
+    if kind.per_byte == 2:
         rows = np.stack([rows & 15, rows >> 4], -1).reshape(n, -1)
     scale, shift = (
         _spread(scales[:, :, i].transpose(0, 2, 1).reshape(-1, scales.shape[1])[:n], k, group) for i in (0, 1)
@@ -388,7 +383,7 @@ def quantized_linear(
     require(isinstance(k, int) and is_float(x.dtype), f"needs floats with a last axis of fixed size, got {x}")
     panel = codes.shape[-1]
     lead = (-(-outputs // panel), *((2,) if gated else ()))  # type: ignore[operator]
-    want = TensorType((*lead, code_words(kind.bits, k), panel), "uint8")  # type: ignore[arg-type]
+    want = TensorType((*lead, -(-k // kind.per_byte), panel), "uint8")  # type: ignore[arg-type]
     require(codes == want, f"the codes must be {want}, got {codes}")
     want = TensorType((*lead, kind.groups(k, group), 2, panel), "float32")  # type: ignore[arg-type]
     require(scales == want, f"the scales must be {want}, got {scales}")

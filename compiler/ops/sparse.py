@@ -149,8 +149,8 @@ def _kept(values: TensorType, scheme: str) -> int:
 
 def _packed_size(count: int, scheme: str, panel: int) -> int:
     """Elements of packed values: kernels load 2 * panel from wherever they stand."""
-    halves = scheme != "none" and find_scheme(scheme).bits < 8
-    return (-(-count // 2) if halves else count) + 2 * panel
+    per_byte = 1 if scheme == "none" else find_scheme(scheme).per_byte
+    return -(-count // per_byte) + 2 * panel
 
 
 def _pack_values(values: np.ndarray, mask: np.ndarray, *, k: int, panel: int, pair: int, scheme: str) -> np.ndarray:
@@ -167,7 +167,7 @@ def _pack_values(values: np.ndarray, mask: np.ndarray, *, k: int, panel: int, pa
         found = _ordered(block, panel, pair)[_ordered(keep, panel, pair)]
         out[done : done + count] = found[:count]
         done += count
-    if scheme != "none" and find_scheme(scheme).bits < 8:
+    if scheme != "none" and find_scheme(scheme).per_byte == 2:
         both = np.pad(out, (0, size % 2))
         out = both[::2] | (both[1::2] << 4)
     return np.concatenate([out, np.zeros(2 * panel, out.dtype)])
@@ -208,7 +208,7 @@ def _unpack(
     flat = bits.reshape(panels, -1)
     at = starts[:, None] + np.cumsum(flat, 1) - flat
     single = values
-    if scheme != "none" and find_scheme(scheme).bits < 8:
+    if scheme != "none" and find_scheme(scheme).per_byte == 2:
         single = np.stack([values & 15, values >> 4], -1).reshape(-1)
     there = flat & (at >= 0) & (at < single.size)
     found = np.where(there, single[np.where(there, at, 0)], np.zeros((), single.dtype))

@@ -34,7 +34,7 @@ def sparse_limits(target: Target) -> dict[str, float]:
     found = {}
     for name, (dense_s, sparse_s) in _WORD_SECONDS.items():
         coded = name in SCHEMES
-        bits = (8 if SCHEMES[name].bits == 8 else 4) if coded else 8 * int(numpy_dtype(name).itemsize)
+        bits = 8 // SCHEMES[name].per_byte if coded else 8 * int(numpy_dtype(name).itemsize)
         dense, mask = 8 * bits, 8  # bytes of a word's numbers, and of its bits
         dense_s = max(dense_s, dense / bandwidth) if bandwidth else dense_s
         if expands("uint8" if coded else name, target) and sparse_s <= dense_s:

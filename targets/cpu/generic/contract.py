@@ -455,7 +455,7 @@ def _quantized(b: Builder, pull: Pull, node: Node, target: Flat) -> None:
     kind, k = schemes.scheme(node.scheme), x.shape[-1]
     panels, panel = codes.shape[0], codes.shape[-1]
     assert isinstance(panel, int) and isinstance(k, int)
-    per_byte, mask = (1, 255) if kind.bits == 8 else (2, 2**kind.bits - 1)
+    per_byte, mask = kind.per_byte, 2**kind.bits - 1
     depth, width, m = i64(k), i64(node.outputs), product(node.shape[:-1])
 
     def strip(outer: list[Expr]) -> None:

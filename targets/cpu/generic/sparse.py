@@ -36,7 +36,7 @@ class _Packed:
         self.values, self.mask, self.starts = (pull.leaves[o] for o in (values, mask, starts))
         self.scales = None if scales is None else pull.leaves[scales]
         self.panel, self.words = int(mask.shape[-1]) * 4, -(-k // 2)  # type: ignore[call-overload]
-        self.halves = scales is not None and schemes.scheme(node.scheme).bits < 8
+        self.halves = scales is not None and schemes.scheme(node.scheme).per_byte == 2
         self.count = int(values.shape[0]) * (2 if self.halves else 1)  # type: ignore[call-overload]
 
     def bits(self, where: Sequence[Expr], word: Expr) -> Expr:

@@ -170,11 +170,11 @@ class Codes:
     @property
     def per_byte(self) -> int:
         """Codes in a byte of the packed layout."""
-        return 1 if schemes.scheme(self.scheme).bits == 8 else 2
+        return schemes.scheme(self.scheme).per_byte
 
     def words(self, k: int) -> int:
         """Bytes per output in panels."""
-        return ops.quantize.code_words(schemes.scheme(self.scheme).bits, k)
+        return -(-k // self.per_byte)
 
     def groups(self, k: int) -> int:
         """Scales per output."""
