@@ -62,16 +62,16 @@ def _codes(scheme: str, group: int) -> QuantizeRecipe:
 _HALF, _MOST = PruneRecipe(sparsity=0.5), PruneRecipe(sparsity=0.7)
 
 OPTIONS: tuple[Option, ...] = (
-    *(
-        Option(quantize=_codes(scheme, group))
-        for scheme, group in (("int2", 32), ("int2", 64), ("int3", 32), ("int3", 64), ("int3", 128), ("int4", 32), ("int4", 64), ("int4", 128), ("int5", 64), ("int5", 128), ("int6", 128), ("int8", 0))
-    ),
+    *(Option(quantize=_codes("int2", group)) for group in (32, 64)),
+    *(Option(quantize=_codes(scheme, group)) for scheme in ("int3", "int4") for group in (32, 64, 128)),
+    *(Option(quantize=_codes(scheme, group)) for scheme in ("int5", "int6") for group in (64, 128)),
+    Option(quantize=_codes("int8", 0)),
     Option(_HALF, _codes("int4", 128)),
     Option(_HALF, _codes("int8", 0)),
     Option(_MOST, _codes("int8", 0)),
     Option(_HALF),
     Option(),
-)  # fmt: skip
+)
 """What is tried on each matrix unless told otherwise."""
 
 
