@@ -155,6 +155,15 @@ class Scheme:
         shift = (self.middle if self.uniform else 0.0) if zeros is None else zeros
         return np.asarray((self.levels[codes] - np.float32(shift)) * scales, np.float32)
 
+    def nearest(self, w: np.ndarray, scales: np.ndarray, zeros: np.ndarray | None) -> np.ndarray:
+        """The values of the nearest levels, in w's dtype; scales and zeros broadcast against w."""
+        if not self.uniform:
+            return self.decode(self.encode(w, scales, zeros), scales, zeros).astype(w.dtype)
+        shift = self.middle if zeros is None else zeros
+        found = np.rint(w / scales + shift)
+        np.minimum(np.maximum(found, 0, out=found), 2**self.bits - 1, out=found)
+        return np.asarray((found - shift) * scales)
+
     @property
     def computes(self) -> bool:
         """Whether rounding to the levels is arithmetic (integers, small floats), so that values can be rounded at each call."""

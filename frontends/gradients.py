@@ -49,8 +49,9 @@ def computes_bfloat16(graph: Graph) -> bool:
 def _likelihood(logits: Tensor, random: torch.Generator) -> Tensor:
     """The log-likelihood of tokens drawn from the model's own predictions."""
     chances = logits.log_softmax(-1).flatten(0, -2)
-    drawn = torch.multinomial(chances.detach().exp(), 1, generator=random)
-    return chances.gather(-1, drawn).sum()
+    sums = chances.detach().exp().cumsum(-1)
+    drawn = torch.searchsorted(sums, torch.rand(len(sums), 1, generator=random) * sums[:, -1:])
+    return chances.gather(-1, drawn.clamp(max=sums.shape[-1] - 1)).sum()
 
 
 def _signed_sum(x: Tensor, random: torch.Generator) -> Tensor:

@@ -121,7 +121,7 @@ def _scores(q: np.ndarray, k: np.ndarray, scale: float, softcap: float) -> np.nd
     """[b, h, s, t] in float32 or float64 from q [b, s, h, d] and k [b, t, g, d] (g divides h)."""
     repeat = q.shape[2] // max(k.shape[2], 1)
     keys = np.repeat(_wide(k), repeat, axis=2)
-    scores = np.einsum("bshd,bthd->bhst", _wide(q), keys) * scale
+    scores = _wide(q).transpose(0, 2, 1, 3) @ keys.transpose(0, 2, 3, 1) * scale
     return softcap * np.tanh(scores / softcap) if softcap else scores
 
 
@@ -145,7 +145,8 @@ def _attend(
     if not empty_nan:
         p = np.where(total == 0, 0, p)
     repeat = scores.shape[1] // max(v.shape[2], 1)
-    return np.einsum("bhst,bthd->bshd", p, np.repeat(_wide(v), repeat, axis=2)).astype(dtype)
+    found = p @ np.repeat(_wide(v), repeat, axis=2).transpose(0, 2, 1, 3)
+    return np.ascontiguousarray(found.transpose(0, 2, 1, 3)).astype(dtype)
 
 
 def _attention(

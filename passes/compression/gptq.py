@@ -112,23 +112,34 @@ def gptq(
     same feedback (SparseGPT's joint sweep); its codes mean nothing. order, factor: from `feedback`.
     """
     n, k = w.shape
-    rest = w[:, order].astype(np.float64)
-    scales, zeros = grid.at(k)
-    codes = np.empty((n, k), np.uint8)
+    rest = np.ascontiguousarray(w[:, order].T, np.float64)  # inputs first: what is touched together lies together
+    scales, zeros, kept = _by_input(grid, mask, order)
+    found = np.empty((k, n), np.float64)
     for begin in range(0, k, block):
         end = min(begin + block, k)
-        errors = np.empty((n, end - begin))
+        errors = np.empty((end - begin, n))
         for j in range(begin, end):
-            column = order[j]
-            s, z = scales[:, column], None if zeros is None else zeros[:, column]
-            codes[:, column] = grid.scheme.encode(rest[:, j].astype(np.float32), s, z)
-            value = grid.scheme.decode(codes[:, column], s, z)
-            if mask is not None:
-                value = np.where(mask[:, column], value, 0)
-            errors[:, j - begin] = (rest[:, j] - value) / factor[j, j]
-            rest[:, j + 1 : end] -= np.outer(errors[:, j - begin], factor[j, j + 1 : end])
-        rest[:, end:] -= errors @ factor[begin:end, end:]
-    return codes
+            value = grid.scheme.nearest(rest[j], scales[j], None if zeros is None else zeros[j])
+            if kept is not None:
+                value = value * kept[j]
+            found[j] = value
+            errors[j - begin] = (rest[j] - value) / factor[j, j]
+            rest[j + 1 : end] -= factor[j, j + 1 : end, None] * errors[j - begin]
+        rest[end:] -= factor[begin:end, end:].T @ errors
+    values = np.empty((n, k), np.float32)
+    values[:, order] = found.T
+    return grid.nearest(values)
+
+
+def _by_input(
+    grid: Grid, mask: np.ndarray | None, order: np.ndarray
+) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
+    """Scales, zeros and the mask float64 [k, n], inputs in the given order."""
+    k = len(order)
+    scales, zeros = grid.at(k)
+    wanted = [None if v is None else np.ascontiguousarray(v[:, order].T, np.float64) for v in (scales, zeros, mask)]
+    assert wanted[0] is not None
+    return wanted[0], wanted[1], wanted[2]
 
 
 def refine(
@@ -159,52 +170,46 @@ _WORTHWHILE = 0.003
 
 def _cost(w: np.ndarray, h: np.ndarray, q: np.ndarray) -> float:
     e = w - q.astype(np.float64)
-    return float(np.einsum("nk,nk->", e @ h, e))
+    return float(np.vdot(e @ h, e))
 
 
 def _descend(
-    w: np.ndarray, h: np.ndarray, grid: Grid, codes: np.ndarray, mask: np.ndarray | None, block: int = 128
+    w: np.ndarray, h: np.ndarray, grid: Grid, codes: np.ndarray, mask: np.ndarray | None, block: int = 64
 ) -> np.ndarray:
     """One sweep: every code in turn becomes the best one while all others stay."""
-    n, k = w.shape
-    codes = codes.copy()
-    scales, zeros = grid.at(k)
-    q = grid.values(codes, mask).astype(np.float64)
-    gradient = (q - w) @ h  # half the cost's gradient
+    k = w.shape[1]
+    scales, zeros, kept = _by_input(grid, mask, np.arange(k))
+    q = np.ascontiguousarray(grid.values(codes, mask).T, np.float64)  # inputs first, as in `gptq`
+    gradient = h @ (q - w.T)  # half the cost's gradient
     diagonal = np.maximum(np.diag(h), 1e-12)
     for begin in range(0, k, block):
         end = min(begin + block, k)
-        moved = np.empty((n, end - begin))
+        here, moved = gradient[begin:end].copy(), np.empty((end - begin, len(w)))
         for j in range(begin, end):
-            s, z = scales[:, j], None if zeros is None else zeros[:, j]
-            aim = q[:, j] - gradient[:, j] / diagonal[j]
-            codes[:, j] = grid.scheme.encode(aim.astype(np.float32), s, z)
-            step = grid.scheme.decode(codes[:, j], s, z) - q[:, j]
-            if mask is not None:
-                step = np.where(mask[:, j], step, 0)
-            q[:, j] += step
-            moved[:, j - begin] = step
-            gradient[:, begin:end] += np.outer(step, h[j, begin:end])
-        outside = np.r_[0:begin, end:k]
-        gradient[:, outside] += moved @ h[begin:end][:, outside]
-    return codes
+            i = j - begin
+            aim = q[j] - here[i] / diagonal[j]
+            step = grid.scheme.nearest(aim, scales[j], None if zeros is None else zeros[j]) - q[j]
+            if kept is not None:
+                step *= kept[j]
+            q[j] += step
+            moved[i] = step
+            here[i + 1 :] += h[j + 1 : end, j, None] * step
+        gradient += h[:, begin:end] @ moved
+    return grid.nearest(np.ascontiguousarray(q.T, np.float32))
 
 
 def _refitted(w: np.ndarray, h: np.ndarray, grid: Grid, codes: np.ndarray, mask: np.ndarray | None) -> Grid:
     """The scales that suit given codes best (all groups of a row together), as they can be stored."""
-    k = w.shape[1]
+    n, k = w.shape
     ones = Grid(grid.scheme, grid.group, np.ones_like(grid.scales), grid.zeros)
     levels = ones.values(codes, mask).astype(np.float64)
     size = grid.group or k
-    edges = range(0, k, size)
+    edges = np.arange(0, k, size)
     groups = len(edges)
-    target = w.astype(np.float64) @ h
-    right = np.stack([np.einsum("nk,nk->n", target[:, e : e + size], levels[:, e : e + size]) for e in edges], 1)
-    left = np.empty((len(w), groups, groups))
-    for i, e in enumerate(edges):
-        part = levels[:, e : e + size] @ h[e : e + size]
-        for j, f in enumerate(edges):
-            left[:, i, j] = np.einsum("nk,nk->n", part[:, f : f + size], levels[:, f : f + size])
+    right = np.add.reduceat((w.astype(np.float64) @ h) * levels, edges, 1)
+    left = np.empty((n, groups, groups))
+    for i, e in enumerate(edges.tolist()):
+        left[:, i] = np.add.reduceat((levels[:, e : e + size] @ h[e : e + size]) * levels, edges, 1)
     left += 1e-6 * np.einsum("nii->n", left)[:, None, None] / groups * np.eye(groups) + 1e-20 * np.eye(groups)
     scales = np.linalg.solve(left, right[..., None])[..., 0]
     sensible = (scales > 0.25 * grid.scales) & (scales < 4 * grid.scales) & np.isfinite(scales)
