@@ -54,7 +54,7 @@ class Compress:
             kept.done()
         return graph
 
-    def curvatures(self, graph: Graph, kept: Unfinished | None = None) -> dict[Node, np.ndarray]:
+    def curvatures(self, graph: Graph, kept: Unfinished | None = None) -> Mapping[Node, np.ndarray]:
         """How errors in the outputs of matrices count, of those whose rules ask for it. Raises RecipeError as `choose`."""
         chosen = (choose_pruned(graph, self.prune), choose_quantized(graph, self.quantize))
         matrices = {

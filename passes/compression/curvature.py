@@ -8,6 +8,7 @@ from typing import Protocol
 import numpy as np
 
 from jisu.compiler import ops
+from jisu.compiler.errors import InputError
 from jisu.compiler.graph import Graph, Node
 from jisu.compiler.types import TensorType
 from jisu.passes.compression.calibrate import Samples, calls_of
@@ -20,7 +21,7 @@ WINDOWS = 64
 MOST_OUTPUTS = 4096
 """Matrices with more outputs are compressed as if all of them counted alike."""
 
-MOST_BYTES = 1 << 29
+MOST_BYTES = 1 << 28
 """What the estimates of a model may take together; those with the fewest outputs come first."""
 
 DAMPING = 0.05
@@ -49,22 +50,56 @@ class Differentiate(Protocol):
 
 def curvatures(
     graph: Graph, matrices: Mapping[Node, Layer], samples: Samples, differentiate: Differentiate, kept: Unfinished | None = None
-) -> dict[Node, np.ndarray]:  # fmt: skip
+) -> Mapping[Node, np.ndarray]:  # fmt: skip
     """Per matrix [n, k] the float32 [n, n] by which errors in its outputs count: error eᵀ C e. Its mean diagonal is 1.
 
     After YAQA (Tseng et al., 2025), whose other factor is the layer's H. Matrices that have too many outputs, or no gradient, are left out.
-    kept: holds what an interrupted run found.
+    kept: where estimates lie while they are needed, and those of an interrupted run.
     """
     wanted = dict(_affordable(matrices))
-    found = {}
-    stored = None if kept is None else kept.get("curvatures")
-    if stored is not None:
-        return {node: stored[str(graph.nodes.index(node))] for node in wanted if str(graph.nodes.index(node)) in stored}
+    places = {node: f"curvature {graph.nodes.index(node)}" for node in wanted}
+    done = None if kept is None else kept.get("curvatures")
+    if kept is not None and done is not None:
+        return _Kept(kept, {node: name for node, name in places.items() if name in done})
+    found = dict(_estimated(graph, wanted, samples, differentiate)) if wanted else {}
+    if kept is None:
+        return found
+    for node, estimate in found.items():
+        kept.put(places[node], {"curvature": estimate})
+    kept.put("curvatures", {places[node]: np.zeros(0) for node in found})
+    return _Kept(kept, {node: places[node] for node in found})
+
+
+class _Kept(Mapping[Node, np.ndarray]):
+    """Estimates on disk, each read when it is asked for."""
+
+    def __init__(self, kept: Unfinished, names: Mapping[Node, str]) -> None:
+        self._kept, self._names = kept, names
+
+    def __getitem__(self, node: Node) -> np.ndarray:
+        found = self._kept.get(self._names[node])
+        if found is None:
+            raise InputError(f"{self._kept.folder}: a file of this compression is gone; start again")
+        return found["curvature"]
+
+    def __iter__(self) -> Iterator[Node]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def _estimated(
+    graph: Graph, wanted: Mapping[Node, Layer], samples: Samples, differentiate: Differentiate
+) -> Iterator[tuple[Node, np.ndarray]]:
     smooth, places = _without_roundings(graph, {user for layer in wanted.values() for user in layer.users})
     language = isinstance(samples, np.ndarray)
-    calls = calls_of(smooth, samples[:WINDOWS], _batch(smooth)) if language else calls_of(smooth, samples)[:WINDOWS]
+    if isinstance(samples, np.ndarray):
+        calls = calls_of(smooth, samples[:WINDOWS], _batch(smooth, samples.shape[1]))
+    else:
+        calls = calls_of(smooth, samples)[:WINDOWS]
     watched = {place: MATRICES[place.op] for place in places.values()}
-    moments = differentiate(smooth, calls, watched, language=language) if wanted else {}
+    moments = differentiate(smooth, calls, watched, language=language)
     for node, layer in wanted.items():
         parts = [
             moments[places[user], position]
@@ -74,10 +109,7 @@ def curvatures(
         ]
         shrunk = _shrunk(parts)
         if shrunk is not None:
-            found[node] = shrunk
-    if kept is not None:
-        kept.put("curvatures", {str(graph.nodes.index(node)): c for node, c in found.items()})
-    return found
+            yield node, shrunk
 
 
 def _affordable(matrices: Mapping[Node, Layer]) -> Iterator[tuple[Node, Layer]]:
@@ -90,10 +122,11 @@ def _affordable(matrices: Mapping[Node, Layer]) -> Iterator[tuple[Node, Layer]]:
         yield node, layer
 
 
-def _batch(graph: Graph) -> int:
+def _batch(graph: Graph, length: int) -> int:
     """Windows at a time, so that logits don't fill the memory."""
     last = graph.outputs[0].type
-    return 2 if isinstance(last, TensorType) and int(last.shape[-1]) > 1 << 14 else 8
+    width = int(last.shape[-1]) if isinstance(last, TensorType) else 1
+    return max(1, min(8, (1 << 22) // (width * length)))
 
 
 def _without_roundings(graph: Graph, layers: Collection[Node]) -> tuple[Graph, dict[Node, Node]]:

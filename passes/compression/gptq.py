@@ -164,7 +164,7 @@ def refine(
     return best
 
 
-_WORTHWHILE = 0.003
+_WORTHWHILE = 0.01
 """By how much a sweep must lower the cost for another one to follow."""
 
 
