@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,8 @@ from jisu.frontends.to_torch import GraphModule, Meaning
 
 
 def output_gradients(
-    graph: Graph, calls: Sequence[Sequence[np.ndarray]], layers: Mapping[Node, Sequence[int]], *, language: bool, seed: int = 0
+    graph: Graph, calls: Sequence[Sequence[np.ndarray]], layers: Mapping[Node, Sequence[int]], *, language: bool, seed: int = 0,
+    progress: Callable[[float], None] = lambda done: None,
 ) -> dict[tuple[Node, int], tuple[np.ndarray, float, int]]:  # fmt: skip
     """Of the gradients g [n] at the products of layers with their matrices, sums over tokens: g gᵀ float32 [n, n], |g|⁴, and the
     number of tokens; by layer and position.
@@ -30,7 +31,7 @@ def output_gradients(
     """
     module = _Watched(graph, layers, None if computes_bfloat16(graph) else "float32")
     random = torch.Generator().manual_seed(seed)
-    for call in calls:
+    for i, call in enumerate(calls):
         outputs = module._run([torch.from_numpy(np.ascontiguousarray(x)) for x in call])
         floats = [o.float() for o in outputs if o.is_floating_point() and o.requires_grad]
         if not floats:
@@ -38,6 +39,7 @@ def output_gradients(
         score = _likelihood(floats[0], random) if language else sum(_signed_sum(o, random) for o in floats)
         assert isinstance(score, Tensor)
         score.backward()  # type: ignore[no-untyped-call]
+        progress((i + 1) / len(calls))
     return {key: (square.numpy(), module.fourths[key], module.counts[key]) for key, square in module.squares.items()}
 
 

@@ -28,7 +28,7 @@ import jisu
 from jisu.compiler.recipe import Recipe
 from jisu.compiler.schemes import SCHEMES
 
-PLAIN = {"search": 0, "match": 0.0, "refine": 0}
+PLAIN: dict[str, Any] = {"search": 0, "match": 0.0, "refine": 0, "objective": "output"}
 INT4, INT3 = {"scheme": "int4", "symmetric": False}, {"scheme": "int3", "symmetric": False}
 HALF, OPTIMAL = {"sparsity": 0.5}, {"sparsity": 0.5, "allocation": "optimal"}
 RECOVER = {"steps": 700, "minutes": 12}
@@ -47,6 +47,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "int4 g128, AWQ": coded({**INT4, "algorithm": "awq"}),
     "int4 g128, plain GPTQ": coded({**INT4, **PLAIN}),
     "int4 g128": coded(INT4),
+    "int4 g128, by outputs": coded({**INT4, "objective": "output"}),
     "int4 g128, learned": coded({**INT4, "algorithm": "autoround"}, recover={"learning_rate": 0.001}),
     "int4 g32": coded({**INT4, "group": 32}),
     "int3 g128, plain GPTQ": coded({**INT3, **PLAIN}),
@@ -75,6 +76,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "50 %, shares by loss": {"prune": OPTIMAL},
     "60 %, shares by loss": {"prune": {**OPTIMAL, "sparsity": 0.6}},
     "2:4": {"prune": "2:4"},
+    "2:4, by outputs": {"prune": {"pattern": "2:4", "objective": "output"}},
     "2:4, blocks": {"prune": "2:4", "recover": BLOCKS},
     "50 % + int4 g128": coded(INT4, prune=HALF),
     "2:4 + int4 g128": coded(INT4, prune="2:4"),

@@ -43,18 +43,19 @@ class Compress:
         kept = None
         if self.folder is not None and self.samples is not None:
             kept = Unfinished(self.folder, graph, self.samples, (self.prune, self.quantize))
-        share = (
-            0.7 if any(rule.allocation in ("owl", "optimal") for rule in self.prune) else 0.0
-        )  # of the time, for shares
-        counts = self.curvatures(graph, kept)
-        layers, choices = self.choose(graph, kept, _part(self.progress, 0, share), counts)
+        first = 0.1 if self.differentiate is not None else 0.0  # of the time, for gradients
+        share = 0.7 if any(rule.allocation in ("owl", "optimal") for rule in self.prune) else first  # and for shares
+        counts = self.curvatures(graph, kept, _part(self.progress, 0, first))
+        layers, choices = self.choose(graph, kept, _part(self.progress, first, share), counts)
         if choices:
             graph = compress(graph, layers, choices, self.samples, _part(self.progress, share, 1), kept, counts)
         if kept is not None:
             kept.done()
         return graph
 
-    def curvatures(self, graph: Graph, kept: Unfinished | None = None) -> Mapping[Node, np.ndarray]:
+    def curvatures(
+        self, graph: Graph, kept: Unfinished | None = None, progress: Callable[[float], None] = lambda done: None
+    ) -> Mapping[Node, np.ndarray]:
         """How errors in the outputs of matrices count, of those whose rules ask for it. Raises RecipeError as `choose`."""
         chosen = (choose_pruned(graph, self.prune), choose_quantized(graph, self.quantize))
         matrices = {
@@ -64,7 +65,7 @@ class Compress:
             return {}
         for node, layer in matrices.items():
             matrix_of(node, layer.names[0], graph.weights)  # its errors come before those of gradients
-        return curvatures(graph, matrices, self.samples, self.differentiate, kept)
+        return curvatures(graph, matrices, self.samples, self.differentiate, kept, progress)
 
     def choose(
         self, graph: Graph, kept: Unfinished | None = None, progress: Callable[[float], None] = lambda done: None,

@@ -39,17 +39,14 @@ class Differentiate(Protocol):
     """
 
     def __call__(
-        self,
-        graph: Graph,
-        calls: Sequence[Sequence[np.ndarray]],
-        layers: Mapping[Node, Sequence[int]],
-        *,
-        language: bool,
-    ) -> Mapping[tuple[Node, int], Moments]: ...
+        self, graph: Graph, calls: Sequence[Sequence[np.ndarray]], layers: Mapping[Node, Sequence[int]], *, language: bool,
+        progress: Callable[[float], None],
+    ) -> Mapping[tuple[Node, int], Moments]: ...  # fmt: skip
 
 
 def curvatures(
-    graph: Graph, matrices: Mapping[Node, Layer], samples: Samples, differentiate: Differentiate, kept: Unfinished | None = None
+    graph: Graph, matrices: Mapping[Node, Layer], samples: Samples, differentiate: Differentiate, kept: Unfinished | None = None,
+    progress: Callable[[float], None] = lambda done: None,
 ) -> Mapping[Node, np.ndarray]:  # fmt: skip
     """Per matrix [n, k] the float32 [n, n] by which errors in its outputs count: error eᵀ C e. Its mean diagonal is 1.
 
@@ -61,7 +58,7 @@ def curvatures(
     done = None if kept is None else kept.get("curvatures")
     if kept is not None and done is not None:
         return _Kept(kept, {node: name for node, name in places.items() if name in done})
-    found = dict(_estimated(graph, wanted, samples, differentiate)) if wanted else {}
+    found = dict(_estimated(graph, wanted, samples, differentiate, progress)) if wanted else {}
     if kept is None:
         return found
     for node, estimate in found.items():
@@ -90,7 +87,11 @@ class _Kept(Mapping[Node, np.ndarray]):
 
 
 def _estimated(
-    graph: Graph, wanted: Mapping[Node, Layer], samples: Samples, differentiate: Differentiate
+    graph: Graph,
+    wanted: Mapping[Node, Layer],
+    samples: Samples,
+    differentiate: Differentiate,
+    progress: Callable[[float], None],
 ) -> Iterator[tuple[Node, np.ndarray]]:
     smooth, places = _without_roundings(graph, {user for layer in wanted.values() for user in layer.users})
     language = isinstance(samples, np.ndarray)
@@ -99,7 +100,7 @@ def _estimated(
     else:
         calls = calls_of(smooth, samples)[:WINDOWS]
     watched = {place: MATRICES[place.op] for place in places.values()}
-    moments = differentiate(smooth, calls, watched, language=language)
+    moments = differentiate(smooth, calls, watched, language=language, progress=progress)
     for node, layer in wanted.items():
         parts = [
             moments[places[user], position]
