@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -16,6 +17,9 @@ from torch.overrides import TorchFunctionMode
 from jisu.compiler.graph import Graph, Node
 from jisu.frontends.to_torch import GraphModule, Meaning
 
+_LARGE = 4 << 30
+"""Bytes of weights in float32 beyond which there is no such copy."""
+
 
 def output_gradients(
     graph: Graph, calls: Sequence[Sequence[np.ndarray]], layers: Mapping[Node, Sequence[int]], *, language: bool, seed: int = 0,
@@ -27,9 +31,11 @@ def output_gradients(
     layers: with the positions of their matrices among their operands. The gradients are, of a language model, those of the log-likelihood
     of tokens drawn from its own predictions, so that the mean of g gᵀ is the Fisher information; of others, those of the sum of all outputs with
     random signs, so that it is the Gauss-Newton matrix of their squared error. A product is what is there before bias and activation.
-    Weights stay where they are and get no gradients. A bfloat16 model is computed in that where the processor can, else in float32.
+    Weights stay where they are and get no gradients. A bfloat16 model is computed in that where the processor can, or where a copy in float32
+    would be large; else in float32.
     """
-    module = _Watched(graph, layers, None if computes_bfloat16(graph) else "float32")
+    wide = sum(4 * math.prod(w.shape) for w in graph.weights.values()) <= _LARGE and not computes_bfloat16(graph)
+    module = _Watched(graph, layers, "float32" if wide else None)
     random = torch.Generator().manual_seed(seed)
     for i, call in enumerate(calls):
         outputs = module._run([torch.from_numpy(np.ascontiguousarray(x)) for x in call])
