@@ -3,15 +3,17 @@
     python benchmarks/quality/compression.py MODEL --calibration CAL.npy --test TEST.npy [--training TEXT] [--json OUT]
 
 MODEL: a checkpoint folder with a tokenizer. CAL.npy, TEST.npy: token ids [windows, length]; CAL may be given several times, for
-the spread over calibration sets. TEXT: what rows with recovery train on; without, they are left out. Loss is the mean next-token
-loss within a window, in the compiled program, as bits per byte of the windows' text; what is lost is its difference to the unchanged
-model over the same windows, with its standard error. The embedding and the layer that gives the logits stay as they are.
+the spread over calibration sets. TEXT: what rows with recovery train on; without, they are left out ("tuned": on CAL
+alone). Loss is the mean next-token loss within a window, in the compiled program, as bits per byte of the windows' text; what is lost is its
+difference to the unchanged model over the same windows, with its standard error. The embedding and the layer that gives the logits
+stay as they are.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import fnmatch
 import json
 import math
 import shlex
@@ -32,6 +34,7 @@ PLAIN: dict[str, Any] = {"search": 0, "match": 0.0, "refine": 0, "objective": "o
 INT4, INT3 = {"scheme": "int4", "symmetric": False}, {"scheme": "int3", "symmetric": False}
 HALF, OPTIMAL = {"sparsity": 0.5}, {"sparsity": 0.5, "allocation": "optimal"}
 RECOVER = {"steps": 700, "minutes": 12}
+TUNE = {"steps": 320, "minutes": 8}
 BLOCKS = {"blocks": 200, "learning_rate": 0.001}
 
 
@@ -52,6 +55,8 @@ ROWS: dict[str, dict[str, Any]] = {
     "int4 g32": coded({**INT4, "group": 32}),
     "int3 g128, plain GPTQ": coded({**INT3, **PLAIN}),
     "int3 g128": coded(INT3),
+    "int4 g128, tuned": coded(INT4, recover=TUNE),
+    "int3 g128, tuned": coded(INT3, recover=TUNE),
     "int3 g128, learned": coded({**INT3, "algorithm": "autoround"}, recover={"learning_rate": 0.001}),
     "int2 g64": coded({"scheme": "int2", "symmetric": False, "group": 64}),
     "mxfp4, nearest": coded({"scheme": "mxfp4", "algorithm": "rtn"}),
@@ -109,14 +114,11 @@ def main() -> None:
     parser.add_argument("--calibration", type=Path, action="append", required=True)
     parser.add_argument("--test", type=Path, required=True)
     parser.add_argument("--training", type=Path, help="text for rows with recovery")
-    parser.add_argument(
-        "--rows", default="", help="comma-separated names, or parts of them with a star behind (default: all)"
-    )
+    parser.add_argument("--row", action="append", default=[], help="a name, or a pattern such as '2:4*' (default: all)")
     parser.add_argument("--json", type=Path, help="write everything measured here")
     given = parser.parse_args()
     windows = np.load(given.test).astype(np.int64)
     sets = [np.load(path).astype(np.int64) for path in given.calibration]
-    wanted = [w for w in given.rows.split(",") if w]
     with tempfile.TemporaryDirectory() as cache:
         dense = jisu.compile(given.model, cache_dir=cache)
         size = sum(len(dense.tokenizer.decode(w.tolist()).encode()) for w in windows) / windows.size
@@ -126,17 +128,18 @@ def main() -> None:
         results: dict[str, Any] = {}
         print("| recipe | lost, bits per byte | over calibration sets | seconds |\n|---|---|---|---|")
         for name, rules in ROWS.items():
-            if wanted and not any(w == name or w.endswith("*") and w[:-1] in name for w in wanted):
+            if given.row and not any(fnmatch.fnmatchcase(name, pattern) for pattern in given.row):
                 continue
             recipe = Recipe.from_dict(rules)
-            if recipe.recover.steps and given.training is None:
+            trains = recipe.recover.steps > 0 and rules["recover"] != TUNE  # that is done on calibration windows
+            if trains and given.training is None:
                 continue
             lost, seconds, weights = [], [], 0
             for tokens in sets if recipe.calibrated else [None]:
                 begin = time.perf_counter()
                 program = jisu.compile(
                     given.model, recipe=recipe, calibration=tokens, cache_dir=cache,
-                    training=str(given.training) if recipe.recover.steps else None,
+                    training=str(given.training) if trains else None,
                 )  # fmt: skip
                 seconds.append(time.perf_counter() - begin)
                 lost.append(losses(program, windows) * to_bits - before)
