@@ -294,8 +294,10 @@ def test_both_in_one_go_beat_one_after_the_other() -> None:
     assert both < error({"prune": cut, "quantize": codes}, None)
 
 
-def test_the_head_stays_dense_unless_named() -> None:
-    graph = trace_decoder(make("llama")).graph
+@pytest.mark.parametrize("name", ["llama", "gemma2", "cohere2"])
+def test_the_head_stays_dense_unless_named(name: str) -> None:
+    """Also where its logits are scaled or capped."""
+    graph = trace_decoder(make(name)).graph
     head = {n for n, layer in find_layers(graph).items() if "head" in layer.names}
     assert head and not head & choose_pruned(graph, (PruneRecipe(sparsity=0.5),)).keys()
     assert head == choose_pruned(graph, (PruneRecipe(layers="head", sparsity=0.5),)).keys()

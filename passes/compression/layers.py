@@ -12,7 +12,7 @@ import numpy as np
 
 from jisu.compiler import ops
 from jisu.compiler.errors import InputError, RecipeError
-from jisu.compiler.graph import WEIGHT, Graph, Node, Storage
+from jisu.compiler.graph import CONSTANT, WEIGHT, Graph, Node, Storage
 from jisu.compiler.masks import unpack_mask
 from jisu.compiler.recipe import PruneRecipe, QuantizeRecipe
 from jisu.passes.layout import Derived, is_stored
@@ -44,12 +44,22 @@ def find_layers(graph: Graph) -> dict[Node, Layer]:
             assert matrix is not None
             if is_stored(matrix) and matrix.op is not ops.dequantize and not matrix.tensor.symbols:
                 users.setdefault(matrix, []).append(node)
-    found = {}
+    found, last = {}, _last(graph)
     for matrix, layers in users.items():
         name = next(n.name for n in Graph((), (matrix,)).nodes if n.op is WEIGHT)
         name = name.removesuffix(".values" if matrix.op is ops.expand else ".weight")
-        is_head = any(layer in graph.outputs for layer in layers)
+        is_head = not last.isdisjoint(layers)
         found[matrix] = Layer((name, *([HEAD] if is_head else [])), matrix, tuple(layers))
+    return found
+
+
+def _last(graph: Graph) -> set[Node]:
+    """The graph's outputs, and what they are made of element by element (scaled, capped logits)."""
+    found = set(graph.outputs)
+    for node in reversed(graph.nodes):
+        if node in found and node.op in ops.ELEMENTWISE:
+            moving = {p for p in node.parents if p.op is not CONSTANT and not is_stored(p)}
+            found |= moving if len(moving) == 1 else set()
     return found
 
 
@@ -88,11 +98,11 @@ def choose_pruned(graph: Graph, rules: Iterable[PruneRecipe]) -> dict[Node, tupl
 
 def learned_codes(graph: Graph, rules: Iterable[QuantizeRecipe]) -> frozenset[str]:
     """The names of stored codes whose last matching rule has algorithm = "autoround"."""
-    found = set()
+    found, final = set(), _last(graph)
     for node in graph.nodes:
         if node.op is ops.dequantize and node.parents[0].op is WEIGHT:
             name, users = str(node.parents[0].name), graph.users[node]
-            names = (name.removesuffix(".codes"), *([HEAD] if any(u in graph.outputs for u in users) else []))
+            names = (name.removesuffix(".codes"), *([HEAD] if not final.isdisjoint(users) else []))
             last = [r for r in rules if _matches(Layer(names, node, users), r.layers)][-1:]
             if last and last[0].algorithm == "autoround":
                 found.add(name)
