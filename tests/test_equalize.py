@@ -17,6 +17,7 @@ from jisu.compiler.pipeline import Pass, Pipeline, relative_error
 from jisu.compiler.recipe import QuantizeRecipe, Recipe
 from jisu.compiler.schemes import SCHEMES
 from jisu.compiler.verify import verify
+from jisu.frontends.gradients import output_gradients
 from jisu.frontends.huggingface import trace_decoder
 from jisu.passes import default_passes
 from jisu.passes.compression import Compress
@@ -194,7 +195,11 @@ def test_a_whole_program_is_equalized() -> None:
     program = jisu.compile(model, recipe=Recipe(quantize=rules), calibration=tokens, check="numeric")
     names = [p["name"] for p in program.explain()["passes"]]
     assert names.index("equalize") < names.index("quantize activations") < names.index("compress")
-    steps = (Equalize(rules, tokens), QuantizeActivations(rules, tokens), Compress((), rules, tokens))
+    steps = (
+        Equalize(rules, tokens),
+        QuantizeActivations(rules, tokens),
+        Compress((), rules, tokens, differentiate=output_gradients),
+    )
     want = logits(Pipeline(steps).run(decoder("llama"))[0], probe)
     off = np.abs(np.asarray(program(probe).logits) - want).max(-1)  # a few numbers go to the level beside theirs
     assert np.median(off) < 1e-4 and off.max() < 0.2

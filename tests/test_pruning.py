@@ -25,6 +25,7 @@ from jisu.compiler.pattern import Pattern
 from jisu.compiler.recipe import PruneRecipe, QuantizeRecipe, Recipe
 from jisu.compiler.schemes import SCHEMES
 from jisu.compiler.types import TensorType
+from jisu.frontends.gradients import output_gradients
 from jisu.frontends.huggingface import trace_decoder
 from jisu.passes.compression import Compress, calibrate
 from jisu.passes.compression.allocation import allocate, knapsack
@@ -245,7 +246,7 @@ def test_a_layer_that_matters_more_stays_denser() -> None:
 def pruned(name: str, recipe: dict[str, Any], tokens: np.ndarray | None) -> Graph:
     graph = trace_decoder(make(name)).graph
     given = Recipe.from_dict(recipe)
-    return Compress(given.prune, given.quantize, tokens)(graph)
+    return Compress(given.prune, given.quantize, tokens, differentiate=output_gradients)(graph)
 
 
 @pytest.mark.parametrize("text", PATTERNS)
