@@ -677,7 +677,8 @@ def _lossy_passes(
         for i, (name, prune, quantize) in enumerate(steps):
             begin = 0.34 + 0.06 * i / len(steps)
             told = during(f"{name.removesuffix('e')}ing", begin, begin + 0.02)
-            found.append(Compress(prune, quantize, samples, told, kept / "unfinished", name, output_gradients))
+            folder = kept / "unfinished"
+            found.append(Compress(prune, quantize, samples, told, folder, name, differentiate=output_gradients))
             learned = any(rule.algorithm == "autoround" for rule in quantize)
             if learned or recipe.recover.blocks:
                 told = during("reconstructing blocks", begin + 0.02, begin + 0.025)

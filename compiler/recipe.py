@@ -110,7 +110,8 @@ AutoRound; Cheng et al., 2024), "auto" does as "gptq" where there is such text."
 
 OBJECTIVES = ("loss", "output")
 """What GPTQ and ALPS keep: the model's loss, by how errors in a layer's outputs count for it to second order (estimated from gradients
-on calibration data, after YAQA; Tseng et al., 2025), or the outputs of each layer by itself."""
+on calibration data, after YAQA; Tseng et al., 2025), or the outputs of each layer by itself. Other algorithms know outputs or numbers only;
+and so does a layer with more than 4096 outputs."""
 
 ACTIVATIONS = ("none", *(s.name for s in SCHEMES.values() if s.computes))
 """Schemes to which the values that a layer reads can be rounded at each call."""
@@ -130,7 +131,7 @@ class QuantizeRecipe:
     `jisu.compiler.schemes.SCHEMES`, or "none" to leave them as they are. group: inputs per scale, 0 for a whole row, -1 for
     what is usual for the scheme. symmetric: no zeros. algorithm: one of `ALGORITHMS`; with calibration also search (how many
     ranges a group's scale is chosen from), match (0 to 1: how far layers make up for errors of those before them), refine (sweeps of
-    coordinate descent after it) and objective (one of `OBJECTIVES`).
+    coordinate descent after it) and objective (one of `OBJECTIVES`). In a layer that a `PruneRecipe` cuts, its match and objective apply.
 
     activations: the scheme that what the layers read is rounded to, one of `ACTIVATIONS`: a scale per token, or per the scheme's group
     of channels; activation_range: one of `RANGES` ("static": one scale per layer). smooth: SmoothQuant's alpha, how much of the spread

@@ -116,6 +116,10 @@ class Scheme:
         """Codes in a byte where kernels read them: two of up to 4 bits, or one."""
         return 2 if self.bits <= 4 else 1
 
+    def panel_bytes(self, k: int) -> int:
+        """Bytes of the codes of k numbers where kernels read them."""
+        return -(-k // self.per_byte)
+
     def groups(self, k: int, group: int) -> int:
         """How many groups a row of k inputs has (group 0: one)."""
         return 1 if not group else -(-k // group)
@@ -155,8 +159,8 @@ class Scheme:
         shift = (self.middle if self.uniform else 0.0) if zeros is None else zeros
         return np.asarray((self.levels[codes] - np.float32(shift)) * scales, np.float32)
 
-    def nearest(self, w: np.ndarray, scales: np.ndarray, zeros: np.ndarray | None) -> np.ndarray:
-        """The values of the nearest levels, in w's dtype; scales and zeros broadcast against w."""
+    def on_grid(self, w: np.ndarray, scales: np.ndarray, zeros: np.ndarray | None) -> np.ndarray:
+        """What `decode` makes of `encode`'s codes, of w's shape and dtype, without the codes; scales and zeros broadcast against w."""
         if not self.uniform:
             return self.decode(self.encode(w, scales, zeros), scales, zeros).astype(w.dtype)
         shift = self.middle if zeros is None else zeros

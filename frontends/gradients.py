@@ -28,11 +28,13 @@ def output_gradients(
     """Of the gradients g [n] at the products of layers with their matrices, sums over tokens: g gᵀ float32 [n, n], |g|⁴, and the
     number of tokens; by layer and position.
 
-    layers: with the positions of their matrices among their operands. The gradients are, of a language model, those of the log-likelihood
-    of tokens drawn from its own predictions, so that the mean of g gᵀ is the Fisher information; of others, those of the sum of all outputs with
-    random signs, so that it is the Gauss-Newton matrix of their squared error. A product is what is there before bias and activation.
-    Weights stay where they are and get no gradients. A bfloat16 model is computed in that where the processor can, or where a copy in float32
-    would be large; else in float32.
+    calls: the graph's inputs, call by call. layers: with the positions of their matrices among their operands. The gradients are, of a
+    language model, those of the log-likelihood of tokens drawn from its own predictions, so that the mean of g gᵀ is the Fisher information;
+    of others, those of the sum of all outputs with random signs, so that it is the Gauss-Newton matrix of their squared error. A product is
+    what is there before bias and activation. Weights stay where they are and get no gradients. A bfloat16 model is computed in that where the
+    processor can, or where a copy in float32 would be large; else in float32. Layers that no float output depends on are left out.
+
+    Raises UnsupportedError for ops that only layout and the cache make.
     """
     wide = sum(4 * math.prod(w.shape) for w in graph.weights.values()) <= _LARGE and not computes_bfloat16(graph)
     module = _Watched(graph, layers, "float32" if wide else None)
@@ -42,9 +44,10 @@ def output_gradients(
         floats = [o.float() for o in outputs if o.is_floating_point() and o.requires_grad]
         if not floats:
             break
-        score = _likelihood(floats[0], random) if language else sum(_signed_sum(o, random) for o in floats)
-        assert isinstance(score, Tensor)
-        score.backward()  # type: ignore[no-untyped-call]
+        score = (
+            _likelihood(floats[0], random) if language else torch.stack([_signed_sum(o, random) for o in floats]).sum()
+        )
+        torch.autograd.backward(score)
         progress((i + 1) / len(calls))
     return {key: (square.numpy(), module.fourths[key], module.counts[key]) for key, square in module.squares.items()}
 

@@ -330,6 +330,7 @@ _SAME_NAME = (
 """Ops that PyTorch has under the same name, with the same meaning."""
 
 Meaning = Callable[..., Any]
+"""An op in PyTorch: operands as tensors (None where one is left out), attributes by name."""
 
 MEANINGS: Mapping[Op, Meaning] = {
     **{op: _elementwise(op.name) for op in _SAME_NAME},

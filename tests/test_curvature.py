@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import jisu
-from jisu.compiler.graph import Graph, placeholder, weight
-from jisu.compiler.ops import linear
+from jisu.compiler import ops
+from jisu.compiler.graph import ArrayStorage, Graph, placeholder, weight
 from jisu.compiler.pattern import Pattern
 from jisu.compiler.pipeline import Pipeline
 from jisu.compiler.recipe import PruneRecipe, QuantizeRecipe
@@ -24,6 +24,7 @@ from jisu.frontends.gradients import output_gradients
 from jisu.frontends.huggingface import trace_decoder
 from jisu.passes import default_passes
 from jisu.passes.compression import Compress, curvature
+from jisu.passes.compression.activations import QuantizeActivations
 from jisu.passes.compression.cached import QuantizeCache
 from jisu.passes.compression.calibrate import Run, calls_of
 from jisu.passes.compression.curvature import curvatures, in_turn
@@ -61,11 +62,11 @@ def cost(e: np.ndarray, h: np.ndarray, c: np.ndarray) -> float:
 @pytest.mark.parametrize(
     ("name", "modules"),
     [
-        ("llama", {"self_attn.q_proj": (), "mlp.gate_proj": (), "mlp.up_proj": (), "mlp.down_proj": ()}),
-        ("gpt2", {"attn.c_proj": (), "mlp.c_fc": (), "mlp.c_proj": ()}),
+        ("llama", ("self_attn.q_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")),
+        ("gpt2", ("attn.c_proj", "mlp.c_fc", "mlp.c_proj")),
     ],
 )
-def test_gradients_are_those_at_the_modules_products(name: str, modules: dict[str, Any]) -> None:
+def test_gradients_are_those_at_the_modules_products(name: str, modules: tuple[str, ...]) -> None:
     """Through fused layers, before bias and activation, as hooks on the model see them."""
     graph, model, tokens = fused(name), make(name), ids(2, 12)
     layers = {n: MATRICES[n.op] for n in graph.nodes if n.op in MATRICES}
@@ -79,7 +80,7 @@ def test_gradients_are_those_at_the_modules_products(name: str, modules: dict[st
         return hook
 
     for label, module in model.named_modules():
-        if any(label.endswith(m) for m in modules):
+        if label.endswith(modules):
             module.register_forward_hook(watch(label))
     logits = model(torch.from_numpy(tokens)).logits
     signs = torch.randint(0, 2, logits.shape, generator=torch.Generator().manual_seed(3)) * 2 - 1
@@ -88,7 +89,9 @@ def test_gradients_are_those_at_the_modules_products(name: str, modules: dict[st
     names = {node: layer.names[0] for node, layer in find_layers(graph).items()}
     compared = 0
     for (layer, position), (square, fourth, count) in found.items():
-        label = names[layer.operands[position]]  # type: ignore[index]
+        matrix = layer.operands[position]
+        assert matrix is not None
+        label = names[matrix]
         if label not in gradients:
             continue
         g = gradients[label].flatten(0, -2).numpy().astype(np.float64)
@@ -104,18 +107,12 @@ def test_a_language_models_gradients_give_the_fisher_information() -> None:
     rng = np.random.default_rng(0)
     w, x = rng.standard_normal((6, 4)).astype(np.float32), rng.standard_normal((1, 1, 4)).astype(np.float32)
     node = placeholder("x", TensorType((1, 4000, 4), "float32"))
-    model = Graph((node,), (linear(node, weight("w", TensorType((6, 4), "float32"))),), {"w": _stored(w)})
+    model = Graph((node,), (ops.linear(node, weight("w", TensorType((6, 4), "float32"))),), {"w": ArrayStorage(w)})
     (layer,) = model.outputs
     found = output_gradients(model, [(np.repeat(x, 4000, 1),)], {layer: (1,)}, language=True)
     square, _, count = found[layer, 1]
     p = np.exp(x[0, 0] @ w.T) / np.exp(x[0, 0] @ w.T).sum()
     np.testing.assert_allclose(square / count, np.diag(p) - np.outer(p, p), atol=0.03)
-
-
-def _stored(array: np.ndarray) -> Any:
-    from jisu.compiler.graph import ArrayStorage
-
-    return ArrayStorage(array)
 
 
 # --- The estimate --------------------------------------------------------------------------------------------------
@@ -152,15 +149,21 @@ def test_large_layers_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(curvatures(graph, layers, tokens, output_gradients)) == len(layers)
     monkeypatch.setattr(curvature, "MOST_OUTPUTS", 48)
     assert all(n.shape[0] <= 48 for n in curvatures(graph, layers, tokens, output_gradients))
-    monkeypatch.setattr(curvature, "MOST_BYTES", 4 * 16 * 16 * 4)
-    assert [n.shape[0] for n in curvatures(graph, layers, tokens, output_gradients)] == [16] * 4
-    monkeypatch.setattr(curvature, "MOST_BYTES", 0)
-    assert not curvatures(graph, layers, tokens, output_gradients)
+    # Of wide layers what half of the weights' bytes leaves room for, and always the same ones.
+    monkeypatch.setattr(curvature, "MOST_OUTPUTS", 1 << 20)
+    monkeypatch.setattr(curvature, "LEAST_BYTES", 0)
+    wide = Pipeline(default_passes()).run(trace_decoder(make("llama", vocab_size=2000)).graph)[0]
+    found = curvatures(wide, find_layers(wide), tokens, output_gradients)
+    assert len(found) == len(find_layers(wide)) - 1 and max(int(n.shape[0]) for n in found) == 48
+    some = {node: layer for node, layer in find_layers(wide).items() if int(node.shape[0]) != 32}
+    assert curvatures(wide, some, tokens, output_gradients).keys() == found.keys() & some.keys()
 
 
 def test_a_rounded_cache_and_rounded_inputs_let_gradients_pass() -> None:
     graph, tokens = fused("llama"), ids(4, 12)
-    coded = QuantizeCache("int4", "hadamard")(graph)
+    rules = (QuantizeRecipe(activations="int8"),)
+    coded = QuantizeActivations(rules)(QuantizeCache("int4", "hadamard")(graph))
+    assert coded.count(ops.fake_quantize) and coded.count(ops.decode_rows)
     found = curvatures(coded, find_layers(coded), tokens, output_gradients)
     assert len(found) == len(find_layers(coded))
 

@@ -67,7 +67,7 @@ def test_numbers_come_back_within_a_step(kind: Scheme, w: np.ndarray, group: int
     room = widest / 2 if symmetric or not kind.uniform else widest  # a zero is rounded, too
     assert (np.abs(back - w) <= scales * room * 1.01 + loss * reach + 1e-30).all()
     assert np.array_equal(grid.values(grid.nearest(back)), back)
-    short = kind.nearest(w.astype(np.float64), *grid.at(w.shape[1]))
+    short = kind.on_grid(w.astype(np.float64), *grid.at(w.shape[1]))
     assert np.array_equal(grid.nearest(short.astype(np.float32)), grid.nearest(back))
     np.testing.assert_allclose(np.abs(short - w), np.abs(back - w), atol=float(scales.max()) * 1e-5)
 

@@ -51,11 +51,11 @@ ROWS: dict[str, dict[str, Any]] = {
     "int4 g128, plain GPTQ": coded({**INT4, **PLAIN}),
     "int4 g128": coded(INT4),
     "int4 g128, by outputs": coded({**INT4, "objective": "output"}),
+    "int4 g128, tuned": coded(INT4, recover=TUNE),
     "int4 g128, learned": coded({**INT4, "algorithm": "autoround"}, recover={"learning_rate": 0.001}),
     "int4 g32": coded({**INT4, "group": 32}),
     "int3 g128, plain GPTQ": coded({**INT3, **PLAIN}),
     "int3 g128": coded(INT3),
-    "int4 g128, tuned": coded(INT4, recover=TUNE),
     "int3 g128, tuned": coded(INT3, recover=TUNE),
     "int3 g128, learned": coded({**INT3, "algorithm": "autoround"}, recover={"learning_rate": 0.001}),
     "int2 g64": coded({"scheme": "int2", "symmetric": False, "group": 64}),
@@ -88,12 +88,16 @@ ROWS: dict[str, dict[str, Any]] = {
     "2:4, blocks": {"prune": "2:4", "recover": BLOCKS},
     "50 % + int4 g128": coded(INT4, prune=HALF),
     "2:4 + int4 g128": coded(INT4, prune="2:4"),
+}
+"""Recipes by row, made of calibration windows alone, or of none."""
+
+RECOVERED: dict[str, dict[str, Any]] = {
     "50 %, shares by loss, recovered": {"prune": OPTIMAL, "recover": RECOVER},
     "50 %, shares by loss, recovered + int4 g128": coded(INT4, prune=OPTIMAL, recover=RECOVER),
     "2:4, recovered": {"prune": "2:4", "recover": RECOVER},
     "2:4, recovered + int4 g128": coded(INT4, prune="2:4", recover=RECOVER),
 }
-"""Rows of the table: recipes."""
+"""Recipes by row that are trained on text."""
 
 
 def losses(program: jisu.Program, windows: np.ndarray) -> np.ndarray:
@@ -127,19 +131,17 @@ def main() -> None:
         print(f"unchanged: {before.mean():.4f} bits per byte, {dense.weights_bytes:,} bytes of weights")
         results: dict[str, Any] = {}
         print("| recipe | lost, bits per byte | over calibration sets | seconds |\n|---|---|---|---|")
-        for name, rules in ROWS.items():
+        rows = ROWS if given.training is None else {**ROWS, **RECOVERED}
+        for name, rules in rows.items():
             if given.row and not any(fnmatch.fnmatchcase(name, pattern) for pattern in given.row):
                 continue
             recipe = Recipe.from_dict(rules)
-            trains = recipe.recover.steps > 0 and rules["recover"] != TUNE  # that is done on calibration windows
-            if trains and given.training is None:
-                continue
             lost, seconds, weights = [], [], 0
             for tokens in sets if recipe.calibrated else [None]:
                 begin = time.perf_counter()
                 program = jisu.compile(
                     given.model, recipe=recipe, calibration=tokens, cache_dir=cache,
-                    training=str(given.training) if trains else None,
+                    training=str(given.training) if name in RECOVERED else None,
                 )  # fmt: skip
                 seconds.append(time.perf_counter() - begin)
                 lost.append(losses(program, windows) * to_bits - before)

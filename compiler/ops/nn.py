@@ -146,7 +146,7 @@ def _attend(
         p = np.where(total == 0, 0, p)
     repeat = scores.shape[1] // max(v.shape[2], 1)
     found = p @ np.repeat(_wide(v), repeat, axis=2).transpose(0, 2, 1, 3)
-    return np.ascontiguousarray(found.transpose(0, 2, 1, 3)).astype(dtype)
+    return found.transpose(0, 2, 1, 3).astype(dtype, order="C")
 
 
 def _attention(

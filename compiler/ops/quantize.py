@@ -291,7 +291,7 @@ def pack_codes(codes: TensorType, *, scheme: str, k: int, panel: int) -> TensorT
         codes.shape[1] == kind.row_bytes(k),
         f"{k} codes of {kind.bits} bits take {kind.row_bytes(k)} bytes a row, got {codes}",
     )
-    return TensorType((-(-codes.shape[0] // panel), -(-k // kind.per_byte), panel), "uint8")
+    return TensorType((-(-codes.shape[0] // panel), kind.panel_bytes(k), panel), "uint8")
 
 
 def _pack_scales(scales: np.ndarray, zeros: np.ndarray | None, *, scheme: str, whole: float, panel: int) -> np.ndarray:
@@ -383,7 +383,7 @@ def quantized_linear(
     require(isinstance(k, int) and is_float(x.dtype), f"needs floats with a last axis of fixed size, got {x}")
     panel = codes.shape[-1]
     lead = (-(-outputs // panel), *((2,) if gated else ()))  # type: ignore[operator]
-    want = TensorType((*lead, -(-k // kind.per_byte), panel), "uint8")  # type: ignore[arg-type]
+    want = TensorType((*lead, kind.panel_bytes(k), panel), "uint8")  # type: ignore[arg-type]
     require(codes == want, f"the codes must be {want}, got {codes}")
     want = TensorType((*lead, kind.groups(k, group), 2, panel), "float32")  # type: ignore[arg-type]
     require(scales == want, f"the scales must be {want}, got {scales}")

@@ -149,8 +149,7 @@ def _kept(values: TensorType, scheme: str) -> int:
 
 def _packed_size(count: int, scheme: str, panel: int) -> int:
     """Elements of packed values: kernels load 2 * panel from wherever they stand."""
-    per_byte = 1 if scheme == "none" else find_scheme(scheme).per_byte
-    return -(-count // per_byte) + 2 * panel
+    return (count if scheme == "none" else find_scheme(scheme).panel_bytes(count)) + 2 * panel
 
 
 def _pack_values(values: np.ndarray, mask: np.ndarray, *, k: int, panel: int, pair: int, scheme: str) -> np.ndarray:

@@ -143,14 +143,8 @@ def compress(
     else:
         users = {u for node in choices for u in layers[node].users}
         unchanged = any(choice.match for choice in choices.values())
-        stream(
-            graph,
-            samples,
-            users,
-            _visit(graph, layers, choices, solved, kept, curvatures or {}),
-            unchanged=unchanged,
-            progress=progress,
-        )
+        visit = _visit(graph, layers, choices, solved, kept, curvatures or {})
+        stream(graph, samples, users, visit, unchanged=unchanged, progress=progress)
     return with_solved(graph, layers, solved)
 
 

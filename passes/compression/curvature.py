@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Protocol
 
@@ -12,7 +13,7 @@ from jisu.compiler.errors import InputError
 from jisu.compiler.graph import Graph, Node
 from jisu.compiler.types import TensorType
 from jisu.passes.compression.calibrate import Samples, calls_of
-from jisu.passes.compression.layers import MATRICES, Layer
+from jisu.passes.compression.layers import MATRICES, Layer, find_layers
 from jisu.passes.compression.unfinished import Unfinished
 
 WINDOWS = 64
@@ -21,8 +22,8 @@ WINDOWS = 64
 MOST_OUTPUTS = 4096
 """Matrices with more outputs are compressed as if all of them counted alike."""
 
-MOST_BYTES = 1 << 28
-"""What the estimates of a model may take together; those with the fewest outputs come first."""
+LEAST_BYTES = 1 << 28
+"""What the estimates of a model may take together: so much, or half of what its weights take if that is more."""
 
 DAMPING = 0.05
 """Of the mean diagonal, added to all of it."""
@@ -50,55 +51,56 @@ def curvatures(
 ) -> Mapping[Node, np.ndarray]:  # fmt: skip
     """Per matrix [n, k] the float32 [n, n] by which errors in its outputs count: error eᵀ C e. Its mean diagonal is 1.
 
-    After YAQA (Tseng et al., 2025), whose other factor is the layer's H. Matrices that have too many outputs, or no gradient, are left out.
-    kept: where estimates lie while they are needed, and those of an interrupted run.
+    After YAQA (Tseng et al., 2025), whose other factor is the layer's H. Matrices that have too many outputs, or no gradient, are left out;
+    which ones have too many depends on the graph alone. kept: where estimates lie while they are needed, and those of an interrupted run.
     """
-    wanted = dict(_affordable(matrices))
-    places = {node: f"curvature {graph.nodes.index(node)}" for node in wanted}
-    done = None if kept is None else kept.get("curvatures")
-    if kept is not None and done is not None:
-        return _Kept(kept, {node: name for node, name in places.items() if name in done})
-    found = dict(_estimated(graph, wanted, samples, differentiate, progress)) if wanted else {}
+    affordable = _affordable(graph)
+    wanted = {node: layer for node, layer in matrices.items() if node in affordable}
     if kept is None:
-        return found
-    for node, estimate in found.items():
-        kept.put(places[node], {"curvature": estimate})
-    kept.put("curvatures", {places[node]: np.zeros(0) for node in found})
-    return _Kept(kept, {node: places[node] for node in found})
+        return dict(_estimated(graph, wanted, samples, differentiate, progress))
+    places = {node: graph.nodes.index(node) for node in wanted}
+    done = kept.get("curvatures")
+    if done is None:
+        found = dict(_estimated(graph, wanted, samples, differentiate, progress))
+        for node, estimate in found.items():
+            kept.put(_name(places[node]), {"curvature": estimate})
+        done = {"places": np.array([places[node] for node in found], np.int64)}
+        kept.put("curvatures", done)  # last: what it lists is there
+    there = set(done["places"].tolist())
+    return _Kept(kept, {node: place for node, place in places.items() if place in there})
+
+
+def _name(place: int) -> str:
+    return f"curvature {place}"
 
 
 class _Kept(Mapping[Node, np.ndarray]):
     """Estimates on disk, each read when it is asked for."""
 
-    def __init__(self, kept: Unfinished, names: Mapping[Node, str]) -> None:
-        self._kept, self._names = kept, names
+    def __init__(self, kept: Unfinished, places: Mapping[Node, int]) -> None:
+        self._kept, self._places = kept, places
 
     def __getitem__(self, node: Node) -> np.ndarray:
-        found = self._kept.get(self._names[node])
+        found = self._kept.get(_name(self._places[node]))
         if found is None:
             raise InputError(f"{self._kept.folder}: a file of this compression is gone; start again")
         return found["curvature"]
 
     def __iter__(self) -> Iterator[Node]:
-        return iter(self._names)
+        return iter(self._places)
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self._places)
 
 
 def _estimated(
-    graph: Graph,
-    wanted: Mapping[Node, Layer],
-    samples: Samples,
-    differentiate: Differentiate,
-    progress: Callable[[float], None],
-) -> Iterator[tuple[Node, np.ndarray]]:
+    graph: Graph, wanted: Mapping[Node, Layer], samples: Samples, differentiate: Differentiate, progress: Callable[[float], None]
+) -> Iterator[tuple[Node, np.ndarray]]:  # fmt: skip
+    if not wanted:
+        return
     smooth, places = _without_roundings(graph, {user for layer in wanted.values() for user in layer.users})
     language = isinstance(samples, np.ndarray)
-    if isinstance(samples, np.ndarray):
-        calls = calls_of(smooth, samples[:WINDOWS], _batch(smooth, samples.shape[1]))
-    else:
-        calls = calls_of(smooth, samples)[:WINDOWS]
+    calls = calls_of(smooth, samples[:WINDOWS], _batch(smooth, len(samples[0])) if language else 1)
     watched = {place: MATRICES[place.op] for place in places.values()}
     moments = differentiate(smooth, calls, watched, language=language, progress=progress)
     for node, layer in wanted.items():
@@ -113,14 +115,17 @@ def _estimated(
             yield node, shrunk
 
 
-def _affordable(matrices: Mapping[Node, Layer]) -> Iterator[tuple[Node, Layer]]:
-    left = MOST_BYTES
-    for node, layer in sorted(matrices.items(), key=lambda item: int(item[0].shape[0])):
+def _affordable(graph: Graph) -> set[Node]:
+    """The matrices of which an estimate fits into memory: those with the fewest outputs first."""
+    left = max(LEAST_BYTES, sum(math.prod(w.shape) * np.dtype(w.dtype).itemsize for w in graph.weights.values()) // 2)
+    found = set()
+    for node in sorted(find_layers(graph), key=lambda node: int(node.shape[0])):
         n = int(node.shape[0])
         left -= 4 * n * n
         if n > MOST_OUTPUTS or left < 0:
-            return
-        yield node, layer
+            break
+        found.add(node)
+    return found
 
 
 def _batch(graph: Graph, length: int) -> int:
@@ -166,15 +171,22 @@ def _shrunk(parts: Sequence[Moments]) -> np.ndarray | None:
 
 
 def in_turn(
-    aim: np.ndarray, curvature: np.ndarray, solve: Callable[[np.ndarray, np.ndarray], np.ndarray], *, groups: int = 16
+    aim: np.ndarray,
+    curvature: np.ndarray | None,
+    solve: Callable[[np.ndarray, np.ndarray], np.ndarray],
+    *,
+    groups: int = 16,
 ) -> None:
     """Solve the rows of a matrix group by group, each making up for errors of those before it.
 
-    aim: [n, k]. curvature: [n, n]. solve(rows, aims): takes the places of a group's rows and where they should come to, and returns where
-    they come to, both [r, k]. GPTQ's feedback between inputs, but between outputs; within a group there is none. Rows are dealt to groups
-    at random, since neighbours (of a head) depend on each other most.
+    aim: float64 [n, k]. curvature: [n, n]; without, no row makes up for another, and all are solved at once. solve(rows, aims): takes the
+    places of a group's rows and where they should come to, and returns where they come to, both [r, k]. GPTQ's feedback between inputs, but
+    between outputs; within a group there is none. Rows are dealt to groups at random, since neighbours (of a head) depend on each other most.
     """
     n = len(aim)
+    if curvature is None:
+        solve(np.arange(n), aim)
+        return
     order = np.random.default_rng(0).permutation(n)
     inverse = np.linalg.inv(curvature[np.ix_(order, order)].astype(np.float64))
     factor = np.linalg.cholesky((inverse + inverse.T) / 2).T

@@ -119,7 +119,7 @@ def gptq(
         end = min(begin + block, k)
         errors = np.empty((end - begin, n))
         for j in range(begin, end):
-            value = grid.scheme.nearest(rest[j], scales[j], None if zeros is None else zeros[j])
+            value = grid.scheme.on_grid(rest[j], scales[j], None if zeros is None else zeros[j])
             if kept is not None:
                 value = value * kept[j]
             found[j] = value
@@ -188,7 +188,7 @@ def _descend(
         for j in range(begin, end):
             i = j - begin
             aim = q[j] - here[i] / diagonal[j]
-            step = grid.scheme.nearest(aim, scales[j], None if zeros is None else zeros[j]) - q[j]
+            step = grid.scheme.on_grid(aim, scales[j], None if zeros is None else zeros[j]) - q[j]
             if kept is not None:
                 step *= kept[j]
             q[j] += step

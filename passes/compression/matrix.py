@@ -219,14 +219,13 @@ def solve(
     solid = damped(statistics.h, DAMPING)
     aim = statistics.aim(w, solid, choice.match)
     counts = curvature.astype(np.float64) if curvature is not None and choice.objective == "loss" else None
-    if choice.cut is None:
-        start = aim if mask is None else prune.solve_on(aim, solid, mask)
-        return _quantized(w, start, aim, statistics.h, solid, mask, choice, counts)
-    start, mask = _pruned(w, aim, solid, choice.cut, counts)
-    kept = np.where(mask, start, 0)
-    if choice.codes is None:
-        return _in_floats(kept, mask, dtype)
-    return _quantized(kept.astype(np.float32), start, aim, statistics.h, solid, mask, choice, counts)
+    if choice.cut is not None:
+        found, mask = _pruned(w, aim, solid, choice.cut, counts)
+        kept = np.where(mask, found, 0)
+        if choice.codes is None:
+            return _in_floats(kept, mask, dtype)
+        w = kept.astype(np.float32)
+    return _quantized(w, aim, statistics.h, solid, mask, choice, counts)
 
 
 def _pruned(
@@ -245,10 +244,10 @@ def _pruned(
 
 
 def _quantized(
-    w: np.ndarray, start: np.ndarray, aim: np.ndarray, h: np.ndarray, solid: np.ndarray, mask: np.ndarray | None, choice: Choice,
+    w: np.ndarray, aim: np.ndarray, h: np.ndarray, solid: np.ndarray, mask: np.ndarray | None, choice: Choice,
     curvature: np.ndarray | None,
 ) -> Solved:  # fmt: skip
-    """Codes for a matrix w, 0 outside of the mask: by GPTQ from `start`, refined towards `aim`; or the nearest."""
+    """Codes for a matrix w, 0 outside of the mask: by GPTQ and its refinement, towards `aim`; or the nearest."""
     rule = choice.codes
     assert rule is not None
     kind, group = schemes.scheme(rule.scheme), rule.inputs_per_scale
@@ -260,9 +259,6 @@ def _quantized(
         return _in_codes(grid, grid.nearest(w), mask)
     grid = choose_grid(w, kind, group, symmetric=rule.symmetric, importance=np.diag(h), steps=rule.search)
     order, factor = feedback(h, DAMPING)
-    if curvature is None:
-        codes = gptq(start, order, factor, grid, mask)
-        return _in_codes(*refine(aim, solid, grid, codes, mask, sweeps=rule.refine), mask)
     scales, codes = grid.scales.copy(), np.empty(w.shape, np.uint8)
 
     def solve_rows(rows: np.ndarray, aims: np.ndarray) -> np.ndarray:

@@ -123,8 +123,10 @@ def search(
     """
     space = _Space(graph, base, options, latency)
     choices = {node: [o.quick() for o in found] for node, found in space.options.items()}
-    counts = {} if differentiate is None else curvatures(graph, space.layers, samples, differentiate, kept)
-    losses = sensitivities(graph, space.layers, choices, samples, lambda done: progress(0.6 * done), kept, counts)
+    counts: Mapping[Node, np.ndarray] = {}
+    if differentiate is not None:
+        counts = curvatures(graph, space.layers, samples, differentiate, kept, lambda done: progress(0.1 * done))
+    losses = sensitivities(graph, space.layers, choices, samples, lambda done: progress(0.1 + 0.5 * done), kept, counts)
     wanted = list(budgets) or [(float(b), np.inf) for b in space.spread(count)]
     picks = [space.pick(losses, *budget) for budget in wanted]
     yardstick = Yardstick(graph, held_out, windows=64)

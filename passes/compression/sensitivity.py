@@ -101,9 +101,9 @@ def sensitivities(
             if not last or last[0][0] is not x:
                 last[:] = [(x, gather(layer, now, then))]
             w = matrix_of(matrix, layers[matrix].names[0], graph.weights)
+            mask, counts = mask_of(matrix, graph.weights), (curvatures or {}).get(matrix)
             losses = []
             for choice in options[matrix]:
-                mask, counts = mask_of(matrix, graph.weights), (curvatures or {}).get(matrix)
                 values = solve(w, choice, last[0][1], matrix.dtype, mask, counts).values
                 losses.append(yardstick.of(now, layer, {position: values}))
             found[matrix] = np.array(losses)

@@ -36,8 +36,8 @@ class _Packed:
         self.values, self.mask, self.starts = (pull.leaves[o] for o in (values, mask, starts))
         self.scales = None if scales is None else pull.leaves[scales]
         self.panel, self.words = int(mask.shape[-1]) * 4, -(-k // 2)  # type: ignore[call-overload]
-        self.halves = scales is not None and schemes.scheme(node.scheme).per_byte == 2
-        self.count = int(values.shape[0]) * (2 if self.halves else 1)  # type: ignore[call-overload]
+        self.per_byte = 1 if scales is None else schemes.scheme(node.scheme).per_byte
+        self.count = int(values.shape[0]) * self.per_byte  # type: ignore[call-overload]
 
     def bits(self, where: Sequence[Expr], word: Expr) -> Expr:
         """Where the bits of a word begin."""
@@ -56,8 +56,8 @@ class _Packed:
         b, node = self.b, self.node
         if self.scales is None:
             return load(b, self.values, at)
-        code = byte(b, self.values, tirx.floordiv(at, i64(2)) if self.halves else at)
-        if self.halves:
+        code = byte(b, self.values, tirx.floordiv(at, i64(2)) if self.per_byte == 2 else at)
+        if self.per_byte == 2:
             code = code >> (tirx.Cast("int32", tirx.floormod(at, i64(2))) * 4)
         code = b.let(tirx.bitwise_and(code, 2 ** schemes.scheme(node.scheme).bits - 1), "code")
         group = tirx.floordiv(k, i64(node.group or self.k))

@@ -174,7 +174,7 @@ class Codes:
 
     def words(self, k: int) -> int:
         """Bytes per output in panels."""
-        return -(-k // self.per_byte)
+        return schemes.scheme(self.scheme).panel_bytes(k)
 
     def groups(self, k: int) -> int:
         """Scales per output."""
