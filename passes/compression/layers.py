@@ -53,13 +53,19 @@ def find_layers(graph: Graph) -> dict[Node, Layer]:
     return found
 
 
+_ORDERED = frozenset({ops.cast, ops.add, ops.sub, ops.mul, ops.div, ops.tanh})
+"""What logits may go through on their way out: scales, caps and biases keep the order in which they rank."""
+
+
 def _last(graph: Graph) -> set[Node]:
-    """The graph's outputs, and what they are made of element by element (scaled, capped logits)."""
+    """The graph's outputs, and what alone they are made of by ops that keep its order."""
     found = set(graph.outputs)
     for node in reversed(graph.nodes):
-        if node in found and node.op in ops.ELEMENTWISE:
-            moving = {p for p in node.parents if p.op is not CONSTANT and not is_stored(p)}
-            found |= moving if len(moving) == 1 else set()
+        if node not in found or node.op not in _ORDERED:
+            continue
+        moving = {p for p in node.parents if p.op is not CONSTANT and not is_stored(p)}
+        if len(moving) == 1:
+            found |= {p for p in moving if p.op is not ops.linear or p.operands[3] is None}
     return found
 
 
