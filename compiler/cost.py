@@ -32,6 +32,9 @@ class Machine(Protocol):
 VIEWS = frozenset({ops.reshape, ops.get})
 """Ops that only look at their operand in another way."""
 
+INTEGER = frozenset({ops.integer_linear})
+"""Ops whose products are those of integers of 8 bits."""
+
 PARTIAL = frozenset({ops.take, ops.packed_take, ops.sparse_take, ops.gather})
 """Ops that read only as much of their first operand as they return."""
 
@@ -71,7 +74,7 @@ def node_cost(node: Node, env: Mapping[str, int], machine: Machine) -> Cost:
     else:
         read = [int(substitute(p.tensor.nbytes, env)) for p in node.parents if not isinstance(p.type, TupleType)]  # type: ignore[call-overload]
         moved = written + sum(read)
-    dtype = types[0].dtype
+    dtype = "int8" if node.op in INTEGER else types[0].dtype
     peak, bandwidth = machine.peak_flops(dtype), machine.memory_bandwidth
     seconds = max(flops / peak if peak else 0.0, moved / bandwidth if bandwidth else 0.0)
     return Cost(flops, moved, 1, seconds)

@@ -133,8 +133,9 @@ class QuantizeRecipe:
     ranges a group's scale is chosen from), match (0 to 1: how far layers make up for errors of those before them), refine (sweeps of
     coordinate descent after it) and objective (one of `OBJECTIVES`). In a layer that a `PruneRecipe` cuts, its match and objective apply.
 
-    activations: the scheme that what the layers read is rounded to, one of `ACTIVATIONS`: a scale per token, or per the scheme's group
-    of channels; activation_range: one of `RANGES` ("static": one scale per layer). smooth: SmoothQuant's alpha, how much of the spread
+    activations: the scheme that what the layers read is rounded to, one of `ACTIVATIONS`; activation_group: channels per scale, 0 for
+    a whole token, -1 for the scheme's group, which of an integer scheme is that of the weights; activation_range: one of `RANGES`
+    ("static": one scale per layer). smooth: SmoothQuant's alpha, how much of the spread
     between channels moves from what the layers read into their weights (0: none of it).
     """
 
@@ -148,6 +149,7 @@ class QuantizeRecipe:
     refine: int = attrs.field(default=8, validator=_between(0, 1000))
     objective: str = attrs.field(default="loss", validator=_one_of(OBJECTIVES))
     activations: str = attrs.field(default="none", validator=_one_of(ACTIVATIONS))
+    activation_group: int = attrs.field(default=-1, validator=_between(-1, 1 << 20))
     activation_range: str = attrs.field(default="dynamic", validator=_one_of(RANGES))
     smooth: float = attrs.field(default=0.0, validator=_share)
 
@@ -158,6 +160,15 @@ class QuantizeRecipe:
                     raise RecipeError(
                         f'{key} is for layers whose weights are quantized; give them a scheme, not "none"'
                     )
+        if self.activation_group >= 0:
+            if self.activations == "none":
+                raise RecipeError('activation_group needs activations, such as activations = "int8"')
+            if SCHEMES[self.activations].scale != "float16":
+                raise RecipeError(f"{self.activations} has groups of its own; leave activation_group out")
+            if self.activation_group and self.activation_range == "static":
+                raise RecipeError(
+                    "a static range is one scale for all of what a layer reads; leave activation_group out"
+                )
         if self.smooth and self.algorithm == "awq":
             raise RecipeError("smooth and awq both scale channels: leave one of them out")
         if self.activation_range == "static":
@@ -178,9 +189,13 @@ class QuantizeRecipe:
 
     @property
     def channels_per_scale(self) -> int:
-        """The group of channels of the activations' scheme that share a scale; 0 for a whole token."""
+        """How many channels of what a layer reads share a scale; 0 for a whole token."""
         kind = SCHEMES.get(self.activations)
-        return 0 if kind is None or kind.scale == "float16" else kind.group
+        if kind is None or kind.scale != "float16":
+            return 0 if kind is None else kind.group
+        if self.activation_group >= 0 or self.activation_range == "static" or not kind.uniform:
+            return max(self.activation_group, 0)
+        return self.inputs_per_scale
 
     @property
     def inputs_per_scale(self) -> int:
@@ -437,23 +452,29 @@ class Recipe:
         return "\n".join([*lines, *tables]) + "\n"
 
 
+def _int4(activations: str) -> tuple[QuantizeRecipe, ...]:
+    """Weights in 4 bits, those of the layer that gives the logits in 8."""
+    return (
+        QuantizeRecipe(scheme="int4", symmetric=False, activations=activations),
+        QuantizeRecipe(layers="head", scheme="int8", activations=activations),
+    )
+
+
 PRESETS: dict[str, Recipe] = {
     "default": Recipe(),
     "paged": Recipe(cache=CacheRecipe(page=16)),
     "reference": Recipe(fuse=False, pack=False),
-    "int8": Recipe(quantize=(QuantizeRecipe(scheme="int8"),)),
-    "int4": Recipe(
-        quantize=(QuantizeRecipe(scheme="int4", symmetric=False), QuantizeRecipe(layers="head", scheme="int8"))
-    ),
+    "int8": Recipe(quantize=(QuantizeRecipe(scheme="int8", activations="int8"),)),
+    "int4": Recipe(quantize=_int4("int8")),
+    "w8a16": Recipe(quantize=(QuantizeRecipe(scheme="int8"),)),
+    "w4a16": Recipe(quantize=_int4("none")),
     "2:4": Recipe(prune=(PruneRecipe(pattern="2:4"),)),
-    "2:4+int4": Recipe(
-        prune=(PruneRecipe(pattern="2:4"),),
-        quantize=(QuantizeRecipe(scheme="int4", symmetric=False), QuantizeRecipe(layers="head", scheme="int8")),
-    ),
+    "2:4+int4": Recipe(prune=(PruneRecipe(pattern="2:4"),), quantize=_int4("none")),
     "fp8": Recipe(quantize=(QuantizeRecipe(scheme="fp8"),)),
 }
 """Recipes by name: the default; a paged KV cache; everything without fusion and packing (to compare with); weights in
-few bits, or two of four of them."""
+few bits with what layers read in 8, so that products are those of integers, or (w8a16, w4a16, fp8) with what they read as it is;
+two of four weights."""
 
 
 def _toml(value: Any) -> str:

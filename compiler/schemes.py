@@ -116,9 +116,9 @@ class Scheme:
         """Codes in a byte where kernels read them: two of up to 4 bits, or one."""
         return 2 if self.bits <= 4 else 1
 
-    def panel_bytes(self, k: int) -> int:
-        """Bytes of the codes of k numbers where kernels read them."""
-        return -(-k // self.per_byte)
+    def panel_words(self, k: int, word: int = 1) -> int:
+        """How often `word` bytes hold codes of an output of k inputs where kernels read them."""
+        return -(-k // (self.per_byte * word))
 
     def groups(self, k: int, group: int) -> int:
         """How many groups a row of k inputs has (group 0: one)."""

@@ -48,32 +48,35 @@ class PackWeights:
                 packed[key] = op(*operands, panel=self.panel, pair=self.pair[operands[0].dtype])
             return packed[key]
 
-        def coded(weights: Sequence[Node]) -> tuple[Node, Node]:
-            """Codes and scales of one matrix, or of gate and up side by side, in panels."""
+        def coded(weights: Sequence[Node], word: int) -> list[Node | None]:
+            """Codes, scales and zeros of one matrix, or of gate and up side by side, in panels."""
             found = []
             for w in weights:
-                c, s, z, _ = w.operands
-                attributes = {"scheme": w.scheme, "panel": self.panel}
-                parts = (
-                    ops.pack_codes.make((c,), {**attributes, "k": w.k}),
-                    ops.pack_scales.make((s, z), {**attributes, "whole": w.whole}),
-                )
-                found.append([packed.setdefault((w, p.op), p) for p in parts])
-            if len(found) == 1:
-                return found[0][0], found[0][1]
-            codes, scales = (_beside(*part) for part in zip(*found, strict=True))
-            return codes, scales
+                key = (w, word)
+                if key not in packed:
+                    attributes = {"scheme": w.scheme, "panel": self.panel, "k": w.k, "word": word}
+                    packed[key] = ops.pack_codes.make(w.operands[:1], attributes)
+                found.append([packed[key], *scaled(w, self.panel, packed)])
+            return [_together(parts) for parts in zip(*found, strict=True)]
 
         def quantized(new: Node, weights: Sequence[Node], b: Node | None, r: Node | None, source: str) -> Node:
-            first = weights[0]
+            first, x = weights[0], new.operands[0]
+            assert x is not None
             attributes = {
                 "outputs": first.shape[0],
                 "scheme": first.scheme,
                 "group": first.group,
                 "gated": len(weights) > 1,
+                "activation": new.activation,
             }
-            operands = (new.operands[0], *coded(weights), b, r)
-            return ops.quantized_linear.make(operands, {**attributes, "activation": new.activation}, source)
+            if not _integers(x, first):
+                return ops.quantized_linear.make((x, *coded(weights, 1), b, r), attributes, source)
+            how = {"group": first.group, "own": x.attributes["group"] > 0}
+            key = (x, first.group)
+            if key not in packed:
+                packed[key] = ops.encode_levels.make(x.operands, {"scheme": x.scheme, **how}, x.source)
+            operands = (packed[key], *coded(weights, WORD), b, r)
+            return ops.integer_linear.make(operands, {**attributes, **how, "k": first.k, "dtype": new.dtype}, source)
 
         def transform(old: Node, new: Node) -> Node:
             found = sparse.rewritten(new)
@@ -83,7 +86,7 @@ class PackWeights:
                 return quantized(new, new.parents[1:2], new.operands[2], new.operands[3], new.source)
             if new.op is ops.gated_linear and _all_codes(new.parents[1:]):
                 data, *weights = new.parents
-                if len({(w.scheme, w.group) for w in weights}) == 1 and self._quantized(*weights):
+                if len({_form(w) for w in weights}) == 1 and self._quantized(*weights):
                     return quantized(new, weights, None, None, new.source)
                 kinds = zip(weights, (new.activation, "none"), strict=True)
                 parts = [ops.linear.make((data, m, None, None), {"activation": kind}, new.source) for m, kind in kinds]
@@ -158,7 +161,7 @@ def _kind(node: Node | None) -> tuple[Any, ...] | None:
         return None
     if node.op is ops.expand:
         return (node.dtype,)
-    return (node.scheme, node.group) if node.operands[3] is not None else None
+    return _form(node) if node.operands[3] is not None else None
 
 
 def kept_share(node: Node) -> float:
@@ -176,6 +179,44 @@ def _filled(node: Node) -> Node:
     return ops.dequantize.make((filled, scales, zeros, None), node.attributes, node.source)
 
 
+def _form(w: Node) -> tuple[Any, ...]:
+    """What codes of gate and up must have in common to lie side by side."""
+    return (w.scheme, w.group, w.operands[2] is None, pack_dtype(w))
+
+
+def pack_dtype(w: Node) -> str:
+    """The dtype of a `dequantize`'s scales in panels."""
+    return "float32" if w.parents[1].dtype == "uint8" else w.parents[1].dtype
+
+
+WORD = 4
+"""Inputs of an output that lie side by side where products are sums of integers."""
+
+
+def _integers(x: Node, w: Node) -> bool:
+    """Whether a product of x and codes is one of integers: both are, and groups end where words do."""
+    if x.op is not ops.fake_quantize or x.attributes["group"] not in (0, w.group):
+        return False
+    kinds = [schemes.scheme(n.scheme) for n in (x, w)]
+    return all(kind.uniform for kind in kinds) and w.group % (WORD * kinds[1].per_byte) == 0
+
+
+def scaled(w: Node, panel: int, made: dict[tuple[Any, ...], Node]) -> list[Node | None]:
+    """Scales and zeros of a `dequantize` in panels; each is made once."""
+    _, scales, zeros, _ = w.operands
+    assert scales is not None
+    parts = [ops.pack_scales(scales, scheme=w.scheme, whole=w.whole, panel=panel)]
+    parts += [] if zeros is None else [ops.pack_zeros(zeros, panel=panel)]
+    found: list[Node | None] = [made.setdefault((w, p.op), p) for p in parts]
+    return [*found, None] if zeros is None else found
+
+
+def _together(parts: Sequence[Node | None]) -> Node | None:
+    """What belongs to one matrix, or to gate and up side by side."""
+    there = [p for p in parts if p is not None]
+    return _beside(*there) if len(there) == 2 else there[0] if there else None
+
+
 def _all_codes(weights: Sequence[Node]) -> bool:
     return all(w.op is ops.dequantize and is_stored(w) for w in weights)
 
@@ -187,7 +228,7 @@ class _Sparse:
     panel: int
     pair: Mapping[str, int]
     limits: Mapping[str, float]
-    made: dict[Any, tuple[Node, Node, Node, Node | None]] = attrs.field(factory=dict)
+    made: dict[Any, tuple[Node | None, ...]] = attrs.field(factory=dict)
 
     def reads(self, *nodes: Node | None) -> bool:
         """Whether all are sparse matrices of one kind that kernels read as fast as dense ones."""
@@ -210,9 +251,9 @@ class _Sparse:
             return self._linear(node, node.parents[1:], (None, None))
         if node.op is ops.take and node.axis == 0 and self.reads(node.operands[0]):
             table, indices = node.parents
-            values, mask, starts, scales = self.parts((table,))
+            values, mask, starts, scales, zeros = self.parts((table,))
             attributes = {"rows": table.shape[0], "width": table.shape[1], "dtype": table.dtype}
-            operands = (values, mask, starts, indices, scales)
+            operands = (values, mask, starts, indices, scales, zeros)
             return ops.sparse_take.make(operands, {**attributes, **self.attributes(table)}, node.source)
         return None
 
@@ -227,35 +268,30 @@ class _Sparse:
             return {"pair": self.pair[w.dtype]}
         return {"pair": 1, "scheme": w.scheme, "group": w.group}
 
-    def parts(self, weights: Sequence[Node]) -> tuple[Node, Node, Node, Node | None]:
-        """Values, mask, starts and (of codes) scales of one matrix, or of gate and up side by side."""
+    def parts(self, weights: Sequence[Node]) -> tuple[Node | None, ...]:
+        """Values, mask, starts and (of codes) scales and zeros of one matrix, or of gate and up side by side."""
         found = [self._packed(w) for w in weights]
         if len(found) == 1:
             return found[0]
-        first, second = found
-        values = ops.concat(first[0], second[0], axis=0)
+        (values, _, _, *_), (more, _, starts, *_) = found
+        assert values is not None and more is not None and starts is not None
         # The second matrix' values stand behind the first's.
         per_byte = schemes.scheme(weights[0].scheme).per_byte if weights[0].op is ops.dequantize else 1
-        moved = ops.add(second[2], int(first[0].shape[0]) * per_byte)
-        scales = None if first[3] is None or second[3] is None else _beside(first[3], second[3])
-        return values, _beside(first[1], second[1]), _beside(first[2], moved), scales
+        moved = ops.add(starts, int(values.shape[0]) * per_byte)
+        mask, scales, zeros = (_together((found[0][i], found[1][i])) for i in (1, 3, 4))
+        return ops.concat(values, more, axis=0), mask, _together((found[0][2], moved)), scales, zeros
 
-    def _packed(self, w: Node) -> tuple[Node, Node, Node, Node | None]:
+    def _packed(self, w: Node) -> tuple[Node | None, ...]:
         if w not in self.made:
             mask = w.operands[-1]
             attributes = {"k": w.k, "panel": self.panel}
             order = {**attributes, "pair": self.attributes(w)["pair"]}
-            scales = None
-            if w.op is ops.dequantize:
-                scales = ops.pack_scales.make(
-                    w.operands[1:3], {"scheme": w.scheme, "whole": w.whole, "panel": self.panel}
-                )
             scheme = {"scheme": w.scheme} if w.op is ops.dequantize else {}
             self.made[w] = (
                 ops.pack_values.make((w.operands[0], mask), {**order, **scheme}),
                 ops.pack_mask.make((mask,), order),
                 ops.pack_starts.make((mask,), attributes),
-                scales,
+                *(scaled(w, self.panel, {}) if w.op is ops.dequantize else (None, None)),
             )
         return self.made[w]
 

@@ -61,16 +61,20 @@ def _wide(x: Any) -> Any:
     return x.astype(np.float32) if x is not None and x.dtype.itemsize == 2 else x
 
 
-def _linear(x: np.ndarray, w: np.ndarray, b: np.ndarray | None, r: np.ndarray | None, *, activation: str) -> np.ndarray:
+def _linear(
+    x: np.ndarray, w: np.ndarray, b: np.ndarray | None, r: np.ndarray | None, *, activation: str, dtype: Any = None
+) -> np.ndarray:
+    """The layer's result; what is rounded is rounded to `dtype`, or else to x's."""
+    dtype = dtype or x.dtype
     product = np.matmul(_wide(x), _wide(w).T)  # type: ignore[union-attr]
     if b is not None:
         product = product + _wide(b)
-    result = _round(product, x.dtype)
+    result = _round(product, dtype)
     if activation != "none":
-        result = _round(_activate(result, activation), x.dtype)
+        result = _round(_activate(result, activation), dtype)
     if r is not None:
         result = result + _wide(r)
-    return result.astype(x.dtype)
+    return result.astype(dtype)
 
 
 def _linear_samples() -> Samples:
@@ -96,10 +100,11 @@ def linear(
     return result
 
 
-def _gated(x: np.ndarray, gate: np.ndarray, up: np.ndarray, *, activation: str) -> np.ndarray:
-    a = _activate(_round(np.matmul(_wide(x), _wide(gate).T), x.dtype), activation)  # type: ignore[union-attr]
-    b = _round(np.matmul(_wide(x), _wide(up).T), x.dtype)  # type: ignore[union-attr]
-    return (_round(a, x.dtype) * b).astype(x.dtype)
+def _gated(x: np.ndarray, gate: np.ndarray, up: np.ndarray, *, activation: str, dtype: Any = None) -> np.ndarray:
+    dtype = dtype or x.dtype
+    a = _activate(_round(np.matmul(_wide(x), _wide(gate).T), dtype), activation)  # type: ignore[union-attr]
+    b = _round(np.matmul(_wide(x), _wide(up).T), dtype)  # type: ignore[union-attr]
+    return (_round(a, dtype) * b).astype(dtype)
 
 
 def _gated_samples() -> Samples:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from jisu.compiler import masks, rows, schemes
+from jisu.compiler import levels, masks, rows, schemes
 from jisu.compiler.graph import defop
 from jisu.compiler.ops.contract import ACTIVATIONS, _gated, _linear
 from jisu.compiler.schemes import decode_scales, scheme
@@ -247,27 +247,73 @@ def decode_rows(records: TensorType, *, scheme: str, dtype: str = "float32") -> 
     return TensorType((*records.shape[:-1], rows.row_length(scheme, size)), dtype)
 
 
+# --- Levels in integers ------------------------------------------------------------------------------------------------
+
+
+def _encode_levels(x: np.ndarray, scale: np.ndarray | None, *, scheme: str, group: int, own: bool) -> np.ndarray:
+    return levels.encode(x, _scheme(scheme), group, own, scale)
+
+
+@defop(
+    meaning=_encode_levels,
+    axes=lambda x, scale, **_: f"*b k!{', ' if scale is not None else ''} -> *b r",
+    flops=8,
+    samples=lambda: iter(
+        [
+            (("float32[2, 3, 5]", None), {"scheme": "int8", "group": 0, "own": False}),
+            (("float32[2, 6]", "float32[]"), {"scheme": "int8", "group": 4, "own": False}),
+            (("bfloat16[2, 70]", None), {"scheme": "int4", "group": 8, "own": True}),
+        ]
+    ),
+)
+def encode_levels(x: TensorType, scale: TensorType | None = None, *, scheme: str, group: int, own: bool) -> TensorType:
+    """Records uint8 [*b, bytes] (see `jisu.compiler.levels`) of x [*b, k], rounded as `fake_quantize` rounds it with an integer scheme.
+
+    group: inputs per sum in the record (0: all of them), and if `own` per scale; else x has one per row, or the one given, float32 [].
+    """
+    kind, k = _scheme(scheme), x.shape[-1] if x.rank else 0
+    require(isinstance(k, int) and k > 0 and is_float(x.dtype), f"needs floats with a last axis of fixed size, got {x}")
+    require(kind.uniform and kind.scale == "float16" and kind.bits <= 8, f"{scheme} has no integer levels of 8 bits")
+    require(group >= 0, f"a group has inputs, not {group}")
+    require(scale is None or scale == TensorType((), "float32"), f"the scale must be float32[], got {scale}")
+    require(scale is None or not own, "one scale for all leaves none to groups")
+    return TensorType((*x.shape[:-1], levels.record_bytes(k, group, own)), "uint8")
+
+
 # --- Packed for kernels ----------------------------------------------------------------------------------------------
-# A kernel reads panels of `panel` outputs: codes [panels, words, panel], a byte holding one code, or two of up to 4 bits
-# (the lower inputs' in the lower half); per group what turns a level into a value, level * scale + shift, [panels, groups,
-# 2, panel] float32.
+# A kernel reads panels of `panel` outputs. Codes are [panels, words, panel, word]: `word` inputs of an output lie side by
+# side; a byte holds one code, or two of up to 4 bits, of which the upper is that of the input `word` further on. Scales and
+# zeros are [panels, groups, panel].
 
 
 def _in_panels(rows: np.ndarray, panel: int) -> np.ndarray:
-    """[n, words] as [panels, words, panel], padded with zeros."""
-    n, words = rows.shape
-    padded = np.zeros((-(-n // panel) * panel, words), rows.dtype)
+    """[n, words, …] as [panels, words, panel, …], padded with zeros."""
+    n, words, *rest = rows.shape
+    padded = np.zeros((-(-n // panel) * panel, words, *rest), rows.dtype)
     padded[:n] = rows
-    return np.ascontiguousarray(padded.reshape(-1, panel, words).transpose(0, 2, 1))
+    return np.ascontiguousarray(padded.reshape(-1, panel, words, *rest).swapaxes(1, 2))
 
 
-def _pack_codes(codes: np.ndarray, *, scheme: str, k: int, panel: int) -> np.ndarray:
+def _out_of_panels(packed: np.ndarray, n: int) -> np.ndarray:
+    """The first n rows of what `_in_panels` made."""
+    panels, words, panel, *rest = packed.shape
+    return packed.swapaxes(1, 2).reshape(panels * panel, words, *rest)[:n]
+
+
+def _pack_codes(codes: np.ndarray, *, scheme: str, k: int, panel: int, word: int) -> np.ndarray:
     kind = _scheme(scheme)
     single = kind.unpack(codes, k)
-    if kind.per_byte == 2:
-        single = np.pad(single, ((0, 0), (0, k % 2)))
-        single = single[:, ::2] | (single[:, 1::2] << 4)
-    return _in_panels(single, panel)
+    padded = np.pad(single, ((0, 0), (0, kind.panel_words(k, word) * kind.per_byte * word - k)))
+    parts = padded.reshape(len(single), -1, kind.per_byte, word)
+    return _in_panels(parts[:, :, 0] | parts[:, :, 1] << 4 if kind.per_byte == 2 else parts[:, :, 0], panel)
+
+
+def _unpack_codes(packed: np.ndarray, scheme: str, n: int, k: int) -> np.ndarray:
+    """Codes uint8 [n, k] of what `_pack_codes` made."""
+    kind = _scheme(scheme)
+    rows = _out_of_panels(packed, n)
+    parts = np.stack([rows & 15, rows >> 4], 2) if kind.per_byte == 2 else rows
+    return np.asarray(parts.reshape(n, -1)[:, :k] & (2**kind.bits - 1))
 
 
 @defop(
@@ -275,31 +321,31 @@ def _pack_codes(codes: np.ndarray, *, scheme: str, k: int, panel: int) -> np.nda
     flops=0,
     samples=lambda: iter(
         [
-            (("uint8[5, 2]",), {"scheme": "int4", "k": 3, "panel": 4}),
-            (("uint8[5, 3]",), {"scheme": "int8", "k": 3, "panel": 4}),
+            (("uint8[5, 2]",), {"scheme": "int4", "k": 3, "panel": 4, "word": 1}),
+            (("uint8[5, 3]",), {"scheme": "int8", "k": 3, "panel": 4, "word": 1}),
+            (("uint8[5, 5]",), {"scheme": "int4", "k": 10, "panel": 4, "word": 4}),
+            (("uint8[5, 6]",), {"scheme": "int8", "k": 6, "panel": 4, "word": 4}),
         ]
     ),
 )
-def pack_codes(codes: TensorType, *, scheme: str, k: int, panel: int) -> TensorType:
-    """Codes uint8 [n, bytes] of `dequantize` in panels: uint8 [ceil(n / panel), words, panel]."""
+def pack_codes(codes: TensorType, *, scheme: str, k: int, panel: int, word: int) -> TensorType:
+    """Codes uint8 [n, bytes] of `dequantize` in panels: uint8 [ceil(n / panel), words, panel, word]."""
     require(
         codes.rank == 2 and codes.dtype == "uint8" and isinstance(codes.shape[0], int),
         f"needs packed codes, got {codes}",
     )
+    require(word in (1, 4), f"1 or 4 inputs lie side by side, not {word}")
     kind = _scheme(scheme)
     require(
         codes.shape[1] == kind.row_bytes(k),
         f"{k} codes of {kind.bits} bits take {kind.row_bytes(k)} bytes a row, got {codes}",
     )
-    return TensorType((-(-codes.shape[0] // panel), kind.panel_bytes(k), panel), "uint8")
+    return TensorType((-(-codes.shape[0] // panel), kind.panel_words(k, word), panel, word), "uint8")
 
 
-def _pack_scales(scales: np.ndarray, zeros: np.ndarray | None, *, scheme: str, whole: float, panel: int) -> np.ndarray:
-    kind = _scheme(scheme)
-    s = decode_scales(scales, kind.scale, whole)
-    z = np.float32(kind.middle) if zeros is None else zeros.astype(np.float32)
-    both = [_in_panels(np.asarray(v, np.float32), panel) for v in (s, -z * s)]
-    return np.ascontiguousarray(np.stack(both, 2))
+def _pack_scales(scales: np.ndarray, *, scheme: str, whole: float, panel: int) -> np.ndarray:
+    floats = scales if scales.dtype != np.uint8 else decode_scales(scales, _scheme(scheme).scale, whole)
+    return _in_panels(floats, panel)
 
 
 @defop(
@@ -307,61 +353,108 @@ def _pack_scales(scales: np.ndarray, zeros: np.ndarray | None, *, scheme: str, w
     flops=0,
     samples=lambda: iter(
         [
-            (("float16[5, 2]", "uint8[5, 2]"), {"scheme": "int4", "whole": 1.0, "panel": 4}),
-            (("float32[3, 1]", None), {"scheme": "int8", "whole": 1.0, "panel": 2}),
+            (("float16[5, 2]",), {"scheme": "int4", "whole": 1.0, "panel": 4}),
+            (("float32[3, 1]",), {"scheme": "int8", "whole": 1.0, "panel": 2}),
+            (("uint8[3, 1]",), {"scheme": "mxfp4", "whole": 1.0, "panel": 2}),
         ]
     ),
 )
-def pack_scales(
-    scales: TensorType, zeros: TensorType | None = None, *, scheme: str, whole: float = 1.0, panel: int
-) -> TensorType:
-    """Scales and zeros [n, groups] of `dequantize` in panels: float32 [ceil(n / panel), groups, 2, panel] of scale and shift."""
+def pack_scales(scales: TensorType, *, scheme: str, whole: float = 1.0, panel: int) -> TensorType:
+    """Scales [n, groups] of `dequantize` in panels: [ceil(n / panel), groups, panel], floats as they are, others as float32."""
     require(scales.rank == 2 and isinstance(scales.size, int), f"needs scales [n, groups], got {scales}")
-    require(zeros is None or same_shape(zeros.shape, scales.shape), f"zeros {zeros} don't fit scales {scales}")
     _scheme(scheme)
-    return TensorType((-(-scales.shape[0] // panel), scales.shape[1], 2, panel), "float32")
+    shape = (-(-scales.shape[0] // panel), scales.shape[1], panel)
+    return TensorType(shape, "float32" if scales.dtype == "uint8" else scales.dtype)
 
 
-def _unpack_quantized(codes: np.ndarray, scales: np.ndarray, scheme: str, n: int, k: int, group: int) -> np.ndarray:
-    """float32 [n, k]."""
-    kind = _scheme(scheme)
-    rows = codes.transpose(0, 2, 1).reshape(-1, codes.shape[1])[:n]
-    if kind.per_byte == 2:
-        rows = np.stack([rows & 15, rows >> 4], -1).reshape(n, -1)
-    scale, shift = (
-        _spread(scales[:, :, i].transpose(0, 2, 1).reshape(-1, scales.shape[1])[:n], k, group) for i in (0, 1)
+@defop(
+    meaning=lambda zeros, *, panel: _in_panels(zeros, panel),
+    flops=0,
+    samples=lambda: iter([(("uint8[5, 2]",), {"panel": 4})]),
+)
+def pack_zeros(zeros: TensorType, *, panel: int) -> TensorType:
+    """Zeros uint8 [n, groups] of `dequantize` in panels: [ceil(n / panel), groups, panel]."""
+    require(
+        zeros.rank == 2 and zeros.dtype == "uint8" and isinstance(zeros.size, int), f"needs zeros uint8, got {zeros}"
     )
-    return np.asarray(kind.levels[rows[:, :k] & (2**kind.bits - 1)] * scale + shift, np.float32)
+    return TensorType((-(-zeros.shape[0] // panel), zeros.shape[1], panel), "uint8")
+
+
+def _values(
+    codes: np.ndarray, scales: np.ndarray, zeros: np.ndarray | None, scheme: str, n: int, group: int
+) -> np.ndarray:
+    """The numbers float32 [n, k] of codes [n, k], with scales and zeros in panels."""
+    kind, k = _scheme(scheme), codes.shape[1]
+    s, z = (None if v is None else _spread(_out_of_panels(v, n).astype(np.float32), k, group) for v in (scales, zeros))
+    assert s is not None
+    return kind.decode(codes, s, z)
+
+
+def _quantized(
+    x: np.ndarray, codes: np.ndarray, scales: np.ndarray, zeros: np.ndarray | None, b: np.ndarray | None, r: np.ndarray | None,
+    k: int, outputs: int, scheme: str, group: int, gated: bool, activation: str, dtype: Any,
+) -> np.ndarray:  # fmt: skip
+    def matrix(own: Any) -> np.ndarray:
+        z = None if zeros is None else zeros[own]
+        w = _values(_unpack_codes(codes[own], scheme, outputs, k), scales[own], z, scheme, outputs, group)
+        return w.astype(x.dtype) if x.dtype.itemsize == 8 else w
+
+    if gated:
+        return _gated(x, *(matrix((slice(None), i)) for i in (0, 1)), activation=activation, dtype=dtype)
+    return _linear(x, matrix(slice(None)), b, r, activation=activation, dtype=dtype)
 
 
 def _quantized_linear(
-    x: np.ndarray, codes: np.ndarray, scales: np.ndarray, b: np.ndarray | None, r: np.ndarray | None, *, outputs: int, scheme: str,
-    group: int, gated: bool, activation: str,
+    x: np.ndarray, codes: np.ndarray, scales: np.ndarray, zeros: np.ndarray | None, b: np.ndarray | None, r: np.ndarray | None, *,
+    outputs: int, scheme: str, group: int, gated: bool, activation: str,
 ) -> np.ndarray:  # fmt: skip
     k = x.shape[-1]
-    if gated:
-        parts = [_unpack_quantized(codes[:, i], scales[:, i], scheme, outputs, k, group) for i in (0, 1)]
-        return _gated(x, *(p.astype(x.dtype) if x.dtype.itemsize == 8 else p for p in parts), activation=activation)
-    return _linear(x, _unpack_quantized(codes, scales, scheme, outputs, k, group), b, r, activation=activation)
+    return _quantized(x, codes, scales, zeros, b, r, k, outputs, scheme, group, gated, activation, x.dtype)
 
 
-def _quantized_axes(x: TensorType, c: TensorType, s: TensorType, b: Any, r: Any, *, gated: bool, **_: Any) -> str:
+def _integer_linear(
+    x: np.ndarray, codes: np.ndarray, scales: np.ndarray, zeros: np.ndarray | None, b: np.ndarray | None, r: np.ndarray | None, *,
+    outputs: int, k: int, scheme: str, group: int, own: bool, gated: bool, activation: str, dtype: str,
+) -> np.ndarray:  # fmt: skip
+    values, to = levels.decode(x, k, group, own), numpy_dtype(dtype)
+    return _quantized(values, codes, scales, zeros, b, r, k, outputs, scheme, group, gated, activation, to)
+
+
+def _quantized_axes(x: Any, c: Any, s: Any, zeros: Any, b: Any, r: Any, *, gated: bool, **_: Any) -> str:
     parts = "e " if gated else ""
-    return f"*b k, p {parts}q n, p {parts}g h n, {'o' if b else ''}, {'*b o' if r else ''} -> *b o"
+    z = f"p {parts}g n" if zeros else ""
+    return f"*b k, p {parts}q n w, p {parts}g n, {z}, {'o' if b else ''}, {'*b o' if r else ''} -> *b o"
 
 
 def _quantized_samples() -> Samples:
     plain = {"outputs": 5, "gated": False, "activation": "relu"}
     yield (
-        ("float32[2, 6]", "uint8[2, 3, 4]", "float32[2, 2, 2, 4]", "float32[5]", "float32[2, 5]"),
+        ("float32[2, 6]", "uint8[2, 3, 4, 1]", "float16[2, 2, 4]", "uint8[2, 2, 4]", "float32[5]", "float32[2, 5]"),
         {**plain, "scheme": "int4", "group": 3},
     )
     yield (
-        ("float32[2, 3]", "uint8[2, 3, 4]", "float32[2, 1, 2, 4]", None, None),
+        ("float32[2, 3]", "uint8[2, 3, 4, 1]", "float32[2, 1, 4]", None, None, None),
         {**plain, "scheme": "int8", "group": 0},
     )
     gated = {"outputs": 5, "gated": True, "activation": "silu", "scheme": "int4", "group": 0}
-    yield ("float32[2, 3]", "uint8[2, 2, 2, 4]", "float32[2, 2, 1, 2, 4]", None, None), gated
+    yield ("float32[2, 3]", "uint8[2, 2, 2, 4, 1]", "float16[2, 2, 1, 4]", None, None, None), gated
+
+
+def _integer_samples() -> Samples:
+    plain = {"outputs": 5, "gated": False, "activation": "relu", "dtype": "float32"}
+    yield (
+        ("uint8[2, 192]", "uint8[2, 2, 4, 4]", "float16[2, 2, 4]", "uint8[2, 2, 4]", "float32[5]", "float32[2, 5]"),
+        {**plain, "scheme": "int4", "group": 8, "k": 14, "own": True},
+    )
+    yield (
+        ("uint8[2, 192]", "uint8[2, 2, 4, 4]", "float32[2, 1, 4]", None, None, None),
+        {**plain, "scheme": "int8", "group": 0, "k": 7, "own": False},
+    )
+    gated = {"outputs": 5, "gated": True, "activation": "silu", "dtype": "bfloat16"}
+    yield (
+        ("uint8[3, 192]", "uint8[2, 2, 2, 4, 4]", "float16[2, 2, 1, 4]", None, None, None),
+        {**gated, "scheme": "int4", "group": 0, "k": 12, "own": False},
+    )
 
 
 @defop(
@@ -371,28 +464,71 @@ def _quantized_samples() -> Samples:
     samples=_quantized_samples,
 )
 def quantized_linear(
-    x: TensorType, codes: TensorType, scales: TensorType, b: TensorType | None = None, r: TensorType | None = None, *,
-    outputs: int, scheme: str, group: int, gated: bool = False, activation: str = "none",
+    x: TensorType, codes: TensorType, scales: TensorType, zeros: TensorType | None = None, b: TensorType | None = None,
+    r: TensorType | None = None, *, outputs: int, scheme: str, group: int, gated: bool = False, activation: str = "none",
 ) -> TensorType:  # fmt: skip
-    """`linear`, or with `gated` `gated_linear`, of weights [outputs, k] that stay codes: `pack_codes` and `pack_scales` made them.
+    """`linear`, or with `gated` `gated_linear`, of weights [outputs, k] that stay codes: `pack_codes`, `pack_scales` and `pack_zeros`
+    made them.
 
-    With `gated`, codes and scales of gate and up lie panel by panel side by side ([panels, 2, …]). Weights are float32 in the
-    product; results are rounded as those of `linear`.
+    With `gated`, codes, scales and zeros of gate and up lie panel by panel side by side ([panels, 2, …]). Weights are float32 in
+    the product; results are rounded as those of `linear`.
     """
-    kind, k = _scheme(scheme), x.shape[-1]
+    k = x.shape[-1]
     require(isinstance(k, int) and is_float(x.dtype), f"needs floats with a last axis of fixed size, got {x}")
-    panel = codes.shape[-1]
-    lead = (-(-outputs // panel), *((2,) if gated else ()))  # type: ignore[operator]
-    want = TensorType((*lead, kind.panel_bytes(k), panel), "uint8")  # type: ignore[arg-type]
-    require(codes == want, f"the codes must be {want}, got {codes}")
-    want = TensorType((*lead, kind.groups(k, group), 2, panel), "float32")  # type: ignore[arg-type]
-    require(scales == want, f"the scales must be {want}, got {scales}")
-    require(activation in ACTIVATIONS, f"unknown activation {activation!r}; known: {', '.join(ACTIVATIONS)}")
     result = x.with_shape(*x.shape[:-1], outputs)
-    require(b is None or b == TensorType((outputs,), x.dtype), f"the bias must be {x.dtype}[{outputs}], got {b}")
+    _check_quantized(codes, scales, zeros, b, r, result, int(k), scheme, group, gated, activation)  # type: ignore[call-overload]
+    return result
+
+
+@defop(
+    meaning=_integer_linear,
+    axes=_quantized_axes,
+    flops=lambda result, *_, gated, k, **__: (4 if gated else 2) * result.size * k,
+    samples=_integer_samples,
+)
+def integer_linear(
+    x: TensorType, codes: TensorType, scales: TensorType, zeros: TensorType | None = None, b: TensorType | None = None,
+    r: TensorType | None = None, *, outputs: int, k: int, scheme: str, group: int, own: bool, gated: bool = False,
+    activation: str = "none", dtype: str,
+) -> TensorType:  # fmt: skip
+    """`quantized_linear` of integers: x uint8 [*b, bytes] are records of `encode_levels` with sums (`own`: and
+    scales) of the same group.
+
+    Products are sums of integers per group, exact; these are scaled and added in float32, and rounded as results of `linear` in `dtype`.
+    """
+    wanted = levels.record_bytes(k, group, own)
+    require(x.rank > 0 and x.dtype == "uint8" and x.shape[-1] == wanted, f"needs records uint8[..., {wanted}], got {x}")
+    require(_scheme(scheme).uniform, f"codes of {scheme} are no integers")
+    require(is_float(dtype), f"the result is a float, not {dtype}")
+    result = TensorType((*x.shape[:-1], outputs), dtype)
+    _check_quantized(codes, scales, zeros, b, r, result, k, scheme, group, gated, activation)
+    return result
+
+
+def _check_quantized(
+    codes: TensorType, scales: TensorType, zeros: TensorType | None, b: TensorType | None, r: TensorType | None,
+    result: TensorType, k: int, scheme: str, group: int, gated: bool, activation: str,
+) -> None:  # fmt: skip
+    kind, outputs = _scheme(scheme), int(result.shape[-1])  # type: ignore[call-overload]
+    panel, word = codes.shape[-2:] if codes.rank >= 4 else (1, 1)
+    lead = (-(-outputs // panel), *((2,) if gated else ()))  # type: ignore[operator]
+    want = TensorType((*lead, kind.panel_words(k, word), panel, word), "uint8")  # type: ignore[arg-type]
+    require(codes == want, f"the codes must be {want}, got {codes}")
+    groups = (*lead, kind.groups(k, group), panel)
     require(
-        r is None or (r.dtype == x.dtype and same_shape(r.shape, result.shape)),
+        scales.dtype in ("float16", "float32") and scales.shape == groups,
+        f"the scales must be float16 or float32 {list(groups)}, got {scales}",
+    )
+    require(zeros is None or kind.uniform, f"{scheme} has no zeros")
+    require(
+        zeros is None or zeros == TensorType(groups, "uint8"), f"the zeros must be uint8{list(groups)}, got {zeros}"
+    )
+    require(activation in ACTIVATIONS, f"unknown activation {activation!r}; known: {', '.join(ACTIVATIONS)}")
+    require(
+        b is None or b == TensorType((outputs,), result.dtype), f"the bias must be {result.dtype}[{outputs}], got {b}"
+    )
+    require(
+        r is None or (r.dtype == result.dtype and same_shape(r.shape, result.shape)),
         f"the residual must be {result}, got {r}",
     )
     require(not gated or (b is None and r is None), "a gated layer has neither bias nor residual")
-    return result

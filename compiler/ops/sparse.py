@@ -17,7 +17,7 @@ import numpy as np
 from jisu.compiler import masks
 from jisu.compiler.graph import defop
 from jisu.compiler.ops.contract import ACTIVATIONS, _gated, _linear
-from jisu.compiler.ops.quantize import _spread
+from jisu.compiler.ops.quantize import _spread, _values
 from jisu.compiler.schemes import scheme as find_scheme
 from jisu.compiler.types import TensorType, is_float, numpy_dtype, require, same_shape
 
@@ -149,7 +149,7 @@ def _kept(values: TensorType, scheme: str) -> int:
 
 def _packed_size(count: int, scheme: str, panel: int) -> int:
     """Elements of packed values: kernels load 2 * panel from wherever they stand."""
-    return (count if scheme == "none" else find_scheme(scheme).panel_bytes(count)) + 2 * panel
+    return (count if scheme == "none" else find_scheme(scheme).panel_words(count)) + 2 * panel
 
 
 def _pack_values(values: np.ndarray, mask: np.ndarray, *, k: int, panel: int, pair: int, scheme: str) -> np.ndarray:
@@ -198,8 +198,8 @@ def pack_values(
 
 
 def _unpack(
-    values: np.ndarray, mask: np.ndarray, starts: np.ndarray, scales: np.ndarray | None, *, n: int, k: int, pair: int,
-    scheme: str, group: int,
+    values: np.ndarray, mask: np.ndarray, starts: np.ndarray, scales: np.ndarray | None, zeros: np.ndarray | None, *, n: int,
+    k: int, pair: int, scheme: str, group: int,
 ) -> np.ndarray:  # fmt: skip
     """The matrix [n, k]; of codes float32."""
     panels, words, _ = mask.shape
@@ -214,24 +214,20 @@ def _unpack(
     dense, keep = (_disordered(v.reshape(bits.shape), pair, n, k) for v in (found, there))
     if scales is None:
         return dense
-    kind = find_scheme(scheme)
-    scale, shift = (
-        _spread(scales[:, :, i].transpose(0, 2, 1).reshape(-1, scales.shape[1])[:n], k, group) for i in (0, 1)
-    )
-    w = kind.levels[dense & (2**kind.bits - 1)] * scale + shift
-    return np.where(keep, w, 0).astype(np.float32)
+    codes = dense & (2 ** find_scheme(scheme).bits - 1)
+    return np.where(keep, _values(codes, scales, zeros, scheme, n, group), 0).astype(np.float32)
 
 
 def _sparse_linear(
-    x: np.ndarray, values: np.ndarray, mask: np.ndarray, starts: np.ndarray, scales: np.ndarray | None, b: np.ndarray | None,
-    r: np.ndarray | None, *, outputs: int, pair: int, scheme: str, group: int, gated: bool, activation: str,
+    x: np.ndarray, values: np.ndarray, mask: np.ndarray, starts: np.ndarray, scales: np.ndarray | None, zeros: np.ndarray | None,
+    b: np.ndarray | None, r: np.ndarray | None, *, outputs: int, pair: int, scheme: str, group: int, gated: bool, activation: str,
 ) -> np.ndarray:  # fmt: skip
     def part(i: int) -> np.ndarray:
         own = (slice(None), i) if gated else (slice(None),)
+        s, z = (None if v is None else v[own] for v in (scales, zeros))
         w = _unpack(
-            values, mask[own], starts[own], None if scales is None else scales[own], n=outputs, k=x.shape[-1], pair=pair,
-            scheme=scheme, group=group,
-        )  # fmt: skip
+            values, mask[own], starts[own], s, z, n=outputs, k=x.shape[-1], pair=pair, scheme=scheme, group=group
+        )
         return w.astype(x.dtype) if x.dtype.itemsize == 8 else w
 
     if gated:
@@ -239,9 +235,11 @@ def _sparse_linear(
     return _linear(x, part(0), b, r, activation=activation)
 
 
-def _sparse_axes(x: Any, v: Any, m: Any, s: Any, scales: Any, b: Any, r: Any, *, gated: bool, **_: Any) -> str:
+def _sparse_axes(
+    x: Any, v: Any, m: Any, s: Any, scales: Any, zeros: Any, b: Any, r: Any, *, gated: bool, **_: Any
+) -> str:
     parts = "p e" if gated else "p"
-    more = f"{parts} g h l" if scales else ""
+    more = ", ".join(f"{parts} g l" if there else "" for there in (scales, zeros))
     return f"*b k, v, {parts} q u, {parts}, {more}, {'o' if b else ''}, {'*b o' if r else ''} -> *b o"
 
 
@@ -250,18 +248,18 @@ def _sparse_samples() -> Samples:
     mask, starts = "uint8[2, 2, 1]", "int64[2]"
     for pair in (1, 2):
         yield (
-            ("float32[2, 3]", "float32[12]", mask, starts, None, "float32[5]", "float32[2, 5]"),
+            ("float32[2, 3]", "float32[12]", mask, starts, None, None, "float32[5]", "float32[2, 5]"),
             {**plain, "pair": pair},
         )
     gated = {"outputs": 5, "gated": True, "activation": "silu"}
     both = ("uint8[2, 2, 2, 1]", "int64[2, 2]")
-    yield ("float32[2, 4]", "float32[12]", *both, None, None, None), {**gated, "pair": 1}
-    scales = "float32[2, 2, 2, 4]"
-    for scheme in ("int4", "int8"):
+    yield ("float32[2, 4]", "float32[12]", *both, None, None, None, None), {**gated, "pair": 1}
+    for scheme, zeros in (("int4", "uint8[2, 2, 4]"), ("int8", None)):
         coded = {"pair": 1, "scheme": scheme, "group": 2}
-        yield ("float32[2, 3]", "uint8[12]", mask, starts, scales, None, None), {**plain, **coded}
+        operands = ("float32[2, 3]", "uint8[12]", mask, starts, "float16[2, 2, 4]", zeros, None, None)
+        yield operands, {**plain, **coded}
     yield (
-        ("float32[2, 4]", "uint8[12]", *both, "float32[2, 2, 1, 2, 4]", None, None),
+        ("float32[2, 4]", "uint8[12]", *both, "float32[2, 2, 1, 4]", None, None, None),
         {**gated, "pair": 1, "scheme": "int8"},
     )
 
@@ -274,18 +272,18 @@ def _sparse_samples() -> Samples:
 )
 def sparse_linear(
     x: TensorType, values: TensorType, mask: TensorType, starts: TensorType, scales: TensorType | None = None,
-    b: TensorType | None = None, r: TensorType | None = None, *, outputs: int, pair: int, scheme: str = "none",
-    group: int = 0, gated: bool = False, activation: str = "none",
+    zeros: TensorType | None = None, b: TensorType | None = None, r: TensorType | None = None, *, outputs: int, pair: int,
+    scheme: str = "none", group: int = 0, gated: bool = False, activation: str = "none",
 ) -> TensorType:  # fmt: skip
     """`linear`, or with `gated` `gated_linear`, of sparse weights [outputs, k]: `pack_values`, `pack_mask` and `pack_starts` made them.
 
-    With a scheme values are codes, and `scales` those of `pack_scales`; the weights are float32 in the product. With `gated`,
-    masks, starts and scales of gate and up lie panel by panel side by side ([panels, 2, …]). FLOPs count the zeros: kernels
+    With a scheme values are codes, with scales of `pack_scales` and zeros of `pack_zeros`; the weights are float32 in the product. With
+    `gated`, masks, starts, scales and zeros of gate and up lie panel by panel side by side ([panels, 2, …]). FLOPs count the zeros: kernels
     skip reading them, not multiplying by them.
     """
     k = x.shape[-1]
     require(isinstance(k, int) and is_float(x.dtype), f"needs floats with a last axis of fixed size, got {x}")
-    _check_sparse(values, mask, starts, scales, outputs, k, pair, scheme, group, (2,) if gated else ())  # type: ignore[arg-type]
+    _check_sparse(values, mask, starts, scales, zeros, outputs, k, pair, scheme, group, (2,) if gated else ())  # type: ignore[arg-type]
     require(scheme != "none" or values.dtype == x.dtype, f"dtypes differ: {x} and {values}")
     require(activation in ACTIVATIONS, f"unknown activation {activation!r}; known: {', '.join(ACTIVATIONS)}")
     result = x.with_shape(*x.shape[:-1], outputs)
@@ -299,8 +297,8 @@ def sparse_linear(
 
 
 def _check_sparse(
-    values: TensorType, mask: TensorType, starts: TensorType, scales: TensorType | None, n: int, k: int, pair: int, scheme: str,
-    group: int, parts: tuple[int, ...],
+    values: TensorType, mask: TensorType, starts: TensorType, scales: TensorType | None, zeros: TensorType | None, n: int, k: int,
+    pair: int, scheme: str, group: int, parts: tuple[int, ...],
 ) -> None:  # fmt: skip
     panel = int(mask.shape[-1]) * 4  # type: ignore[call-overload]
     _check_panel(panel, pair)
@@ -311,19 +309,27 @@ def _check_sparse(
     require(starts == want, f"the starts must be {want}, got {starts}")
     require(values.rank == 1 and isinstance(values.shape[0], int) and values.shape[0] >= 2 * panel, f"values {values}")
     require((scales is None) == (scheme == "none"), "codes have scales, and only they")
+    require(zeros is None or scales is not None, "zeros belong to codes")
     if scales is not None:
         require(values.dtype == "uint8" and pair == 1, f"codes are uint8, input by input, got {values}")
-        want = TensorType((panels, *parts, find_scheme(scheme).groups(k, group), 2, panel), "float32")
-        require(scales == want, f"the scales must be {want}, got {scales}")
+        groups = (panels, *parts, find_scheme(scheme).groups(k, group), panel)
+        require(
+            scales.dtype in ("float16", "float32") and scales.shape == groups,
+            f"the scales must be float16 or float32 {list(groups)}, got {scales}",
+        )
+        require(
+            zeros is None or (find_scheme(scheme).uniform and zeros == TensorType(groups, "uint8")),
+            f"the zeros must be uint8{list(groups)}, of an integer scheme, got {zeros}",
+        )
 
 
 def _sparse_take(
-    values: np.ndarray, mask: np.ndarray, starts: np.ndarray, indices: np.ndarray, scales: np.ndarray | None, *, rows: int,
-    width: int, pair: int, scheme: str, group: int, dtype: str,
+    values: np.ndarray, mask: np.ndarray, starts: np.ndarray, indices: np.ndarray, scales: np.ndarray | None,
+    zeros: np.ndarray | None, *, rows: int, width: int, pair: int, scheme: str, group: int, dtype: str,
 ) -> np.ndarray:  # fmt: skip
     from jisu.compiler.ops.index import _take
 
-    table = _unpack(values, mask, starts, scales, n=rows, k=width, pair=pair, scheme=scheme, group=group)
+    table = _unpack(values, mask, starts, scales, zeros, n=rows, k=width, pair=pair, scheme=scheme, group=group)
     return _take(table.astype(numpy_dtype(dtype)), indices, axis=0)
 
 
@@ -331,25 +337,25 @@ def _sparse_take_samples() -> Samples:
     packed = ("uint8[2, 2, 1]", "int64[2]", "int64[2, 2]")
     plain = {"rows": 7, "width": 3, "dtype": "float32"}
     for pair in (1, 2):
-        yield ("float32[12]", *packed, None), {**plain, "pair": pair}
+        yield ("float32[12]", *packed, None, None), {**plain, "pair": pair}
     yield (
-        ("uint8[12]", *packed, "float32[2, 2, 2, 4]"),
+        ("uint8[12]", *packed, "float16[2, 2, 4]", "uint8[2, 2, 4]"),
         {**plain, "pair": 1, "scheme": "int4", "group": 2},
     )
 
 
 @defop(
     meaning=_sparse_take,
-    axes=lambda v, m, s, i, scales, **_: f"v, p q u, p, *b, {'p g h l' if scales else ''} -> *b o",
+    axes=lambda v, m, s, i, *tail, **_: f"v, p q u, p, *b, {', '.join('p g l' if t else '' for t in tail)} -> *b o",
     flops=0,
     samples=_sparse_take_samples,
 )
 def sparse_take(
-    values: TensorType, mask: TensorType, starts: TensorType, indices: TensorType, scales: TensorType | None = None, *,
-    rows: int, width: int, pair: int, scheme: str = "none", group: int = 0, dtype: str,
+    values: TensorType, mask: TensorType, starts: TensorType, indices: TensorType, scales: TensorType | None = None,
+    zeros: TensorType | None = None, *, rows: int, width: int, pair: int, scheme: str = "none", group: int = 0, dtype: str,
 ) -> TensorType:  # fmt: skip
     """Rows of a sparse matrix [rows, width] packed as for `sparse_linear`: an embedding tied to a sparse head."""
-    _check_sparse(values, mask, starts, scales, rows, width, pair, scheme, group, ())
+    _check_sparse(values, mask, starts, scales, zeros, rows, width, pair, scheme, group, ())
     require(scheme != "none" or values.dtype == dtype, f"rows of {values} are not {dtype}")
     require(indices.dtype in ("int64", "int32"), f"indices must be integers, got {indices}")
     return TensorType((*indices.shape, width), dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import attrs
 import numpy as np
@@ -50,8 +51,8 @@ def find_roundings(graph: Graph, chosen: Mapping[Node, tuple[Layer, QuantizeReci
     return {user: rounding for user, rounding in found.items() if rounding.rule.activations != "none"}
 
 
-def _grid(rule: QuantizeRecipe) -> tuple[str, str]:
-    return rule.activations, rule.activation_range
+def _grid(rule: QuantizeRecipe) -> tuple[str, str, int]:
+    return rule.activations, rule.activation_range, rule.channels_per_scale
 
 
 @attrs.frozen
@@ -74,7 +75,7 @@ class QuantizeActivations:
             return graph
         reach = self._reach(graph, found)
         weights = dict(graph.weights)
-        made: dict[tuple[Node, str, str], Node] = {}
+        made: dict[tuple[Any, ...], Node] = {}
 
         def transform(old: Node, new: Node) -> Node:
             if old not in found:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from jisu.compiler import ops
 from jisu.compiler.graph import Node, Op
 from jisu.compiler.types import Dim, product, same_dim
 from jisu.targets.cpu.isa import FLOATS
-from jisu.targets.cpu.kernels import attention, embedding, matmul, moe, norm, rotary, sparse
+from jisu.targets.cpu.kernels import attention, codes, embedding, integer, matmul, moe, norm, rotary, sparse
 from jisu.targets.lowering import Argument, Kernel
 from jisu.targets.target import Target
 
@@ -59,31 +60,63 @@ def _projections(node: Node, target: Target) -> Kernel | None:
 
 
 def _quantized(node: Node, target: Target) -> Kernel | None:
-    x = _operand(node, 0)
-    if not _computes(node, target) or _operand(node, 1).shape[-1] != matmul.panel_width(target):
+    x, packed = _operand(node, 0), _operand(node, 1)
+    if not _computes(node, target) or packed.shape[-2:] != (matmul.panel_width(target), 1):
         return None
-    function = matmul.quantized_linear(
-        node.outputs, int(x.shape[-1]), node.dtype, target, scheme=node.scheme, group=node.group, gated=node.gated,
-        bias=node.operands[3] is not None, activation=node.activation, residual=node.operands[4] is not None,
+    function = codes.quantized_linear(
+        node.outputs, int(x.shape[-1]), node.dtype, target, scheme=node.scheme, group=node.group, **_scales(node, 2),
+        gated=node.gated, bias=node.operands[4] is not None, activation=node.activation,
+        residual=node.operands[5] is not None,
     )  # fmt: skip
-    arguments = [Argument(0, _rows(x)), Argument(1), Argument(2), *_present(node, 3)]
-    if node.operands[4] is not None:
-        arguments.append(Argument(4, _rows(node)))
-    return Kernel(function, tuple(arguments), (_rows(node),))
+    return Kernel(function, _coded_arguments(node), (_rows(node),))
+
+
+def _integer(node: Node, target: Target) -> Kernel | None:
+    packed = _operand(node, 1)
+    if not _computes(node, target) or packed.shape[-2:] != (matmul.panel_width(target), integer.WORD):
+        return None
+    function = integer.integer_linear(
+        node.outputs, node.k, node.dtype, target, scheme=node.scheme, group=node.group, own=node.own, **_scales(node, 2),
+        gated=node.gated, bias=node.operands[4] is not None, activation=node.activation,
+        residual=node.operands[5] is not None,
+    )  # fmt: skip
+    return Kernel(function, _coded_arguments(node), (_rows(node),))
+
+
+def _scales(node: Node, first: int) -> dict[str, Any]:
+    """The dtype of scales (operand `first`), and whether there are zeros behind them."""
+    scales = node.operands[first]
+    return {} if scales is None else {"scales": scales.dtype, "zeros": node.operands[first + 1] is not None}
+
+
+def _coded_arguments(node: Node) -> tuple[Argument, ...]:
+    arguments = [Argument(0, _rows(_operand(node, 0))), Argument(1), Argument(2), *_present(node, 3, 4)]
+    return (*arguments, Argument(5, _rows(node))) if node.operands[5] is not None else tuple(arguments)
+
+
+def _levels(node: Node, target: Target) -> Kernel | None:
+    x = _operand(node, 0)
+    if not _computes(x, target):
+        return None
+    function = integer.encode_levels(
+        int(x.shape[-1]), x.dtype, target, scheme=node.scheme, group=node.group, own=node.own,
+        given=node.operands[1] is not None,
+    )  # fmt: skip
+    return Kernel(function, (Argument(0, _rows(x)), *_present(node, 1)), (_rows(node),))
 
 
 def _sparse(node: Node, target: Target) -> Kernel | None:
-    x, _, mask, _, scales, bias, residual = node.operands
+    x, _, mask, _, _, _, bias, residual = node.operands
     assert x is not None and mask is not None
     if not _computes(node, target) or mask.shape[-1] * 4 != matmul.panel_width(target):
         return None
     function = sparse.sparse_linear(
-        node.outputs, int(x.shape[-1]), node.dtype, target, scheme=node.scheme, group=node.group, gated=node.gated,
-        bias=bias is not None, activation=node.activation, residual=residual is not None,
+        node.outputs, int(x.shape[-1]), node.dtype, target, scheme=node.scheme, group=node.group, **_scales(node, 4),
+        gated=node.gated, bias=bias is not None, activation=node.activation, residual=residual is not None,
     )  # fmt: skip
-    arguments = [Argument(0, _rows(x)), *(Argument(i) for i in (1, 2, 3)), *_present(node, 4, 5)]
+    arguments = [Argument(0, _rows(x)), *(Argument(i) for i in (1, 2, 3)), *_present(node, 4, 5, 6)]
     if residual is not None:
-        arguments.append(Argument(6, _rows(node)))
+        arguments.append(Argument(7, _rows(node)))
     return Kernel(function, tuple(arguments), (_rows(node),))
 
 
@@ -221,6 +254,8 @@ CHOOSERS: Mapping[Op, Callable[[Node, Target], Kernel | None]] = {
     ops.packed_gated_linear: _gated,
     ops.packed_projections: _projections,
     ops.quantized_linear: _quantized,
+    ops.integer_linear: _integer,
+    ops.encode_levels: _levels,
     ops.sparse_linear: _sparse,
     ops.packed_experts: _experts,
     ops.matmul: _matmul,

@@ -378,9 +378,9 @@ class Function:
         return self.iota(n).cmp("slt", bound)
 
     def prefetch(self, address: Val) -> None:
-        """Ask for the cache line at `address`, to be read soon."""
+        """Ask for the cache line at `address`, to be read soon: into the second cache, which has more room for lines under way."""
         self._declares.add("declare void @llvm.prefetch.p0(ptr, i32, i32, i32)")
-        self.emit(f"call void @llvm.prefetch.p0(ptr {address.name}, i32 0, i32 3, i32 1)")
+        self.emit(f"call void @llvm.prefetch.p0(ptr {address.name}, i32 0, i32 2, i32 1)")
 
     # Control
 

@@ -8,7 +8,7 @@ import sympy
 from tvm import tirx
 from tvm.tirx.stmt import ForKind
 
-from jisu.compiler import ops, schemes
+from jisu.compiler import levels, ops, schemes
 from jisu.compiler.graph import Node, Op
 from jisu.compiler.ops.contract import pack, pack_gated, packed_gated_linear, packed_linear, packed_projections
 from jisu.compiler.types import Dim, is_integer, product
@@ -447,19 +447,50 @@ def bit_of(b: Builder, mask: Flat, first: Expr, bit: Expr) -> Expr:
     return tirx.bitwise_and(held >> tirx.Cast("int32", tirx.floormod(bit, i64(8))), 1)
 
 
+class Scaled:
+    """Values of codes, from scales and zeros in panels; `where` is a panel's index (and gate or up)."""
+
+    def __init__(self, b: Builder, pull: Pull, node: Node, scales: Node | None, zeros: Node | None, k: int) -> None:
+        assert scales is not None
+        self.b, self.kind, self.group = b, schemes.scheme(node.scheme), node.group or k
+        self.scales, self.zeros = pull.leaves[scales], None if zeros is None else pull.leaves[zeros]
+
+    def value(self, where: Sequence[Expr], k: Expr, lane: Expr, code: Expr) -> Expr:
+        """The float32 that a code (int32) of input k and a panel's output stands for."""
+        b, kind = self.b, self.kind
+        at = b.let(self.scales.offset([*where, tirx.floordiv(k, i64(self.group)), lane]), "at")
+        middle = literal(kind.middle, "float32")
+        zero = middle if self.zeros is None else tirx.Cast("float32", byte(b, self.zeros, at))
+        scale = tirx.Cast("float32", b.let(self.scales[at]))
+        return b.let((level(b, kind.name, b.let(tirx.bitwise_and(code, 2**kind.bits - 1), "code")) - zero) * scale)
+
+
 def _quantized(b: Builder, pull: Pull, node: Node, target: Flat) -> None:
-    x, codes, scales = node.operands[:3]
-    assert x is not None and codes is not None and scales is not None
+    x, codes, scales, zeros = node.operands[:4]
+    assert x is not None and codes is not None
+    integers = node.op is ops.integer_linear
     dtype = compute_dtype(node.dtype)
-    left, packed, stored = pull.leaves[x], pull.leaves[codes], pull.leaves[scales]
-    kind, k = schemes.scheme(node.scheme), x.shape[-1]
-    panels, panel = codes.shape[0], codes.shape[-1]
-    assert isinstance(panel, int) and isinstance(k, int)
-    per_byte, mask = kind.per_byte, 2**kind.bits - 1
-    depth, width, m = i64(k), i64(node.outputs), product(node.shape[:-1])
+    left, packed = pull.leaves[x], pull.leaves[codes]
+    kind, k = schemes.scheme(node.scheme), int(node.k if integers else x.shape[-1])
+    scaled = Scaled(b, pull, node, scales, zeros, k)
+    panels, panel, side = (int(codes.shape[i]) for i in (0, -2, -1))
+    depth, width, m, stride = i64(k), i64(node.outputs), product(node.shape[:-1]), i64(int(x.shape[-1]))
 
     def strip(outer: list[Expr]) -> None:
         row, p = outer
+
+        def data(i: Expr) -> Expr:
+            if not integers:
+                return load(b, left, row * depth + i)
+            group = tirx.floordiv(i, i64(node.group)) if node.own and node.group else i64(0)
+            at = b.let(row * stride + i64(levels.scale_offset(k)) + group * i64(4), "at")
+            bits: Expr = tirx.IntImm("uint32", 0)
+            for n in range(4):
+                bits = tirx.bitwise_or(bits, tirx.Cast("uint32", left[at + i64(n)]) << tirx.IntImm("uint32", 8 * n))
+            scale = b.let(tirx.reinterpret("float32", b.let(bits)), "scale")
+            found = tirx.Cast("int8", b.let(left[row * stride + i]))
+            return b.let(tirx.Cast(dtype, b.let(tirx.Cast("float32", found) * scale)))
+
         with b.loop((panel + TILE - 1) // TILE) as part:
             first = b.let(part * i64(TILE), "first")
             column = b.let(p * i64(panel) + first, "column")
@@ -468,18 +499,15 @@ def _quantized(b: Builder, pull: Pull, node: Node, target: Flat) -> None:
 
             def weight(half: int, k: Expr, j: Expr) -> Expr:
                 lead = [p, *([i64(half)] if node.gated else [])]
-                both = byte(b, packed, packed.offset([*lead, tirx.floordiv(k, i64(per_byte)), first + j]))
-                shift = tirx.Cast("int32", tirx.floormod(k, i64(per_byte))) * 4
-                code = b.let(tirx.bitwise_and(both >> shift, mask), "code")
-                group = tirx.floordiv(k, i64(node.group or int(depth)))
-                scale, move = (b.let(stored[stored.offset([*lead, group, i64(i), first + j])]) for i in (0, 1))
-                value = level(b, node.scheme, code) * scale + move
-                return b.let(value if dtype == "float32" else tirx.Cast(dtype, value))
+                word, within = tirx.floordiv(k, i64(side * kind.per_byte)), tirx.floormod(k, i64(side * kind.per_byte))
+                both = byte(b, packed, packed.offset([*lead, word, first + j, tirx.floormod(within, i64(side))]))
+                shift = tirx.Cast("int32", tirx.floordiv(within, i64(side))) * 4
+                value = scaled.value(lead, k, first + j, both >> shift)
+                return value if dtype == "float32" else b.let(tirx.Cast(dtype, value))
 
             def run(half: int, put: Callable[[Expr, Expr], None]) -> None:
                 columns(
-                    b, dtype, count, [depth], lambda i: load(b, left, row * depth + i[0]),
-                    lambda i, j: weight(half, i[0], j), put,
+                    b, dtype, count, [depth], lambda i: data(i[0]), lambda i, j: weight(half, i[0], j), put,
                 )  # fmt: skip
 
             def put(j: Expr, value: Expr) -> None:
@@ -510,4 +538,5 @@ BODIES: Mapping[Op, Callable[[Builder, Pull, Node, Flat], None]] = {
     pack_gated: _pack,
     ops.dequantize: _dequantize,
     ops.quantized_linear: _quantized,
+    ops.integer_linear: _quantized,
 }

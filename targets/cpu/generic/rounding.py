@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 from tvm import tirx
 
-from jisu.compiler import ops, rows, schemes
+from jisu.compiler import levels, ops, rows, schemes
 from jisu.compiler.graph import Node, Op
 from jisu.targets.cpu.generic.build import Builder, Expr, Flat, i64, literal
 from jisu.targets.cpu.generic.element import Pull
@@ -73,6 +73,53 @@ def _fake_quantize(b: Builder, pull: Pull, node: Node, target: Flat) -> None:
                 found = b.let(rounded(b, kind, b.let(value(first + i) / scale)) * scale)
                 wide = found if node.dtype != "float64" else tirx.Cast("float64", found)
                 b.store(target, [*outer, first + i], narrow(b, wide, node.dtype))
+
+    b.spread(x.shape[:-1], x.tensor.size * 8, row)
+
+
+def _encode_levels(b: Builder, pull: Pull, node: Node, target: Flat) -> None:
+    x, given = node.operands
+    assert x is not None
+    kind, k = schemes.scheme(node.scheme), int(x.shape[-1])
+    size, top, zero = node.group or k, literal(kind.top, "float32"), tirx.IntImm("int32", 0)
+    end = int(node.shape[-1])
+
+    def row(outer: list[Expr]) -> None:
+        def value(i: Expr) -> Expr:
+            found = pull.fresh().wide(x, [*outer, i])
+            return found if dtype_of(found) == "float32" else b.let(tirx.Cast("float32", found))
+
+        def put(at: Expr, bits: Expr) -> None:
+            word = b.let(bits, "word")
+            for n in range(4):
+                byte = tirx.Cast("uint8", tirx.bitwise_and(word >> (8 * n), 255))
+                b.store(target, [*outer, at + i64(n)], byte)
+
+        def running(first: Expr, count: Expr) -> Expr:
+            reach = line(b, count, "max", "float32", lambda i: intrinsic("fabs", value(first + i)), vector=False)
+            found = b.let(reach / top)
+            return b.let(tirx.Select(tirx.EQ(found, literal(0, "float32")), literal(1, "float32"), found), "scale")
+
+        with b.loop(end) as i:
+            b.store(target, [*outer, i], tirx.IntImm("uint8", 0))
+        whole = None
+        if not node.own:
+            whole = running(i64(0), i64(k)) if given is None else b.let(pull.leaves[given][i64(0)], "scale")
+            put(i64(levels.scale_offset(k)), tirx.reinterpret("int32", whole))
+        sums = b.scratch(1, "int32")
+        with b.loop(-(-k // size)) as part:
+            first = b.let(part * i64(size), "first")
+            count = tirx.min(i64(size), i64(k) - first)
+            scale = running(first, count) if whole is None else whole
+            b.store(sums, i64(0), zero)
+            with b.loop(count) as i:
+                near = rounded(b, kind, b.let(value(first + i) / scale))
+                level = b.let(tirx.Cast("int32", b.let(select(is_nan(near), literal(0, "float32"), near))), "level")
+                b.store(target, [*outer, first + i], tirx.Cast("uint8", tirx.bitwise_and(level, 255)))
+                b.store(sums, i64(0), sums[i64(0)] + level)
+            if node.own:
+                put(i64(levels.scale_offset(k)) + part * i64(4), tirx.reinterpret("int32", scale))
+            put(i64(levels.sum_offset(k, node.group, node.own)) + part * i64(4), sums[i64(0)])
 
     b.spread(x.shape[:-1], x.tensor.size * 8, row)
 
@@ -160,6 +207,7 @@ def _decode_rows(b: Builder, pull: Pull, node: Node, target: Flat) -> None:
 
 BODIES: Mapping[Op, Callable[[Builder, Pull, Node, Flat], None]] = {
     ops.fake_quantize: _fake_quantize,
+    ops.encode_levels: _encode_levels,
     ops.encode_rows: _encode_rows,
     ops.decode_rows: _decode_rows,
 }

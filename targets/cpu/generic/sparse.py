@@ -10,7 +10,7 @@ from jisu.compiler import ops, schemes
 from jisu.compiler.graph import Node, Op
 from jisu.compiler.types import product
 from jisu.targets.cpu.generic.build import Builder, Expr, Flat, i64, literal
-from jisu.targets.cpu.generic.contract import bit_of, byte, epilogue, gate_up, kept_elements, level, load, multiply_add
+from jisu.targets.cpu.generic.contract import Scaled, bit_of, byte, epilogue, gate_up, kept_elements, load, multiply_add
 from jisu.targets.cpu.generic.element import Pull
 from jisu.targets.cpu.generic.index import check, resolve
 from jisu.targets.cpu.generic.scalar import compute_dtype, narrow
@@ -29,12 +29,12 @@ def _expand(b: Builder, pull: Pull, node: Node, target: Flat) -> None:
 class _Packed:
     """The packed form in memory: its values and masks, `where` being a panel's index (and gate or up)."""
 
-    def __init__(self, b: Builder, pull: Pull, node: Node, scales: Node | None, k: int) -> None:
+    def __init__(self, b: Builder, pull: Pull, node: Node, scales: Node | None, zeros: Node | None, k: int) -> None:
         values, mask, starts = node.operands[1:4] if node.op is ops.sparse_linear else node.operands[:3]
         assert values is not None and mask is not None and starts is not None
         self.b, self.node, self.k = b, node, k
         self.values, self.mask, self.starts = (pull.leaves[o] for o in (values, mask, starts))
-        self.scales = None if scales is None else pull.leaves[scales]
+        self.scaled = None if scales is None else Scaled(b, pull, node, scales, zeros, k)
         self.panel, self.words = int(mask.shape[-1]) * 4, -(-k // 2)  # type: ignore[call-overload]
         self.per_byte = 1 if scales is None else schemes.scheme(node.scheme).per_byte
         self.count = int(values.shape[0]) * self.per_byte  # type: ignore[call-overload]
@@ -53,23 +53,21 @@ class _Packed:
 
     def value(self, where: Sequence[Expr], at: Expr, lane: Expr, k: Expr, dtype: str) -> Expr:
         """The kept number `at` of a panel in `dtype`, in which arithmetic on it is done."""
-        b, node = self.b, self.node
-        if self.scales is None:
+        b = self.b
+        if self.scaled is None:
             return load(b, self.values, at)
         code = byte(b, self.values, tirx.floordiv(at, i64(2)) if self.per_byte == 2 else at)
         if self.per_byte == 2:
             code = code >> (tirx.Cast("int32", tirx.floormod(at, i64(2))) * 4)
-        code = b.let(tirx.bitwise_and(code, 2 ** schemes.scheme(node.scheme).bits - 1), "code")
-        group = tirx.floordiv(k, i64(node.group or self.k))
-        scale, shift = (b.let(self.scales[self.scales.offset([*where, group, i64(i), lane])]) for i in (0, 1))
-        found = level(b, node.scheme, code) * scale + shift
-        return b.let(found if dtype == "float32" else tirx.Cast(dtype, found))
+        found = self.scaled.value(where, k, lane, code)
+        return found if dtype == "float32" else b.let(tirx.Cast(dtype, found))
 
 
 def _sparse_linear(b: Builder, pull: Pull, node: Node, target: Flat) -> None:
     x, _, mask = node.parents[:3]
     dtype, k = compute_dtype(node.dtype), int(x.shape[-1])  # type: ignore[call-overload]
-    left, packed = pull.leaves[x], _Packed(b, pull, node, node.operands[4], k)
+    scales, zeros = node.operands[4:6]
+    left, packed = pull.leaves[x], _Packed(b, pull, node, scales, zeros, k)
     depth, width, m, panel = i64(k), i64(node.outputs), product(node.shape[:-1]), i64(packed.panel)
 
     def strip(outer: list[Expr]) -> None:
@@ -106,9 +104,9 @@ def _sparse_linear(b: Builder, pull: Pull, node: Node, target: Flat) -> None:
 
 
 def _sparse_take(b: Builder, pull: Pull, node: Node, target: Flat) -> None:
-    indices, scales = node.operands[3:]
+    indices, scales, zeros = node.operands[3:]
     assert indices is not None
-    packed = _Packed(b, pull, node, scales, node.width)
+    packed = _Packed(b, pull, node, scales, zeros, node.width)
     dtype = compute_dtype(node.dtype)
     check(b, pull, indices, node.rows)
 

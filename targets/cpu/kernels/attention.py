@@ -393,7 +393,7 @@ def _tiles(spec: _Spec, args: Sequence[Arg], target: Target, bias_dtype: str) ->
         f.use(transpose, k_tile, keys, n)
         f.loop(0, n, 2 * lanes, [], lambda c, _: row_blocks(f, rows, lambda mr, m: f.use(
             score[mr], f.at(queries, m * d_pad, "float32"), d_pad, f.at(keys, c, "float32"), KEYS,
-            f.at(scores, m * KEYS + c, "float32"), KEYS, d), target))  # fmt: skip
+            f.at(scores, m * KEYS + c, "float32"), KEYS, d), block_sizes(target)))  # fmt: skip
 
     softmax = _weigh(spec, target, bias_dtype)
 
@@ -431,7 +431,7 @@ def _values(
             values, sums = f.at(v_tile, column, spec.stored), f.at(states, m * state + (16 + column), "float32")
             f.use(add[mr], f.at(scores, m * KEYS, "float32"), KEYS, values, spec.v_stride, sums, state, n)
 
-        row_blocks(f, rows, multiply, target)
+        row_blocks(f, rows, multiply, block_sizes(target))
 
 
 def decode_records(scheme: str, k: int, target: Target) -> Micro:

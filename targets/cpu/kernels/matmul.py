@@ -9,14 +9,14 @@ consecutive k together in a 32-bit lane, which is what the bfloat16 dot product 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import attrs
 import numpy as np
 from tvm.script.ir_builder import tirx as T
 
-from jisu.compiler import ops, schemes
-from jisu.compiler.errors import InputError, TargetError
+from jisu.compiler import ops
+from jisu.compiler.errors import InputError
 from jisu.compiler.graph import Op
 from jisu.targets.cpu.isa import (
     ITEMSIZE,
@@ -24,16 +24,12 @@ from jisu.targets.cpu.isa import (
     Function,
     Micro,
     Val,
-    align_up,
     prim_func,
     require_activation,
     require_dtype,
     vector_type,
 )
 from jisu.targets.target import Target
-
-if TYPE_CHECKING:
-    from jisu.targets.cpu.kernels.sparse import Sparse
 
 VECTORS = 2  # vector registers per panel row
 
@@ -160,112 +156,6 @@ def product(
     return f.finish()
 
 
-@attrs.frozen
-class Codes:
-    """Weights of a layer that are codes of a scheme, with a scale per `group` inputs (0: per output)."""
-
-    scheme: str
-    group: int
-
-    @property
-    def per_byte(self) -> int:
-        """Codes in a byte of the packed layout."""
-        return schemes.scheme(self.scheme).per_byte
-
-    def words(self, k: int) -> int:
-        """Bytes per output in panels."""
-        return schemes.scheme(self.scheme).panel_bytes(k)
-
-    def groups(self, k: int) -> int:
-        """Scales per output."""
-        return schemes.scheme(self.scheme).groups(k, self.group)
-
-
-def quantized_product(mr: int, target: Target, codes: Codes, k: int) -> Micro:
-    """C[mr, NR] = A[mr, k] @ B[k, NR] in float32, B being codes and scales of one panel (see `ops.quantize`).
-
-    void(A, lda, codes, scales, C, ldc): strides in float32 words; A is padded with a zero to an even k.
-    """
-    f = Function(
-        f"quantized{mr}",
-        [("ptr", "a"), ("i64", "lda"), ("ptr", "b"), ("ptr", "s"), ("ptr", "c"), ("i64", "ldc")],
-        target,
-    )
-    a, lda, b, s, c, ldc = f.params()
-    nr, per_byte = panel_width(target), codes.per_byte
-    vec = vector_type("float", f.lanes)
-    rows = [f.at(a, lda * m, "float32") for m in range(mr)]
-    # One row has too few accumulators to hide the multiply-add's latency: several words go on at once.
-    chains = (4 if mr == 1 else 2 if mr == 2 else 1) // per_byte or 1
-    width = mr * VECTORS * per_byte
-
-    def step(word: Val, sums: list[Val], scale: list[Val], shift: list[Val]) -> list[Val]:
-        result = list(sums)
-        at = f.at(b, word * nr, "i8")
-        if mr <= 2:
-            f.prefetch(f.at(at, 4 * PREFETCH_WORDS, "i8"))
-        for j in range(VECTORS):
-            both = f.cast("zext", f.load(vector_type("i8", f.lanes), f.at(at, j * f.lanes, "i8")), "i32")
-            parts = [both] if per_byte == 1 else [both & 15, both >> 4]
-            for half, code in enumerate(parts):
-                w = f.fma(level(f, codes.scheme, code), scale[j], shift[j])
-                for m in range(mr):
-                    x = f.splat(f.load("float", f.at(rows[m], word * per_byte + half, "float32")), f.lanes)
-                    slot = (half * mr + m) * VECTORS + j
-                    result[slot] = f.fma(x, w, result[slot])
-        return result
-
-    def over_group(first: Val | int, last: Val | int, at: Val, sums: list[Val]) -> list[Val]:
-        scale = [f.load(vec, f.at(at, j * f.lanes, "float32")) for j in range(VECTORS)]
-        shift = [f.load(vec, f.at(at, nr + j * f.lanes, "float32")) for j in range(VECTORS)]
-
-        def chained(word: Val, carried: list[Val]) -> list[Val]:
-            return [
-                v for n in range(chains) for v in step(word + n, carried[n * width : (n + 1) * width], scale, shift)
-            ]
-
-        *sums, end = f.loop(first, f.i64(last) - (chains - 1), chains, sums, chained)
-        *first_chain, _ = f.loop(end, last, 1, sums[:width], lambda w, v: step(w, v, scale, shift))
-        return [*first_chain, *sums[width:]]
-
-    groups, words = codes.groups(k), codes.words(k)
-    each = (codes.group or k + k % per_byte) // per_byte
-    sums = [f.const(0.0, vec)] * (width * chains)
-
-    def group(i: Val, carried: list[Val]) -> list[Val]:
-        first = i * each
-        return over_group(first, f.minimum(first + each, words), f.at(s, i * (2 * nr), "float32"), carried)
-
-    *sums, _ = f.loop(0, groups, 1, sums, group)
-    for m in range(mr):
-        for j in range(VECTORS):
-            parts = [
-                sums[(n * per_byte + h) * mr * VECTORS + m * VECTORS + j]
-                for n in range(chains)
-                for h in range(per_byte)
-            ]
-            total = parts[0]
-            for part in parts[1:]:
-                total = total + part
-            f.store(total, f.at(f.at(c, ldc * m, "float32"), j * f.lanes, "float32"))
-    return f.finish()
-
-
-def level(f: Function, scheme: str, code: Val) -> Val:
-    """The levels float32 of codes (i32 lanes)."""
-    kind = schemes.scheme(scheme)
-    if kind.uniform:
-        return f.cast("sitofp", code, "float")
-    if kind.mantissa:  # exponent and mantissa lie as in float32, moved
-        size = (code & (2 ** (kind.bits - 1) - 1)) << (23 - kind.mantissa)
-        sign = (code & 2 ** (kind.bits - 1)) << (32 - kind.bits)
-        return f.cast("bitcast", size | sign, "float") * 2.0 ** (127 - kind.bias)
-    found = f.like(float(kind.levels[-1]), f.cast("bitcast", code, "float"))
-    for i in range(len(kind.levels) - 2, -1, -1):
-        found = f.select(code.cmp("eq", i), f.like(float(kind.levels[i]), found), found)
-    return found
-
-
 PREFETCH_WORDS = 1024  # how far ahead of its use a streamed weight is asked for
 
 
@@ -296,10 +186,10 @@ def uses_dot(dtype: str, target: Target) -> bool:
     return dtype == "bfloat16" and target.has("avx512bf16") and target.vector_bytes == 64
 
 
-def row_blocks(f: Function, rows: Val, run: Callable[[int, Val], None], target: Target) -> None:
-    """Cover 0…rows with blocks of the sizes in `block_sizes`, largest first: run(size, first row)."""
+def row_blocks(f: Function, rows: Val, run: Callable[[int, Val], None], sizes: Sequence[int]) -> None:
+    """Cover 0…rows with blocks of these sizes (the last is 1), largest first: run(size, first row)."""
     m = f.i64(0)
-    for mr in block_sizes(target):
+    for mr in sizes:
 
         def block(i: Val, _: list[Val], mr: int = mr) -> None:
             run(mr, i)
@@ -325,28 +215,78 @@ def copy_row(n: int, dtype: str, out: str, target: Target, *, padded: int | None
     return f.finish()
 
 
-def _multiplier(
-    f: Function, at: Mapping[str, Val], target: Target, codes: Codes | None, k: int, depth: int, weights: str, lda: int
-) -> Callable[[Val, Val], None]:
-    """What multiplies all copied rows by a panel, given its number and a tile."""
-    nr = panel_width(target)
-    sizes = block_sizes(target)
-    plain = {} if codes else {mr: product(mr, target, weights=weights, k=depth) for mr in sizes}
-    coded = {mr: quantized_product(mr, target, codes, k) for mr in sizes} if codes else {}
+class Reader(Protocol):
+    """How a layer of k inputs reads its weights, and what it wants of its x."""
 
-    def of(number: Val, tile: Val) -> None:
-        def run(mr: int, m: Val) -> None:
-            rows, out = f.at(at["a"], m * lda, "float32"), f.at(tile, m * nr, "float32")
-            if codes is None:
-                here = f.at(at["w"], at["w0"] + number * (depth * nr), "float32")
-                f.use(plain[mr], rows, lda, here, nr, out, nr, depth)
-            else:
-                scales = f.at(at["scales"], number * (codes.groups(k) * 2 * nr), "float32")
-                f.use(coded[mr], rows, lda, f.at(at["w"], number * (depth * nr), "i8"), scales, out, nr)
+    @property
+    def operands(self) -> tuple[str, ...]:
+        """What stands in memory behind the weights `w`."""
+        ...
 
-        row_blocks(f, at["rows"], run, target)
+    @property
+    def dtypes(self) -> Mapping[str, str]:
+        """Dtypes of operands (x too) that differ from the layer's."""
+        ...
 
-    return of
+    @property
+    def scratch_words(self) -> int:
+        """32-bit words that a task needs besides."""
+        ...
+
+    @property
+    def row(self) -> tuple[str, int]:
+        """How a task copies rows of x: their dtype ("float32", or "bfloat16" in pairs) and the inputs, zeros at the end included."""
+        ...
+
+    def shapes(self, panels: int, parts: tuple[int, ...]) -> dict[str, tuple[int | str, ...]]:
+        """Shapes of `w` and the operands."""
+        ...
+
+    def multiplier(self, f: Function, at: Mapping[str, Val], lda: int) -> Callable[[Val, Val], None]:
+        """What multiplies all rows (`lda` 32-bit words apart at `a`) by a panel, given its number and a tile [rows, NR]."""
+        ...
+
+
+@attrs.frozen
+class Floats:
+    """Weights that are floats of the layer's dtype, in the layout of `pack`."""
+
+    k: int
+    dtype: str
+    target: Target
+    operands: tuple[str, ...] = ()
+    dtypes: Mapping[str, str] = attrs.field(factory=dict, hash=False)
+    scratch_words: int = 0
+
+    @property
+    def depth(self) -> int:
+        """Words per output."""
+        return -(-self.k // 2) if _paired(self.dtype) else self.k
+
+    @property
+    def row(self) -> tuple[str, int]:
+        paired = 2 if _paired(self.dtype) else 1
+        return self.dtype if uses_dot(self.dtype, self.target) else "float32", paired * self.depth
+
+    def shapes(self, panels: int, parts: tuple[int, ...]) -> dict[str, tuple[int | str, ...]]:
+        _, *rest = pack_shape(1, self.k, self.dtype, self.target)
+        return {"w": (panels, *parts, *rest)}
+
+    def multiplier(self, f: Function, at: Mapping[str, Val], lda: int) -> Callable[[Val, Val], None]:
+        nr, depth = panel_width(self.target), self.depth
+        kind = "dot" if uses_dot(self.dtype, self.target) else self.dtype
+        products = {mr: product(mr, self.target, weights=kind, k=depth) for mr in block_sizes(self.target)}
+
+        def of(number: Val, tile: Val) -> None:
+            here = f.at(at["w"], at["w0"] + number * (depth * nr), "float32")
+
+            def run(mr: int, m: Val) -> None:
+                rows, out = f.at(at["a"], m * lda, "float32"), f.at(tile, m * nr, "float32")
+                f.use(products[mr], rows, lda, here, nr, out, nr, depth)
+
+            row_blocks(f, at["rows"], run, block_sizes(self.target))
+
+        return of
 
 
 @attrs.frozen
@@ -356,11 +296,11 @@ class Layer:
     task: Micro
     operands: tuple[str, ...]
     panels: int
-    chunk: int  # rows of x that a task copies and keeps in its cache
-    copy_words: int
+    chunk: int  # rows of x that a task keeps in its cache
+    copy_words: int  # of those rows; 0 where they are read in place
     tile_words: int
     rows_per_core: int  # rows from which on a task is compute bound
-    expanded_words: int = 0  # of a sparse panel, expanded
+    scratch_words: int = 0  # what its reader needs
 
     def groups(self, rows: Any) -> Any:
         """Panels per task for this many rows (TIR)."""
@@ -370,60 +310,62 @@ class Layer:
 
     def call(self, data: Sequence[Any], *scalars: Any) -> None:
         """Emit one task (TIR): scalars are first row, rows, first panel, end of panels, word offset into w."""
-        copy = T.alloc_buffer((self.copy_words,), "float32")
-        tile = T.alloc_buffer((self.tile_words,), "float32")
-        expanded = [T.alloc_buffer((self.expanded_words,), "float32").data] if self.expanded_words else []
-        self.task.call(*data, copy.data, tile.data, *expanded, *scalars)
+        words = [w for w in (self.copy_words, self.tile_words, self.scratch_words) if w]
+        self.task.call(*data, *(T.alloc_buffer((w,), "float32").data for w in words), *scalars)
 
 
 def layer(
     name: str, n: int, k: int, dtype: str, target: Target, *, gated: bool = False, bias: bool = False,
     activation: str = "none", residual: bool = False, scale: float | None = None, softcap: float | None = None,
-    out_dtype: str | None = None, gather: int = 0, codes: Codes | None = None,
-    sparse: Sparse | None = None,
+    out_dtype: str | None = None, gather: int = 0, reader: Reader | None = None, record: int = 0,
 ) -> Layer:  # fmt: skip
     """The tasks of a linear layer; with `gather` g, row i is computed from x[index[i] / g] (an operand `index`).
 
-    codes: how weights are stored, where they are codes; an operand `scales` then follows them. sparse: how they are read,
-    where they are sparse (codes too); its operands then follow them.
+    reader: how weights are stored, floats unless given; its operands follow the weights. record: bytes of a row of x that is read in
+    place, 0 where rows are copied.
     """
     require_dtype(dtype, target)
     require_activation(activation)
     out = out_dtype or dtype
     require_dtype(out, target)
+    reads: Reader = reader or Floats(k, dtype, target)
     nr, parts = panel_width(target), 2 if gated else 1
     panels = -(-n // nr)
-    pairs = codes is None and uses_dot(dtype, target) if sparse is None else sparse.dots
-    paired = sparse is not None or (_paired(dtype) if codes is None else codes.per_byte == 2)
-    depth = -(-k // 2) if paired else k  # words of B per column
-    a_words = depth if pairs or not paired else 2 * depth
-    lines = align_up(a_words, 16) // 16
-    lda = 16 * (lines + 1 - lines % 2)  # an odd number of cache lines: rows fall into different sets
+    row_dtype, row_inputs = reads.row
+    lines = -(-row_inputs * ITEMSIZE[row_dtype] // 64)
+    lda = record // 4 or 16 * (lines | 1)  # an odd number of cache lines: rows fall into different sets
     block = block_sizes(target)[0]
     half_l2 = target.cache_bytes(2, 1 << 20) // 2
     chunk = max(block, min(240, half_l2 // (4 * lda)) // block * block)
 
     biases = (["bias_gate", "bias_up"] if gated else ["bias"]) if bias else []
-    scaled = sparse.operands if sparse is not None else ["scales"] if codes is not None else []
-    operands = ("x", *(["index"] if gather else []), "w", *scaled, *biases, *(["residual"] if residual else []), "y")
+    operands = (
+        "x",
+        *(["index"] if gather else []),
+        "w",
+        *reads.operands,
+        *biases,
+        *(["residual"] if residual else []),
+        "y",
+    )
     scalars = ("m0", "rows", "p0", "p1", "w0")
-    buffers = ("a", "tile", *(["expanded"] if sparse is not None else []))
+    buffers = (*([] if record else ["a"]), "tile", *(["scratch"] if reads.scratch_words else []))
     f = Function(name, [("ptr", o) for o in (*operands, *buffers)] + [("i64", s) for s in scalars], target)
     at = dict(zip((*operands, *buffers, *scalars), f.params(), strict=True))
     rows = at["rows"]
-    copy = copy_row(k, dtype, dtype if pairs else "float32", target, padded=2 * depth if paired else None)
-
-    def fetch(i: Val, _: list[Val]) -> None:
-        row = at["m0"] + i
-        if gather:
-            row = f.load("i64", f.at(at["index"], row, "int64")) / gather
-        f.use(copy, f.at(at["x"], row * k, dtype), f.at(at["a"], i * lda, "float32"))
-
-    f.loop(0, rows, 1, [], fetch)
-    if sparse is None:
-        multiply = _multiplier(f, at, target, codes, k, depth, "dot" if pairs else dtype, lda)
+    if record:
+        at["a"] = f.at(at["x"], at["m0"] * record, "uint8")
     else:
-        multiply = sparse.multiplier(f, at, lda)
+        copy = copy_row(k, dtype, row_dtype, target, padded=row_inputs)
+
+        def fetch(i: Val, _: list[Val]) -> None:
+            row = at["m0"] + i
+            if gather:
+                row = f.load("i64", f.at(at["index"], row, "int64")) / gather
+            f.use(copy, f.at(at["x"], row * k, dtype), f.at(at["a"], i * lda, "float32"))
+
+        f.loop(0, rows, 1, [], fetch)
+    multiply = reads.multiplier(f, at, lda)
 
     def finish(v: Val, gate: Val | None, y_at: Val, mask: Val | None) -> Val:
         if scale is not None:
@@ -470,8 +412,8 @@ def layer(
             f.when(p < panels - 1, full, tail)
 
     f.loop(at["p0"], at["p1"], 1, [], panel)
-    expanded = 0 if sparse is None else sparse.scratch_words
-    return Layer(f.finish(), operands, panels, chunk, chunk * lda, parts * chunk * nr, 8, expanded)
+    copied = 0 if record else chunk * lda
+    return Layer(f.finish(), operands, panels, chunk, copied, parts * chunk * nr, 8, reads.scratch_words)
 
 
 def layer_func(
@@ -487,32 +429,22 @@ def layer_func(
 ) -> Any:
     """The PrimFunc of one `layer`, whose parameters are its operands; options are those of `layer`."""
     plan = layer(name, n, k, dtype, target, gated=gated, out_dtype=out_dtype, **options)
-    panels = plan.panels
-    codes: Codes | None = options.get("codes")
-    sparse: Sparse | None = options.get("sparse")
+    reads: Reader = options.get("reader") or Floats(k, dtype, target)
     shapes: dict[str, tuple[int | str, ...]] = {b: (n,) for b in ("bias", "bias_gate", "bias_up")}
-    shapes |= {"x": ("m", k), "residual": ("m", n), "y": ("m", n)}
-    dtypes = {"y": out_dtype or dtype}
-    if sparse is not None:
-        shapes |= sparse.shapes(panels, (2,) if gated else (), "size")
-        dtypes |= sparse.dtypes
-    elif codes is None:
-        shapes["w"] = pack_gated_shape(n, k, dtype, target) if gated else pack_shape(n, k, dtype, target)
-    else:
-        lead, nr = (panels, 2) if gated else (panels,), panel_width(target)
-        shapes |= {"w": (*lead, codes.words(k), nr), "scales": (*lead, codes.groups(k), 2, nr)}
-        dtypes |= {"w": "uint8", "scales": "float32"}
+    shapes |= {"x": ("m", options.get("record") or k), "residual": ("m", n), "y": ("m", n)}
+    shapes |= reads.shapes(plan.panels, (2,) if gated else ())
+    dtypes = {"y": out_dtype or dtype, **reads.dtypes}
 
     def body(buffers: Mapping[str, Any], dims: Mapping[str, Any]) -> None:
         m = dims["m"]
         group = plan.groups(m)
         chunks = T.max(T.ceildiv(m, plan.chunk), T.int64(1))
-        tasks = T.Select(m == 0, T.int64(0), T.ceildiv(T.int64(panels), group) * chunks)
+        tasks = T.Select(m == 0, T.int64(0), T.ceildiv(T.int64(plan.panels), group) * chunks)
 
         def run(t: Any) -> None:
             p0, m0 = T.floordiv(t, chunks) * group, T.floormod(t, chunks) * plan.chunk
             plan.call([buffers[o].data for o in plan.operands], m0, T.min(m - m0, T.int64(plan.chunk)), p0,
-                      T.min(p0 + group, T.int64(panels)), 0)  # fmt: skip
+                      T.min(p0 + group, T.int64(plan.panels)), 0)  # fmt: skip
 
         in_tasks(tasks, run, serial=m * (n * k * (2 if gated else 1)) <= SERIAL_WORK)
 
@@ -599,22 +531,6 @@ def gated_mlp_up(f: int, k: int, dtype: str, target: Target, *, activation: str 
     return layer_func("gated_mlp_up", f, k, dtype, target, gated=True, bias=bias, activation=activation)
 
 
-def quantized_linear(
-    n: int, k: int, dtype: str, target: Target, *, scheme: str, group: int, gated: bool = False, bias: bool = False,
-    activation: str = "none", residual: bool = False,
-) -> Any:  # fmt: skip
-    """PrimFunc of `linear`, or with `gated` of `gated_mlp_up`, whose weights are codes (see `ops.quantized_linear`).
-
-    Parameters in order: x[M, k], codes uint8, scales float32, bias[n] if `bias`, residual[M, n] if `residual`, y[M, n].
-    Raises TargetError where two codes of a byte belong to different groups.
-    """
-    codes = Codes(scheme, group)
-    if group % codes.per_byte:
-        raise TargetError(f"groups of {group} codes cut a byte of {scheme} in two")
-    return layer_func("quantized_linear", n, k, dtype, target, gated=gated, bias=bias, activation=activation,
-                       residual=residual, codes=codes)  # fmt: skip
-
-
 def matmul(dtype: str, target: Target, *, out_dtype: str | None = None, transpose_b: bool = False) -> Any:
     """PrimFunc y[B, M, N] = a[B, M, K] @ b[B or 1, K, N] of activations, all dimensions symbolic.
 
@@ -664,7 +580,7 @@ def matmul(dtype: str, target: Target, *, out_dtype: str | None = None, transpos
             f.loop(0, deep, 1, [], copy_right)
         row_blocks(f, rows, lambda mr, r: f.use(
             products[mr], f.at(left, r * depth, "float32"), depth, right, nr, f.at(tile, r * nr, "float32"), nr, deep),
-            target)  # fmt: skip
+            block_sizes(target))  # fmt: skip
 
     f.loop(0, k, depth, [], slab)
     f.loop(0, rows, 1, [], lambda r, _: f.vectors(columns, lambda c, mask, _: f.store_f32(

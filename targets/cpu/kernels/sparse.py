@@ -16,14 +16,13 @@ import numpy as np
 from jisu.compiler import schemes
 from jisu.compiler.errors import TargetError
 from jisu.targets.cpu.isa import ITEMSIZE, Function, Micro, Val, require_dtype, vector_type
+from jisu.targets.cpu.kernels.codes import Codes, level, scale_and_shift
 from jisu.targets.cpu.kernels.matmul import (
     PREFETCH_WORDS,
     VECTORS,
-    Codes,
     block_sizes,
     dot,
     layer_func,
-    level,
     panel_width,
     product,
     row_blocks,
@@ -51,7 +50,7 @@ class Sparse:
     @property
     def operands(self) -> tuple[str, ...]:
         """What stands in memory behind the values."""
-        return ("mask", "starts", *(("scales",) if self.codes else ()))
+        return ("mask", "starts", *(self.codes.operands if self.codes else ()))
 
     @property
     def words(self) -> int:
@@ -69,27 +68,29 @@ class Sparse:
         return self.codes is None and self.dtype != "float32"
 
     @property
+    def row(self) -> tuple[str, int]:
+        return self.dtype if self.dots else "float32", 2 * self.words
+
+    @property
     def scratch_words(self) -> int:
         """32-bit words of an expanded panel."""
         return self.words * panel_width(self.target) * (1 if self._paired else 2)
 
-    def shapes(self, panels: int, parts: tuple[int, ...], size: str) -> dict[str, tuple[int | str, ...]]:
-        """Shapes of the operands."""
+    def shapes(self, panels: int, parts: tuple[int, ...]) -> dict[str, tuple[int | str, ...]]:
+        """Shapes of the weights and operands."""
         nr = panel_width(self.target)
-        shapes: dict[str, tuple[int | str, ...]] = {
-            "w": (size,),
+        coded = self.codes.shapes(panels, parts) if self.codes else {}
+        own: dict[str, tuple[int | str, ...]] = {
+            "w": ("size",),
             "mask": (panels, *parts, self.words, nr // 4),
             "starts": (panels, *parts),
         }
-        if self.codes:
-            shapes["scales"] = (panels, *parts, self.codes.groups(self.k), 2, nr)
-        return shapes
+        return {**coded, **own}
 
     @property
-    def dtypes(self) -> dict[str, str]:
+    def dtypes(self) -> Mapping[str, str]:
         """Dtypes of the operands that differ from the layer's."""
-        coded = {"w": "uint8", "scales": "float32"} if self.codes else {}
-        return {"mask": "uint8", "starts": "int64", **coded}
+        return {"mask": "uint8", "starts": "int64", **(self.codes.dtypes if self.codes else {})}
 
     def multiplier(self, f: Function, at: Mapping[str, Val], lda: int) -> Callable[[Val, Val], None]:
         """What multiplies all copied rows by a panel, given its number and a tile."""
@@ -104,17 +105,15 @@ class Sparse:
         def of(number: Val, tile: Val) -> None:
             first = f.load("i64", f.at(at["starts"], number, "int64"))
             bits = f.at(at["mask"], number * (self.words * nr // 4), "i8")
-            coded = []
-            if self.codes:
-                coded = [f.at(at["scales"], number * (self.codes.groups(self.k) * 2 * nr), "float32")]
+            coded = self.codes.panel(f, at, number)[1:] if self.codes else []
 
             def many() -> None:
-                f.use(whole, at["w"], bits, first, *coded, at["expanded"])
+                f.use(whole, at["w"], bits, first, *coded, at["scratch"])
                 row_blocks(
                     f, rows, lambda mr, m: f.use(
-                        products[mr], f.at(at["a"], m * lda, "float32"), lda, at["expanded"], nr,
+                        products[mr], f.at(at["a"], m * lda, "float32"), lda, at["scratch"], nr,
                         f.at(tile, m * nr, "float32"), nr, depth,
-                    ), target,
+                    ), block_sizes(target),
                 )  # fmt: skip
 
             f.when(rows.cmp("eq", 1), lambda: f.use(single, at["w"], bits, first, *coded, at["a"], tile), many)
@@ -122,11 +121,18 @@ class Sparse:
         return of
 
     def _walk(self, multiply: bool) -> Micro:
-        """void(values, mask, first value, [scales,] out): out = the expanded panel; or, to multiply,
+        """void(values, mask, first value, [scales, zeros,] out): out = the expanded panel; or, to multiply,
 
-        void(values, mask, first value, [scales,] a, out): out[NR] = a[k] @ panel.
+        void(values, mask, first value, [scales, zeros,] a, out): out[NR] = a[k] @ panel.
         """
-        names = ("w", "bits", "first", *(["scales"] if self.codes else []), *(["a"] if multiply else []), "out")
+        names = (
+            "w",
+            "bits",
+            "first",
+            *(self.codes.operands if self.codes else ()),
+            *(["a"] if multiply else []),
+            "out",
+        )
         f = Function("sparse_row" if multiply else "expand", [("i64" if n == "first" else "ptr", n) for n in names], self.target)  # fmt: skip
         at = dict(zip(names, f.params(), strict=True))
         nr, vec, zero = panel_width(self.target), vector_type("float", f.lanes), f.const(0.0, "float")
@@ -183,7 +189,7 @@ class Sparse:
             codes, each = self.codes, self.codes.group // 2 or self.words
 
             def over_group(i: Val, values: list[Val]) -> list[Val]:
-                group = _group(f, codes.scheme, f.at(at["scales"], i * (2 * nr), "float32"))
+                group = _group(f, codes, at, i)
                 here, sums = run(i * each, f.minimum(i * each + each, self.words), values[0], group)
                 if not multiply:
                     return [here]
@@ -194,7 +200,7 @@ class Sparse:
                 return [here, *new]
 
             empty = [f.const(0.0, vec)] * (VECTORS if multiply else 0)
-            _, *totals, _ = f.loop(0, codes.groups(self.k), 1, [at["first"], *empty], over_group)
+            _, *totals, _ = f.loop(0, codes.groups, 1, [at["first"], *empty], over_group)
         for j in range(VECTORS if multiply else 0):
             f.store(totals[j], f.at(at["out"], j * f.lanes, "float32"))
         return f.finish()
@@ -205,7 +211,7 @@ class Sparse:
         """The registers float32 of a word (16-bit numbers in pairs, levels of codes), and the position behind it."""
         bits = f.load("i64", f.at(at["bits"], index * 8, "i8"))
         after = position + _count(f, bits)
-        per_byte = self.codes.per_byte if self.codes else 1
+        per_byte = self.codes.kind.per_byte if self.codes else 1
         size = 1 if self.codes else ITEMSIZE[self.dtype]
         byte = position >> 1 if per_byte == 2 else position * size
         for line in range(0, 48 * size // per_byte, 64):  # at most three quarters are there, as a rule
@@ -238,7 +244,7 @@ class Sparse:
     def _codes(self, f: Function, base: Val, position: Val) -> Val:
         """64 codes from `position` on, a byte each."""
         assert self.codes is not None
-        if self.codes.per_byte == 1:
+        if self.codes.kind.per_byte == 1:
             return f.load("<64 x i8>", f.at(base, position, "i8"))
         # Halves of bytes, the first of which may be an upper one: each 8 bytes from a multiple of 4 on hold 8 of them.
         loaded = f.load("<64 x i8>", f.at(base, position >> 1, "i8"))
@@ -258,21 +264,20 @@ class Group:
     absent: Val
 
 
-def _group(f: Function, scheme: str, scales: Val) -> Group:
+def _group(f: Function, codes: Codes, at: Mapping[str, Val], number: Val) -> Group:
     """Levels of uniform schemes are counted from the middle, so that a sum of them is as small as that of the values."""
-    kind = schemes.scheme(scheme)
-    vec = vector_type("float", f.lanes)
-    loaded = [f.load(vec, f.at(scales, j * f.lanes, "float32")) for j in range(2 * VECTORS)]
-    scale, shift = loaded[:VECTORS], loaded[VECTORS:]
+    kind = codes.kind
+    scale, shift = scale_and_shift(f, codes, at["scales"], at.get("zeros"), number)
     if not kind.uniform:
-        code = int(np.abs(kind.levels).argmin())
-        return Group(scale, shift, f.const(code, "<64 x i8>"))
+        return Group(scale, shift, f.const(int(np.abs(kind.levels).argmin()), "<64 x i8>"))
     shift = [f.fma(s, f.like(kind.middle, s), t) for s, t in zip(scale, shift, strict=True)]
-    whole = [f.call(vec, "llvm.rint.v16f32", -t / s) for s, t in zip(scale, shift, strict=True)]
-    parts = [f.cast("fptosi", w, "i8") for w in whole]
+    if "zeros" not in at:
+        return Group(scale, shift, f.const(0, "<64 x i8>"))
+    nr = panel_width(codes.target)
+    parts = [f.load("<16 x i8>", f.at(at["zeros"], number * nr + j * 16, "i8")) for j in range(VECTORS)]
     lanes = ", ".join(f"i32 {i % 32}" for i in range(64))
     absent = f.op(f"shufflevector <16 x i8> {parts[0].name}, <16 x i8> {parts[1].name}, <64 x i32> <{lanes}>", "<64 x i8>")  # fmt: skip
-    return Group(scale, shift, absent)
+    return Group(scale, shift, absent - int(kind.middle))
 
 
 def _sum(parts: list[Val]) -> Val:
@@ -303,19 +308,20 @@ def _expand(f: Function, values: Val, mask: Val, other: Val) -> Val:
 
 
 def sparse_linear(
-    n: int, k: int, dtype: str, target: Target, *, scheme: str = "none", group: int = 0, gated: bool = False,
-    bias: bool = False, activation: str = "none", residual: bool = False,
+    n: int, k: int, dtype: str, target: Target, *, scheme: str = "none", group: int = 0, scales: str = "float16",
+    zeros: bool = False, gated: bool = False, bias: bool = False, activation: str = "none", residual: bool = False,
 ) -> Any:  # fmt: skip
     """PrimFunc of `matmul.linear`, or with `gated` of `gated_mlp_up`, whose weights are sparse (see `ops.sparse_linear`).
 
-    Parameters in order: x[M, k], values, mask uint8, starts int64, scales float32 of codes, bias[n] if `bias`, residual[M, n] if
-    `residual`, y[M, n]. Raises TargetError where the target can't expand, or two inputs of a word belong to different groups.
+    Parameters in order: x[M, k], values, mask uint8, starts int64, of codes scales (of the dtype `scales`) and, if `zeros`, zeros
+    uint8, bias[n] if `bias`, residual[M, n] if `residual`, y[M, n]. Raises TargetError where the target can't expand, or two
+    inputs of a word belong to different groups.
     """
     require_dtype(dtype, target)
-    codes = None if scheme == "none" else Codes(scheme, group)
+    codes = None if scheme == "none" else Codes(scheme, group, k, scales, zeros, target)
     if not expands("uint8" if codes else dtype, target):
         raise TargetError(f"target {target.name!r} has no instructions that expand sparse weights")
     if group % 2:
         raise TargetError(f"groups of {group} codes cut a word of two inputs")
     return layer_func("sparse_linear", n, k, dtype, target, gated=gated, bias=bias, activation=activation,
-                      residual=residual, sparse=Sparse(k, dtype, target, codes))  # fmt: skip
+                      residual=residual, reader=Sparse(k, dtype, target, codes))  # fmt: skip

@@ -1,0 +1,73 @@
+"""What layers read, in integers: each token is one record of its levels, their scales, and the levels' sums by group.
+
+    value = level * scale
+
+A record is bytes: levels int8 [k] and zeros up to a multiple of 64; the scales, float32: one for the token, or (`own`) one per
+group of inputs; per group the sum of its levels, int32, which stands for what an offset of the weights adds; zeros up to an odd number
+of 64 bytes, so that neighbouring records lie in different sets of a cache.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from jisu.compiler.schemes import Scheme
+from jisu.compiler.types import require
+
+LINE = 64
+"""Bytes of a cache line."""
+
+
+def groups_of(k: int, group: int) -> int:
+    """Groups of k inputs (group 0: one of all)."""
+    return -(-k // group) if group else 1
+
+
+def scale_offset(k: int) -> int:
+    """Where the scales of a record of k levels stand, in bytes."""
+    return -(-k // LINE) * LINE
+
+
+def sum_offset(k: int, group: int, own: bool) -> int:
+    """Where the sums stand, behind the scales."""
+    return scale_offset(k) + 4 * (groups_of(k, group) if own else 1)
+
+
+def record_bytes(k: int, group: int, own: bool) -> int:
+    """Bytes of the record of k levels with a sum per `group` of them (0: one of all), and if `own` a scale, too."""
+    lines = -(-(sum_offset(k, group, own) + 4 * groups_of(k, group)) // LINE)
+    return (lines | 1) * LINE
+
+
+def encode(x: np.ndarray, kind: Scheme, group: int, own: bool, given: np.ndarray | None = None) -> np.ndarray:
+    """Records uint8 [*b, record_bytes] of rows [*b, k], rounded as `fake_quantize` does with the integer scheme `kind`.
+
+    What shares a scale (a row, or a group of it) with NaN decodes to NaN; so does what shares it with infinities, unless the scale is
+    `given`.
+    """
+    require(kind.uniform and kind.scale == "float16", f"{kind.name} has no integer levels with scales of their own")
+    *lead, k = x.shape
+    size, count = group or k, groups_of(k, group)
+    w = np.zeros((*lead, count * size), np.float32)
+    w[..., :k] = x
+    shared = w.reshape(*lead, count if own else 1, -1)
+    with np.errstate(invalid="ignore"):
+        scales = kind.running_scales(shared, None if given is None else given.astype(np.float32))
+        levels = kind.rounded(shared / scales)
+    lost = np.isnan(shared).any(-1, keepdims=True) | ~np.isfinite(scales)
+    scales = np.ascontiguousarray(np.where(lost, np.float32(np.nan), scales)[..., 0], np.float32)
+    whole = np.where(np.isnan(levels), 0, levels).astype(np.int8).reshape(*lead, count * size)
+    sums = whole.reshape(*lead, count, size).sum(-1, dtype=np.int32)
+    out = np.zeros((*lead, record_bytes(k, group, own)), np.uint8)
+    out[..., :k] = whole[..., :k].view(np.uint8)
+    tail = np.concatenate([scales.view(np.uint8), np.ascontiguousarray(sums).view(np.uint8)], -1)
+    out[..., scale_offset(k) : scale_offset(k) + tail.shape[-1]] = tail
+    return out
+
+
+def decode(records: np.ndarray, k: int, group: int, own: bool) -> np.ndarray:
+    """The rows float32 [*b, k] of records uint8 [*b, bytes]."""
+    tail = np.ascontiguousarray(records[..., scale_offset(k) : sum_offset(k, group, own)]).view(np.float32)
+    scales = np.repeat(tail, group, -1)[..., :k] if own and group else tail
+    with np.errstate(invalid="ignore"):
+        return np.asarray(records[..., :k].view(np.int8).astype(np.float32) * scales, np.float32)

@@ -1,0 +1,130 @@
+"""Products of integers: records of levels, and linear layers whose codes are multiplied by them, against the interpreter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from test_quantization import coded
+
+from jisu.compiler import levels, ops
+from jisu.compiler.graph import ArrayStorage, Graph, Node, Storage, placeholder, weight
+from jisu.compiler.interpret import interpret
+from jisu.compiler.pipeline import Pipeline, relative_error
+from jisu.compiler.schemes import SCHEMES
+from jisu.compiler.types import TensorType, TypeRuleError, numpy_dtype, symbol
+from jisu.compiler.verify import verify
+from jisu.passes import layout_passes
+from jisu.runtime.executable import Executable
+from jisu.targets.compile import compile_graphs
+from jisu.targets.cpu import packing
+from jisu.targets.target import Target
+
+INTEGERS = [name for name, kind in SCHEMES.items() if kind.uniform]
+FLOATS = hnp.arrays(np.float32, (3, 70), elements=st.floats(-1e6, 1e6, width=32))
+
+
+@given(FLOATS, st.sampled_from([0, 1, 7, 35, 70]), st.booleans(), st.sampled_from(["int8", "int4"]))
+def test_a_record_means_what_fake_quantize_rounds_to(x: np.ndarray, group: int, own: bool, scheme: str) -> None:
+    records = levels.encode(x, SCHEMES[scheme], group, own)
+    assert records.shape == (3, levels.record_bytes(70, group, own)) and records.shape[-1] % 128 == 64
+    node = ops.fake_quantize(placeholder("x", TensorType(x.shape, "float32")), scheme=scheme, group=group if own else 0)
+    (want,) = interpret(Graph(tuple(node.parents), (node,)), [x])
+    np.testing.assert_array_equal(levels.decode(records, 70, group, own), want)
+    size, at = group or 70, levels.sum_offset(70, group, own)
+    for i in range(70 // size):
+        total = np.ascontiguousarray(records[:, at + 4 * i : at + 4 * i + 4]).view(np.int32)[:, 0]
+        part = records[:, i * size : (i + 1) * size].view(np.int8)
+        np.testing.assert_array_equal(total, part.sum(1, dtype=np.int32))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_row_that_is_no_number_stays_none(bad: float) -> None:
+    x = np.ones((2, 5), np.float32)
+    x[1, 3] = bad
+    back = levels.decode(levels.encode(x, SCHEMES["int8"], 0, False), 5, 0, False)
+    assert np.isfinite(back[0]).all() and np.isnan(back[1]).all()
+
+
+@pytest.mark.parametrize("scheme", ["fp8", "mxfp4"])
+def test_only_integers_have_levels(scheme: str) -> None:
+    with pytest.raises(TypeRuleError, match="no integer levels"):
+        ops.encode_levels(placeholder("x", TensorType((2, 32), "float32")), scheme=scheme, group=0, own=False)
+
+
+def graphs(
+    target: Target, dtype: str, k: int, activations: str, x_scales: str, names: tuple[str, ...]
+) -> dict[str, Graph]:
+    """Layers of integer schemes, symmetric and not, that read rounded values: with their epilogue, gated, and gated of unlike halves.
+
+    x_scales: "token", "group" or "static".
+    """
+    panel, pair = packing(target)
+    made: dict[str, Graph] = {}
+    for name in names:
+        for symmetric in (True, False):
+            held: dict[str, Storage] = {}
+            kind, shape = SCHEMES[name], (50, k)
+            group = 24 if kind.group or x_scales == "group" else 0
+            x: Node = placeholder("x", TensorType((symbol("m"), k), dtype))
+            scale = None
+            if x_scales == "static":
+                scale = weight("scale", TensorType((), "float32"))
+                held["scale"] = ArrayStorage(np.array(0.02, np.float32))
+            read = ops.fake_quantize(x, scale, scheme=activations, group=group if x_scales == "group" else 0)
+            w, v = (coded(n, kind, shape, group, symmetric, dtype, held) for n in "wv")
+            unlike = coded("u", SCHEMES["int8"], shape, group, not symmetric, dtype, held)
+            bias = weight("b", TensorType((50,), dtype))
+            held["b"] = ArrayStorage(np.linspace(-1, 1, 50).astype(numpy_dtype(dtype)))
+            outputs = (
+                ops.linear(read, w, bias, ops.linear(read, v), activation="relu"),
+                ops.gated_linear(read, w, v, activation="silu"),
+                ops.gated_linear(read, w, unlike, activation="silu"),
+            )
+            graph = verify(Graph((x,), outputs, held))
+            laid_out, _ = Pipeline(layout_passes(panel, pair)).run(graph)
+            assert laid_out.count(ops.integer_linear) == 5 and laid_out.count(ops.encode_levels) == 1
+            assert not laid_out.count(ops.fake_quantize, ops.quantized_linear)
+            made[f"{name}_{'even' if symmetric else 'odd'}"] = laid_out
+    return made
+
+
+def run_all(made: dict[str, Graph], target: Target, folder: Path, dtype: str, k: int) -> None:
+    info = compile_graphs(made, target, out=folder)
+    run = Executable.load(info.library, num_threads=2)
+    for name, graph in made.items():
+        weights = [graph.weights[n].numpy() for n in info.weight_order[name]]
+        whole: list[np.ndarray] = []
+        for m in (30, 1, 2, 3, 7):
+            x = np.random.default_rng(0).standard_normal((30, k)).astype(numpy_dtype(dtype))[:m]
+            got = [np.asarray(v) for v in run.call(name, [x], weights)]
+            for one, want in zip(got, interpret(graph, [x]), strict=True):
+                error = relative_error(one.astype(np.float64), want.astype(np.float64))
+                assert error < {"float32": 2e-6, "bfloat16": 1e-2, "float16": 1e-3}[dtype], (name, m, error)
+            whole = whole or got
+            for one, all_ in zip(got, whole, strict=True):  # a row's result doesn't depend on those beside it
+                np.testing.assert_array_equal(one, all_[:m], err_msg=f"{name} {m}")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "k", "activations", "x_scales", "where", "names"),
+    [
+        ("float32", 144, "int8", "token", "cpu", ("int4", "int8")),
+        ("bfloat16", 144, "int8", "static", "cpu", ("int4",)),
+        ("float32", 144, "int8", "group", "cpu", ("int4",)),
+        pytest.param("float32", 1008, "int4", "group", "cpu", tuple(INTEGERS), marks=pytest.mark.slow),
+        pytest.param("float16", 144, "int8", "token", "cpu", ("int4", "int8"), marks=pytest.mark.slow),
+        pytest.param("float32", 144, "int8", "group", "cpu:x86-64-v3", ("int4", "int8"), marks=pytest.mark.slow),
+        pytest.param("float32", 144, "int8", "token", "cpu:generic", ("int4", "int8"), marks=pytest.mark.slow),
+    ],
+)
+def test_kernels_multiply_integers_as_the_interpreter_does(
+    dtype: str, k: int, activations: str, x_scales: str, where: str, names: tuple[str, ...], tmp_path: Path
+) -> None:
+    run_all(
+        graphs(Target.resolve(where), dtype, k, activations, x_scales, names), Target.resolve(where), tmp_path, dtype, k
+    )
