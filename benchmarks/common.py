@@ -98,12 +98,19 @@ def busy_seconds() -> float:
 class Worker:
     """A process that serves requests one at a time."""
 
-    def __init__(self, arguments: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
-        """arguments: of worker.py. environment: added to this process's own. log: where its standard error goes."""
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        environment: Mapping[str, str],
+        log: Path,
+        script: Path = WORKER,
+        python: str = sys.executable,
+    ) -> None:
+        """arguments: of the script. environment: added to this process's own. log: where its standard error goes."""
         self._log = log
         with log.open("w") as errors:
             self._process = subprocess.Popen(
-                [sys.executable, str(WORKER), *arguments],
+                [python, str(script), *arguments],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,

@@ -32,7 +32,7 @@ class Machine(Protocol):
 VIEWS = frozenset({ops.reshape, ops.get})
 """Ops that only look at their operand in another way."""
 
-INTEGER = frozenset({ops.integer_linear})
+INTEGER = frozenset({ops.integer_linear, ops.integer_projections})
 """Ops whose products are those of integers of 8 bits."""
 
 PARTIAL = frozenset({ops.take, ops.packed_take, ops.sparse_take, ops.gather})

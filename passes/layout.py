@@ -386,21 +386,27 @@ class Derived:
 class MergeProjections:
     """Linear layers of one x (queries, keys and values) become one op with several results: x is read once, in one region.
 
-    Layers with an activation or a residual keep their own epilogue and stay apart; so do those whose bias isn't stored.
+    Layers with an activation or a residual keep their own epilogue and stay apart; so do those whose bias isn't stored, and
+    integer ones whose codes are of another form.
     """
 
     name: str = "merge projections"
     exact: bool = True
 
     def __call__(self, graph: Graph) -> Graph:
-        groups: dict[tuple[Node, bool], list[Node]] = {}
+        groups: dict[tuple[Any, ...], list[Node]] = {}
         for node in graph.nodes:
-            if node.op is ops.packed_linear and node.activation == "none" and node.operands[3] is None:
-                x, _, b, _ = node.operands
-                assert x is not None
-                if b is None or is_stored(b):
-                    groups.setdefault((x, b is not None), []).append(node)
-        member = {n: (group, i) for group in groups.values() if len(group) > 1 for i, n in enumerate(group)}
+            if node.op not in (ops.packed_linear, ops.integer_linear):
+                continue
+            bias, residual = node.operands[-2:]
+            if node.activation == "none" and residual is None and (bias is None or is_stored(bias)):
+                groups.setdefault((node.operands[0], bias is not None, *_alike(node)), []).append(node)
+        member = {
+            n: (group, i)
+            for (_, _, _, mergeable), group in ((key[:4], g) for key, g in groups.items())
+            if mergeable and len(group) > 1
+            for i, n in enumerate(group)
+        }
         merged: dict[int, Node] = {}
 
         def transform(old: Node, new: Node) -> Node:
@@ -408,13 +414,27 @@ class MergeProjections:
                 return new
             group, index = member[old]
             if id(group) not in merged:
-                biased = old.operands[2] is not None
-                stored = [n.operands[1] for n in group] + ([n.operands[2] for n in group] if biased else [])
-                attributes = {"outputs": tuple(n.outputs for n in group), "biased": biased}
-                merged[id(group)] = ops.packed_projections.make((new.operands[0], *stored), attributes, new.source)
+                kinds = zip(*(n.operands[1:-1] for n in group), strict=True)
+                stored = [o for kind in kinds for o in kind if o is not None]
+                attributes = {"outputs": tuple(n.outputs for n in group), "biased": old.operands[-2] is not None}
+                op = ops.packed_projections
+                if old.op is ops.integer_linear:
+                    op = ops.integer_projections
+                    attributes |= {a: old.attributes[a] for a in ("k", "scheme", "group", "own", "dtype")}
+                    attributes["offset"] = old.operands[3] is not None
+                merged[id(group)] = op.make((new.operands[0], *stored), attributes, new.source)
             return ops.get(merged[id(group)], index=index)
 
         return graph.map(transform)
+
+
+def _alike(node: Node) -> tuple[Any, ...]:
+    """Which op a layer is, whether it can be merged, and what it must have in common with those that it is merged with."""
+    if node.op is ops.packed_linear:
+        return (node.op, True)
+    _, codes, scales, zeros, *_ = node.operands
+    assert codes is not None and scales is not None
+    return (node.op, not node.gated, node.scheme, node.group, scales.dtype, zeros is not None)
 
 
 _LONGEST = 200  # characters of an expression that is spelled out

@@ -171,9 +171,12 @@ class Target:
         return self.triple.partition("-")[0]
 
     def fingerprint(self) -> str:
-        """A short stable string of all that changes generated code: for cache keys (speeds and core count don't)."""
+        """A short stable string of all that changes generated code: for cache keys (speeds and core count don't).
+
+        Of the peaks it is which dtypes are faster than float32.
+        """
         code = [self.kind, self.triple, self.mcpu, sorted(self.features), self.vector_bytes, self.vector_registers]
-        code += [[c.bytes for c in self.caches]]
+        code += [[c.bytes for c in self.caches], [d for d, rate in self.peak if rate > self.peak_flops("float32")]]
         return f"{self.kind}-{hashlib.sha256(json.dumps(code).encode()).hexdigest()[:16]}"
 
     def has(self, *features: str) -> bool:
@@ -237,7 +240,9 @@ def host() -> Target:
     # Zen 4 runs 64-byte vectors in two halves: one multiply-add of them per cycle; other server cores run two.
     halved = vector_bytes == 64 and info.get("vendor_id") == "AuthenticAMD" and info.get("cpu family") == "25"
     flops = 2.0 * (1 if halved else 2) * vector_bytes / 4 * hertz * cores
-    peak = {"float32": flops, "float64": flops / 2, "bfloat16": flops * (2 if "avx512bf16" in features else 1)}
+    # Intel's cores without tiles do bfloat16 dot products at half the rate of float32 multiply-adds, AMD's at twice.
+    dots = 0.5 if info.get("vendor_id") == "GenuineIntel" and "amx-bf16" not in features else 2.0
+    peak = {"float32": flops, "float64": flops / 2, "bfloat16": flops * (dots if "avx512bf16" in features else 1)}
     peak["int8"] = flops * (4 if features & {"avx512vnni", "avxvnni"} else 1)
     return Target(
         name="cpu",

@@ -59,7 +59,8 @@ def test_only_integers_have_levels(scheme: str) -> None:
 def graphs(
     target: Target, dtype: str, k: int, activations: str, x_scales: str, names: tuple[str, ...]
 ) -> dict[str, Graph]:
-    """Layers of integer schemes, symmetric and not, that read rounded values: with their epilogue, gated, and gated of unlike halves.
+    """Layers of integer schemes, symmetric and not, that read rounded values: with their epilogue, gated, gated of unlike halves, and
+    two of one form at once.
 
     x_scales: "token", "group" or "static".
     """
@@ -77,17 +78,20 @@ def graphs(
                 held["scale"] = ArrayStorage(np.array(0.02, np.float32))
             read = ops.fake_quantize(x, scale, scheme=activations, group=group if x_scales == "group" else 0)
             w, v = (coded(n, kind, shape, group, symmetric, dtype, held) for n in "wv")
-            unlike = coded("u", SCHEMES["int8"], shape, group, not symmetric, dtype, held)
+            u = coded("u", SCHEMES["int8"], shape, group, not symmetric, dtype, held)
             bias = weight("b", TensorType((50,), dtype))
             held["b"] = ArrayStorage(np.linspace(-1, 1, 50).astype(numpy_dtype(dtype)))
             outputs = (
-                ops.linear(read, w, bias, ops.linear(read, v), activation="relu"),
+                ops.linear(read, w, bias, ops.linear(read, u, bias), activation="relu"),
+                ops.linear(read, w),
+                ops.linear(read, v),
                 ops.gated_linear(read, w, v, activation="silu"),
-                ops.gated_linear(read, w, unlike, activation="silu"),
+                ops.gated_linear(read, w, u, activation="silu"),
             )
             graph = verify(Graph((x,), outputs, held))
             laid_out, _ = Pipeline(layout_passes(panel, pair)).run(graph)
-            assert laid_out.count(ops.integer_linear) == 5 and laid_out.count(ops.encode_levels) == 1
+            assert laid_out.count(ops.integer_linear) == 5 and laid_out.count(ops.integer_projections) == 1
+            assert laid_out.count(ops.encode_levels) == 1
             assert not laid_out.count(ops.fake_quantize, ops.quantized_linear)
             made[f"{name}_{'even' if symmetric else 'odd'}"] = laid_out
     return made

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ from jisu.compiler import levels, masks, rows, schemes
 from jisu.compiler.graph import defop
 from jisu.compiler.ops.contract import ACTIVATIONS, _gated, _linear
 from jisu.compiler.schemes import decode_scales, scheme
-from jisu.compiler.types import TensorType, is_float, numpy_dtype, require, same_shape
+from jisu.compiler.types import TensorType, TupleType, is_float, numpy_dtype, require, same_shape
 
 Samples = Iterator[tuple[tuple[str | None, ...], dict[str, Any]]]
 
@@ -503,6 +503,70 @@ def integer_linear(
     result = TensorType((*x.shape[:-1], outputs), dtype)
     _check_quantized(codes, scales, zeros, b, r, result, k, scheme, group, gated, activation)
     return result
+
+
+def _parts(operands: Sequence[Any], count: int, offset: bool, biased: bool) -> list[tuple[Any, ...]]:
+    """Codes, scales, zeros and bias of each of several layers, whose operands stand kind by kind."""
+    kinds = (True, True, offset, biased)
+    starts = [count * sum(kinds[:i]) for i in range(4)]
+    return [
+        tuple(operands[s + i] if there else None for s, there in zip(starts, kinds, strict=True)) for i in range(count)
+    ]
+
+
+def _integer_projections(
+    x: np.ndarray, *operands: np.ndarray, outputs: tuple[int, ...], offset: bool, biased: bool, **how: Any
+) -> tuple[np.ndarray, ...]:
+    parts = _parts(operands, len(outputs), offset, biased)
+    return tuple(
+        _integer_linear(x, c, s, z, b, None, outputs=n, gated=False, activation="none", **how)
+        for (c, s, z, b), n in zip(parts, outputs, strict=True)
+    )
+
+
+def _integer_projections_axes(
+    x: TensorType, *operands: TensorType, outputs: tuple[int, ...], offset: bool, biased: bool, **_: Any
+) -> str:
+    kinds = ["p{} q n w", "p{} g n", *(["p{} g n"] if offset else []), *(["o{}"] if biased else [])]
+    each = range(len(outputs))
+    return f"*b k, {', '.join(kind.format(i) for kind in kinds for i in each)} -> {', '.join(f'*b o{i}' for i in each)}"
+
+
+def _integer_projections_samples() -> Samples:
+    how = {"group": 8, "own": False, "scheme": "int4", "k": 14, "dtype": "float32"}
+    codes, scales, zeros = "uint8[2, 2, 4, 4]", "float16[2, 2, 4]", "uint8[2, 2, 4]"
+    x = "uint8[2, 192]"
+    yield (x, codes, codes, scales, scales, zeros, zeros, "float32[5]", "float32[7]"), {
+        "outputs": (5, 7), "offset": True, "biased": True, **how,
+    }  # fmt: skip
+    yield (x, codes, codes, scales, scales), {"outputs": (5, 8), "offset": False, "biased": False, **how}
+
+
+@defop(
+    meaning=_integer_projections,
+    axes=_integer_projections_axes,
+    flops=lambda result, *_, k, **__: sum((2 * t.size * k for t in result.items), start=0),
+    samples=_integer_projections_samples,
+)
+def integer_projections(
+    x: TensorType, *operands: TensorType, outputs: tuple[int, ...], k: int, scheme: str, group: int, own: bool, offset: bool,
+    biased: bool, dtype: str,
+) -> TupleType:  # fmt: skip
+    """Several `integer_linear` of one x at once (queries, keys and values): their results [*b, outputs[i]], in order.
+
+    `operands` are the layers' codes, then their scales, if `offset` their zeros, and if `biased` their biases.
+    """
+    count = len(outputs)
+    wanted = count * (2 + offset + biased)
+    require(len(operands) == wanted, f"{count} layers have {wanted} operands beside x, not {len(operands)}")
+    how = {"k": k, "scheme": scheme, "group": group, "own": own, "dtype": dtype}
+    parts = _parts(operands, count, offset, biased)
+    assert integer_linear.rule is not None
+    found = [
+        integer_linear.rule(x, c, s, z, b, None, outputs=n, **how)
+        for (c, s, z, b), n in zip(parts, outputs, strict=True)
+    ]
+    return TupleType(tuple(found))  # type: ignore[arg-type]
 
 
 def _check_quantized(

@@ -68,12 +68,13 @@ def stream(
     left = {node: sum(user in needed for user in graph.users[node]) for node in needed}
     last = max(i for i, node in enumerate(needed) if node in layers)
     for i, node in enumerate(list(needed)[: last + 1]):
-        now.compute(node)
-        if unchanged:
+        if node not in layers:
+            now.compute(node)
+        if unchanged and left[node]:
             _follow(node, now, then)
         if node in layers:
             replaced = visit(node, now, then)
-            if replaced:
+            if left[node] and (replaced or node not in now.values):
                 now.compute(node, replaced)
         for parent in (*node.parents, node):
             left[parent] -= parent is not node
@@ -99,7 +100,7 @@ def _follow(node: Node, now: Run, then: Run) -> None:
         assert x is not None
         then.values[node] = then.values[x]
     elif all(now.values[p] is then.values[p] for p in node.parents):
-        then.values[node] = now.values[node]
+        then.values[node] = now[node]
     else:
         then.compute(node)
 
@@ -166,6 +167,9 @@ class Run:
         self.env = [bind_symbols(graph, [x.shape for x in call]) for call in calls]
 
     def __getitem__(self, node: Node) -> Values:
+        """The node's value; of one whose operands are there still, computed now."""
+        if node not in self.values:
+            self.compute(node)
         return self.values[node]
 
     def compute(self, node: Node, replaced: Mapping[int, np.ndarray] | None = None) -> None:

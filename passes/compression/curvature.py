@@ -172,21 +172,18 @@ def _shrunk(parts: Sequence[Moments]) -> np.ndarray | None:
 
 def in_turn(
     aim: np.ndarray,
-    curvature: np.ndarray | None,
+    curvature: np.ndarray,
     solve: Callable[[np.ndarray, np.ndarray], np.ndarray],
     *,
     groups: int = 16,
 ) -> None:
     """Solve the rows of a matrix group by group, each making up for errors of those before it.
 
-    aim: float64 [n, k]. curvature: [n, n]; without, no row makes up for another, and all are solved at once. solve(rows, aims): takes the
-    places of a group's rows and where they should come to, and returns where they come to, both [r, k]. GPTQ's feedback between inputs, but
+    aim: float64 [n, k]. curvature: [n, n]. solve(rows, aims): takes the places of a group's rows and where they should come to, and
+    returns where they come to, both [r, k]. GPTQ's feedback between inputs, but
     between outputs; within a group there is none. Rows are dealt to groups at random, since neighbours (of a head) depend on each other most.
     """
     n = len(aim)
-    if curvature is None:
-        solve(np.arange(n), aim)
-        return
     order = np.random.default_rng(0).permutation(n)
     inverse = np.linalg.inv(curvature[np.ix_(order, order)].astype(np.float64))
     factor = np.linalg.cholesky((inverse + inverse.T) / 2).T

@@ -43,6 +43,15 @@ class Grid:
         return found if mask is None else np.where(mask, found, np.float32(0))
 
 
+def row_blocks(n: int, k: int) -> list[np.ndarray]:
+    """The rows of a matrix [n, k] in parts that take little memory."""
+    return np.array_split(np.arange(n), max(1, -(-n * k // _BLOCK)))
+
+
+_BLOCK = 1 << 21
+"""Numbers of a matrix that are worked on at once where rows don't depend on each other."""
+
+
 def in_groups(w: np.ndarray, group: int) -> np.ndarray:
     """[n, k] as [n, groups, group]; what the last group lacks is 0."""
     n, k = w.shape
@@ -68,17 +77,25 @@ def choose_grid(
     weight = np.ones(w.shape[1]) if importance is None else importance / max(float(importance.mean()), 1e-30)
     weight = in_groups(weight[None].astype(np.float32), group)
     best, zeros = scheme.grid(parts, symmetric)
+    blocks = row_blocks(*w.shape)
     least: np.ndarray | None = None
     for shrink in np.linspace(1.0, 0.5, steps) if steps else ():
         s, z = scheme.grid(parts, symmetric, float(shrink))
-        wide = (s[..., None], None if z is None else z[..., None])
-        error = (weight * (scheme.decode(scheme.encode(parts, *wide), *wide) - parts) ** 2).sum(-1)
+        error = np.concatenate([_error(parts[r], weight, scheme, s[r], None if z is None else z[r]) for r in blocks])
         better = np.ones_like(error, bool) if least is None else error < least
         least = error if least is None else np.where(better, error, least)
         best = np.where(better, s, best)
         if zeros is not None and z is not None:
             zeros = np.where(better, z, zeros)
     return Grid(scheme, group, scheme.stored(best), zeros)
+
+
+def _error(
+    parts: np.ndarray, weight: np.ndarray, scheme: Scheme, scales: np.ndarray, zeros: np.ndarray | None
+) -> np.ndarray:
+    """The squared error per group of rounding to the nearest."""
+    wide = (scales[..., None], None if zeros is None else zeros[..., None])
+    return np.asarray((weight * (scheme.decode(scheme.encode(parts, *wide), *wide) - parts) ** 2).sum(-1))
 
 
 def damped(h: np.ndarray, damping: float) -> np.ndarray:

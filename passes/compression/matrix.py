@@ -15,7 +15,7 @@ from jisu.compiler.types import TensorType, numpy_dtype
 from jisu.passes.compression import awq, prune
 from jisu.passes.compression.calibrate import Run
 from jisu.passes.compression.curvature import in_turn
-from jisu.passes.compression.gptq import Grid, choose_grid, damped, feedback, gptq, refine
+from jisu.passes.compression.gptq import Grid, choose_grid, damped, feedback, gptq, refine, row_blocks
 
 DAMPING = 0.01
 """Of H's mean diagonal, added to all of it."""
@@ -67,6 +67,11 @@ class Statistics:
     rest: np.ndarray | None = None
     both: np.ndarray | None = None
     own: np.ndarray | None = None
+
+    def of_rows(self, rows: np.ndarray) -> Statistics:
+        """Those of some of the outputs."""
+        rest, both, own = (None if v is None else v[rows] for v in (self.rest, self.both, self.own))
+        return attrs.evolve(self, rest=rest, both=both, own=own)
 
     def aim(self, w: np.ndarray, solid: np.ndarray, match: float) -> np.ndarray:
         """The matrix float64 [n, k] that, reading x and added to r, comes nearest to the unchanged outputs W u + v. solid: H, damped.
@@ -217,15 +222,17 @@ def solve(
         )
         return _in_codes(grid, grid.nearest(kept), mask)
     solid = damped(statistics.h, DAMPING)
-    aim = statistics.aim(w, solid, choice.match)
     counts = curvature.astype(np.float64) if curvature is not None and choice.objective == "loss" else None
+    original = w
     if choice.cut is not None:
+        aim = statistics.aim(w, solid, choice.match)
         found, mask = _pruned(w, aim, solid, choice.cut, counts)
         kept = np.where(mask, found, 0)
         if choice.codes is None:
             return _in_floats(kept, mask, dtype)
         w = kept.astype(np.float32)
-    return _quantized(w, aim, statistics.h, solid, mask, choice, counts)
+        del aim, found, kept
+    return _quantized(w, original, statistics, solid, mask, choice, counts)
 
 
 def _pruned(
@@ -244,13 +251,14 @@ def _pruned(
 
 
 def _quantized(
-    w: np.ndarray, aim: np.ndarray, h: np.ndarray, solid: np.ndarray, mask: np.ndarray | None, choice: Choice,
+    w: np.ndarray, original: np.ndarray, statistics: Statistics, solid: np.ndarray, mask: np.ndarray | None, choice: Choice,
     curvature: np.ndarray | None,
 ) -> Solved:  # fmt: skip
-    """Codes for a matrix w, 0 outside of the mask: by GPTQ and its refinement, towards `aim`; or the nearest."""
+    """Codes for a matrix w, 0 outside of the mask: by GPTQ and its refinement, towards what the original one should become; or the
+    nearest."""
     rule = choice.codes
     assert rule is not None
-    kind, group = schemes.scheme(rule.scheme), rule.inputs_per_scale
+    kind, group, h = schemes.scheme(rule.scheme), rule.inputs_per_scale, statistics.h
     if rule.algorithm == "rtn":
         grid = choose_grid(w, kind, group, symmetric=rule.symmetric)
         return _in_codes(grid, grid.nearest(w), mask)
@@ -269,7 +277,11 @@ def _quantized(
         scales[rows] = part.scales
         return part.values(codes[rows], kept)
 
-    in_turn(aim, curvature, solve_rows)
+    if curvature is not None:
+        in_turn(statistics.aim(original, solid, choice.match), curvature, solve_rows)
+    else:
+        for rows in row_blocks(*w.shape):
+            solve_rows(rows, statistics.of_rows(rows).aim(original[rows], solid, choice.match))
     return _in_codes(attrs.evolve(grid, scales=scales), codes, mask)
 
 

@@ -83,6 +83,20 @@ def _integer(node: Node, target: Target) -> Kernel | None:
     return Kernel(function, _coded_arguments(node), (_rows(node),))
 
 
+def _integer_projections(node: Node, target: Target) -> Kernel | None:
+    x, packed = _operand(node, 0), _operand(node, 1)
+    if node.attributes["dtype"] not in FLOATS or packed.shape[-2:] != (matmul.panel_width(target), integer.WORD):
+        return None
+    count = len(node.outputs)
+    function = integer.integer_projections(
+        node.outputs, node.k, node.attributes["dtype"], target, scheme=node.scheme, group=node.group, own=node.own,
+        scales=_operand(node, 1 + count).dtype, zeros=node.offset, bias=node.biased,
+    )  # fmt: skip
+    rows = _rows(x)
+    arguments = (Argument(0, rows), *(Argument(i) for i in range(1, len(node.operands))))
+    return Kernel(function, arguments, tuple((rows[0], n) for n in node.outputs))
+
+
 def _scales(node: Node, first: int) -> dict[str, Any]:
     """The dtype of scales (operand `first`), and whether there are zeros behind them."""
     scales = node.operands[first]
@@ -255,6 +269,7 @@ CHOOSERS: Mapping[Op, Callable[[Node, Target], Kernel | None]] = {
     ops.packed_projections: _projections,
     ops.quantized_linear: _quantized,
     ops.integer_linear: _integer,
+    ops.integer_projections: _integer_projections,
     ops.encode_levels: _levels,
     ops.sparse_linear: _sparse,
     ops.packed_experts: _experts,

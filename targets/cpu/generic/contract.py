@@ -285,6 +285,18 @@ def _packed_projections(b: Builder, pull: Pull, node: Node, targets: Sequence[Fl
         _packed(b, pull, packed_linear(x, operands[i], bias, outputs=outputs), target)
 
 
+def _integer_projections(b: Builder, pull: Pull, node: Node, targets: Sequence[Flat]) -> None:
+    x, *operands = node.parents
+    count = len(node.outputs)
+    kinds = (True, True, node.offset, node.biased)
+    how = {a: node.attributes[a] for a in ("k", "scheme", "group", "own", "dtype")}
+    for i, (outputs, target) in enumerate(zip(node.outputs, targets, strict=True)):
+        own = iter(operands[i::count])
+        codes, scales, zeros, bias = (next(own) if there else None for there in kinds)
+        one = ops.integer_linear.make((x, codes, scales, zeros, bias, None), {"outputs": outputs, **how}, node.source)
+        _quantized(b, pull, one, target)
+
+
 def _conv(b: Builder, pull: Pull, node: Node, target: Flat) -> None:
     x, w = node.parents
     dtype = compute_dtype(node.dtype)
@@ -524,6 +536,7 @@ def _quantized(b: Builder, pull: Pull, node: Node, target: Flat) -> None:
 
 SEVERAL: Mapping[Op, Callable[[Builder, Pull, Node, Sequence[Flat]], None]] = {
     packed_projections: _packed_projections,
+    ops.integer_projections: _integer_projections,
 }
 """Bodies of ops with several results."""
 

@@ -8,7 +8,7 @@ more, each task does it once per panel.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -24,6 +24,7 @@ from jisu.targets.cpu.kernels.matmul import (
     in_tasks,
     layer_func,
     panel_width,
+    projections,
     row_blocks,
 )
 from jisu.targets.target import Target
@@ -237,6 +238,18 @@ def _halves(both: Val, in_place: bool = False) -> list[Val]:
     return [both & 0x0F0F0F0F, both & -0x0F0F0F10 if in_place else (both >> 4) & 0x0F0F0F0F]
 
 
+def _reader(k: int, target: Target, scheme: str, group: int, own: bool, scales: str, zeros: bool) -> Integers:
+    """Raises TargetError for codes that are no integers, and where a word belongs to different groups."""
+    kind = schemes.scheme(scheme)
+    if not kind.uniform:
+        raise TargetError(f"codes of {scheme} are no integers")
+    if group % (WORD * kind.per_byte):
+        raise TargetError(f"groups of {group} codes cut a word of {WORD * kind.per_byte}")
+    # A panel of codes that are taken apart.
+    scratch = panel_width(target) * 2 * kind.panel_words(k, WORD) if kind.per_byte == 2 else 0
+    return Integers(scheme, group, k, scales, zeros, target, scratch_words=scratch, own=own)
+
+
 def integer_linear(
     n: int, k: int, dtype: str, target: Target, *, scheme: str, group: int, own: bool = False, scales: str = "float16",
     zeros: bool = False, gated: bool = False, bias: bool = False, activation: str = "none", residual: bool = False,
@@ -245,16 +258,18 @@ def integer_linear(
 
     Raises TargetError for codes that are no integers, and where a word belongs to different groups.
     """
-    kind = schemes.scheme(scheme)
-    if not kind.uniform:
-        raise TargetError(f"codes of {scheme} are no integers")
-    if group % (WORD * kind.per_byte):
-        raise TargetError(f"groups of {group} codes cut a word of {WORD * kind.per_byte}")
-    # A panel of codes that are taken apart.
-    scratch = panel_width(target) * 2 * kind.panel_words(k, WORD) if kind.per_byte == 2 else 0
-    reader = Integers(scheme, group, k, scales, zeros, target, scratch_words=scratch, own=own)
+    reader = _reader(k, target, scheme, group, own, scales, zeros)
     return layer_func("integer_linear", n, k, dtype, target, gated=gated, bias=bias, activation=activation,
                        residual=residual, reader=reader, record=reader.record)  # fmt: skip
+
+
+def integer_projections(
+    outputs: Sequence[int], k: int, dtype: str, target: Target, *, scheme: str, group: int, own: bool = False,
+    scales: str = "float16", zeros: bool = False, bias: bool = False,
+) -> Any:  # fmt: skip
+    """PrimFunc of several `integer_linear` of one x (see `ops.integer_projections`), in one parallel region."""
+    reader = _reader(k, target, scheme, group, own, scales, zeros)
+    return projections(outputs, k, dtype, target, bias=bias, reader=reader, record=reader.record)
 
 
 _SERIAL = 1 << 16  # elements that one core encodes in less time than waking another takes

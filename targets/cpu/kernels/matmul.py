@@ -183,7 +183,9 @@ def dot(f: Function, pairs: Val, weights: Val, total: Val) -> Val:
 
 
 def uses_dot(dtype: str, target: Target) -> bool:
-    return dtype == "bfloat16" and target.has("avx512bf16") and target.vector_bytes == 64
+    """Whether pairs of inputs are multiplied at once: where the machine can, and does it faster than widening them."""
+    faster = target.peak_flops("bfloat16") > target.peak_flops("float32")
+    return dtype == "bfloat16" and target.has("avx512bf16") and target.vector_bytes == 64 and faster
 
 
 def row_blocks(f: Function, rows: Val, run: Callable[[int, Val], None], sizes: Sequence[int]) -> None:
@@ -483,15 +485,20 @@ def linear(
                        softcap=softcap, out_dtype=out_dtype)  # fmt: skip
 
 
-def projections(outputs: Sequence[int], k: int, dtype: str, target: Target, *, bias: bool = False) -> Any:
+def projections(
+    outputs: Sequence[int], k: int, dtype: str, target: Target, *, bias: bool = False, reader: Reader | None = None, record: int = 0,
+) -> Any:  # fmt: skip
     """PrimFunc y_i[M, outputs[i]] = x[M, k] W_i^T + b_i for several layers in one parallel region.
 
-    Parameters in order: x[M, k], every w_i[pack_shape], every b_i[outputs[i]] if `bias`, every y_i.
+    Parameters in order: x[M, k], every w_i, the same of every operand of the reader, every b_i[outputs[i]] if `bias`, every y_i. reader
+    and record: as of `layer`.
     """
-    plans = [layer("linear", n, k, dtype, target, bias=bias) for n in outputs]
-    args = [Arg("x", ("m", k), dtype)]
-    args += [Arg(f"w{i}", pack_shape(n, k, dtype, target), dtype) for i, n in enumerate(outputs)]
-    args += [Arg(f"bias{i}", (n,), dtype) for i, n in enumerate(outputs) if bias]
+    reads: Reader = reader or Floats(k, dtype, target)
+    plans = [layer("linear", n, k, dtype, target, bias=bias, reader=reads, record=record) for n in outputs]
+    shapes = [{**reads.shapes(plan.panels, ()), "bias": (n,)} for plan, n in zip(plans, outputs, strict=True)]
+    args = [Arg("x", ("m", record or k), reads.dtypes.get("x", dtype))]
+    for name in ("w", *reads.operands, *(["bias"] if bias else [])):
+        args += [Arg(f"{name}{i}", shape[name], reads.dtypes.get(name, dtype)) for i, shape in enumerate(shapes)]
     args += [Arg(f"y{i}", ("m", n), dtype) for i, n in enumerate(outputs)]
 
     def body(buffers: Mapping[str, Any], dims: Mapping[str, Any]) -> None:
