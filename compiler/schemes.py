@@ -132,7 +132,7 @@ class Scheme:
         shrink: the range that the grid covers, relative to that of the numbers (numbers outside are clipped).
         """
         if symmetric or not self.uniform:
-            reach = np.abs(w).max(-1) * shrink
+            reach = np.maximum(w.max(-1), -w.min(-1)) * shrink
             return self.stored(np.where(reach > 0, reach / self.top, 1.0)), None
         low, high = np.minimum(w.min(-1), 0) * shrink, np.maximum(w.max(-1), 0) * shrink
         span = (high - low).astype(np.float32)

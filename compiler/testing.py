@@ -275,7 +275,7 @@ def _index_bounds(graph: Graph, sizes: Mapping[str, int]) -> dict[Node, Bounds]:
             narrow(o[1], -size if node.attributes.get("wrap", True) else 0, size - 1)
         elif node.op in (ops.experts, ops.packed_experts):
             narrow(o[1], 0, at(o[3], 0) - 1)
-        elif node.op is ops.packed_take:
+        elif node.op in (ops.packed_take, ops.quantized_take):
             narrow(o[1], 0, node.rows - 1)
         elif node.op is ops.sparse_take:
             narrow(o[3], 0, node.rows - 1)

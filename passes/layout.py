@@ -40,6 +40,12 @@ class PackWeights:
     def __call__(self, graph: Graph) -> Graph:
         packed: dict[tuple[Any, ...], Node] = {}
         packs = {n.operands[1] for n in graph.nodes if n.op is ops.linear and self._packs(n.operands[1])}
+        # Matrices of codes that linear layers read, and in which form.
+        words = {
+            w: WORD if x is not None and _integers(x, w) else 1
+            for x, w in (n.operands[:2] for n in graph.nodes if n.op is ops.linear)
+            if w is not None and self._quantized(w)
+        }
         sparse = _Sparse(self.panel, self.pair, self.sparse)
 
         def once(op: Any, *operands: Node) -> Node:
@@ -92,7 +98,13 @@ class PackWeights:
                 parts = [ops.linear.make((data, m, None, None), {"activation": kind}, new.source) for m, kind in kinds]
                 return ops.mul.make([transform(n, n) for n in parts], {}, new.source)
             if new.op is ops.take and new.axis == 0 and self._quantized(new.operands[0]):
-                return self._looked_up(new)
+                if old.operands[0] not in words or new.wrap:
+                    return self._looked_up(new)
+                table, indices = new.parents
+                first, *tail = coded((table,), words[old.operands[0]])
+                attributes = {"rows": table.shape[0], "width": table.shape[1], "dtype": table.dtype}
+                attributes |= {"scheme": table.scheme, "group": table.group}
+                return ops.quantized_take.make((first, indices, *tail), attributes, new.source)
             if new.op is ops.linear and self._packs(old.operands[1]):
                 x, w, b, r = new.operands
                 assert w is not None
@@ -114,8 +126,7 @@ class PackWeights:
                 attributes = {"inner": down.shape[2], "activation": new.activation}
                 return ops.packed_experts.make(operands, attributes, new.source)
             if new.op is ops.take and new.axis == 0 and old.operands[0] in packs:
-                w, indices = new.operands
-                assert w is not None
+                w, indices = new.parents
                 rows, width = w.shape
                 return ops.packed_take.make((once(ops.pack, w), indices), {"rows": rows, "width": width}, new.source)
             return new

@@ -103,6 +103,7 @@ from jisu.compiler.ops.quantize import (
     pack_scales,
     pack_zeros,
     quantized_linear,
+    quantized_take,
     unpack_bits,
 )
 from jisu.compiler.ops.reduce import all_, any_, argmax, argmin, prod, reduce_max, reduce_min, scan, softmax, sum_
@@ -142,7 +143,7 @@ __all__ = [
     "log2", "logical_and", "logical_not", "logical_or", "logical_xor", "lt", "matmul", "maximum", "minimum", "mul",
     "ne", "neg", "pack", "pack_bits", "pack_codes", "pack_gated", "pack_mask", "pack_scales", "pack_starts",
     "pack_values", "pack_zeros", "packed_experts", "packed_gated_linear", "packed_linear", "packed_projections",
-    "packed_take", "pad", "pow_", "prod", "quantized_linear", "reciprocal", "reduce_max", "reduce_min", "relu",
+    "packed_take", "pad", "pow_", "prod", "quantized_linear", "quantized_take", "reciprocal", "reduce_max", "reduce_min", "relu",
     "remainder", "reshape", "rms_norm", "rotary", "round_", "rsqrt", "scan", "scatter", "shift_left", "shift_right",
     "sigmoid", "sign", "silu", "sin", "sinh", "slice_", "softmax", "sort", "sparse_linear", "sparse_take", "sqrt",
     "square", "sub", "sum_", "take", "tan", "tanh", "transpose", "trunc", "trunc_div", "unpack_bits", "where",

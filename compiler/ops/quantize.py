@@ -505,6 +505,43 @@ def integer_linear(
     return result
 
 
+def _quantized_take(
+    codes: np.ndarray, indices: np.ndarray, scales: np.ndarray, zeros: np.ndarray | None, *, rows: int, width: int, scheme: str,
+    group: int, dtype: str,
+) -> np.ndarray:  # fmt: skip
+    from jisu.compiler.ops.index import _take
+
+    table = _values(_unpack_codes(codes, scheme, rows, width), scales, zeros, scheme, rows, group)
+    return _take(table.astype(numpy_dtype(dtype)), indices, axis=0)
+
+
+def _quantized_take_samples() -> Samples:
+    plain = {"rows": 7, "width": 10, "dtype": "float32"}
+    for zeros in (None, "uint8[2, 2, 4]"):
+        operands = ("uint8[2, 2, 4, 4]", "int64[2, 2] < 7", "float16[2, 2, 4]", zeros)
+        yield operands, {**plain, "scheme": "int4", "group": 8}
+    operands = ("uint8[2, 10, 4, 1]", "int64[3] < 7", "float32[2, 1, 4]", None)
+    yield operands, {**plain, "scheme": "fp8", "group": 0, "dtype": "bfloat16"}
+
+
+@defop(
+    meaning=_quantized_take,
+    axes=lambda c, i, s, z, **_: f"p q n w, *b, p g n{', p g n' if z else ', '} -> *b o",
+    flops=0,
+    samples=_quantized_take_samples,
+)
+def quantized_take(
+    codes: TensorType, indices: TensorType, scales: TensorType, zeros: TensorType | None = None, *, rows: int, width: int,
+    scheme: str, group: int, dtype: str,
+) -> TensorType:  # fmt: skip
+    """Rows of a matrix [rows, width] of codes packed for `quantized_linear` or `integer_linear`: an embedding tied to such a head."""
+    require(indices.dtype in ("int64", "int32"), f"indices must be integers, got {indices}")
+    require(is_float(dtype), f"rows are floats, not {dtype}")
+    result = TensorType((1, rows), dtype)
+    _check_quantized(codes, scales, zeros, None, None, result, width, scheme, group, False, "none")
+    return TensorType((*indices.shape, width), dtype)
+
+
 def _parts(operands: Sequence[Any], count: int, offset: bool, biased: bool) -> list[tuple[Any, ...]]:
     """Codes, scales, zeros and bias of each of several layers, whose operands stand kind by kind."""
     kinds = (True, True, offset, biased)

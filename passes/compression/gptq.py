@@ -56,8 +56,8 @@ def in_groups(w: np.ndarray, group: int) -> np.ndarray:
     """[n, k] as [n, groups, group]; what the last group lacks is 0."""
     n, k = w.shape
     size = group or k
-    count = -(-k // size)
-    return np.pad(w, ((0, 0), (0, count * size - k))).reshape(n, count, size)
+    short = -k % size
+    return (np.pad(w, ((0, 0), (0, short))) if short else w).reshape(n, -1, size)
 
 
 def choose_grid(

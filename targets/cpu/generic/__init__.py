@@ -36,7 +36,15 @@ BODIES: Mapping[Op, Body] = {
 
 
 STORED = frozenset(
-    {*contract.BODIES, *contract.SEVERAL, *nn.BODIES, *rounding.BODIES, *sparse.BODIES, index.packed_take}
+    {
+        *contract.BODIES,
+        *contract.SEVERAL,
+        *nn.BODIES,
+        *rounding.BODIES,
+        *sparse.BODIES,
+        index.packed_take,
+        ops.quantized_take,
+    }
 )
 """Ops that read their operands in memory: nothing is pulled into their kernels."""
 

@@ -476,6 +476,13 @@ class Scaled:
         scale = tirx.Cast("float32", b.let(self.scales[at]))
         return b.let((level(b, kind.name, b.let(tirx.bitwise_and(code, 2**kind.bits - 1), "code")) - zero) * scale)
 
+    def code(self, packed: Flat, where: Sequence[Expr], k: Expr, lane: Expr, side: int) -> Expr:
+        """The code (int32, other bits above it) of input k and a panel's output, of codes `side` inputs of which lie side by side."""
+        size = i64(side * self.kind.per_byte)
+        within = tirx.floormod(k, size)
+        at = packed.offset([*where, tirx.floordiv(k, size), lane, tirx.floormod(within, i64(side))])
+        return byte(self.b, packed, at) >> (tirx.Cast("int32", tirx.floordiv(within, i64(side))) * 4)
+
 
 def _quantized(b: Builder, pull: Pull, node: Node, target: Flat) -> None:
     x, codes, scales, zeros = node.operands[:4]
@@ -483,7 +490,7 @@ def _quantized(b: Builder, pull: Pull, node: Node, target: Flat) -> None:
     integers = node.op is ops.integer_linear
     dtype = compute_dtype(node.dtype)
     left, packed = pull.leaves[x], pull.leaves[codes]
-    kind, k = schemes.scheme(node.scheme), int(node.k if integers else x.shape[-1])
+    k = int(node.k if integers else x.shape[-1])
     scaled = Scaled(b, pull, node, scales, zeros, k)
     panels, panel, side = (int(codes.shape[i]) for i in (0, -2, -1))
     depth, width, m, stride = i64(k), i64(node.outputs), product(node.shape[:-1]), i64(int(x.shape[-1]))
@@ -511,10 +518,7 @@ def _quantized(b: Builder, pull: Pull, node: Node, target: Flat) -> None:
 
             def weight(half: int, k: Expr, j: Expr) -> Expr:
                 lead = [p, *([i64(half)] if node.gated else [])]
-                word, within = tirx.floordiv(k, i64(side * kind.per_byte)), tirx.floormod(k, i64(side * kind.per_byte))
-                both = byte(b, packed, packed.offset([*lead, word, first + j, tirx.floormod(within, i64(side))]))
-                shift = tirx.Cast("int32", tirx.floordiv(within, i64(side))) * 4
-                value = scaled.value(lead, k, first + j, both >> shift)
+                value = scaled.value(lead, k, first + j, scaled.code(packed, lead, k, first + j, side))
                 return value if dtype == "float32" else b.let(tirx.Cast(dtype, value))
 
             def run(half: int, put: Callable[[Expr, Expr], None]) -> None:

@@ -11,6 +11,7 @@ from jisu.compiler.graph import Node, Op
 from jisu.compiler.ops.contract import packed_take
 from jisu.compiler.types import Dim, is_float
 from jisu.targets.cpu.generic.build import Builder, Expr, Flat, i64
+from jisu.targets.cpu.generic.contract import Scaled
 from jisu.targets.cpu.generic.element import Pull
 from jisu.targets.cpu.generic.scalar import HALF, arithmetic, dtype_of, is_nan, maximum, minimum, narrow, widen
 
@@ -104,6 +105,24 @@ def _packed_take(b: Builder, pull: Pull, node: Node, targets: Sequence[Flat]) ->
             b.store(targets[0], [*outer, k], matrix[place])
 
     b.spread(indices.shape, node.tensor.size * 2, row)
+
+
+def _quantized_take(b: Builder, pull: Pull, node: Node, targets: Sequence[Flat]) -> None:
+    codes, indices, scales, zeros = node.operands
+    assert codes is not None and indices is not None
+    panel, side = (int(codes.shape[i]) for i in (-2, -1))  # type: ignore[call-overload]
+    packed, scaled = pull.leaves[codes], Scaled(b, pull, node, scales, zeros, node.width)
+    check(b, pull, indices, node.rows)
+
+    def row(outer: list[Expr]) -> None:
+        picked = resolve(b, pull.fresh(), indices, outer, i64(node.rows))
+        where, lane = [b.let(tirx.floordiv(picked, i64(panel)))], b.let(tirx.floormod(picked, i64(panel)))
+        with b.loop(node.width) as k:
+            value = scaled.value(where, k, lane, scaled.code(packed, where, k, lane, side))
+            wide = value if node.dtype != "float64" else tirx.Cast("float64", value)
+            b.store(targets[0], [*outer, k], narrow(b, wide, node.dtype))
+
+    b.spread(indices.shape, node.tensor.size * 8, row)
 
 
 def _scatter(b: Builder, pull: Pull, node: Node, targets: Sequence[Flat]) -> None:
@@ -219,4 +238,5 @@ BODIES: Mapping[Op, Callable[[Builder, Pull, Node, Sequence[Flat]], None]] = {
     ops.scatter: _scatter,
     ops.sort: _sort,
     packed_take: _packed_take,
+    ops.quantized_take: _quantized_take,
 }
