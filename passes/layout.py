@@ -192,12 +192,7 @@ def _filled(node: Node) -> Node:
 
 def _form(w: Node) -> tuple[Any, ...]:
     """What codes of gate and up must have in common to lie side by side."""
-    return (w.scheme, w.group, w.operands[2] is None, pack_dtype(w))
-
-
-def pack_dtype(w: Node) -> str:
-    """The dtype of a `dequantize`'s scales in panels."""
-    return "float32" if w.parents[1].dtype == "uint8" else w.parents[1].dtype
+    return (w.scheme, w.group, w.operands[2] is None)
 
 
 WORD = 4
@@ -223,8 +218,10 @@ def scaled(w: Node, panel: int, made: dict[tuple[Any, ...], Node]) -> list[Node 
 
 
 def _together(parts: Sequence[Node | None]) -> Node | None:
-    """What belongs to one matrix, or to gate and up side by side."""
+    """What belongs to one matrix, or to gate and up side by side; scales of both in one dtype."""
     there = [p for p in parts if p is not None]
+    if len({p.dtype for p in there}) > 1:
+        there = [ops.cast(p, dtype="float32") for p in there]
     return _beside(*there) if len(there) == 2 else there[0] if there else None
 
 

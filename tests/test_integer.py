@@ -6,11 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from decoders import VOCABULARY, make
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from test_quantization import coded
 
+import jisu
 from jisu.compiler import levels, ops
 from jisu.compiler.graph import ArrayStorage, Graph, Node, Storage, placeholder, weight
 from jisu.compiler.interpret import interpret
@@ -132,3 +134,20 @@ def test_kernels_multiply_integers_as_the_interpreter_does(
     run_all(
         graphs(Target.resolve(where), dtype, k, activations, x_scales, names), Target.resolve(where), tmp_path, dtype, k
     )
+
+
+def test_logits_depend_neither_on_threads_nor_on_the_batch(tmp_path: Path) -> None:
+    """Bit by bit: a sequence alone or beside others, with one thread or two, of a prompt and of single tokens."""
+    ids = np.random.default_rng(0).integers(0, VOCABULARY, (3, 21))
+    compiled = jisu.compile(make("llama_tied"), recipe="int4")
+    assert "integer_projections(" in compiled.ir() and "quantized_take(" in compiled.ir()
+    compiled.save(tmp_path / "p.jisu")
+    found = []
+    for threads in (1, 2):
+        program = jisu.load(tmp_path / "p.jisu", num_threads=threads)
+        for rows in (slice(0, 3), slice(1, 2)):
+            session = program.session()
+            steps = [session.append(ids[rows, :19]), session.append(ids[rows, 19:20]), session.append(ids[rows, 20:])]
+            found.append(np.concatenate([np.asarray(s) for s in steps], 1)[1 if rows.stop == 3 else 0])
+    for other in found[1:]:
+        np.testing.assert_array_equal(other, found[0])

@@ -227,7 +227,7 @@ def small(**options: Any) -> jisu.Program:
 def test_plain_modules_are_quantized_too() -> None:
     torch.manual_seed(0)
     model, x = Small().eval(), torch.randn(2, 16)
-    program = small(recipe="int8")
+    program = small(recipe="w8a16")
     torch.testing.assert_close(program(x), model(x), atol=2e-2, rtol=2e-2)
     assert not torch.equal(program(x), model(x))
     assert program.ir().count("quantized_linear(") == 3 and program.ir().count("pack_codes(second") == 1
@@ -301,7 +301,7 @@ def test_calibration_lowers_the_error_and_is_reproducible() -> None:
 )
 def test_steps_of_a_quantized_model_equal_the_whole(name: str, tmp_path: Path) -> None:
     """Also with a tied embedding in codes, and after saving and loading."""
-    program = jisu.compile(make(name), recipe="int8")
+    program = jisu.compile(make(name), recipe="w8a16")
     whole = program(ids(2, 20, 2)).logits
     program.save(tmp_path / "p.jisu")
     session = jisu.load(tmp_path / "p.jisu").session()

@@ -98,9 +98,8 @@ class Jisu(Stepwise):
             "int8": [{**head, "layers": "*"}],
             "int4": [{**head, "layers": "*", "scheme": "int4", "symmetric": False, "group": GROUP}, head],
         }
-        dtype = "bfloat16" if form == "bfloat16" else "float32"
         recipe = {"quantize": rules[form]} if form in rules else None
-        jisu.compile(checkpoint, dtype=dtype, recipe=recipe).save(out)
+        jisu.compile(checkpoint, recipe=recipe).save(out)
 
 
 class Transformers(Stepwise):
