@@ -139,7 +139,8 @@ def test_kernels_multiply_integers_as_the_interpreter_does(
 def test_logits_depend_neither_on_threads_nor_on_the_batch(tmp_path: Path) -> None:
     """Bit by bit: a sequence alone or beside others, with one thread or two, of a prompt and of single tokens."""
     ids = np.random.default_rng(0).integers(0, VOCABULARY, (3, 21))
-    compiled = jisu.compile(make("llama_tied"), recipe="int4")
+    rules = [{"scheme": "int4", "group": 16, "activations": "int8"}, {"layers": "head", "activations": "int8"}]
+    compiled = jisu.compile(make("llama_tied"), recipe={"quantize": rules})
     assert "integer_projections(" in compiled.ir() and "quantized_take(" in compiled.ir()
     compiled.save(tmp_path / "p.jisu")
     found = []
