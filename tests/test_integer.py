@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -97,6 +98,24 @@ def graphs(
             assert not laid_out.count(ops.fake_quantize, ops.quantized_linear)
             made[f"{name}_{'even' if symmetric else 'odd'}"] = laid_out
     return made
+
+
+def test_layout_of_integers(golden: Any) -> None:
+    """Rounding becomes records; queries, keys and values one op; a tied embedding is looked up in the head's panels."""
+    held: dict[str, Storage] = {}
+    x, ids = placeholder("x", TensorType((symbol("m"), 16), "float32")), placeholder("ids", TensorType((2,), "int64"))
+    q, k = (coded(name, SCHEMES["int4"], (n, 16), 8, False, "float32", held) for name, n in (("q", 8), ("k", 4)))
+    head = coded("head", SCHEMES["int8"], (6, 16), 0, True, "float32", held)
+    groups, token = ops.fake_quantize(x, scheme="int8", group=8), ops.fake_quantize(x, scheme="int8")
+    outputs = (
+        ops.linear(groups, q),
+        ops.linear(groups, k),
+        ops.linear(token, head),
+        ops.take(head, ids, axis=0, wrap=False),
+    )
+    graph = verify(Graph((x, ids), outputs, held))
+    golden("integers-before", graph)
+    golden("integers-laid-out", verify(Pipeline(layout_passes(4, {"float32": 1})).run(graph)[0]))
 
 
 def run_all(made: dict[str, Graph], target: Target, folder: Path, dtype: str, k: int) -> None:
