@@ -93,10 +93,12 @@ def measure(
     cells: Sequence[tuple[int, int]],
     note: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Speeds by engine and cell (prompt, steps): prefill and decode in tokens per second, one number per round."""
+    """Speeds by engine and cell (prompt, steps; of an encoder length, batch): prefill and decode in tokens per second, a number per
+    round."""
     vocabulary = str(models.SHAPES[shape]["vocab_size"])
     facts: dict[str, Any] = {}
     speeds: dict[str, dict[str, dict[str, list[float]]]] = {}
+    encodes = shape in models.ENCODERS
     with ExitStack() as stack:
         workers = {}
         for engine, folder in found.items():
@@ -105,16 +107,17 @@ def measure(
             workers[engine] = stack.enter_context(plan.worker(engine, arguments, threads))
             facts[engine] = workers[engine].answer()
             speeds[engine] = {}
-        for prompt, steps in cells:
-            cell = f"{prompt}+{steps}"
+        for prompt, number in cells:
+            cell = f"{prompt}{'x' if encodes else '+'}{number}"
+            steps, batch = (0, number) if encodes else (number, 0)
             for engine, worker in workers.items():  # some compile, allocate or measure at the first call
-                worker.ask(prompt=prompt, steps=min(steps, 4), seed=1)
+                worker.ask(prompt=prompt, steps=min(steps, 4), batch=batch, seed=1)
                 speeds[engine][cell] = {"prefill": [], "decode": [], "foreign": []}
             for turn in range(plan.rounds):
                 for engine in list(workers)[:: 1 if turn % 2 == 0 else -1]:
-                    got = workers[engine].measure(prompt=prompt, steps=steps, seed=100 + turn)
+                    got = workers[engine].measure(prompt=prompt, steps=steps, batch=batch, seed=100 + turn)
                     mine = speeds[engine][cell]
-                    mine["prefill"].append(prompt / got["prefill_s"])
+                    mine["prefill"].append(prompt * max(batch, 1) / got["prefill_s"])
                     mine["foreign"].append(got["foreign"])
                     if steps:
                         mine["decode"].append(steps / got["decode_s"])
@@ -126,10 +129,10 @@ def measure(
 def least_bytes(shape: str, form: str) -> tuple[float, float]:
     """Bytes of weights that one token needs at least (layers in this form, the head in 8 bits of codes), and products of the layers."""
     c = models.SHAPES[shape]
-    h, f, kv = c["hidden_size"], c["intermediate_size"], c["num_key_value_heads"]
-    head = c.get("head_dim") or h // c["num_attention_heads"]
-    layer = h * head * (2 * c["num_attention_heads"] + 2 * kv) + 3 * h * f
-    layers, top = layer * c["num_hidden_layers"], h * c["vocab_size"]
+    h, f, heads = c["hidden_size"], c["intermediate_size"], c["num_attention_heads"]
+    head, encodes = c.get("head_dim") or h // heads, shape in models.ENCODERS
+    layer = h * head * (2 * heads + 2 * c.get("num_key_value_heads", heads)) + (2 if encodes else 3) * h * f
+    layers, top = layer * c["num_hidden_layers"], 0 if encodes else h * c["vocab_size"]
     bits = {"float32": 32, "bfloat16": 16, "int8": 8, "int4": 4 + 16 / 128}[form]
     return (layers * bits + top * min(max(bits, 8), 32)) / 8, layers
 
@@ -171,8 +174,9 @@ def markdown(results: Sequence[Mapping[str, Any]]) -> str:
             best = row["best_peer"]
             spread = Spread(**row["ratios"][best]).format(2) + f" ({best})" if best else ""
             share = row["speeds"][SUBJECT]["median"] / row["bound"]
-            length, steps = row["cell"].split("+")
+            length, _, steps = row["cell"].replace("x", "+").partition("+")
             name = f"prefill {length}" if row["kind"] == "prefill" else f"decode {steps} behind {length}"
+            name = f"batch {steps} of {length}" if "x" in row["cell"] else name
             lines.append(f"| {name} | {' | '.join(cells)} | {spread} | {share:.0%} |")
         lines += [f"- {engine}: left out: {why}" for engine, why in result["left_out"].items()]
     return "\n".join(lines).strip() + "\n"
@@ -206,7 +210,7 @@ def main() -> None:
     parser.add_argument("--shape", action="append", choices=models.SHAPES)
     parser.add_argument("--forms", default="int4,int8", help=", ".join(FORMS))
     parser.add_argument("--threads", default="1,2")
-    parser.add_argument("--cells", default="128+32,512+0,1024+32,2048+0", help="prompt+generated, …")
+    parser.add_argument("--cells", help="prompt+generated, …; of an encoder lengthxbatch, …")
     parser.add_argument("--engines", default=",".join(ENGINES))
     parser.add_argument(
         "--python", action="append", default=[], metavar="ENGINE=PYTHON", help="the Python that has an engine"
@@ -251,7 +255,9 @@ def main() -> None:
                             out[engine] = why
                         else:
                             models_of[engine] = folder
-                cells = [(int(a), int(b)) for a, _, b in (c.partition("+") for c in given.cells.split(","))]
+                wanted = given.cells or ("128x1,128x8" if shape in models.ENCODERS else "128+32,512+0,1024+32,2048+0")
+                pairs = (c.replace("x", "+").partition("+") for c in wanted.split(","))
+                cells = [(int(a), int(b)) for a, _, b in pairs]
                 measured = measure(plan, models_of, shape, threads, cells, note)
                 result = {"shape": shape, "form": form, "threads": threads, "left_out": out, **measured}
                 results.append({**result, "rows": rows(result, roofs[threads])})

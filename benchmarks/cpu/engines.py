@@ -42,6 +42,20 @@ def timed(run: Callable[[], Any]) -> float:
     return time.perf_counter() - begin
 
 
+def is_encoder(model: Path) -> bool:
+    """Whether a folder holds an encoder, by what its configuration says."""
+    file = model / "config.json"
+    return file.exists() and json.loads(file.read_text())["model_type"] == "bert"
+
+
+class Encodes(Protocol):
+    """Something that reads whole sequences."""
+
+    def encode(self, ids: list[list[int]]) -> float:
+        """Seconds for a batch of sequences of one length."""
+        ...
+
+
 class Stepwise:
     """An engine that is called once per token."""
 
@@ -88,11 +102,31 @@ class Jisu(Stepwise):
     def append(self, ids: list[int]) -> int:
         return int(self._session.append([ids], last_only=True)[0, -1].argmax())
 
+    def encode(self, ids: list[list[int]]) -> float:
+        import numpy as np
+
+        given = np.array(ids)
+        return timed(lambda: self._program(input_ids=given, attention_mask=np.ones_like(given)))
+
     @staticmethod
     def convert(checkpoint: Path, form: str, out: Path) -> None:
         """Codes are the nearest: what they are does not matter to speed."""
         import jisu
 
+        if is_encoder(checkpoint):
+            import torch
+            import transformers
+
+            model = transformers.AutoModel.from_pretrained(checkpoint, attn_implementation="sdpa").eval()
+            recipe = (
+                {"quantize": {"scheme": form, "activations": "int8", "algorithm": "rtn"}} if "int" in form else None
+            )
+            ids, mask = torch.ones(2, 128, dtype=torch.int64), torch.ones(2, 128, dtype=torch.int64)
+            dims = {0: torch.export.Dim("batch", max=64), 1: torch.export.Dim("sequence", max=512)}
+            shapes = {"input_ids": dims, "attention_mask": dims}
+            given = {"input_ids": ids, "attention_mask": mask}
+            jisu.compile(model, example_inputs=(), example_kwargs=given, recipe=recipe, dynamic_shapes=shapes).save(out)
+            return
         head = {"layers": "head", "scheme": "int8", "activations": "int8", "algorithm": "rtn"}
         rules: dict[str, Any] = {
             "int8": [{**head, "layers": "*"}],
@@ -116,7 +150,8 @@ class Transformers(Stepwise):
         form = (model / "form.txt").read_text().strip()
         checkpoint = (model / "checkpoint.txt").read_text().strip()
         self._torch, self._static = torch, transformers.StaticCache
-        self._model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=getattr(torch, form)).eval()
+        kind = transformers.AutoModel if is_encoder(Path(checkpoint)) else transformers.AutoModelForCausalLM
+        self._model = kind.from_pretrained(checkpoint, dtype=getattr(torch, form)).eval()
         if self.compiled:
             import torch._inductor.config as inductor
 
@@ -139,6 +174,10 @@ class Transformers(Stepwise):
             input_ids=given, position_ids=at, past_key_values=self._cache, use_cache=True, logits_to_keep=1
         )
         return int(out.logits[0, -1].argmax())
+
+    def encode(self, ids: list[list[int]]) -> float:
+        given = self._torch.tensor(ids)
+        return timed(lambda: self._model(input_ids=given, attention_mask=self._torch.ones_like(given)))
 
     @staticmethod
     def convert(checkpoint: Path, form: str, out: Path) -> None:
@@ -167,6 +206,10 @@ class OpenVino:
         form = (model / "form.txt").read_text().strip()
         if form in ("float32", "bfloat16"):
             options["INFERENCE_PRECISION_HINT"] = {"float32": "f32", "bfloat16": "bf16"}[form]
+        if is_encoder(model):
+            options["PERFORMANCE_HINT"] = "LATENCY"
+            self._encoder, self._options, self._requests = model / "openvino_model.xml", options, {}
+            return
         self._pipeline = openvino_genai.LLMPipeline(str(model), "CPU", **options)
 
     def generate(self, prompt: list[int], steps: int) -> tuple[float, float]:
@@ -181,16 +224,29 @@ class OpenVino:
         assert metrics.get_num_generated_tokens() == steps + 1
         return metrics.get_ttft().mean / 1e3, metrics.get_tpot().mean / 1e3 * steps
 
+    def encode(self, ids: list[list[int]]) -> float:
+        import numpy as np
+
+        shape = (len(ids), len(ids[0]))
+        if shape not in self._requests:  # compiled for the shape, which is the faster way
+            core = self._ov.Core()
+            graph = core.read_model(self._encoder)
+            graph.reshape({i.get_any_name(): list(shape) for i in graph.inputs})
+            self._requests[shape] = core.compile_model(graph, "CPU", self._options).create_infer_request()
+        request, given = self._requests[shape], np.array(ids, np.int64)
+        fill = {"input_ids": given, "attention_mask": np.ones_like(given), "token_type_ids": np.zeros_like(given)}
+        names = [i.get_any_name() for i in request.get_compiled_model().inputs]
+        return timed(lambda: request.infer({n: fill[n] for n in names}))
+
     @staticmethod
     def convert(checkpoint: Path, form: str, out: Path) -> None:
         """By optimum-cli."""
         kind = {"float32": "fp32", "bfloat16": "fp16", "int8": "int8", "int4": "int4"}[form]
+        task = "feature-extraction" if is_encoder(checkpoint) else "text-generation-with-past"
         narrow = json.loads((checkpoint / "config.json").read_text())["hidden_size"] % GROUP
         more = ["--group-size", str(64 if narrow else GROUP), "--ratio", "1.0"] if form == "int4" else []
         command = [str(Path(sys.executable).with_name("optimum-cli")), "export", "openvino", "-m", str(checkpoint)]
-        subprocess.run(
-            [*command, "--task", "text-generation-with-past", "--weight-format", kind, *more, str(out)], check=True
-        )
+        subprocess.run([*command, "--task", task, "--weight-format", kind, *more, str(out)], check=True)
         (out / "form.txt").write_text(form)
 
 
@@ -201,9 +257,11 @@ class CTranslate2:
         import ctranslate2
 
         form = (model / "form.txt").read_text().strip()
-        self._generator = ctranslate2.Generator(
-            str(model), device="cpu", inter_threads=1, intra_threads=threads, compute_type=form
-        )
+        how = {"device": "cpu", "inter_threads": 1, "intra_threads": threads, "compute_type": form}
+        if is_encoder(Path((model / "checkpoint.txt").read_text())):
+            self._encoder = ctranslate2.Encoder(str(model), **how)
+            return
+        self._generator = ctranslate2.Generator(str(model), **how)
         self._names = json.loads((model / "vocabulary.json").read_text())
 
     def generate(self, prompt: list[int], steps: int) -> tuple[float, float]:
@@ -219,6 +277,11 @@ class CTranslate2:
         first = run(1, tokens)
         return first, max(run(steps + 1, tokens[::-1]) - run(1, tokens[1:] + tokens[:1]), 1e-9)
 
+    def encode(self, ids: list[list[int]]) -> float:
+        import numpy as np
+
+        return timed(lambda: np.asarray(self._encoder.forward_batch(ids).last_hidden_state))
+
     @staticmethod
     def convert(checkpoint: Path, form: str, out: Path) -> None:
         """By its own converter; it has no 4 bits for a CPU."""
@@ -227,6 +290,7 @@ class CTranslate2:
         command = [str(Path(sys.executable).with_name("ct2-transformers-converter")), "--model", str(checkpoint)]
         subprocess.run([*command, "--quantization", form, "--output_dir", str(out), "--force"], check=True)
         (out / "form.txt").write_text(form)
+        (out / "checkpoint.txt").write_text(str(checkpoint))
 
 
 class OnnxRuntime(Stepwise):
@@ -235,6 +299,15 @@ class OnnxRuntime(Stepwise):
     def __init__(self, model: Path, threads: int) -> None:
         import onnxruntime_genai
 
+        if (model / "encoder.onnx").exists():
+            import onnxruntime
+
+            settings = onnxruntime.SessionOptions()
+            settings.intra_op_num_threads = threads
+            self._encoder = onnxruntime.InferenceSession(
+                model / "encoder.onnx", settings, providers=["CPUExecutionProvider"]
+            )
+            return
         self._genai = onnxruntime_genai
         config = onnxruntime_genai.Config(str(model))
         options = {"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}
@@ -255,11 +328,21 @@ class OnnxRuntime(Stepwise):
         self._last = int(self._generator.get_next_tokens()[0])
         return self._last
 
+    def encode(self, ids: list[list[int]]) -> float:
+        import numpy as np
+
+        given = np.array(ids, np.int64)
+        fill = {"input_ids": given, "attention_mask": np.ones_like(given), "token_type_ids": np.zeros_like(given)}
+        return timed(lambda: self._encoder.run(None, {i.name: fill[i.name] for i in self._encoder.get_inputs()}))
+
     @staticmethod
     def convert(checkpoint: Path, form: str, out: Path) -> None:
         """By its model builder, with products of integers."""
         if form == "bfloat16":
             raise ValueError("ONNX Runtime GenAI has no bfloat16 on CPUs")
+        if is_encoder(checkpoint):
+            _export_encoder(checkpoint, form, out / "encoder.onnx")
+            return
         more = ["--extra_options", "accuracy_level=4", "block_size=32"] if form.startswith("int") else []
         command = [
             sys.executable,
@@ -272,6 +355,35 @@ class OnnxRuntime(Stepwise):
         ]
         kind = {"float32": "fp32"}.get(form, form)
         subprocess.run([*command, "-o", str(out), "-p", kind, "-e", "cpu", "-c", str(out / "cache"), *more], check=True)
+
+
+def _export_encoder(checkpoint: Path, form: str, out: Path) -> None:
+    """By PyTorch's exporter, then ONNX Runtime's dynamic quantization."""
+    import torch
+    import transformers
+
+    model = transformers.AutoModel.from_pretrained(checkpoint, dtype=torch.float32, attn_implementation="eager").eval()
+
+    class Plain(torch.nn.Module):
+        def forward(self, input_ids: Any, attention_mask: Any, token_type_ids: Any) -> Any:
+            return model(input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids)[0]
+
+    names = ["input_ids", "attention_mask", "token_type_ids"]
+    ids = torch.ones(2, 128, dtype=torch.int64)
+    plain = out.with_name("plain.onnx")
+    axes = {name: {0: "batch", 1: "sequence"} for name in names}
+    torch.onnx.export(
+        Plain(), (ids, ids, ids * 0), plain, input_names=names, dynamic_axes=axes, opset_version=17, dynamo=False
+    )
+    if form == "float32":
+        plain.rename(out)
+        return
+    if form != "int8":
+        raise ValueError(f"no {form} for encoders here")
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    quantize_dynamic(plain, out, weight_type=QuantType.QInt8)
+    plain.unlink()
 
 
 class LlamaCpp(Stepwise):
@@ -318,6 +430,8 @@ class LlamaCpp(Stepwise):
         import llama_cpp
         from to_gguf import write
 
+        if is_encoder(checkpoint):
+            raise ValueError("no encoders here")
         kinds = {"bfloat16": 32, "int8": 7, "int4": 2}  # LLAMA_FTYPE_MOSTLY_BF16, _Q8_0, _Q4_0
         if form not in kinds:
             raise ValueError(f"llama.cpp keeps no {form} here")
@@ -380,14 +494,18 @@ def resident_bytes() -> tuple[int, int]:
     return now, most
 
 
-def serve(engine: Engine, vocabulary: int, answer: Callable[[dict[str, Any]], None]) -> None:
-    """Answer requests {"prompt", "steps", "seed"} until there are no more."""
+def serve(engine: Any, vocabulary: int, answer: Callable[[dict[str, Any]], None]) -> None:
+    """Answer requests {"prompt", "steps", "batch", "seed"} until there are no more; a batch of 0 means to generate."""
     for line in sys.stdin:
         asked = json.loads(line)
         draw = random.Random(asked["seed"])
-        prompt = [draw.randrange(300, vocabulary - 1) for _ in range(asked["prompt"])]
+        prompts = [
+            [draw.randrange(300, vocabulary - 1) for _ in range(asked["prompt"])] for _ in range(asked["batch"] or 1)
+        ]
         cpu = time.process_time()
-        prefill, decode = engine.generate(prompt, asked["steps"])
+        prefill, decode = (
+            (engine.encode(prompts), 0.0) if asked["batch"] else engine.generate(prompts[0], asked["steps"])
+        )
         used = time.process_time() - cpu
         answer({"prefill_s": prefill, "decode_s": decode, "work_cpu_s": used, "rss_bytes": resident_bytes()[0]})
 

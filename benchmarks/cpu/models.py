@@ -63,8 +63,23 @@ SHAPES: dict[str, dict[str, Any]] = {
         "rope_theta": 1000000.0,
         "tie_word_embeddings": True,
     },
+    "bert-base": {
+        "model_type": "bert",
+        "architectures": ["BertModel"],
+        "pad_token_id": 0,
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "vocab_size": 30522,
+        "max_position_embeddings": 512,
+    },
 }
 """Models by name; "160m" is the class of SmolLM-135M, the others are the published configurations."""
+
+
+ENCODERS = frozenset({"bert-base"})
+"""Models that read a whole sequence at once and generate nothing."""
 
 
 def make(name: str, dtype: str, folder: Path) -> None:
@@ -81,7 +96,8 @@ def make(name: str, dtype: str, folder: Path) -> None:
     default = torch.get_default_dtype()
     torch.set_default_dtype(getattr(torch, dtype))
     try:
-        transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+        kind = transformers.AutoModel if name in ENCODERS else transformers.AutoModelForCausalLM
+        kind.from_config(config).save_pretrained(folder)
     finally:
         torch.set_default_dtype(default)
     _tokenizer(folder, SHAPES[name]["vocab_size"])

@@ -33,6 +33,10 @@ WORD = 4
 """Inputs of an output that lie side by side."""
 
 
+_MOST_INPUTS = 1 << 16
+"""Up to which sums of products of bytes stay within 32 bits."""
+
+
 def _sizes(target: Target) -> tuple[int, ...]:
     """Rows that are multiplied at once; up to as many as the largest, codes are taken apart in registers."""
     return (12, 8, 4, 2, 1) if target.vector_registers >= 32 else (6, 4, 2, 1)
@@ -216,7 +220,7 @@ class Integers(Codes):
         shifts: list[Val] = []
         if not self.zeros:
             start = [f.splat(s * -int(self.kind.middle), f.lanes) for s in of_x for _ in range(VECTORS)]
-        elif 127 * (2**self.kind.bits - 1) * (self.group or self.k) < 1 << 24:  # float32 holds the sum exactly
+        elif 128 * (2**self.kind.bits - 1) * (self.group or self.k) < 1 << 24:  # float32 holds the sum exactly
             start = [f.const(0, ints)] * (len(of_x) * VECTORS)
             offsets = zeros(f, at["z"], group * nr)
             shifts = [f.splat(f.cast("sitofp", 0 - s, "float"), f.lanes) for s in of_x]
@@ -239,12 +243,14 @@ def _halves(both: Val, in_place: bool = False) -> list[Val]:
 
 
 def _reader(k: int, target: Target, scheme: str, group: int, own: bool, scales: str, zeros: bool) -> Integers:
-    """Raises TargetError for codes that are no integers, and where a word belongs to different groups."""
+    """Raises TargetError for codes that are no integers, for too many inputs, and where a word belongs to different groups."""
     kind = schemes.scheme(scheme)
     if not kind.uniform:
         raise TargetError(f"codes of {scheme} are no integers")
     if group % (WORD * kind.per_byte):
         raise TargetError(f"groups of {group} codes cut a word of {WORD * kind.per_byte}")
+    if k > _MOST_INPUTS:
+        raise TargetError(f"a sum of {k} products may leave 32 bits")
     # A panel of codes that are taken apart.
     scratch = panel_width(target) * 2 * kind.panel_words(k, WORD) if kind.per_byte == 2 else 0
     return Integers(scheme, group, k, scales, zeros, target, scratch_words=scratch, own=own)
