@@ -93,7 +93,7 @@ def compile(
     Raises TargetError, RecipeError, InputError (what was given doesn't fit together), UnsupportedError (all that can't be
     compiled, at once), VerifyError, CompileError.
     """
-    from jisu.targets.compile import cache_folder
+    from jisu.compiler.storage import cache_folder
     from jisu.targets.target import Target
 
     machine = Target.resolve(target)
@@ -155,8 +155,8 @@ def to_torch(
     parameters of a narrower dtype are held and computed; compiling brings them back into their own. All else is as
     in `compile`, and so are the errors.
     """
+    from jisu.compiler.storage import cache_folder
     from jisu.frontends.to_torch import GraphModule
-    from jisu.targets.compile import cache_folder
 
     chosen = Recipe.resolve(recipe)
     _check_options(None, "verify", passes)
@@ -200,8 +200,7 @@ def merge(
     (naming what differs), OSError where `out` can't be written; otherwise as `compile`.
     """
     from jisu.compiler.merge import Merge, check_same_graph, check_same_tokens, merge_tensors
-    from jisu.compiler.storage import open_checkpoint, write_checkpoint
-    from jisu.targets.compile import cache_folder
+    from jisu.compiler.storage import cache_folder, open_checkpoint, write_checkpoint
 
     how = Merge.resolve(method, len(_several(models)), weights, base=base is not None, density=density, scale=scale)
     everyone = [*models, *([base] if base is not None else [])]
@@ -248,7 +247,7 @@ def ensemble(
     """
     from jisu.compiler.ensemble import join, prefix
     from jisu.compiler.merge import check_same_tokens, shares
-    from jisu.targets.compile import cache_folder
+    from jisu.compiler.storage import cache_folder
 
     _several(models)
     shared = recipes is None or isinstance(recipes, (str, os.PathLike, Mapping, Recipe))
@@ -341,12 +340,12 @@ def search(
 
     Raises what `compile` raises, and InputError for a budget that nothing fits, naming the least that there is.
     """
+    from jisu.compiler.storage import cache_folder
     from jisu.frontends.gradients import output_gradients
     from jisu.passes import default_passes
     from jisu.passes.compression.search import OPTIONS
     from jisu.passes.compression.search import search as find
     from jisu.passes.compression.unfinished import Unfinished
-    from jisu.targets.compile import cache_folder
     from jisu.targets.target import Target
 
     machine, base = Target.resolve(target), Recipe.resolve(recipe)

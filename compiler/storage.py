@@ -63,6 +63,15 @@ _PADDING = "__padding__"  # prefix of the filler entries between tensors whose s
 # ------------------------------------------------------------------------------------------------------------ files
 
 
+def cache_folder(given: Path | None) -> Path:
+    """Where compiled libraries, traces, and what is known of files are kept: as given, $JISU_CACHE_DIR, or ~/.cache/jisu."""
+    if given is not None:
+        return given
+    if os.environ.get("JISU_CACHE_DIR"):
+        return Path(os.environ["JISU_CACHE_DIR"])
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jisu"
+
+
 def map_file(path: str | os.PathLike[str]) -> Bytes:
     """Map a regular file into memory for reading; the result is a read-only uint8 array [size].
 

@@ -7,7 +7,8 @@ entries in the manifest's order, each at the next multiple of PAGE so that weigh
 zero. Offsets follow from the sizes and aren't stored, so they can't be wrong.
 
 Reading trusts nothing: the kind of file first, then sizes, then hashes, then the contents. The manifest carries its own
-checksum, every other byte is covered by the hash of its entry. A hash proves that a file is undamaged, not that it is
+checksum, every other byte is covered by the hash of its entry. Weights of a file that was found whole before, and that the system
+says nobody has written to since, aren't read again. A hash proves that a file is undamaged, not that it is
 benign: `library.so` is native code, so load only artifacts from people whose programs you would run.
 """
 
@@ -28,6 +29,7 @@ import secrets
 import shutil
 import stat
 import tempfile
+import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -40,7 +42,7 @@ import numpy as np
 import numpy.typing as npt
 
 from jisu.compiler.errors import ArtifactError, InputError
-from jisu.compiler.storage import LazyTensor, map_descriptor, open_safetensors, parse_json
+from jisu.compiler.storage import LazyTensor, cache_folder, map_descriptor, open_safetensors, parse_json
 
 FORMAT = 1
 MAGIC = b"JISU\x00\x01"
@@ -544,6 +546,20 @@ class Artifact:
             raise ArtifactError(f"{self.path}: is closed")
         return self._extents[name]
 
+    def _check(self, name: str) -> None:
+        """Raise unless an entry has the manifest's hash.
+
+        Weights whose file is known to be whole aren't read: reading a gigabyte takes a second, and mapping it none.
+        """
+        known = _known_whole(self._extent(name), self.manifest.files[name]) if name.endswith(".safetensors") else None
+        if known is not None and known.exists():
+            return
+        self._copy(name, len)
+        if known is not None:
+            with contextlib.suppress(OSError):  # a cache that can't be written is no reason to fail
+                known.parent.mkdir(parents=True, exist_ok=True)
+                known.touch()
+
     def _copy(self, name: str, receive: Callable[[memoryview], object]) -> None:
         """Pass an entry's bytes on block by block, and raise at its end if they don't have the manifest's hash."""
         digest = hashlib.sha256()
@@ -552,6 +568,22 @@ class Artifact:
             receive(block)
         if digest.hexdigest() != self.manifest.files[name].sha256:
             raise ArtifactError(f"{self.path}: {name} is damaged (its SHA-256 doesn't match the manifest)")
+
+
+_SETTLED = 2.0
+"""Seconds after its last change from which on a file's time of change tells whether it changed again: clocks tick, and files are
+written within a tick."""
+
+
+def _known_whole(extent: _Extent, info: FileInfo) -> Path | None:
+    """The file whose existence says that an entry, in the state in which its file is now, was found whole; None if it is too new."""
+    status = os.fstat(extent.descriptor)
+    if time.time() - status.st_ctime < _SETTLED:
+        return None
+    # The system sets the time of change (ctime) itself, at every write, and nobody can set it back.
+    state = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    key = json.dumps([*state, extent.offset, extent.size, info.sha256])
+    return cache_folder(None) / "whole" / hashlib.sha256(key.encode()).hexdigest()
 
 
 def read(path: str | os.PathLike[str], *, features: Features | None) -> Artifact:
@@ -574,7 +606,7 @@ def read(path: str | os.PathLike[str], *, features: Features | None) -> Artifact
         manifest, extents = load(label, descriptors)
         artifact = Artifact(label, manifest, extents, descriptors, runnable=features is not None)
         for name in extents:
-            artifact._copy(name, len)
+            artifact._check(name)
         if features is not None:
             _check_host(manifest.target, features, label)
     except BaseException:

@@ -29,6 +29,7 @@ import attrs
 
 from jisu.compiler.errors import CompileError
 from jisu.compiler.graph import Graph
+from jisu.compiler.storage import cache_folder
 from jisu.targets.target import Target
 
 LIBRARY = "library.so"
@@ -93,15 +94,6 @@ def _info(info: Mapping[str, Any], out: Path, begin: float, cached: bool) -> Com
 
 
 # --- The cache ------------------------------------------------------------------------------------------------------
-
-
-def cache_folder(given: Path | None) -> Path:
-    """Where compiled libraries and traces are kept: as given, $JISU_CACHE_DIR, or ~/.cache/jisu."""
-    if given is not None:
-        return given
-    if os.environ.get("JISU_CACHE_DIR"):
-        return Path(os.environ["JISU_CACHE_DIR"])
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jisu"
 
 
 @functools.cache

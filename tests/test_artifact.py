@@ -13,6 +13,7 @@ import os
 import pickle
 import stat
 import subprocess
+import time
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -200,6 +201,47 @@ def test_every_flipped_byte_of_a_file_is_noticed(tmp_path: Path) -> None:
         path.write_bytes(damaged)
         with pytest.raises(ArtifactError, match=r"a\.jisu"):
             read(path, features=None)
+
+
+@pytest.mark.parametrize("name", ["a.jisu", "a"])
+def test_weights_that_were_found_whole_are_read_again_only_when_the_file_changed(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JISU_CACHE_DIR", str(tmp_path / "cache"))
+    path = tmp_path / name
+    write(path, {"graph.txt": b"abc", "weights.safetensors": tensors_writer(WEIGHTS)}, make_manifest(meta={}))
+    seen: list[str] = []
+    copy = artifact_module.Artifact._copy
+
+    def counted(self: Any, entry: str, receive: Any) -> None:
+        seen.append(entry)
+        copy(self, entry, receive)
+
+    monkeypatch.setattr(artifact_module.Artifact, "_copy", counted)
+
+    def entries() -> set[str]:
+        seen.clear()
+        read(path, features=None).close()
+        return set(seen)
+
+    everything = {"graph.txt", "weights.safetensors"}
+    assert entries() == entries() == everything  # too new to be sure that it won't change within a tick of the clock
+    monkeypatch.setattr(artifact_module, "_SETTLED", 0.0)
+    time.sleep(0.05)
+    assert entries() == everything and entries() == {"graph.txt"}
+    file = path if path.is_file() else path / "weights.safetensors"
+    before = file.stat()
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    with open(file, "r+b") as opened:
+        opened.write(data)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))  # as a careless tool would
+    with pytest.raises(ArtifactError, match="damaged"):
+        read(path, features=None)
+    (tmp_path / "cache" / "whole").chmod(0o500)
+    data[-1] ^= 1
+    file.write_bytes(data)
+    assert entries() == everything
 
 
 def test_every_flipped_byte_of_a_folder_is_noticed(tmp_path: Path) -> None:

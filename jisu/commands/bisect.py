@@ -26,8 +26,8 @@ def run(shell: Shell, model: str, prompt: str, options: Options) -> None:
 
     The reference interpreter computes all of them, so it takes a while: a short prompt is enough.
     """
+    from jisu.compiler.storage import cache_folder
     from jisu.frontends.checkpoint import load_checkpoint
-    from jisu.targets.compile import cache_folder
 
     if recognise(model) != "checkpoint":
         raise InputError(f"{model!r} is compiled already; give the checkpoint's folder")

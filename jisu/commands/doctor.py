@@ -138,7 +138,7 @@ def _compiler() -> Iterator[Check]:
 
 
 def _folders() -> Iterator[Check]:
-    from jisu.targets.compile import cache_folder
+    from jisu.compiler.storage import cache_folder
 
     for name, folder, remedy in (
         (
