@@ -249,6 +249,8 @@ def interrupted(checkpoint: Path, tmp_path: Path) -> Iterator[Callable[[str, int
             stderr=subprocess.PIPE,
             text=True,
             env={**os.environ, "TMPDIR": str(temporary)},
+            # What runs in the background of a script ignores interrupts, and so would its children.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         started.append(process)
         _until(lambda: any(temporary.glob(pattern)), process)
