@@ -35,7 +35,7 @@ VIEWS = frozenset({ops.reshape, ops.get})
 INTEGER = frozenset({ops.integer_linear, ops.integer_projections})
 """Ops whose products are those of integers of 8 bits."""
 
-PARTIAL = frozenset({ops.take, ops.packed_take, ops.quantized_take, ops.sparse_take, ops.gather})
+PARTIAL = frozenset({ops.take, ops.gather, *ops.LOOKUPS})
 """Ops that read only as much of their first operand as they return."""
 
 

@@ -11,16 +11,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from jisu.compiler.schemes import Scheme
+from jisu.compiler.schemes import Scheme, groups_of
 from jisu.compiler.types import require
 
 LINE = 64
 """Bytes of a cache line."""
-
-
-def groups_of(k: int, group: int) -> int:
-    """Groups of k inputs (group 0: one of all)."""
-    return -(-k // group) if group else 1
 
 
 def scale_offset(k: int) -> int:

@@ -82,6 +82,11 @@ def _in_eights(row: np.ndarray, k: int, size: int) -> np.ndarray:
     return row[..., : parts * size].reshape(*row.shape[:-1], parts, size)
 
 
+def groups_of(k: int, group: int) -> int:
+    """Groups of k inputs (group 0: one of all)."""
+    return -(-k // group) if group else 1
+
+
 @attrs.frozen(eq=False)
 class Scheme:
     """One way to store numbers.
@@ -122,7 +127,7 @@ class Scheme:
 
     def groups(self, k: int, group: int) -> int:
         """How many groups a row of k inputs has (group 0: one)."""
-        return 1 if not group else -(-k // group)
+        return groups_of(k, group)
 
     def grid(
         self, w: np.ndarray, symmetric: bool = True, shrink: np.ndarray | float = 1.0

@@ -275,10 +275,8 @@ def _index_bounds(graph: Graph, sizes: Mapping[str, int]) -> dict[Node, Bounds]:
             narrow(o[1], -size if node.attributes.get("wrap", True) else 0, size - 1)
         elif node.op in (ops.experts, ops.packed_experts):
             narrow(o[1], 0, at(o[3], 0) - 1)
-        elif node.op in (ops.packed_take, ops.quantized_take):
-            narrow(o[1], 0, node.rows - 1)
-        elif node.op is ops.sparse_take:
-            narrow(o[3], 0, node.rows - 1)
+        elif node.op in ops.LOOKUPS:
+            narrow(o[ops.LOOKUPS[node.op]], 0, node.rows - 1)
         elif node.op is ops.cache_append:
             pages = at(o[3], 1) if o[3] is not None else 1
             narrow(o[2], 0, at(o[0], 2) * pages - at(o[1], 1))

@@ -404,17 +404,12 @@ class MergeProjections:
     def __call__(self, graph: Graph) -> Graph:
         groups: dict[tuple[Any, ...], list[Node]] = {}
         for node in graph.nodes:
-            if node.op not in (ops.packed_linear, ops.integer_linear):
+            if node.op not in (ops.packed_linear, ops.integer_linear) or node.attributes.get("gated", False):
                 continue
             bias, residual = node.operands[-2:]
             if node.activation == "none" and residual is None and (bias is None or is_stored(bias)):
                 groups.setdefault((node.operands[0], bias is not None, *_alike(node)), []).append(node)
-        member = {
-            n: (group, i)
-            for (_, _, _, mergeable), group in ((key[:4], g) for key, g in groups.items())
-            if mergeable and len(group) > 1
-            for i, n in enumerate(group)
-        }
+        member = {n: (group, i) for group in groups.values() if len(group) > 1 for i, n in enumerate(group)}
         merged: dict[int, Node] = {}
 
         def transform(old: Node, new: Node) -> Node:
@@ -437,12 +432,12 @@ class MergeProjections:
 
 
 def _alike(node: Node) -> tuple[Any, ...]:
-    """Which op a layer is, whether it can be merged, and what it must have in common with those that it is merged with."""
+    """What layers of one x that become one op have in common: the op, and how codes are stored."""
     if node.op is ops.packed_linear:
-        return (node.op, True)
-    _, codes, scales, zeros, *_ = node.operands
-    assert codes is not None and scales is not None
-    return (node.op, not node.gated, node.scheme, node.group, scales.dtype, zeros is not None)
+        return (node.op,)
+    _, _, scales, zeros, *_ = node.operands
+    assert scales is not None
+    return (node.op, node.scheme, node.group, scales.dtype, zeros is not None)
 
 
 _LONGEST = 200  # characters of an expression that is spelled out

@@ -552,7 +552,7 @@ class Artifact:
         Weights whose file is known to be whole aren't read: reading a gigabyte takes a second, and mapping it none.
         """
         known = _known_whole(self._extent(name), self.manifest.files[name]) if name.endswith(".safetensors") else None
-        if known is not None and known.exists():
+        if known is not None and os.path.exists(known):
             return
         self._copy(name, len)
         if known is not None:
@@ -576,14 +576,18 @@ written within a tick."""
 
 
 def _known_whole(extent: _Extent, info: FileInfo) -> Path | None:
-    """The file whose existence says that an entry, in the state in which its file is now, was found whole; None if it is too new."""
+    """The file whose existence says that an entry, in the state in which its file is now, was found whole; None if it is too new, or
+    nothing can be kept."""
     status = os.fstat(extent.descriptor)
     if time.time() - status.st_ctime < _SETTLED:
         return None
     # The system sets the time of change (ctime) itself, at every write, and nobody can set it back.
     state = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
     key = json.dumps([*state, extent.offset, extent.size, info.sha256])
-    return cache_folder(None) / "whole" / hashlib.sha256(key.encode()).hexdigest()
+    try:
+        return cache_folder(None) / "whole" / hashlib.sha256(key.encode()).hexdigest()
+    except RuntimeError:  # there is no home folder
+        return None
 
 
 def read(path: str | os.PathLike[str], *, features: Features | None) -> Artifact:

@@ -121,7 +121,7 @@ class Program:
         assert self._checker is not None
         graph = attrs.evolve(self._checker, weights={k: ArrayStorage(v) for k, v in self._parts.weights.items()})
         for node in graph.nodes:
-            if node.op in (ops.take, ops.gather, ops.scatter) or node.op in LOOKUPS:
+            if node.op in (ops.take, ops.gather, ops.scatter) or node.op in ops.LOOKUPS:
                 try:
                     interpret(graph.replace(outputs=(node,)), arrays)
                 except IndexOutOfRangeError as error:
@@ -374,21 +374,17 @@ def _largest(graph: Graph, sizes: Mapping[str, int]) -> str:
     return f"out of memory: {node.op.name} gives {kind}, {int(kind.nbytes) / 2**30:.1f} GiB{where}"  # type: ignore[call-overload]
 
 
-LOOKUPS = {ops.packed_take: 1, ops.quantized_take: 1, ops.sparse_take: 3}
-"""Ops that look up rows of a table in panels, and which operand the indices are."""
-
-
 def _tables(graph: Graph) -> tuple[tuple[int, int, bool], ...]:
     """(input position, size of the table, whether negative indices count from its end) for inputs that are indices."""
     found = []
     position = {node: i for i, node in enumerate(graph.inputs)}
     for node in graph.nodes:
-        if node.op is not ops.take and node.op not in LOOKUPS:
+        if node.op is not ops.take and node.op not in ops.LOOKUPS:
             continue
-        indices = node.operands[LOOKUPS.get(node.op, 1)]
+        indices = node.operands[ops.LOOKUPS.get(node.op, 1)]
         while indices is not None and indices.op in (ops.reshape, ops.cast):
             indices = indices.operands[0]
-        size = node.rows if node.op in LOOKUPS else node.parents[0].shape[node.axis]
+        size = node.rows if node.op in ops.LOOKUPS else node.parents[0].shape[node.axis]
         if indices in position and isinstance(size, int):
             found.append((position[indices], size, bool(node.attributes.get("wrap", False))))
     return tuple(found)

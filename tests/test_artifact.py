@@ -244,6 +244,19 @@ def test_weights_that_were_found_whole_are_read_again_only_when_the_file_changed
     assert entries() == everything
 
 
+def test_without_a_home_folder_everything_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("JISU_CACHE_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    monkeypatch.setattr(artifact_module, "_SETTLED", 0.0)
+    write(tmp_path / "a", {"weights.safetensors": tensors_writer(WEIGHTS)}, make_manifest(meta={}))
+    time.sleep(0.05)
+    assert "flag" in read(tmp_path / "a", features=None).tensors()
+
+
 def test_every_flipped_byte_of_a_folder_is_noticed(tmp_path: Path) -> None:
     path = tmp_path / "a"
     write(path, {"graph.txt": b"abc", "weights.safetensors": tensors_writer(WEIGHTS)}, make_manifest(meta={}))

@@ -155,6 +155,34 @@ def test_kernels_multiply_integers_as_the_interpreter_does(
     )
 
 
+def test_kernels_round_rows_of_any_size(tmp_path: Path) -> None:
+    """Zeros, numbers at both ends of float32's range, and what is no number: row by row as the interpreter."""
+    k, target = 72, Target.resolve("cpu")
+    panel, pair = packing(target)
+    held: dict[str, Storage] = {}
+    x: Node = placeholder("x", TensorType((symbol("m"), k), "float32"))
+    w = coded("w", SCHEMES["int4"], (40, k), 24, True, "float32", held)
+    outputs = [ops.linear(ops.fake_quantize(x, scheme="int8", group=group), w) for group in (0, 24)]
+    graph, _ = Pipeline(layout_passes(panel, pair)).run(verify(Graph((x,), tuple(outputs), held)))
+    assert graph.count(ops.encode_levels) == graph.count(ops.integer_linear) == 2
+    sizes = np.array([0, 1e-44, 1e-38, 1e-30, 1e-19, 1, 1e19, 1e30, 1e36], np.float32)
+    rows = np.random.default_rng(0).uniform(-1, 1, (len(sizes) + 2, k)).astype(np.float32)
+    rows[: len(sizes)] *= sizes[:, None]
+    rows[-2, 30], rows[-1, 30] = np.nan, np.inf
+    info = compile_graphs({"main": graph}, target, out=tmp_path)
+    got = Executable.load(info.library).call(
+        "main", [rows], [graph.weights[n].numpy() for n in info.weight_order["main"]]
+    )
+    for one, want in zip(got, interpret(graph, [rows]), strict=True):
+        np.testing.assert_array_equal(np.isnan(one), np.isnan(want))
+        assert np.isnan(want[-2:]).all() and np.isfinite(want[:-2]).all() and not want[0].any()
+        for i in range(1, len(sizes)):
+            # Smaller numbers have fewer digits.
+            np.testing.assert_allclose(
+                one[i], want[i], rtol=1e-5, atol=1e-5 * np.abs(want[i]).max() + 1e-44, err_msg=str(sizes[i])
+            )
+
+
 def test_logits_depend_neither_on_threads_nor_on_the_batch(tmp_path: Path) -> None:
     """Bit by bit: a sequence alone or beside others, with one thread or two, of a prompt and of single tokens."""
     ids = np.random.default_rng(0).integers(0, VOCABULARY, (3, 21))

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import attrs
 import ml_dtypes
 import numpy as np
 import pytest
@@ -87,6 +88,26 @@ MEANING: dict[str, Callable[[Array], Array]] = {
     "sigmoid": lambda x: 1 / (1 + np.exp(-x)),
     "tanh": np.tanh,
 }
+
+
+@pytest.mark.skipif(not Target.resolve("cpu").has("avx512bf16"), reason="this machine has no bfloat16 dot product")
+def test_pairs_of_bfloat16_are_multiplied_at_once_where_that_is_faster() -> None:
+    """Also on a machine where it isn't, and which therefore widens them."""
+    faster = attrs.evolve(target("cpu"), peak={"float32": 1.0, "bfloat16": 2.0})
+    slower = attrs.evolve(target("cpu"), peak={"float32": 2.0, "bfloat16": 1.0})
+    assert matmul.uses_dot("bfloat16", faster) and not matmul.uses_dot("bfloat16", slower)
+    assert faster.fingerprint() != slower.fingerprint()
+    n, k = 50, 33
+    w = draw(1, n, k, dtype="bfloat16", scale=k**-0.5)
+    for machine in (faster, slower):
+        func = matmul.linear(n, k, "bfloat16", machine).with_attr("global_symbol", "main")
+        run = tvm.compile(tvm.IRModule({"main": func}), target=isa.tvm_target(machine))["main"]
+        for m in (1, 2, 13, 30):
+            x, y = draw(3, m, k, dtype="bfloat16"), empty(m, n, dtype="bfloat16")
+            given = [tvm.runtime.empty(a.shape, "bfloat16").copyfrom(a) for a in (x, matmul.pack(w, machine), y)]
+            run(*given)
+            x64, w64 = f64(x, w)
+            close(given[2].numpy().view(ml_dtypes.bfloat16).reshape(m, n), x64 @ w64.T, "bfloat16")
 
 
 @everywhere

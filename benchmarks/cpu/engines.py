@@ -14,25 +14,17 @@ import argparse
 import json
 import os
 import random
-import re
 import subprocess
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 FORMS = ("float32", "bfloat16", "int8", "int4")
 GROUP = 128
 """Inputs per scale of 4 bits; 32 where an engine knows no other."""
-
-
-class Engine(Protocol):
-    """Something that generates."""
-
-    def generate(self, prompt: list[int], steps: int) -> tuple[float, float]:
-        """Seconds until the first new token, and for `steps` further ones."""
-        ...
 
 
 def timed(run: Callable[[], Any]) -> float:
@@ -48,24 +40,16 @@ def is_encoder(model: Path) -> bool:
     return file.exists() and json.loads(file.read_text())["model_type"] == "bert"
 
 
-class Encodes(Protocol):
-    """Something that reads whole sequences."""
-
-    def encode(self, ids: list[list[int]]) -> float:
-        """Seconds for a batch of sequences of one length."""
-        ...
-
-
-class Stepwise:
+class Stepwise(ABC):
     """An engine that is called once per token."""
 
+    @abstractmethod
     def begin(self, capacity: int) -> None:
         """Forget what came before; what comes has at most `capacity` tokens."""
-        raise NotImplementedError
 
+    @abstractmethod
     def append(self, ids: list[int]) -> int:
         """Read tokens; the most probable next one."""
-        raise NotImplementedError
 
     def generate(self, prompt: list[int], steps: int) -> tuple[float, float]:
         """Greedily."""
@@ -426,7 +410,7 @@ class LlamaCpp(Stepwise):
 
     @staticmethod
     def convert(checkpoint: Path, form: str, out: Path) -> None:
-        """By gguf's writer (see gguf.py), then llama.cpp's quantizer."""
+        """By gguf's writer (see to_gguf.py), then llama.cpp's quantizer."""
         import llama_cpp
         from to_gguf import write
 
@@ -453,6 +437,8 @@ class LlamaCppFlash(LlamaCpp):
     flash = 1
 
 
+# Each has generate(prompt, steps): seconds until the first new token, and for `steps` further ones; convert(checkpoint, form, out); and
+# those that can, encode(ids): seconds for a batch of sequences of one length.
 ENGINES: dict[str, Any] = {
     "jisu": Jisu,
     "eager": Transformers,
@@ -487,11 +473,9 @@ def missing(engine: str) -> str:
     return ""
 
 
-def resident_bytes() -> tuple[int, int]:
-    """The memory that this process holds now, and the most that it held."""
-    status = Path("/proc/self/status").read_text()
-    now, most = (int(re.search(rf"{key}:\s+(\d+)", status).group(1)) * 1024 for key in ("VmRSS", "VmHWM"))  # type: ignore[union-attr]
-    return now, most
+def resident_bytes() -> int:
+    """The memory that this process holds now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def serve(engine: Any, vocabulary: int, answer: Callable[[dict[str, Any]], None]) -> None:
@@ -507,7 +491,7 @@ def serve(engine: Any, vocabulary: int, answer: Callable[[dict[str, Any]], None]
             (engine.encode(prompts), 0.0) if asked["batch"] else engine.generate(prompts[0], asked["steps"])
         )
         used = time.process_time() - cpu
-        answer({"prefill_s": prefill, "decode_s": decode, "work_cpu_s": used, "rss_bytes": resident_bytes()[0]})
+        answer({"prefill_s": prefill, "decode_s": decode, "work_cpu_s": used, "rss_bytes": resident_bytes()})
 
 
 def main() -> None:
@@ -540,7 +524,7 @@ def main() -> None:
     else:
         begin = time.perf_counter()
         engine = ENGINES[given.engine](given.model, given.threads)
-        answer({"load_s": time.perf_counter() - begin, "rss_bytes": resident_bytes()[0]})
+        answer({"load_s": time.perf_counter() - begin, "rss_bytes": resident_bytes()})
         serve(engine, given.vocabulary, answer)
 
 

@@ -133,8 +133,11 @@ OPS: dict[str, Op] = {
 ELEMENTWISE: frozenset[Op] = frozenset(v for v in vars(elementwise).values() if isinstance(v, Op))
 """Ops whose result index i reads operand index i alone (after broadcasting)."""
 
+LOOKUPS: dict[Op, int] = {packed_take: 1, quantized_take: 1, sparse_take: 3}
+"""Ops that look up rows of a table in panels, and which operand the indices are."""
+
 __all__ = [
-    "ACTIVATIONS", "ELEMENTWISE", "OPS", "abs_", "acos", "acosh", "add", "all_", "any_", "argmax", "argmin", "asin",
+    "ACTIVATIONS", "ELEMENTWISE", "LOOKUPS", "OPS", "abs_", "acos", "acosh", "add", "all_", "any_", "argmax", "argmin", "asin",
     "asinh", "atan", "atan2", "atanh", "attention", "attention_cached", "bit_and", "bit_not", "bit_or", "bit_xor",
     "broadcast_to", "cache_append", "cast", "ceil", "concat", "conv", "copysign", "cos", "cosh", "decode_rows",
     "dequantize", "dim_value", "div", "encode_levels", "encode_rows", "eq", "erf", "exp", "exp2", "expand", "experts",

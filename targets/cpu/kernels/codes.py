@@ -55,6 +55,10 @@ class Codes:
         return self.group // (self.kind.per_byte * self.word) if self.group else self.words
 
     @property
+    def record(self) -> int:
+        return 0
+
+    @property
     def operands(self) -> tuple[str, ...]:
         return ("scales", "zeros") if self.zeros else ("scales",)
 

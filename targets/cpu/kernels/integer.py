@@ -12,21 +12,20 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import attrs
-from tvm.script.ir_builder import tirx as T
 
 from jisu.compiler import levels, schemes
 from jisu.compiler.errors import TargetError
-from jisu.targets.cpu.isa import ITEMSIZE, Arg, Function, Micro, Val, prim_func, require_dtype, vector_type
+from jisu.targets.cpu.isa import ITEMSIZE, Arg, Function, Micro, Val, require_dtype, vector_type
 from jisu.targets.cpu.kernels.codes import Codes, zeros
 from jisu.targets.cpu.kernels.matmul import (
     PREFETCH_WORDS,
     VECTORS,
-    in_tasks,
     layer_func,
     panel_width,
     projections,
     row_blocks,
 )
+from jisu.targets.cpu.kernels.norm import in_rows
 from jisu.targets.target import Target
 
 WORD = 4
@@ -90,7 +89,7 @@ class Integers(Codes):
 
             def rows(products: Mapping[int, Micro], w: Val) -> None:
                 def run(mr: int, m: Val) -> None:
-                    here = f.at(at["a"], m * self.record, "uint8")
+                    here = f.at(at["a"], m * lda, "float32")
                     f.use(products[mr], here, w, following, *tail, f.at(tile, m * nr, "float32"))
 
                 row_blocks(f, at["rows"], run, sizes)
@@ -266,7 +265,7 @@ def integer_linear(
     """
     reader = _reader(k, target, scheme, group, own, scales, zeros)
     return layer_func("integer_linear", n, k, dtype, target, gated=gated, bias=bias, activation=activation,
-                       residual=residual, reader=reader, record=reader.record)  # fmt: skip
+                       residual=residual, reader=reader)  # fmt: skip
 
 
 def integer_projections(
@@ -275,11 +274,7 @@ def integer_projections(
 ) -> Any:  # fmt: skip
     """PrimFunc of several `integer_linear` of one x (see `ops.integer_projections`), in one parallel region."""
     reader = _reader(k, target, scheme, group, own, scales, zeros)
-    return projections(outputs, k, dtype, target, bias=bias, reader=reader, record=reader.record)
-
-
-_SERIAL = 1 << 16  # elements that one core encodes in less time than waking another takes
-_PER_TASK = 1 << 14
+    return projections(outputs, k, dtype, target, bias=bias, reader=reader)
 
 
 def encode_levels(
@@ -313,11 +308,16 @@ def encode_levels(
             """Writes the levels of a group, their sum and (if `own`) their scale."""
             begin = f.i64(number) * size
             here, out = f.at(x, begin, dtype), f.at(y, begin, "i8")
-            spread = whole or scale_of(here, count, f.at(scales, number, "float32"))
+            given_scale = whole or scale_of(here, count, f.at(scales, number, "float32"))
+            # Near the ends of float32's range a reciprocal leaves it: both sides are moved towards the middle, exactly.
+            one = f.like(1.0, given_scale)
+            far = f.select(given_scale > 2.0**64, f.like(2.0**-64, one), one)
+            move = f.select(given_scale < 2.0**-64, f.like(2.0**64, one), far)
+            spread = given_scale * move
             inverse = 1.0 / spread
 
             def some(i: Val, mask: Val | None, totals: list[Val]) -> list[Val]:
-                v = f.load_f32(here, i, dtype, mask)
+                v = f.load_f32(here, i, dtype, mask) * move
                 # Markstein's division: rounded as a true one but for the rarest cases.
                 q = v * inverse
                 q = f.fma(f.fma(-q, spread, v), inverse, q)
@@ -337,16 +337,8 @@ def encode_levels(
             part(k // size, k % size)
 
     f.loop(at["first"], at["last"], 1, [], row)
-    micro = f.finish()
-    per_task = max(1, _PER_TASK // k)
-
-    def body(buffers: Mapping[str, Any], dims: Mapping[str, Any]) -> None:
-        m = dims["m"]
-        in_tasks(T.ceildiv(m, T.int64(per_task)), lambda t: micro.call(
-            *(buffers[n].data for n in names), t * per_task, T.min(m, (t + 1) * per_task)), serial=m * k <= _SERIAL)  # fmt: skip
-
     arguments = [Arg("x", ("m", k), dtype), *([Arg("scale", (), "float32")] if given else [])]
-    return prim_func("encode_levels", [*arguments, Arg("y", ("m", record), "uint8")], [micro], body)
+    return in_rows("encode_levels", k, [*arguments, Arg("y", ("m", record), "uint8")], f.finish())
 
 
 def _scale(f: Function, x: Val, k: int, dtype: str, kind: schemes.Scheme, given: Val | None) -> Val:

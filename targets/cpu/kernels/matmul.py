@@ -236,6 +236,11 @@ class Reader(Protocol):
         ...
 
     @property
+    def record(self) -> int:
+        """Bytes of a row of x that is read in place; 0 where rows are copied."""
+        ...
+
+    @property
     def row(self) -> tuple[str, int]:
         """How a task copies rows of x: their dtype ("float32", or "bfloat16" in pairs) and the inputs, zeros at the end included."""
         ...
@@ -259,6 +264,7 @@ class Floats:
     operands: tuple[str, ...] = ()
     dtypes: Mapping[str, str] = attrs.field(factory=dict, hash=False)
     scratch_words: int = 0
+    record: int = 0
 
     @property
     def depth(self) -> int:
@@ -319,12 +325,11 @@ class Layer:
 def layer(
     name: str, n: int, k: int, dtype: str, target: Target, *, gated: bool = False, bias: bool = False,
     activation: str = "none", residual: bool = False, scale: float | None = None, softcap: float | None = None,
-    out_dtype: str | None = None, gather: int = 0, reader: Reader | None = None, record: int = 0,
+    out_dtype: str | None = None, gather: int = 0, reader: Reader | None = None,
 ) -> Layer:  # fmt: skip
     """The tasks of a linear layer; with `gather` g, row i is computed from x[index[i] / g] (an operand `index`).
 
-    reader: how weights are stored, floats unless given; its operands follow the weights. record: bytes of a row of x that is read in
-    place, 0 where rows are copied.
+    reader: how weights are stored, floats unless given; its operands follow the weights.
     """
     require_dtype(dtype, target)
     require_activation(activation)
@@ -333,7 +338,7 @@ def layer(
     reads: Reader = reader or Floats(k, dtype, target)
     nr, parts = panel_width(target), 2 if gated else 1
     panels = -(-n // nr)
-    row_dtype, row_inputs = reads.row
+    record, (row_dtype, row_inputs) = reads.record, reads.row
     lines = -(-row_inputs * ITEMSIZE[row_dtype] // 64)
     lda = record // 4 or 16 * (lines | 1)  # an odd number of cache lines: rows fall into different sets
     block = block_sizes(target)[0]
@@ -433,7 +438,7 @@ def layer_func(
     plan = layer(name, n, k, dtype, target, gated=gated, out_dtype=out_dtype, **options)
     reads: Reader = options.get("reader") or Floats(k, dtype, target)
     shapes: dict[str, tuple[int | str, ...]] = {b: (n,) for b in ("bias", "bias_gate", "bias_up")}
-    shapes |= {"x": ("m", options.get("record") or k), "residual": ("m", n), "y": ("m", n)}
+    shapes |= {"x": ("m", reads.record or k), "residual": ("m", n), "y": ("m", n)}
     shapes |= reads.shapes(plan.panels, (2,) if gated else ())
     dtypes = {"y": out_dtype or dtype, **reads.dtypes}
 
@@ -486,17 +491,17 @@ def linear(
 
 
 def projections(
-    outputs: Sequence[int], k: int, dtype: str, target: Target, *, bias: bool = False, reader: Reader | None = None, record: int = 0,
+    outputs: Sequence[int], k: int, dtype: str, target: Target, *, bias: bool = False, reader: Reader | None = None,
 ) -> Any:  # fmt: skip
     """PrimFunc y_i[M, outputs[i]] = x[M, k] W_i^T + b_i for several layers in one parallel region.
 
-    Parameters in order: x[M, k], every w_i, the same of every operand of the reader, every b_i[outputs[i]] if `bias`, every y_i. reader
-    and record: as of `layer`.
+    Parameters in order: x[M, k], every w_i, the same of every operand of the reader, every b_i[outputs[i]] if `bias`, every y_i. reader: as
+    of `layer`.
     """
     reads: Reader = reader or Floats(k, dtype, target)
-    plans = [layer("linear", n, k, dtype, target, bias=bias, reader=reads, record=record) for n in outputs]
+    plans = [layer("linear", n, k, dtype, target, bias=bias, reader=reads) for n in outputs]
     shapes = [{**reads.shapes(plan.panels, ()), "bias": (n,)} for plan, n in zip(plans, outputs, strict=True)]
-    args = [Arg("x", ("m", record or k), reads.dtypes.get("x", dtype))]
+    args = [Arg("x", ("m", reads.record or k), reads.dtypes.get("x", dtype))]
     for name in ("w", *reads.operands, *(["bias"] if bias else [])):
         args += [Arg(f"{name}{i}", shape[name], reads.dtypes.get(name, dtype)) for i, shape in enumerate(shapes)]
     args += [Arg(f"y{i}", ("m", n), dtype) for i, n in enumerate(outputs)]

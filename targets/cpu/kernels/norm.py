@@ -155,13 +155,17 @@ def _row_kernel(
         finish(f, at, here)
 
     f.loop(at["first"], at["last"], 1, [], row)
-    micro: Micro = f.finish()
+    shapes = [Arg(n, ("m", d), dtype) for n in rows] + [Arg(n, (d,), dt) for n, dt in operands.items()]
+    return in_rows(name, d, [*shapes, *(Arg(n, ("m", d), dtype) for n in outs)], f.finish())
+
+
+def in_rows(name: str, d: int, args: Sequence[Arg], micro: Micro) -> Any:
+    """A PrimFunc over rows of `d` elements, `m` of them by its arguments' shapes: micro(pointers…, first row, end) in parts."""
     per_task = max(1, _PER_TASK // d)
 
     def body(buffers: Mapping[str, Any], dims: Mapping[str, Any]) -> None:
         m = dims["m"]
         in_tasks(T.ceildiv(m, T.int64(per_task)), lambda t: micro.call(
-            *(buffers[n].data for n in names), t * per_task, T.min(m, (t + 1) * per_task)), serial=m * d <= _SERIAL)  # fmt: skip
+            *(buffers[a.name].data for a in args), t * per_task, T.min(m, (t + 1) * per_task)), serial=m * d <= _SERIAL)  # fmt: skip
 
-    shapes = [Arg(n, ("m", d), dtype) for n in rows] + [Arg(n, (d,), dt) for n, dt in operands.items()]
-    return prim_func(name, [*shapes, *(Arg(n, ("m", d), dtype) for n in outs)], [micro], body)
+    return prim_func(name, args, [micro], body)

@@ -46,6 +46,7 @@ class Sparse:
     dtype: str
     target: Target
     codes: Codes | None = None
+    record: int = 0
 
     @property
     def operands(self) -> tuple[str, ...]:
