@@ -110,8 +110,11 @@ def measure(
         for prompt, number in cells:
             cell = f"{prompt}{'x' if encodes else '+'}{number}"
             steps, batch = (0, number) if encodes else (number, 0)
-            for engine, worker in workers.items():  # some compile, allocate or measure at the first call
-                worker.ask(prompt=prompt, steps=min(steps, 4), batch=batch, seed=1)
+            for (
+                engine,
+                worker,
+            ) in workers.items():  # some compile for these lengths, allocate or measure at the first call
+                worker.ask(prompt=prompt, steps=steps, batch=batch, seed=1)
                 speeds[engine][cell] = {"prefill": [], "decode": [], "foreign": []}
             for turn in range(plan.rounds):
                 for engine in list(workers)[:: 1 if turn % 2 == 0 else -1]:
