@@ -19,8 +19,9 @@ import attrs
 import numpy as np
 
 from jisu.compiler.cost import graph_cost, weight_bytes
+from jisu.compiler.entry import Entry, stored
 from jisu.compiler.errors import InputError, InputTypeError, JisuError, RecipeError
-from jisu.compiler.graph import WEIGHT, Graph, Storage
+from jisu.compiler.graph import Graph, Storage
 from jisu.compiler.pipeline import Pass, Pipeline, Report, sample_inputs
 from jisu.compiler.recipe import QuantizeRecipe, Recipe
 from jisu.compiler.signature import Signature, Tree
@@ -535,7 +536,7 @@ def _build(
     shutil.rmtree(out, ignore_errors=True)
     times["kernels_s"] = time.perf_counter() - begin
     begin = time.perf_counter()
-    weights = _materialise(finished, tell)
+    weights = _materialise(finished, info.entries, tell)
     times["weights_s"] = time.perf_counter() - begin
     report |= {
         "times": times,
@@ -550,7 +551,7 @@ def _build(
     parts = Compiled(
         library=library,
         weights=weights,
-        orders={k: tuple(v) for k, v in info.weight_order.items()},
+        entries=info.entries,
         graphs={k: str(g) for k, g in finished.items()},
         signature=source.signature,
         target={"name": machine.name, "triple": machine.triple, "features": sorted(machine.required_features)},
@@ -816,11 +817,12 @@ def _lay_out(graph: Graph, recipe: Recipe, machine: Target, check: str, note: An
 # --- Weights -------------------------------------------------------------------------------------------------------
 
 
-def _materialise(graphs: Mapping[str, Graph], tell: Progress) -> dict[str, np.ndarray]:
-    """Every weight as an aligned array: computed one at a time, sources' pages let go, mapped files used as they are."""
+def _materialise(graphs: Mapping[str, Graph], entries: Mapping[str, Entry], tell: Progress) -> dict[str, np.ndarray]:
+    """What the entries take as weights, as aligned arrays: computed one at a time, sources' pages let go, mapped files used as they are."""
     storages: dict[str, Storage] = {}
-    for graph in graphs.values():
-        storages |= {n.name: graph.weights[n.name] for n in graph.nodes if n.op is WEIGHT}
+    for name, graph in graphs.items():
+        known = stored(graph)
+        storages |= {weight: known[weight] for weight, _ in entries[name].weights}
     arrays: dict[str, np.ndarray] = {}
     for i, (name, storage) in enumerate(storages.items()):
         array = storage.numpy()
@@ -841,7 +843,7 @@ def _aligned(array: np.ndarray) -> bool:
 
 def _aligned_copy(array: np.ndarray) -> np.ndarray:
     from jisu.compiler.types import dtype_name
-    from jisu.runtime.session import zeros
+    from jisu.runtime.executable import zeros
 
     copy = zeros(array.shape, dtype_name(array.dtype), "a weight")
     copy[...] = array

@@ -18,24 +18,7 @@ def bind_symbols(graph: Graph, shapes: Sequence[Sequence[int]]) -> dict[str, int
 
     Raises InputError naming the input, what was expected and what came, also for values outside the declared ranges.
     """
-    env: dict[str, int] = {}
-    if len(shapes) != len(graph.inputs):
-        raise InputError(f"expected {len(graph.inputs)} inputs, got {len(shapes)}")
-    pending: list[tuple[Node, Dim, int]] = []
-    for node, shape in zip(graph.inputs, shapes, strict=True):
-        if len(shape) != node.rank:
-            raise InputError(f"input {node.name!r}: expected rank {node.rank}, {node.type}, got shape {tuple(shape)}")
-        for want, have in zip(node.shape, shape, strict=True):
-            if not isinstance(want, int) and want.is_Symbol and want.name not in env:
-                env[want.name] = int(have)
-            pending.append((node, want, int(have)))
-    for node, want, have in pending:
-        _solve(node, want, have, env)
-        value = substitute(want, env)
-        if value != have:
-            raise InputError(
-                f"input {node.name!r}: expected {node.type}, got a dimension of {have} where {want} = {value}"
-            )
+    env = bind_types([(node.name, node.tensor) for node in graph.inputs], shapes)
     for name, value in env.items():
         low, high = graph.ranges.get(name, (1, None))
         if value < low or (high is not None and value > high):
@@ -44,7 +27,28 @@ def bind_symbols(graph: Graph, shapes: Sequence[Sequence[int]]) -> dict[str, int
     return env
 
 
-def _solve(node: Node, want: Dim, have: int, env: dict[str, int]) -> None:
+def bind_types(inputs: Sequence[tuple[str, TensorType]], shapes: Sequence[Sequence[int]]) -> dict[str, int]:
+    """The value of every symbol in the types of named inputs that have these shapes; raises InputError as `bind_symbols` does."""
+    env: dict[str, int] = {}
+    if len(shapes) != len(inputs):
+        raise InputError(f"expected {len(inputs)} inputs, got {len(shapes)}")
+    pending: list[tuple[str, TensorType, Dim, int]] = []
+    for (name, kind), shape in zip(inputs, shapes, strict=True):
+        if len(shape) != kind.rank:
+            raise InputError(f"input {name!r}: expected rank {kind.rank}, {kind}, got shape {tuple(shape)}")
+        for want, have in zip(kind.shape, shape, strict=True):
+            if not isinstance(want, int) and want.is_Symbol and want.name not in env:
+                env[want.name] = int(have)
+            pending.append((name, kind, want, int(have)))
+    for name, kind, want, have in pending:
+        _solve(name, kind, want, have, env)
+        value = substitute(want, env)
+        if value != have:
+            raise InputError(f"input {name!r}: expected {kind}, got a dimension of {have} where {want} = {value}")
+    return env
+
+
+def _solve(name: str, kind: TensorType, want: Dim, have: int, env: dict[str, int]) -> None:
     """Bind the one symbol of `want` that stands nowhere by itself; raises InputError where there are several."""
     unknown = [] if isinstance(want, int) else sorted(s.name for s in want.free_symbols if s.name not in env)
     if not unknown:
@@ -56,9 +60,7 @@ def _solve(node: Node, want: Dim, have: int, env: dict[str, int]) -> None:
     )
     whole = [int(s) for s in solutions if s.is_Integer and s > 0]
     if len(whole) != 1:
-        raise InputError(
-            f"input {node.name!r}: expected {node.type}, got a dimension of {have}, which doesn't settle {want}"
-        )
+        raise InputError(f"input {name!r}: expected {kind}, got a dimension of {have}, which doesn't settle {want}")
     env[unknown[0]] = whole[0]
 
 

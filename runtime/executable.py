@@ -1,32 +1,33 @@
 """Runs a compiled library through TVM's runtime alone: nothing of TVM's compiler or of its Python package is loaded.
 
-Tensors cross by DLPack, so that inputs and outputs share memory with NumPy or torch. bfloat16, which NumPy can't export,
-crosses by a hand-made DLPack capsule.
+Entries take addresses (`jisu.compiler.entry`), so that inputs and outputs share memory with NumPy, or with torch through it.
 """
 
 from __future__ import annotations
 
-import atexit
 import ctypes
 import importlib.util
+import math
+import mmap
 import os
 import re
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import attrs
 import numpy as np
 
+from jisu.compiler.entry import Entry
 from jisu.compiler.errors import ArtifactError, IndexOutOfRangeError, InputError, JisuError, TensorMemoryError
+from jisu.compiler.interpret import bind_types
 from jisu.compiler.types import numpy_dtype
 
 _ALIGNMENT = 64
-_CPU = 1
-_POOLED = 2
-_BFLOAT16 = numpy_dtype("bfloat16")
-_BFLOAT = 4  # DLPack's type code of bfloat16
+_NOTHING: Mapping[str, np.ndarray] = {}
+_KEPT_SHAPES = 1024  # combinations of input shapes for which an entry remembers what follows from them
 
 _runtime_lock = threading.Lock()
 _runtime: Any = None
@@ -69,68 +70,152 @@ def _import_ffi() -> Any:
     return tvm_ffi
 
 
-class Prepared(tuple[Any, ...]):
+class Held:
+    """An array whose elements lie one after another from an aligned address, with that address, which costs a microsecond to ask for."""
+
+    __slots__ = ("address", "array", "dtype", "shape")
+
+    def __init__(self, array: np.ndarray) -> None:
+        self.array, self.shape, self.dtype = array, array.shape, array.dtype
+        self.address: int = array.__array_interface__["data"][0]
+
+
+@attrs.frozen(eq=False)
+class Prepared:
     """Weights in the form in which `Executable.call` takes them; keeps the arrays alive."""
 
-    __slots__ = ()
+    addresses: np.ndarray
+    arrays: tuple[np.ndarray, ...]
+
+
+@attrs.frozen(eq=False)
+class _Bound:
+    """What follows from the shapes of an entry's inputs: the values of its symbols, the results' shapes, bytes of the arena."""
+
+    sizes: np.ndarray
+    shapes: tuple[tuple[int, ...], ...]
+    arena: int
+
+
+class _Callable:
+    """An entry with the two tables that it is called with: addresses, and sizes."""
+
+    def __init__(self, ffi: Any, library: Any, name: str, entry: Entry) -> None:
+        self.entry = entry
+        self.run, self.measure = library[name], library[f"{name}_arena"]
+        count = len(entry.inputs) + len(entry.weights) + len(entry.outputs) + 1
+        self.addresses, self.sizes = (
+            _aligned((n,), np.dtype(np.int64)).array for n in (count, max(len(entry.symbols), 1))
+        )
+        self.tables = tuple(map(ffi.from_dlpack, (self.addresses, self.sizes)))
+        self.bytes = _aligned((1,), np.dtype(np.int64)).array
+        self.bytes_table = ffi.from_dlpack(self.bytes)
+        self.dtypes = tuple(numpy_dtype(t.dtype) for _, t in entry.inputs)
+        self.results = tuple(numpy_dtype(t.dtype) for t in entry.outputs)
+        self.bound: dict[tuple[tuple[int, ...], ...], _Bound] = {}
+
+    def bind(self, shapes: tuple[tuple[int, ...], ...]) -> _Bound:
+        """What follows from `shapes`, kept for the next call; raises InputError where they don't fit."""
+        found = self.bound.get(shapes)
+        if found is None:
+            env = bind_types(self.entry.inputs, shapes)
+            self.sizes[: len(self.entry.symbols)] = [env[s] for s in self.entry.symbols]
+            self.measure(self.tables[1], self.bytes_table)
+            results = tuple(tuple(int(d) for d in t.at(env).shape) for t in self.entry.outputs)  # type: ignore[arg-type]
+            if len(self.bound) >= _KEPT_SHAPES:
+                self.bound.clear()
+            found = self.bound[shapes] = _Bound(self.sizes.copy(), results, int(self.bytes[0]))
+        return found
 
 
 class Executable:
     """A compiled library, ready to be called. Calls from several threads are served one after another."""
 
-    def __init__(self, path: str, num_threads: int) -> None:
+    def __init__(self, path: str, entries: Mapping[str, Entry], num_threads: int) -> None:
         ffi = _load_runtime()
         try:
             self._library = ffi.load_module(path, keep_module_alive=False)
-            self._machine = self._library["vm_load_executable"]()
-            self._machine["vm_initialization"](_CPU, 0, _POOLED)
+            self._entries = {name: _Callable(ffi, self._library, name, entry) for name, entry in entries.items()}
         except Exception as error:
             raise ArtifactError(f"can't load the compiled library {path}: {_first_line(error)}") from error
         self._configure = ffi.get_global_func("runtime.config_threadpool")
-        self._functions: dict[str, Any] = {}
+        self._arena = Held(zeros((1,), "uint8", "intermediate values"))
         self._lock = threading.Lock()
-        self._local = threading.local()
         self.num_threads = num_threads
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], num_threads: int | None = None) -> Executable:
-        """The library at `path`; kernels use `num_threads` threads (default: the processor cores that this process may use).
+    def load(
+        cls, path: str | os.PathLike[str], entries: Mapping[str, Entry], num_threads: int | None = None
+    ) -> Executable:
+        """The library at `path` with these entries; kernels use `num_threads` threads (default: the processor cores that this
+        process may use).
 
-        Raises ArtifactError where the file is no compiled library.
+        Raises ArtifactError where the file is no compiled library or lacks an entry.
         """
         if num_threads is None:
             num_threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         if num_threads < 1:
             raise InputError(f"num_threads must be at least 1, got {num_threads}")
-        return cls(os.fspath(path), num_threads)
+        return cls(os.fspath(path), entries, num_threads)
 
-    def prepare(self, weights: Sequence[Any]) -> Prepared:
-        """Weights (arrays or anything with DLPack) in an entry's order, made ready once for many calls."""
-        return Prepared(as_tensor(w) for w in weights)
+    def prepare(self, entry: str, weights: Mapping[str, np.ndarray]) -> Prepared:
+        """The weights that an entry takes, from arrays by name, made ready once for many calls.
 
-    def call(self, entry: str, tensors: Sequence[Any], weights: Sequence[Any] = ()) -> tuple[Any, ...]:
-        """Run an entry on `tensors` (NumPy arrays, or anything with DLPack; copied where strided or unaligned).
-
-        Returns one NumPy array per output, in memory that no later call touches; an output that the program updates in
-        place (a cache) shares memory with the input that was given for it. Raises IndexOutOfRangeError for an index
-        outside its table, ZeroDivisionError as InputError, InputError for arguments that don't fit.
+        Raises ArtifactError for a weight that is missing or of another type.
         """
+        arrays = []
+        for name, kind in self._callable(entry).entry.weights:
+            if name not in weights:
+                raise ArtifactError(f"weight {name!r} is missing")
+            array = hold(weights[name])
+            if array.shape != kind.shape or array.dtype != numpy_dtype(kind.dtype):
+                raise ArtifactError(f"weight {name!r}: expected {kind}, got {array.dtype}{list(array.shape)}")
+            arrays.append(array)
+        return Prepared(np.array([a.address for a in arrays], np.int64), tuple(a.array for a in arrays))
+
+    def call(
+        self, entry: str, inputs: Sequence[Any], weights: Prepared | Mapping[str, np.ndarray] = _NOTHING
+    ) -> tuple[Any, ...]:
+        """Run an entry on `inputs` (`Held` ones, arrays, or anything with DLPack; copied where strided or unaligned).
+
+        Returns one array per output, in memory that no later call touches; an output that the program updates in place (a
+        cache) is the input that was given for it. Raises IndexOutOfRangeError for an index outside its table,
+        ZeroDivisionError as InputError, InputError for arguments that don't fit, TensorMemoryError where memory is short.
+        """
+        called = self._callable(entry)
         if not isinstance(weights, Prepared):
-            weights = self.prepare(weights)
-        arguments = [as_tensor(t) for t in tensors]
+            weights = self.prepare(entry, weights)
+        given = [hold(x) for x in inputs]
         with self._lock:
             self._use_threads()
-            function = self._functions.get(entry)
-            if function is None:
-                try:
-                    function = self._functions[entry] = self._machine[entry]
-                except AttributeError:
-                    raise InputError(f"the library has no entry {entry!r}") from None
+            bound = called.bind(tuple([a.shape for a in given]))
+            for held, dtype in zip(given, called.dtypes, strict=True):
+                if held.dtype != dtype:
+                    name, kind = called.entry.inputs[given.index(held)]
+                    raise InputError(f"input {name!r}: expected {kind.dtype}, got {held.dtype}")
+            if self._arena.array.nbytes < bound.arena:
+                self._arena = Held(zeros((bound.arena,), "uint8", "intermediate values"))
+            outputs = [
+                _aligned(shape, dtype) if alias is None else given[alias]
+                for shape, dtype, alias in zip(bound.shapes, called.results, called.entry.aliases, strict=True)
+            ]
+            called.sizes[:] = bound.sizes
+            first, last = len(given), len(given) + len(weights.addresses)
+            called.addresses[:first] = [a.address for a in given]
+            called.addresses[first:last] = weights.addresses
+            called.addresses[last:-1] = [a.address for a in outputs]
+            called.addresses[-1] = self._arena.address
             try:
-                results = function(*arguments, *weights)
+                called.run(*called.tables)
             except Exception as error:
                 raise _translated(error) from None
-        return tuple(as_array(r) for r in results)
+        return tuple([a.array for a in outputs])
+
+    def _callable(self, entry: str) -> _Callable:
+        try:
+            return self._entries[entry]
+        except KeyError:
+            raise InputError(f"the library has no entry {entry!r}") from None
 
     def _use_threads(self) -> None:
         """TVM keeps one pool of threads per calling thread."""
@@ -159,154 +244,45 @@ def _first_line(error: Exception) -> str:
     return next((line for line in lines if not line.startswith(("Traceback", "File "))), repr(error))[:500]
 
 
-# --- Tensors across the border --------------------------------------------------------------------------------------
+# --- Arrays ---------------------------------------------------------------------------------------------------------
 
 
-def as_tensor(value: Any) -> Any:
-    """A TVM tensor on `value`'s memory, or on an aligned copy where it is strided or unaligned."""
-    ffi = _load_runtime()
-    if isinstance(value, ffi.Tensor):
+def hold(value: Any) -> Held:
+    """`value` as an array in native byte order, contiguous and aligned; a copy where it is not."""
+    if isinstance(value, Held):
         return value
     if not isinstance(value, np.ndarray):
-        if hasattr(value, "__dlpack__"):
-            try:
-                return ffi.from_dlpack(value, require_alignment=_ALIGNMENT, require_contiguous=True)
-            except Exception:
-                value = _copied(value)
-        else:
-            value = np.asarray(value)
-    if not value.flags.c_contiguous or _address(value) % _ALIGNMENT or value.dtype.byteorder == ">":
-        value = aligned_copy(value)
-    if value.dtype == _BFLOAT16 or not value.flags.writeable or not value.size:
-        return ffi.from_dlpack(_Exported(value))
-    return ffi.from_dlpack(value)
+        value = np.from_dlpack(value) if hasattr(value, "__dlpack__") else np.asarray(value)
+    if value.flags.c_contiguous and value.dtype.isnative:
+        held = Held(value)
+        if held.address % _ALIGNMENT == 0:
+            return held
+    copy = _aligned(value.shape, value.dtype if value.dtype.isnative else value.dtype.newbyteorder("="))
+    copy.array[...] = value
+    return copy
 
 
-def _copied(value: Any) -> Any:
-    """An aligned copy of something with DLPack that isn't a NumPy array (a torch tensor, also a bfloat16 one)."""
-    if "bfloat16" in str(getattr(value, "dtype", "")):
-        ffi = _load_runtime()
-        value = value.contiguous() if hasattr(value, "contiguous") else value
-        return aligned_copy(as_array(ffi.from_dlpack(value)))
-    return aligned_copy(np.from_dlpack(value))
+def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> Held:
+    """An uninitialised array in memory aligned to 64 bytes."""
+    nbytes = math.prod(shape) * dtype.itemsize
+    try:
+        raw = Held(np.empty(nbytes + _ALIGNMENT, np.uint8))
+    except (MemoryError, ValueError):
+        raise TensorMemoryError(f"no memory for a result of {nbytes / 2**30:.1f} GiB") from None
+    shift = -raw.address % _ALIGNMENT
+    return Held(raw.array[shift : shift + nbytes].view(dtype).reshape(shape))
 
 
-def _address(array: np.ndarray) -> int:
-    """Where an array's elements begin; `array.ctypes.data` says the same in three times the time."""
-    address: int = array.__array_interface__["data"][0]
-    return address
+def zeros(shape: Sequence[int], dtype: str, what: str) -> np.ndarray:
+    """An array of zeros on pages of its own, hence aligned; memory is used as it is touched.
 
-
-def aligned_copy(array: np.ndarray) -> np.ndarray:
-    """A contiguous copy in memory aligned to 64 bytes."""
-    dtype = array.dtype if array.dtype.isnative else array.dtype.newbyteorder("=")
-    raw = np.empty(array.size * dtype.itemsize + _ALIGNMENT, np.uint8)
-    shift = -_address(raw) % _ALIGNMENT
-    result = raw[shift : shift + array.size * dtype.itemsize].view(dtype).reshape(array.shape)
-    result[...] = array
-    return result
-
-
-def as_array(tensor: Any) -> np.ndarray:
-    """A NumPy array on a TVM tensor's memory, which it keeps alive."""
-    name = str(tensor.dtype)
-    shape = tuple(tensor.shape)
-    if name != "bfloat16" and all(shape):
-        return np.from_dlpack(tensor)
-    dtype = numpy_dtype(name)
-    count = int(np.prod(shape, dtype=np.int64))
-    if not count:
-        return np.empty(shape, dtype)
-    return np.asarray(_Words(tensor, count)).view(dtype).reshape(shape)
-
-
-class _Words:
-    """`count` 16-bit words of a tensor, as something that NumPy can wrap and that keeps the tensor alive."""
-
-    def __init__(self, tensor: Any, count: int) -> None:
-        self._tensor = tensor
-        self.__array_interface__ = {
-            "data": (tensor.data_ptr(), False),
-            "shape": (count,),
-            "typestr": "<u2",
-            "version": 3,
-        }
-
-
-# DLPack by hand (dlpack.h, version 0.8), for what NumPy's own export refuses: bfloat16, read-only and empty arrays.
-
-
-class _DLTensor(ctypes.Structure):
-    _fields_ = [
-        ("data", ctypes.c_void_p),
-        ("device_type", ctypes.c_int32),
-        ("device_id", ctypes.c_int32),
-        ("ndim", ctypes.c_int32),
-        ("code", ctypes.c_uint8),
-        ("bits", ctypes.c_uint8),
-        ("lanes", ctypes.c_uint16),
-        ("shape", ctypes.POINTER(ctypes.c_int64)),
-        ("strides", ctypes.POINTER(ctypes.c_int64)),
-        ("byte_offset", ctypes.c_uint64),
-    ]
-
-
-class _DLManagedTensor(ctypes.Structure):
-    pass
-
-
-_Deleter = ctypes.CFUNCTYPE(None, ctypes.POINTER(_DLManagedTensor))
-_DLManagedTensor._fields_ = [("tensor", _DLTensor), ("context", ctypes.c_void_p), ("deleter", _Deleter)]
-
-_exports: dict[int, tuple[Any, ...]] = {}  # what exported tensors need, until their consumer lets them go
-
-
-@_Deleter
-def _release(managed: Any) -> None:
-    _exports.pop(ctypes.addressof(managed.contents), None)
-
-
-@atexit.register
-def _leave_exports() -> None:
-    """Programs may outlive the interpreter, which can't be called back any more: let their memory go with the process."""
-    for *_, managed in _exports.values():
-        managed.deleter = _Deleter()
-    ctypes.pythonapi.Py_IncRef(ctypes.py_object(_exports))
-
-
-_new_capsule = ctypes.pythonapi.PyCapsule_New
-_new_capsule.restype = ctypes.py_object
-_new_capsule.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
-
-_CODES = {"b": 6, "i": 0, "u": 1, "f": 2}
-
-
-class _Exported:
-    """A contiguous array as a DLPack producer."""
-
-    def __init__(self, array: np.ndarray) -> None:
-        self.array = array
-
-    def __dlpack_device__(self) -> tuple[int, int]:
-        return (_CPU, 0)
-
-    def __dlpack__(self, **_: Any) -> Any:
-        array = self.array
-        shape = (ctypes.c_int64 * max(array.ndim, 1))(*array.shape)
-        managed = _DLManagedTensor()
-        managed.tensor = _DLTensor(
-            array.ctypes.data,
-            _CPU,
-            0,
-            array.ndim,
-            _BFLOAT if array.dtype.name == "bfloat16" else _CODES[array.dtype.kind],
-            array.dtype.itemsize * 8,
-            1,
-            shape,
-            None,
-            0,
-        )
-        managed.deleter = _release
-        address = ctypes.addressof(managed)
-        _exports[address] = (array, shape, managed)
-        return _new_capsule(address, b"dltensor", None)
+    Raises TensorMemoryError naming `what` where the system has no room.
+    """
+    kind = numpy_dtype(dtype)
+    count = math.prod(shape)
+    try:
+        buffer = mmap.mmap(-1, max(count * kind.itemsize, 1))
+    except (OSError, OverflowError, ValueError):
+        size = count * kind.itemsize
+        raise TensorMemoryError(f"no memory for {what}: {dtype}{list(shape)} needs {size / 2**30:.1f} GiB") from None
+    return np.frombuffer(buffer, kind, count).reshape(shape)

@@ -15,6 +15,7 @@ import attrs
 import numpy as np
 
 from jisu.compiler import ops
+from jisu.compiler.entry import Entry
 from jisu.compiler.errors import (
     ArtifactError,
     IndexOutOfRangeError,
@@ -48,13 +49,13 @@ TOKENIZER_FILES = (
 class Compiled:
     """The parts of a program, as the driver or `load` puts them together.
 
-    library: the shared library's bytes. weights: arrays by name. orders: per entry, the names of the weights that it takes,
-    in order. graphs: per entry, the IR text. report: what `explain` shows. files: tokenizer and configuration.
+    library: the shared library's bytes. weights: arrays by name. entries: how each entry is called. graphs: per entry, the IR
+    text. report: what `explain` shows. files: tokenizer and configuration.
     """
 
     library: bytes
     weights: Mapping[str, np.ndarray]
-    orders: Mapping[str, Sequence[str]]
+    entries: Mapping[str, Entry]
     graphs: Mapping[str, str]
     signature: Signature
     target: Mapping[str, Any]
@@ -75,10 +76,8 @@ class Program:
 
     def __init__(self, parts: Compiled, num_threads: int | None = None) -> None:
         self._parts = parts
-        self._executable = _loaded(parts.library, num_threads)
-        self._weights = {
-            entry: self._executable.prepare([parts.weights[n] for n in order]) for entry, order in parts.orders.items()
-        }
+        self._executable = _loaded(parts.library, parts.entries, num_threads)
+        self._weights = {entry: self._executable.prepare(entry, parts.weights) for entry in parts.entries}
         self._lock = threading.Lock()
         self._tokenizer: Tokenizer | None = None
         main = parts.graphs.get(MAIN)
@@ -270,7 +269,7 @@ class Program:
         parts = self._parts
         decoder = parts.decoder
         meta: dict[str, Any] = {
-            "orders": {k: list(v) for k, v in parts.orders.items()},
+            "entries": {name: entry.to_json() for name, entry in parts.entries.items()},
             "call": parts.signature.to_json(),
         }
         if decoder is not None:
@@ -318,12 +317,12 @@ def _described(graphs: Mapping[str, str]) -> artifact.Signature:
     )
 
 
-def _loaded(library: bytes, num_threads: int | None) -> Executable:
+def _loaded(library: bytes, entries: Mapping[str, Entry], num_threads: int | None) -> Executable:
     """The library, loaded from a private folder that is gone afterwards."""
     with tempfile.TemporaryDirectory(prefix="jisu-") as folder:
         path = Path(folder) / "library.so"
         path.write_bytes(library)
-        return Executable.load(str(path), num_threads=num_threads)
+        return Executable.load(str(path), entries, num_threads)
 
 
 def load(
@@ -340,11 +339,11 @@ def load(
             state = tuple((n, parse_type(t), int(w), bool(r)) for n, t, w, r in fields.pop("state"))
             decoder = DecoderInfo(state=state, **fields)
         signature = Signature.from_json(meta["call"])
-        orders = {k: tuple(v) for k, v in meta["orders"].items()}
+        entries = {name: Entry.from_json(entry) for name, entry in meta["entries"].items()}
         weights = {name: tensor.numpy() for name, tensor in saved.tensors().items()}
         report = json.loads(saved.bytes("report.json"))
         graphs = {e: saved.bytes(f"graph-{e}.txt").decode() for e in manifest.entry_points}
-        missing = {n for order in orders.values() for n in order} - set(weights)
+        missing = {name for entry in entries.values() for name, _ in entry.weights} - set(weights)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ArtifactError(
             f"{os.fspath(path)}: the manifest is incomplete ({type(error).__name__}: {error})"
@@ -360,7 +359,7 @@ def load(
     with saved.library() as library:
         code = Path(library).read_bytes()
     parts = Compiled(
-        code, weights, orders, graphs, signature, target, saved.bytes("recipe.toml").decode(), report, decoder, files,
+        code, weights, entries, graphs, signature, target, saved.bytes("recipe.toml").decode(), report, decoder, files,
         manifest.producers,
     )  # fmt: skip
     return Program(parts, num_threads)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 import attrs
 import numpy as np
 
-from jisu.compiler.errors import IndexOutOfRangeError, InputError, TensorMemoryError
-from jisu.compiler.types import TensorType, numpy_dtype
+from jisu.compiler.errors import IndexOutOfRangeError, InputError
+from jisu.compiler.types import TensorType
+from jisu.runtime.executable import Held, zeros
 
 APPEND, APPEND_LAST = "append", "append_last"
 """Entries of a decoder: logits of every new token, and of the chunk's last one only."""
@@ -44,24 +44,9 @@ class DecoderInfo:
 
 
 class Call(Protocol):
-    """Runs one entry of a program on arrays."""
+    """Runs one entry of a program on arrays, or on such as are held."""
 
     def __call__(self, entry: str, arrays: Sequence[Any]) -> tuple[Any, ...]: ...
-
-
-def zeros(shape: Sequence[int], dtype: str, what: str) -> np.ndarray:
-    """An array of zeros on pages of its own, hence aligned; memory is used as it is touched.
-
-    Raises TensorMemoryError naming `what` where the system has no room.
-    """
-    kind = numpy_dtype(dtype)
-    count = int(np.prod(shape, dtype=np.int64))
-    try:
-        buffer = mmap.mmap(-1, max(count * kind.itemsize, 1))
-    except (OSError, OverflowError, ValueError):
-        size = count * kind.itemsize
-        raise TensorMemoryError(f"no memory for {what}: {dtype}{list(shape)} needs {size / 2**30:.1f} GiB") from None
-    return np.frombuffer(buffer, kind, count).reshape(shape)
 
 
 class Session:
@@ -78,7 +63,7 @@ class Session:
         self._info = info
         self._call = call
         self._wanted = capacity
-        self._state: list[np.ndarray] = []
+        self._state: list[Held] = []
         self._history: np.ndarray | None = None
         self._table: np.ndarray | None = None
         self._reserved = 0
@@ -98,7 +83,7 @@ class Session:
     @property
     def nbytes(self) -> int:
         """Bytes of state that are reserved now."""
-        return sum(s.nbytes for s in self._state)
+        return sum(s.array.nbytes for s in self._state)
 
     def reset(self) -> None:
         """Forget all sequences; reserved memory is kept for a batch of the same size."""
@@ -177,8 +162,8 @@ class Session:
             shape = [int(d) for d in kind.at(sizes).shape]
             array = zeros(shape, kind.dtype, f"the KV cache ({name}, {slots} slots)")
             if old and self.length:
-                self._carry(old[i], array, ring)
-            self._state.append(array)
+                self._carry(old[i].array, array, ring)
+            self._state.append(Held(array))
         if info.page:
             per_sequence, batch = sizes["sequence_pages"], len(self._start)
             # Page n of sequence b stands at n * batch + b, so that a larger table keeps all pages where they were.

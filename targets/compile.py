@@ -27,6 +27,7 @@ from typing import Any
 
 import attrs
 
+from jisu.compiler.entry import Entry
 from jisu.compiler.errors import CompileError
 from jisu.compiler.graph import Graph
 from jisu.compiler.storage import cache_folder
@@ -39,7 +40,7 @@ TIMEOUT = 1800.0
 KEPT_BYTES = 2 << 30
 """How much the cache of compiled libraries may hold."""
 _STAGING = "new-"
-_FORMAT = 1
+_FORMAT = 2
 _ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -47,15 +48,13 @@ _ROOT = Path(__file__).resolve().parent.parent
 class CompiledInfo:
     """A compiled library.
 
-    weight_order: per entry, the names of the weights that it takes behind its inputs. kernels: (name, ops, calls).
-    planned_bytes: intermediate memory that is planned statically. seconds: how long this call took; cached: whether the
-    library came from the cache.
+    entries: how each entry is called. kernels: (name, ops, calls). seconds: how long this call took; cached: whether the library
+    came from the cache.
     """
 
     library: Path
-    weight_order: Mapping[str, tuple[str, ...]]
+    entries: Mapping[str, Entry]
     kernels: tuple[tuple[str, str, int], ...]
-    planned_bytes: int
     seconds: float
     cached: bool
 
@@ -85,9 +84,8 @@ def compile_graphs(
 def _info(info: Mapping[str, Any], out: Path, begin: float, cached: bool) -> CompiledInfo:
     return CompiledInfo(
         library=out / LIBRARY,
-        weight_order={k: tuple(v) for k, v in info["weight_order"].items()},
+        entries={name: Entry.from_json(entry) for name, entry in info["entries"].items()},
         kernels=tuple((name, op, count) for name, op, count in info["kernels"]),
-        planned_bytes=info["planned_bytes"],
         seconds=time.perf_counter() - begin,
         cached=cached,
     )

@@ -1,8 +1,8 @@
 """From graphs to one TVM module: every node, or group of fused nodes, becomes a kernel; equal kernels are one.
 
-Each entry function takes the graph's inputs in order, then its weights in the order of `Lowered.weights[entry]`, and
-returns a tuple. A kernel is chosen per node by a table (`Choosers`); what no chooser takes is computed by
-`targets.cpu.generic`.
+An entry function calls one kernel after the other on addresses, as `jisu.compiler.entry` describes: shapes are checked here or by
+who calls, views cost nothing, and intermediate values lie in an arena that `targets.arena` shares out. A kernel is chosen per node
+by a table (`Choosers`); what no chooser takes is computed by `targets.cpu.generic`.
 """
 
 from __future__ import annotations
@@ -13,17 +13,19 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import attrs
-import numpy as np
-from tvm import IRModule, relax, runtime, tirx, transform
+from tvm import IRModule, ir, tirx, transform
+from tvm.tirx.buffer import BufferType
 from tvm.tirx.compilation_pipeline import finalize_device_passes, finalize_host_passes, register_tir_pipeline
 
 from jisu.compiler import ops
+from jisu.compiler.entry import Entry, constant_name
 from jisu.compiler.errors import CompileError, TargetError
 from jisu.compiler.graph import CONSTANT, INPUT, WEIGHT, Graph, Node, Op
 from jisu.compiler.text import attribute_text
-from jisu.compiler.types import Dim, TensorType
+from jisu.compiler.types import Dim, TensorType, same_dim, symbol
+from jisu.targets.arena import Lifetime, share
 from jisu.targets.cpu import generic
-from jisu.targets.cpu.generic.build import expression, extra_symbols
+from jisu.targets.cpu.generic.build import Builder, expression, extra_symbols, i64
 from jisu.targets.cpu.generic.element import always_pulled
 from jisu.targets.fusion import Region, regions
 from jisu.targets.target import Target
@@ -66,10 +68,10 @@ class KernelUse:
 
 @attrs.frozen(eq=False)
 class Lowered:
-    """What `lower` returns: the module, the names of each entry's weights in the order of its arguments, and the kernels."""
+    """What `lower` returns: the module, how each entry is called, and the kernels."""
 
     module: IRModule
-    weights: Mapping[str, tuple[str, ...]]
+    entries: Mapping[str, Entry]
     kernels: tuple[KernelUse, ...]
 
 
@@ -81,40 +83,8 @@ def lower(entries: Mapping[str, Graph], target: Target, *, kernels: Choosers | N
     from jisu.targets.cpu.choose import CHOOSERS  # which imports this module
 
     module = _Module(target, CHOOSERS if kernels is None else kernels)
-    weights = {name: _Entry(module, name, graph).emit() for name, graph in entries.items()}
-    return Lowered(module.builder.get(), weights, module.uses())
-
-
-def pipeline(inspect: Callable[[IRModule], None]) -> Any:
-    """The Relax passes that turn a lowered module into calls on planned memory; `inspect` sees the module behind them.
-
-    No legalisation and no fusion: the module holds nothing but calls of kernels and views.
-    """
-    passes = relax.transform
-
-    @transform.module_pass(opt_level=0)
-    def run(module: IRModule, _: Any) -> IRModule:
-        planned = transform.Sequential(
-            [
-                passes.ToNonDataflow(),
-                passes.RemovePurityChecking(),
-                passes.CallTIRRewrite(),
-                passes.StaticPlanBlockMemory(),
-            ]
-        )(module)
-        inspect(planned)
-        return transform.Sequential(
-            [
-                passes.LowerAllocTensor(),
-                passes.KillAfterLastUse(),
-                passes.LowerRuntimeBuiltin(),
-                passes.ComputePrimValue(),
-                passes.VMShapeLower(),
-                passes.AttachGlobalSymbol(),
-            ]
-        )(planned)
-
-    return run
+    made = {name: _Entry(module, graph).emit(name) for name, graph in entries.items()}
+    return Lowered(IRModule(module.contents), made, module.uses())
 
 
 KERNEL_PIPELINE = "jisu"
@@ -143,25 +113,48 @@ def _kernel_pipeline() -> Any:
 register_tir_pipeline(KERNEL_PIPELINE, _kernel_pipeline)
 
 
-def planned_bytes(module: IRModule) -> int:
-    """Bytes of statically planned intermediate storage in the largest entry function."""
-    totals = [0]
-    for function in module.functions.values():
-        if isinstance(function, relax.Function):
-            totals.append(0)
-
-            def visit(expr: Any) -> None:
-                if isinstance(expr, relax.Call) and getattr(expr.op, "name", "") == "relax.memory.alloc_storage":
-                    (size,) = expr.args[0].values
-                    totals[-1] += int(size) if isinstance(size, tirx.IntImm) else 0
-
-            relax.analysis.post_order_visit(function, visit)
-    return max(totals)
+_ALIGNMENT = 64
 
 
-def lowered_type(t: TensorType, symbols: Mapping[str, Any]) -> Any:
-    """A tensor type as Relax writes it."""
-    return relax.TensorType([expression(d, symbols) for d in t.shape], t.dtype)
+@attrs.frozen(eq=False)
+class _Callee:
+    """A kernel as entries call it: on pointers and sizes, returning 0 or, with TVM's error set, -1.
+
+    shapes: per parameter, a tensor's dimensions (an int, or a variable; None where it is neither), or None for a number.
+    sizes: the variables among the dimensions, whose values follow the parameters.
+    """
+
+    var: Any
+    name: str
+    shapes: tuple[tuple[Any, ...] | None, ...]
+    sizes: tuple[Any, ...]
+
+
+def _callee(function: Any, name: str) -> tuple[_Callee, Any]:
+    """A kernel over tensors as a function on pointers, which has no tensors to take apart and to check."""
+    shapes: list[tuple[Any, ...] | None] = []
+    parameters, declared = [], []
+    own = {p for p in function.params if not isinstance(p.ty, BufferType)}
+    sizes: dict[Any, None] = {}
+    for p in function.params:
+        if not isinstance(p.ty, BufferType):
+            parameters.append(p)
+            shapes.append(None)
+            continue
+        data = tirx.Var(p.name, p.data.ty)
+        parameters.append(data)
+        declared.append(tirx.DeclBuffer(p, data=data))
+        shapes.append(
+            tuple(int(d) if isinstance(d, tirx.IntImm) else d if isinstance(d, tirx.Var) else None for d in p.shape)
+        )
+        sizes |= {d: None for d in p.shape if isinstance(d, tirx.Var) and d not in own}
+    body = tirx.SeqStmt([*declared, function.body])
+    for key, value in (("device_type", 1), ("device_id", 0)):  # of the scratch memory that it allocates
+        body = tirx.AttrStmt(tirx.IntImm("int32", 0), key, tirx.IntImm("int32", value), body)
+    plain = tirx.PrimFunc([*parameters, *sizes], body, ret_type=ir.PrimType("int32"))
+    for key in ("tirx.noalias", "s_tir"):
+        plain = plain.with_attr(key, True)
+    return _Callee(ir.GlobalVar(name), name, tuple(shapes), tuple(sizes)), plain
 
 
 class _Module:
@@ -169,39 +162,38 @@ class _Module:
 
     def __init__(self, target: Target, choosers: Choosers) -> None:
         self.target, self.choosers = target, choosers
-        self.builder = relax.BlockBuilder()
-        self.functions: dict[str, tuple[Any, Any]] = {}
-        self.chosen: dict[str, tuple[Kernel, Any] | None] = {}
+        self.contents: dict[Any, Any] = {}
+        self.functions: dict[str, _Callee] = {}
+        self.chosen: dict[str, tuple[Kernel, _Callee] | None] = {}
         self.names: Counter[str] = Counter()
         self.counts: Counter[tuple[str, str]] = Counter()
 
-    def unique(self, wanted: str) -> str:
-        """A name that no kernel has yet."""
+    def add(self, function: Any, wanted: str) -> _Callee:
+        """Put a kernel into the module under a name that no other has."""
         self.names[wanted] += 1
-        return wanted if self.names[wanted] == 1 else f"{wanted}_v{self.names[wanted]}"
+        name = wanted if self.names[wanted] == 1 else f"{wanted}_v{self.names[wanted]}"
+        callee, plain = _callee(function, name)
+        self.contents[callee.var] = plain
+        return callee
 
-    def add(self, function: Any, name: str) -> Any:
-        """Put a PrimFunc into the module under `name`."""
-        return self.builder.add_func(function.with_attr("global_symbol", name), name)
-
-    def generic(self, region: Region) -> Any:
+    def generic(self, region: Region) -> _Callee:
         """The generic kernel of a region."""
         key = describe(region)
         label = "+".join(dict.fromkeys(n.op.name for n in region.results))
         if key not in self.functions:
-            name = self.unique(kernel_name(region))
+            name = kernel_name(region)
             try:
                 function = generic.kernel(name, region.results, region.leaves)
             except CompileError:
                 raise
             except Exception as error:
                 raise CompileError(f"can't lower {label} ({region.results[0]!r}): {error}") from error
-            self.functions[key] = (self.add(function, name), name)
-        var, name = self.functions[key]
-        self.counts[name, label] += 1
-        return var
+            self.functions[key] = self.add(function, name)
+        callee = self.functions[key]
+        self.counts[callee.name, label] += 1
+        return callee
 
-    def specialised(self, node: Node) -> tuple[Kernel, Any] | None:
+    def specialised(self, node: Node) -> tuple[Kernel, _Callee] | None:
         """The chosen kernel of a node, if its op has a chooser that takes it."""
         chooser = self.choosers.get(node.op)
         if chooser is None:
@@ -213,14 +205,11 @@ class _Module:
                 kernel = chooser(node, self.target)
             except TargetError:  # the kernel doesn't exist for this dtype or machine
                 kernel = None
-            if kernel is not None:
-                name = self.unique(_clean(kernel_name(Region((node,), leaves))))
-                self.chosen[key] = (kernel, self.add(kernel.function, name))
-            else:
-                self.chosen[key] = None
+            named = _clean(kernel_name(Region((node,), leaves)))
+            self.chosen[key] = None if kernel is None else (kernel, self.add(kernel.function, named))
         found = self.chosen[key]
         if found is not None:
-            self.counts[str(found[1].name_hint), node.op.name] += 1
+            self.counts[found[1].name, node.op.name] += 1
         return found
 
     def uses(self) -> tuple[KernelUse, ...]:
@@ -228,57 +217,63 @@ class _Module:
         return tuple(KernelUse(name, op, count) for (name, op), count in self.counts.most_common())
 
 
+@attrs.define(eq=False)
+class _Memory:
+    """Where a value lies: `kind` "input", "weight", "output" or "arena", and its number there (of the arena: its slot)."""
+
+    kind: str
+    number: int = -1
+    nbytes: Dim = 0
+    first: int = -1
+    last: int = -1
+
+
+@attrs.frozen(eq=False)
+class _Step:
+    """One call: per parameter the memory and the shape in which the kernel sees it, or a number."""
+
+    callee: _Callee
+    arguments: tuple[tuple[_Memory, tuple[Dim, ...]] | Dim, ...]
+
+
 class _Entry:
     """One graph's entry function under construction."""
 
-    def __init__(self, module: _Module, name: str, graph: Graph) -> None:
-        self.module, self.name, self.graph = module, name, graph
-        self.symbols = {s: tirx.Var(s, "int64") for s in graph.symbols}
-        self.values: dict[Node, Any] = {}
-        self.tuples: dict[Node, Any] = {}
-        self.weights: dict[str, Any] = {}
+    def __init__(self, module: _Module, graph: Graph) -> None:
+        self.module, self.graph = module, graph
+        self.values: dict[Node, _Memory] = {n: _Memory("input", i) for i, n in enumerate(graph.inputs)}
+        self.tuples: dict[Node, list[_Memory]] = {}
+        self.weights: dict[str, TensorType] = {}
+        self.steps: list[_Step] = []
 
-    def type(self, t: TensorType) -> Any:
-        return lowered_type(t, self.symbols)
-
-    def value(self, node: Node) -> Any:
-        """The Relax value of a node that stands in memory."""
+    def value(self, node: Node) -> _Memory:
+        """Where a node's value stands."""
         if node not in self.values:
-            if node.op is WEIGHT:
-                if node.name not in self.weights:
-                    self.weights[node.name] = relax.Var(f"w{len(self.weights)}", self.type(node.tensor))
-                return self.weights[node.name]
-            if node.op is CONSTANT:
-                array = np.ascontiguousarray(node.value.array).reshape(
-                    node.value.array.shape
-                )  # which made 0-d arrays 1-d
-                self.values[node] = relax.const(runtime.tensor(array), node.dtype)
-            else:
+            if node.op not in (WEIGHT, CONSTANT):
                 raise CompileError(f"{node!r} was not computed before its use")
+            name = node.name if node.op is WEIGHT else constant_name(node)
+            self.weights.setdefault(name, node.tensor)
+            self.values[node] = _Memory("weight", list(self.weights).index(name))
         return self.values[node]
 
-    def emit(self) -> tuple[str, ...]:
-        """Write the entry into the module; the names of the weights it takes, in order of first use."""
-        b = self.module.builder
-        inputs = []
-        for i, node in enumerate(self.graph.inputs):
-            self.values[node] = relax.Var(f"x{i}", self.type(node.tensor))
-            inputs.append(self.values[node])
-        with b.function(self.name, attrs={"num_input": len(inputs)}):
-            with b.dataflow():
-                for region in regions(self.graph, self.module.choosers):
-                    self.region(region)
-                results = [b.emit_output(r) for r in self.outputs()]
-            b.emit_func_output(relax.Tuple(results), params=[*inputs, *self.weights.values()])
-        return tuple(self.weights)
+    def emit(self, name: str) -> Entry:
+        """Write the entry's functions into the module."""
+        for region in regions(self.graph, self.module.choosers):
+            self.region(region)
+        entry = self.outputs()
+        slots = self.lay_out()
+        functions = (self.calls(name, entry, slots), self.arena(f"{name}_arena", entry, slots))
+        for function, own in zip(functions, (name, f"{name}_arena"), strict=True):
+            self.module.contents[ir.GlobalVar(own)] = function
+        return entry
 
     def region(self, region: Region) -> None:
-        """Emit the calls that compute a region's results."""
+        """Note the calls that compute a region's results."""
         node = region.results[0]
         if node.op is ops.get:
             self.values[node] = self.tuples[node.parents[0]][node.index]
         elif region.view:
-            self.values[node] = self.view(self.value(node.parents[0]), node.tensor)
+            self.values[node] = self.value(node.parents[0])
         elif node.op is ops.cache_append:
             self.append(node)
         else:
@@ -289,52 +284,42 @@ class _Entry:
             else:
                 self.values.update(zip(region.results, results, strict=True))
 
-    def call(self, region: Region) -> list[Any]:
+    def step(
+        self,
+        callee: _Callee,
+        arguments: Sequence[tuple[_Memory, tuple[Dim, ...]]],
+        extra: Sequence[str],
+        types: Sequence[TensorType],
+    ) -> list[_Memory]:
+        """Note a call of a kernel that takes these tensors, then these symbols, and writes results of these types."""
+        results = [_Memory("arena", nbytes=t.nbytes) for t in types]
+        numbers = [symbol(name) for name in extra]
+        outs = [(m, t.shape) for m, t in zip(results, types, strict=True)]
+        self.steps.append(_Step(callee, (*arguments, *numbers, *outs)))
+        return results
+
+    def call(self, region: Region) -> list[_Memory]:
         """Call the generic kernel of a region."""
         types = [t for n in region.results for t in generic.results_of(n)]
-        extra = extra_symbols(
-            [leaf.tensor for leaf in region.leaves], generic.region_symbols(region.results, region.leaves)
-        )
-        return self.call_tir(self.module.generic(region), [self.value(n) for n in region.leaves], types, extra)
+        arguments = [(self.value(n), n.shape) for n in region.leaves]
+        return self.step(self.module.generic(region), arguments, _extra(region), types)
 
-    def call_tir(
-        self, function: Any, arguments: Sequence[Any], types: Sequence[TensorType], extra: Sequence[str]
-    ) -> list[Any]:
-        """Call a kernel that writes results of these types."""
-        b = self.module.builder
-        out = [self.type(t) for t in types]
-        scalars = [self.symbols[s] for s in extra]
-        result = b.emit(
-            relax.call_tir(function, relax.Tuple([*arguments, *scalars]), out_ty=out if len(out) > 1 else out[0])
-        )
-        return [result] if len(out) == 1 else [b.emit(relax.TupleGetItem(result, i)) for i in range(len(out))]
-
-    def view(self, value: Any, t: TensorType) -> Any:
-        """The same memory with other axes."""
-        shape = relax.ShapeExpr([expression(d, self.symbols) for d in t.shape])
-        if 0 in t.shape:  # which relax.op.reshape takes for "as it was"
-            return self.module.builder.emit(
-                relax.call_pure_packed("vm.builtin.reshape", value, shape, ty_args=self.type(t))
-            )
-        return self.module.builder.emit(relax.op.reshape(value, shape))
-
-    def chosen(self, node: Node, kernel: Kernel, function: Any) -> list[Any]:
+    def chosen(self, node: Node, kernel: Kernel, callee: _Callee) -> list[_Memory]:
         """Call a specialised kernel, with the views that it wants."""
-        arguments = []
+        types = generic.results_of(node)
+        if kernel.results is not None:
+            types = tuple(t.with_shape(*shape) for t, shape in zip(types, kernel.results, strict=True))
+        return self.step(callee, self.operands(node, kernel), kernel.symbols, types)
+
+    def operands(self, node: Node, kernel: Kernel) -> list[tuple[_Memory, tuple[Dim, ...]]]:
+        """The operands that a specialised kernel takes, as it wants to see them."""
+        found = []
         for argument in kernel.arguments:
             operand = node.operands[argument.operand]
             if operand is None:
                 raise CompileError(f"the kernel for {node!r} takes operand {argument.operand}, which is absent")
-            value = self.value(operand)
-            arguments.append(
-                value if argument.shape is None else self.view(value, operand.tensor.with_shape(*argument.shape))
-            )
-        types = generic.results_of(node)
-        if kernel.results is None:
-            return self.call_tir(function, arguments, types, kernel.symbols)
-        seen = [t.with_shape(*shape) for t, shape in zip(types, kernel.results, strict=True)]
-        results = self.call_tir(function, arguments, seen, kernel.symbols)
-        return [self.view(r, t) for r, t in zip(results, types, strict=True)]
+            found.append((self.value(operand), operand.shape if argument.shape is None else argument.shape))
+        return found
 
     def append(self, node: Node) -> None:
         """Append to a cache: in place where the cache is an input that nothing else reads, else to a copy."""
@@ -345,39 +330,122 @@ class _Entry:
         if not owned or len(self.graph.users[cache]) > 1:
             value = self.copy(cache)
         found = self.module.specialised(node)
-        leaves = tuple(dict.fromkeys(node.parents))
-        region = Region((node,), leaves)
         if found is not None:
-            function, extra = found[1], found[0].symbols
+            arguments = self.operands(node, found[0])
+            callee, extra = found[1], found[0].symbols
         else:
-            function = self.module.generic(region)
-            extra = tuple(extra_symbols([n.tensor for n in leaves], generic.region_symbols((node,), leaves)))
-        others = [self.value(n) for n in node.parents[1:]]
-        if found is not None:
-            others = [self.value(o) for a in found[0].arguments[1:] if (o := node.operands[a.operand]) is not None]
-        self.values[node] = self.module.builder.emit(
-            relax.call_tir_inplace(
-                function,
-                relax.Tuple([value, *others, *(self.symbols[s] for s in extra)]),
-                inplace_indices=[0],
-                out_ty=self.type(node.tensor),
-            )
-        )
+            region = Region((node,), tuple(dict.fromkeys(node.parents)))
+            arguments = [(self.value(n), n.shape) for n in region.leaves]
+            callee, extra = self.module.generic(region), tuple(_extra(region))
+        self.step(callee, [(value, cache.shape), *arguments[1:]], extra, ())
+        self.values[node] = value
 
-    def copy(self, node: Node) -> Any:
+    def copy(self, node: Node) -> _Memory:
         """A fresh tensor with a node's elements."""
         return self.call(Region((ops.broadcast_to(node, shape=node.shape),), (node,)))[0]
 
-    def outputs(self) -> list[Any]:
-        """The results; none shares memory with an input, a weight, a constant or another result (an appended cache is
-        the buffer that the caller gave for it)."""
-        seen: set[Node] = set()
-        results = []
-        for node in self.graph.outputs:
-            fresh = node.op not in (INPUT, WEIGHT, CONSTANT, ops.get, ops.reshape) and node not in seen
-            results.append(self.value(node) if fresh else self.copy(node))
-            seen.add(node)
-        return results
+    def outputs(self) -> Entry:
+        """Settle where the results lie: none shares memory with an input, a weight or another result, but for an appended
+        cache, which is the memory that the caller gave for it."""
+        aliases: list[int | None] = []
+        for i, node in enumerate(self.graph.outputs):
+            memory = self.value(node)
+            appended = node.op is ops.cache_append and memory.kind == "input"
+            aliases.append(memory.number if appended and memory.number not in aliases else None)
+            if aliases[-1] is None:
+                if memory.kind != "arena":
+                    memory = self.copy(node)
+                memory.kind, memory.number = "output", i
+        named = tuple((n.name, n.tensor) for n in self.graph.inputs)
+        types = tuple(n.tensor for n in self.graph.outputs)
+        return Entry(named, tuple(self.weights.items()), types, tuple(aliases), tuple(sorted(self.graph.symbols)))
+
+    def lay_out(self) -> list[tuple[Dim, ...]]:
+        """Give every intermediate value a slot of the arena; the slots' sizes."""
+        found: dict[_Memory, None] = {}
+        for i, step in enumerate(self.steps):
+            for argument in step.arguments:
+                if isinstance(argument, tuple) and argument[0].kind == "arena":
+                    memory = argument[0]
+                    memory.first = i if memory.first < 0 else memory.first
+                    memory.last = i
+                    found[memory] = None
+        slots = share([Lifetime(m.nbytes, m.first, m.last) for m in found])
+        for memory, slot in zip(found, slots.place, strict=True):
+            memory.number = slot
+        return list(slots.sizes)
+
+    def calls(self, name: str, entry: Entry, slots: Sequence[tuple[Dim, ...]]) -> Any:
+        """The entry function."""
+        counts = (len(entry.inputs), len(entry.weights), len(entry.outputs))
+        shapes = (sum(counts) + 1, max(len(entry.symbols), 1))
+        b = Builder(name, [TensorType((n,), "int64") for n in shapes], [], ())
+        addresses, sizes = b.inputs
+        symbols = {s: b.let(sizes[i64(i)], s) for i, s in enumerate(entry.symbols)}
+        base = b.let(addresses[i64(sum(counts))], "arena")
+        places, _ = _offsets(b, slots, symbols)
+        before = {"input": 0, "weight": counts[0], "output": counts[0] + counts[1]}
+
+        def address(memory: _Memory) -> Any:
+            if memory.kind == "arena":
+                return base + places[memory.number]
+            return addresses[i64(before[memory.kind] + memory.number)]
+
+        for step in self.steps:
+            arguments = [
+                tirx.reinterpret("handle", address(a[0])) if isinstance(a, tuple) else expression(a, symbols)
+                for a in step.arguments
+            ]
+            result = ir.Call(step.callee.var, [*arguments, *_solved(b, step, symbols)], ret_ty=ir.PrimType("int32"))
+            failed = tirx.Evaluate(ir.Call("tirx.tvm_throw_last_error", [], ret_ty=ir.PrimType("int32")))
+            b.emit(tirx.IfThenElse(result != tirx.IntImm("int32", 0), failed, None))
+        return b.finish()
+
+    def arena(self, name: str, entry: Entry, slots: Sequence[tuple[Dim, ...]]) -> Any:
+        """The function that says how large the arena is."""
+        b = Builder(name, [TensorType((max(len(entry.symbols), 1),), "int64")], [TensorType((1,), "int64")], ())
+        symbols = {s: b.let(b.inputs[0][i64(i)], s) for i, s in enumerate(entry.symbols)}
+        b.store(b.outputs[0], i64(0), _offsets(b, slots, symbols)[1])
+        return b.finish()
+
+
+def _extra(region: Region) -> list[str]:
+    """The symbols that a generic kernel must be told."""
+    return extra_symbols([n.tensor for n in region.leaves], generic.region_symbols(region.results, region.leaves))
+
+
+def _offsets(b: Builder, slots: Sequence[tuple[Dim, ...]], symbols: Mapping[str, Any]) -> tuple[list[Any], Any]:
+    """Where each slot begins in the arena, and how long that is."""
+    total: Any = i64(0)
+    places = []
+    for sizes in slots:
+        places.append(total)
+        size = expression(sizes[0], symbols)
+        for other in sizes[1:]:
+            size = tirx.max(size, expression(other, symbols))
+        whole = tirx.floordiv(size + i64(_ALIGNMENT - 1), i64(_ALIGNMENT)) * i64(_ALIGNMENT)
+        total = b.let(total + whole, "slot")
+    return places, total
+
+
+def _solved(b: Builder, step: _Step, symbols: Mapping[str, Any]) -> list[Any]:
+    """The sizes that a kernel takes, from the shapes of its arguments; what must be equal and may not be is checked at run time."""
+    known: dict[Any, Dim] = {}
+    for shape, argument in zip(step.callee.shapes, step.arguments, strict=True):
+        if shape is None or not isinstance(argument, tuple):
+            continue
+        if len(shape) != len(argument[1]):
+            raise CompileError(f"{step.callee.name} takes a tensor of rank {len(shape)}, not of shape {argument[1]}")
+        for want, have in zip(shape, argument[1], strict=True):
+            if want is None:
+                continue
+            settled = want if isinstance(want, int) else known.setdefault(want, have)
+            if isinstance(settled, int) and isinstance(have, int) and settled != have:
+                raise CompileError(f"{step.callee.name} takes a dimension of {settled}, not of {have}")
+            if not same_dim(settled, have):
+                equal = tirx.EQ(expression(settled, symbols), expression(have, symbols))
+                b.require(equal, "ValueError", f"{step.callee.name}: dimensions {settled} and {have} must be equal")
+    return [expression(known[v], symbols) for v in step.callee.sizes]
 
 
 def describe(region: Region) -> str:

@@ -19,6 +19,7 @@ from typing import Any, TextIO
 
 LIBRARY = "library.so"
 IR = "module.txt"
+_C_CALL = 1  # a calling convention other than the default, for which TVM would wrap the function
 _LINKERS = ("g++", "gcc", "clang++", "clang", "c++", "cc")
 _BARE_LINKERS = ("ld.lld", "lld", "mold", "ld")
 
@@ -69,48 +70,39 @@ def _build(request: Mapping[str, Any], stage: Callable[[str], None]) -> dict[str
     stage("lowering")
     lowered = lower({name: parse(text) for name, text in request["entries"].items()}, target)
     (out / IR).write_text(str(lowered.module))
-    planned = 0
     if request["single"]:
         _build_each(lowered.module, tvm_target(target), stage)
     else:
-        planned = _build_library(lowered.module, tvm_target(target), out / LIBRARY, stage)
+        _build_library(lowered.module, tvm_target(target), out / LIBRARY, stage)
     return {
-        "weight_order": {k: list(v) for k, v in lowered.weights.items()},
+        "entries": {name: entry.to_json() for name, entry in lowered.entries.items()},
         "kernels": [[k.name, k.op, k.count] for k in lowered.kernels],
-        "planned_bytes": planned,
         "seconds": time.perf_counter() - begin,
     }
 
 
-def _build_library(module: Any, target: Any, path: Path, stage: Callable[[str], None]) -> int:
+def _build_library(module: Any, target: Any, path: Path, stage: Callable[[str], None]) -> None:
     import tvm
 
-    from jisu.targets.lowering import KERNEL_PIPELINE, pipeline, planned_bytes
+    from jisu.targets.lowering import KERNEL_PIPELINE
 
     linker = find_linker()
     stage("code generation")
-    sizes: list[int] = []
-    executable = tvm.compile(
-        module,
-        target=target,
-        relax_pipeline=pipeline(lambda m: sizes.append(planned_bytes(m))),
-        tir_pipeline=KERNEL_PIPELINE,
-    )
+    executable = tvm.compile(module, target=target, tir_pipeline=KERNEL_PIPELINE)
     stage("linking")
     executable.export_library(str(path), fcompile=lambda output, objects, **_: _link(linker, output, objects))
-    return sizes[0]
 
 
 def _build_each(module: Any, target: Any, stage: Callable[[str], None]) -> None:
     import tvm
-    from tvm import tirx
 
     from jisu.targets.lowering import KERNEL_PIPELINE
 
     for var, function in module.functions.items():
-        if isinstance(function, tirx.PrimFunc):
+        if "global_symbol" not in function.attrs:  # a kernel; entries call them all
             stage(f"kernel {var.name_hint}")
-            tvm.compile(tvm.IRModule({var: function}), target=target, tir_pipeline=KERNEL_PIPELINE)
+            seen = function.with_attr("global_symbol", var.name_hint).with_attr("calling_conv", _C_CALL)
+            tvm.compile(tvm.IRModule({var: seen}), target=target, tir_pipeline=KERNEL_PIPELINE)
 
 
 def find_linker() -> list[str]:

@@ -123,7 +123,7 @@ def test_kernels_round_as_the_interpreter_does(tmp_path: Path) -> None:
         outputs += [ops.fake_quantize(x, s, scheme=kind, group=KINDS[kind]) for kind in ("int8", "fp8", "nvfp4")]
         entries[dtype] = Graph((x, s), tuple(outputs))
     info = compile_graphs(entries, Target.resolve("cpu"), out=tmp_path)
-    run = Executable.load(info.library, num_threads=2)
+    run = Executable.load(info.library, info.entries, num_threads=2)
     rng = np.random.default_rng(0)
     for dtype, graph in entries.items():
         for m in (1, 6, 600):
@@ -132,7 +132,7 @@ def test_kernels_round_as_the_interpreter_does(tmp_path: Path) -> None:
                 values[0], values[1, 3], values[2, 4], values[3] = 0, np.nan, np.inf, 1e-40
                 values[4] = np.rint(values[4] * 8) / 2
             arrays = [values.astype(np.float32).astype(numpy_dtype(dtype)), np.array(0.03, np.float32)]
-            for got, want in zip(run.call(dtype, arrays, []), interpret(graph, arrays), strict=True):
+            for got, want in zip(run.call(dtype, arrays), interpret(graph, arrays), strict=True):
                 np.testing.assert_array_equal(np.asarray(got).astype(np.float64), want.astype(np.float64))
 
 

@@ -97,7 +97,7 @@ def test_kernels_make_the_records_of_the_interpreter(tmp_path: Path) -> None:
         back = [ops.decode_rows(r, scheme=r.scheme, dtype=dtype) for r in made]
         entries[dtype] = Graph((x, f), (*made, *back))
     info = compile_graphs(entries, Target.resolve("cpu"), out=tmp_path)
-    run = Executable.load(info.library, num_threads=2)
+    run = Executable.load(info.library, info.entries, num_threads=2)
     rng = np.random.default_rng(0)
     for dtype, graph in entries.items():
         for m in (1, 6, 300):
@@ -138,7 +138,8 @@ def test_attention_reads_records(layout: str, dtype: str, tmp_path: Path) -> Non
         appended = [ops.cache_append(c, n, at, table, ring=ring) for c, n in zip(caches, new, strict=True)]
         out = ops.attention_cached(q, *appended, at, start, table, scale=0.4, window=9 if ring else 0, scheme=scheme)
         entries[scheme] = Graph((q, *new, at, start, *([table] if table else []), *caches), (out, *appended))
-    run = Executable.load(compile_graphs(entries, Target.resolve("cpu"), out=tmp_path).library, num_threads=2)
+    info = compile_graphs(entries, Target.resolve("cpu"), out=tmp_path)
+    run = Executable.load(info.library, info.entries, num_threads=2)
     rng = np.random.default_rng(0)
     for scheme, graph in entries.items():
         state = [np.zeros([int(n) for n in c.shape], np.uint8) for c in graph.inputs[-2:]]

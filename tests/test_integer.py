@@ -15,6 +15,7 @@ from test_quantization import coded
 
 import jisu
 from jisu.compiler import levels, ops
+from jisu.compiler.entry import stored
 from jisu.compiler.graph import ArrayStorage, Graph, Node, Storage, placeholder, weight
 from jisu.compiler.interpret import interpret
 from jisu.compiler.pipeline import Pipeline, relative_error
@@ -120,9 +121,9 @@ def test_layout_of_integers(golden: Any) -> None:
 
 def run_all(made: dict[str, Graph], target: Target, folder: Path, dtype: str, k: int) -> None:
     info = compile_graphs(made, target, out=folder)
-    run = Executable.load(info.library, num_threads=2)
+    run = Executable.load(info.library, info.entries, num_threads=2)
     for name, graph in made.items():
-        weights = [graph.weights[n].numpy() for n in info.weight_order[name]]
+        weights = {n: s.numpy() for n, s in stored(graph).items()}
         whole: list[np.ndarray] = []
         for m in (30, 1, 2, 3, 7):
             x = np.random.default_rng(0).standard_normal((30, k)).astype(numpy_dtype(dtype))[:m]
@@ -170,9 +171,8 @@ def test_kernels_round_rows_of_any_size(tmp_path: Path) -> None:
     rows[: len(sizes)] *= sizes[:, None]
     rows[-2, 30], rows[-1, 30] = np.nan, np.inf
     info = compile_graphs({"main": graph}, target, out=tmp_path)
-    got = Executable.load(info.library).call(
-        "main", [rows], [graph.weights[n].numpy() for n in info.weight_order["main"]]
-    )
+    weights = {n: s.numpy() for n, s in stored(graph).items()}
+    got = Executable.load(info.library, info.entries).call("main", [rows], weights)
     for one, want in zip(got, interpret(graph, [rows]), strict=True):
         np.testing.assert_array_equal(np.isnan(one), np.isnan(want))
         assert np.isnan(want[-2:]).all() and np.isfinite(want[:-2]).all() and not want[0].any()

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from jisu.compiler import ops
+from jisu.compiler.entry import stored
 from jisu.compiler.errors import CompileError, IndexOutOfRangeError, InputError
 from jisu.compiler.graph import ArrayStorage, Graph, Node, Op, placeholder, weight
 from jisu.compiler.interpret import interpret
@@ -29,10 +30,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("lowering")
 
 
-def build(folder: Path, **entries: Graph) -> tuple[Executable, dict[str, list[np.ndarray]]]:
+def build(folder: Path, **entries: Graph) -> tuple[Executable, dict[str, dict[str, np.ndarray]]]:
     info = compile_graphs(entries, CPU, out=folder / f"out{len(list(folder.iterdir()))}", cache_dir=folder / "cache")
-    weights = {k: [g.weights[n].numpy() for n in info.weight_order[k]] for k, g in entries.items()}
-    return Executable.load(info.library, num_threads=2), weights
+    weights = {k: {n: s.numpy() for n, s in stored(g).items()} for k, g in entries.items()}
+    return Executable.load(info.library, info.entries, num_threads=2), weights
 
 
 def check(got: object, want: np.ndarray, dtype: str, what: str) -> None:
@@ -173,7 +174,7 @@ def test_elementwise_chains_are_one_kernel(folder: Path) -> None:
     # The chain and the exponential share `gate`: one kernel with two results; the sum pulls the square.
     assert sum(count for _, _, count in info.kernels) == 2
     arrays = [np.random.default_rng(0).standard_normal(s).astype(np.float32) for s in ((5, 8), (8,))]
-    program = Executable.load(info.library, num_threads=2)
+    program = Executable.load(info.library, info.entries, num_threads=2)
     for got, want in zip(program.call("main", arrays), interpret(graph, arrays), strict=True):
         check(got, want, "float32", "fused")
 

@@ -18,6 +18,7 @@ from torch import nn
 
 import jisu
 from jisu.compiler import ops, schemes
+from jisu.compiler.entry import stored
 from jisu.compiler.graph import ArrayStorage, Graph, Node, Storage, placeholder, weight
 from jisu.compiler.interpret import interpret
 from jisu.compiler.pipeline import Pipeline, relative_error
@@ -193,9 +194,9 @@ def test_kernels_read_codes_as_the_interpreter_does(dtype: str, tmp_path: Path) 
             assert laid_out.count(ops.quantized_linear) and not laid_out.count(ops.linear, ops.packed_linear)
             entries[f"{kind.name}_{'even' if symmetric else 'odd'}"] = laid_out
     info = compile_graphs(entries, CPU, out=tmp_path)
-    run = Executable.load(info.library, num_threads=2)
+    run = Executable.load(info.library, info.entries, num_threads=2)
     for name, graph in entries.items():
-        weights = [graph.weights[n].numpy() for n in info.weight_order[name]]
+        weights = {n: s.numpy() for n, s in stored(graph).items()}
         for m in (1, 2, 7, 30):
             x_value = np.random.default_rng(m).standard_normal((m, 136)).astype(numpy_dtype(dtype))
             given = [x_value, np.array([0, 49, 7])]

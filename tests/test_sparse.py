@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import jisu
-from jisu.compiler import masks, ops
+from jisu.compiler import entry, masks, ops
 from jisu.compiler.cost import weight_bytes
 from jisu.compiler.graph import WEIGHT, ArrayStorage, Graph, Node, Storage, placeholder, weight
 from jisu.compiler.interpret import interpret
@@ -138,9 +138,9 @@ def matrix(
 def run_and_compare(entries: dict[str, Graph], rows: tuple[int, ...], folder: Path) -> None:
     """Compiled entries (x [m, k], ids) against the interpreter in float64."""
     info = compile_graphs(entries, CPU, out=folder)
-    run = Executable.load(info.library, num_threads=2)
+    run = Executable.load(info.library, info.entries, num_threads=2)
     for name, graph in entries.items():
-        weights = [graph.weights[n].numpy() for n in info.weight_order[name]]
+        weights = {n: s.numpy() for n, s in entry.stored(graph).items()}
         dtype, k = graph.inputs[0].dtype, graph.inputs[0].shape[1]
         for m in rows:
             x = np.random.default_rng(m).standard_normal((m, k)).astype(numpy_dtype(dtype))
