@@ -114,6 +114,7 @@ register_tir_pipeline(KERNEL_PIPELINE, _kernel_pipeline)
 
 
 _ALIGNMENT = 64
+_C_CALL = 1
 
 
 @attrs.frozen(eq=False)
@@ -152,8 +153,9 @@ def _callee(function: Any, name: str) -> tuple[_Callee, Any]:
     for key, value in (("device_type", 1), ("device_id", 0)):  # of the scratch memory that it allocates
         body = tirx.AttrStmt(tirx.IntImm("int32", 0), key, tirx.IntImm("int32", value), body)
     plain = tirx.PrimFunc([*parameters, *sizes], body, ret_type=ir.PrimType("int32"))
-    for key in ("tirx.noalias", "s_tir"):
-        plain = plain.with_attr(key, True)
+    # Its name is a symbol, which profilers show; another calling convention than the default keeps TVM from wrapping it.
+    for key, value in (("tirx.noalias", True), ("s_tir", True), ("global_symbol", name), ("calling_conv", _C_CALL)):
+        plain = plain.with_attr(key, value)
     return _Callee(ir.GlobalVar(name), name, tuple(shapes), tuple(sizes)), plain
 
 

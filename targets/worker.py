@@ -19,7 +19,6 @@ from typing import Any, TextIO
 
 LIBRARY = "library.so"
 IR = "module.txt"
-_C_CALL = 1  # a calling convention other than the default, for which TVM would wrap the function
 _LINKERS = ("g++", "gcc", "clang++", "clang", "c++", "cc")
 _BARE_LINKERS = ("ld.lld", "lld", "mold", "ld")
 
@@ -99,10 +98,9 @@ def _build_each(module: Any, target: Any, stage: Callable[[str], None]) -> None:
     from jisu.targets.lowering import KERNEL_PIPELINE
 
     for var, function in module.functions.items():
-        if "global_symbol" not in function.attrs:  # a kernel; entries call them all
+        if "calling_conv" in function.attrs:  # a kernel; entries call them all
             stage(f"kernel {var.name_hint}")
-            seen = function.with_attr("global_symbol", var.name_hint).with_attr("calling_conv", _C_CALL)
-            tvm.compile(tvm.IRModule({var: seen}), target=target, tir_pipeline=KERNEL_PIPELINE)
+            tvm.compile(tvm.IRModule({var: function}), target=target, tir_pipeline=KERNEL_PIPELINE)
 
 
 def find_linker() -> list[str]:
