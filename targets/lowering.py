@@ -154,8 +154,9 @@ def _callee(function: Any, name: str) -> tuple[_Callee, Any]:
         body = tirx.AttrStmt(tirx.IntImm("int32", 0), key, tirx.IntImm("int32", value), body)
     plain = tirx.PrimFunc([*parameters, *sizes], body, ret_type=ir.PrimType("int32"))
     # Its name is a symbol, which profilers show; another calling convention than the default keeps TVM from wrapping it.
-    for key, value in (("tirx.noalias", True), ("s_tir", True), ("global_symbol", name), ("calling_conv", _C_CALL)):
-        plain = plain.with_attr(key, value)
+    attributes = {"tirx.noalias": True, "s_tir": True, "global_symbol": name, "calling_conv": _C_CALL}
+    for key, attribute in attributes.items():
+        plain = plain.with_attr(key, attribute)
     return _Callee(ir.GlobalVar(name), name, tuple(shapes), tuple(sizes)), plain
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -82,7 +82,7 @@ class Codes:
         found = [f.at(at["w"], number * (self.words * nr * self.word), "uint8"), f.at(at["scales"], first, self.scales)]
         return [*found, f.at(at["zeros"], first, "uint8")] if self.zeros else found
 
-    def multiplier(self, f: Function, at: Mapping[str, Val], lda: int) -> Callable[[Val, Val], None]:
+    def multipliers(self, f: Function, at: Mapping[str, Val], lda: int) -> Sequence[Callable[[Val, Val], None]]:
         nr = panel_width(self.target)
         products = {mr: self._product(mr) for mr in block_sizes(self.target)}
 
@@ -95,7 +95,7 @@ class Codes:
 
             row_blocks(f, at["rows"], run, block_sizes(self.target))
 
-        return of
+        return [of]
 
     def _product(self, mr: int) -> Micro:
         """C[mr, NR] = A[mr, k] @ B[k, NR] in float32, B being one panel.

@@ -76,7 +76,7 @@ class Integers(Codes):
         """Bytes of a row of x."""
         return levels.record_bytes(self.k, self.group, self.own)
 
-    def multiplier(self, f: Function, at: Mapping[str, Val], lda: int) -> Callable[[Val, Val], None]:
+    def multipliers(self, f: Function, at: Mapping[str, Val], lda: int) -> Sequence[Callable[[Val, Val], None]]:
         nr, shared = panel_width(self.target), self.kind.per_byte == 2
         sizes = _sizes(self.target)
         direct = {mr: self._integer_product(mr, shared) for mr in sizes}
@@ -104,7 +104,7 @@ class Integers(Codes):
             else:
                 f.when(at["rows"] <= sizes[0], lambda: rows(direct, w), many)
 
-        return of
+        return [of]
 
     def _take_apart(self) -> Micro:
         """void(codes, out): a panel's codes, two of which share a byte, one in each: [2 words, NR, WORD]."""

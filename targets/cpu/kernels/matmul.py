@@ -24,6 +24,7 @@ from jisu.targets.cpu.isa import (
     Function,
     Micro,
     Val,
+    align_up,
     prim_func,
     require_activation,
     require_dtype,
@@ -249,9 +250,15 @@ class Reader(Protocol):
         """Shapes of `w` and the operands."""
         ...
 
-    def multiplier(self, f: Function, at: Mapping[str, Val], lda: int) -> Callable[[Val, Val], None]:
-        """What multiplies all rows (`lda` 32-bit words apart at `a`) by a panel, given its number and a tile [rows, NR]."""
+    def multipliers(self, f: Function, at: Mapping[str, Val], lda: int) -> Sequence[Callable[[Val, Val], None]]:
+        """What multiplies all rows (`lda` 32-bit words apart at `a`) by a panel, given its number and a tile [rows, NR].
+
+        Where there are several, each does a part of the inputs, and all but the first add to the tile.
+        """
         ...
+
+
+CHUNK_ROWS = 240  # rows of x that one task multiplies, if the cache holds as many
 
 
 @attrs.frozen
@@ -280,21 +287,34 @@ class Floats:
         _, *rest = pack_shape(1, self.k, self.dtype, self.target)
         return {"w": (panels, *parts, *rest)}
 
-    def multiplier(self, f: Function, at: Mapping[str, Val], lda: int) -> Callable[[Val, Val], None]:
+    def multipliers(self, f: Function, at: Mapping[str, Val], lda: int) -> Sequence[Callable[[Val, Val], None]]:
         nr, depth = panel_width(self.target), self.depth
         kind = "dot" if uses_dot(self.dtype, self.target) else self.dtype
-        products = {mr: product(mr, self.target, weights=kind, k=depth) for mr in block_sizes(self.target)}
+        words = 2 if kind in ("bfloat16", "float16") else 1  # of a row, per word of the panel
+        # A chunk of rows, as deep as a part, stays in the second cache while panels go by.
+        room = self.target.cache_bytes(2, 1 << 20) // 2 // (4 * CHUNK_ROWS * words)
+        parts = -(-depth // max(room // 64 * 64, 64))
+        step = align_up(-(-depth // parts), 16)
 
-        def of(number: Val, tile: Val) -> None:
-            here = f.at(at["w"], at["w0"] + number * (depth * nr), "float32")
+        def part(first: int) -> Callable[[Val, Val], None]:
+            deep = min(step, depth - first)
+            products = {
+                mr: product(mr, self.target, weights=kind, k=deep, accumulate=first > 0)
+                for mr in block_sizes(self.target)
+            }
 
-            def run(mr: int, m: Val) -> None:
-                rows, out = f.at(at["a"], m * lda, "float32"), f.at(tile, m * nr, "float32")
-                f.use(products[mr], rows, lda, here, nr, out, nr, depth)
+            def of(number: Val, tile: Val) -> None:
+                here = f.at(at["w"], at["w0"] + number * (depth * nr) + first * nr, "float32")
 
-            row_blocks(f, at["rows"], run, block_sizes(self.target))
+                def run(mr: int, m: Val) -> None:
+                    rows, out = f.at(at["a"], m * lda + first * words, "float32"), f.at(tile, m * nr, "float32")
+                    f.use(products[mr], rows, lda, here, nr, out, nr, deep)
 
-        return of
+                row_blocks(f, at["rows"], run, block_sizes(self.target))
+
+            return of
+
+        return [part(first) for first in range(0, depth, step)]
 
 
 @attrs.frozen
@@ -305,21 +325,51 @@ class Layer:
     operands: tuple[str, ...]
     panels: int
     chunk: int  # rows of x that a task keeps in its cache
-    copy_words: int  # of those rows; 0 where they are read in place
     tile_words: int
     rows_per_core: int  # rows from which on a task is compute bound
-    scratch_words: int = 0  # what its reader needs
+    scratch_words: int  # what its reader needs
+    arranged: Arranged | None  # None where x is read as it lies
+
+    @property
+    def micros(self) -> list[Micro]:
+        """What a PrimFunc that calls it must link."""
+        return [self.task, *([] if self.arranged is None else [self.arranged.copy])]
 
     def groups(self, rows: Any) -> Any:
         """Panels per task for this many rows (TIR)."""
-        # A streamed weight wants equal shares for every thread; a matrix product amortises copying its rows of x.
+        # A streamed weight wants equal shares for every thread.
         few, many = -(-self.panels // 32), max(-(-self.panels // 16), min(3, self.panels))
         return T.Select(rows <= self.rows_per_core, T.int64(few), T.int64(many))
 
+    def rows(self, x: Any, m: Any, index: Any = None) -> Any:
+        """Emit (TIR) what brings all m rows into the form that tasks read; the pointer that they take for x."""
+        return x if self.arranged is None else self.arranged.emit(x, m, index)
+
     def call(self, data: Sequence[Any], *scalars: Any) -> None:
         """Emit one task (TIR): scalars are first row, rows, first panel, end of panels, word offset into w."""
-        words = [w for w in (self.copy_words, self.tile_words, self.scratch_words) if w]
+        words = [w for w in (self.tile_words, self.scratch_words) if w]
         self.task.call(*data, *(T.alloc_buffer((w,), "float32").data for w in words), *scalars)
+
+
+@attrs.frozen
+class Arranged:
+    """Rows as products read them: in the dtype of their arithmetic, an odd number of cache lines apart.
+
+    copy: void(x, [index], a, first row, end), row i coming from x[index[i] / gather].
+    """
+
+    copy: Micro
+    words: int
+    k: int
+
+    def emit(self, x: Any, m: Any, index: Any = None) -> Any:
+        """TIR that arranges m rows; the pointer to them."""
+        a = T.alloc_buffer((m * self.words,), "float32")
+        per_task = max(1, (1 << 14) // self.k)
+        data = [x, *([] if index is None else [index]), a.data]
+        in_tasks(T.ceildiv(m, T.int64(per_task)), lambda t: self.copy.call(
+            *data, t * per_task, T.min(m, (t + 1) * per_task)), serial=m * self.k <= 1 << 16)  # fmt: skip
+        return a.data
 
 
 def layer(
@@ -327,7 +377,7 @@ def layer(
     activation: str = "none", residual: bool = False, scale: float | None = None, softcap: float | None = None,
     out_dtype: str | None = None, gather: int = 0, reader: Reader | None = None,
 ) -> Layer:  # fmt: skip
-    """The tasks of a linear layer; with `gather` g, row i is computed from x[index[i] / g] (an operand `index`).
+    """The tasks of a linear layer; with `gather` g, row i is computed from x[index[i] / g].
 
     reader: how weights are stored, floats unless given; its operands follow the weights.
     """
@@ -342,13 +392,9 @@ def layer(
     lines = -(-row_inputs * ITEMSIZE[row_dtype] // 64)
     lda = record // 4 or 16 * (lines | 1)  # an odd number of cache lines: rows fall into different sets
     block = block_sizes(target)[0]
-    half_l2 = target.cache_bytes(2, 1 << 20) // 2
-    chunk = max(block, min(240, half_l2 // (4 * lda)) // block * block)
-
     biases = (["bias_gate", "bias_up"] if gated else ["bias"]) if bias else []
     operands = (
         "x",
-        *(["index"] if gather else []),
         "w",
         *reads.operands,
         *biases,
@@ -356,23 +402,14 @@ def layer(
         "y",
     )
     scalars = ("m0", "rows", "p0", "p1", "w0")
-    buffers = (*([] if record else ["a"]), "tile", *(["scratch"] if reads.scratch_words else []))
+    buffers = ("tile", *(["scratch"] if reads.scratch_words else []))
     f = Function(name, [("ptr", o) for o in (*operands, *buffers)] + [("i64", s) for s in scalars], target)
     at = dict(zip((*operands, *buffers, *scalars), f.params(), strict=True))
     rows = at["rows"]
-    if record:
-        at["a"] = f.at(at["x"], at["m0"] * record, "uint8")
-    else:
-        copy = copy_row(k, dtype, row_dtype, target, padded=row_inputs)
-
-        def fetch(i: Val, _: list[Val]) -> None:
-            row = at["m0"] + i
-            if gather:
-                row = f.load("i64", f.at(at["index"], row, "int64")) / gather
-            f.use(copy, f.at(at["x"], row * k, dtype), f.at(at["a"], i * lda, "float32"))
-
-        f.loop(0, rows, 1, [], fetch)
-    multiply = reads.multiplier(f, at, lda)
+    at["a"] = f.at(at["x"], at["m0"] * lda, "float32")
+    multipliers = reads.multipliers(f, at, lda)
+    half_l2 = target.cache_bytes(2, 1 << 20) // 2
+    chunk = max(block, min(CHUNK_ROWS, half_l2 // (4 * -(-lda // len(multipliers)))) // block * block)
 
     def finish(v: Val, gate: Val | None, y_at: Val, mask: Val | None) -> Val:
         if scale is not None:
@@ -387,40 +424,69 @@ def layer(
             v = f.rounded(v + f.load_f32(at["residual"], y_at, dtype, mask), dtype)
         return v
 
-    def epilogue(column: Val, row: Val, masks: list[Val | None]) -> None:
+    def epilogue(column: Val, tile: Val, row: Val, masks: list[Val | None]) -> None:
         y_row = (at["m0"] + row) * n + column
         for j, mask in enumerate(masks):
             here = row * nr + j * f.lanes
             values = []
             for part in range(parts):
-                v = f.load(vector_type("float", f.lanes), f.at(at["tile"], here + part * chunk * nr, "float32"))
+                v = f.load(vector_type("float", f.lanes), f.at(tile, here + part * chunk * nr, "float32"))
                 if bias:
                     v = v + f.load_f32(at[biases[part]], column + j * f.lanes, dtype, mask)
                 values.append(f.rounded(v, dtype))
             y_at = y_row + j * f.lanes
             f.store_f32(finish(values[0], values[1] if gated else None, y_at, mask), at["y"], y_at, out, mask)
 
-    def panel(p: Val, _: list[Val]) -> None:
-        for part in range(parts):
-            tile = f.at(at["tile"], part * chunk * nr, "float32")
-            multiply(p * parts + part, tile)
+    together = 1 if len(multipliers) == 1 else 4  # panels that a part of the rows is read for before the next one is
+    tile_words = parts * chunk * nr
+
+    def finished(p: Val, tile: Val) -> None:
         column = p * nr
 
         def full() -> None:
-            f.loop(0, rows, 1, [], lambda r, _: epilogue(column, r, [None] * VECTORS))
+            f.loop(0, rows, 1, [], lambda r, _: epilogue(column, tile, r, [None] * VECTORS))
 
         def tail() -> None:
             masks: list[Val | None] = [f.mask_below(n - column - j * f.lanes) for j in range(VECTORS)]
-            f.loop(0, rows, 1, [], lambda r, _: epilogue(column, r, masks))
+            f.loop(0, rows, 1, [], lambda r, _: epilogue(column, tile, r, masks))
 
         if n % nr == 0:
             full()
         else:
             f.when(p < panels - 1, full, tail)
 
-    f.loop(at["p0"], at["p1"], 1, [], panel)
-    copied = 0 if record else chunk * lda
-    return Layer(f.finish(), operands, panels, chunk, copied, parts * chunk * nr, 8, reads.scratch_words)
+    def some(first: Val, _: list[Val]) -> None:
+        for multiply in multipliers:
+
+            def one(i: Val, _: list[Val], multiply: Callable[[Val, Val], None] = multiply) -> None:
+                p, tile = first + i, f.at(at["tile"], i * tile_words, "float32")
+                for part in range(parts):
+                    multiply(p * parts + part, f.at(tile, part * chunk * nr, "float32"))
+                if multiply is multipliers[-1]:
+                    finished(p, tile)
+
+            f.loop(0, f.minimum(at["p1"] - first, together), 1, [], one)
+
+    f.loop(at["p0"], at["p1"], together, [], some)
+    arranged = None if record else _arranged(k, dtype, row_dtype, row_inputs, lda, gather, target)
+    return Layer(f.finish(), operands, panels, chunk, together * tile_words, 8, reads.scratch_words, arranged)
+
+
+def _arranged(k: int, dtype: str, row_dtype: str, inputs: int, words: int, gather: int, target: Target) -> Arranged:
+    f = Function(
+        "arrange",
+        [*(("ptr", n) for n in ("x", *(["index"] if gather else []), "a")), ("i64", "first"), ("i64", "last")],
+        target,
+    )
+    x, *index, a, first, last = f.params()
+    copy = copy_row(k, dtype, row_dtype, target, padded=inputs)
+
+    def row(i: Val, _: list[Val]) -> None:
+        source = f.load("i64", f.at(index[0], i, "int64")) / gather if gather else i
+        f.use(copy, f.at(x, source * k, dtype), f.at(a, i * words, "float32"))
+
+    f.loop(first, last, 1, [], row)
+    return Arranged(f.finish(), words, k)
 
 
 def layer_func(
@@ -446,16 +512,20 @@ def layer_func(
         m = dims["m"]
         group = plan.groups(m)
         chunks = T.max(T.ceildiv(m, plan.chunk), T.int64(1))
-        tasks = T.Select(m == 0, T.int64(0), T.ceildiv(T.int64(plan.panels), group) * chunks)
+        groups = T.ceildiv(T.int64(plan.panels), group)
+        tasks = T.Select(m == 0, T.int64(0), groups * chunks)
+
+        x = plan.rows(buffers["x"].data, m)
 
         def run(t: Any) -> None:
-            p0, m0 = T.floordiv(t, chunks) * group, T.floormod(t, chunks) * plan.chunk
-            plan.call([buffers[o].data for o in plan.operands], m0, T.min(m - m0, T.int64(plan.chunk)), p0,
+            # Panels go by while the rows of a chunk stay in the cache.
+            p0, m0 = T.floormod(t, groups) * group, T.floordiv(t, groups) * plan.chunk
+            plan.call([x, *(buffers[o].data for o in plan.operands[1:])], m0, T.min(m - m0, T.int64(plan.chunk)), p0,
                       T.min(p0 + group, T.int64(plan.panels)), 0)  # fmt: skip
 
         in_tasks(tasks, run, serial=m * (n * k * (2 if gated else 1)) <= SERIAL_WORK)
 
-    return prim_func(name, [Arg(o, shapes[o], dtypes.get(o, dtype)) for o in plan.operands], [plan.task], body)
+    return prim_func(name, [Arg(o, shapes[o], dtypes.get(o, dtype)) for o in plan.operands], plan.micros, body)
 
 
 SERIAL_WORK = 1 << 16  # multiply-adds that one core does in less time than waking another takes
@@ -512,14 +582,16 @@ def projections(
         groups = [plan.groups(m) for plan in plans]
         counts = [T.ceildiv(T.int64(plan.panels), group) * chunks for plan, group in zip(plans, groups, strict=True)]
         ends = [sum(counts[: i + 1], start=T.int64(0)) for i in range(len(counts))]
+        x = plans[0].rows(buffers["x"].data, m)
 
         def run(t: Any, i: int = 0) -> None:
             def one() -> None:
                 plan, group = plans[i], groups[i]
                 own = t - (ends[i] - counts[i])
-                p0, m0 = T.floordiv(own, chunks) * group, T.floormod(own, chunks) * chunk
-                data = [buffers[o if o == "x" else f"{o}{i}"].data for o in plan.operands]
-                plan.call(data, m0, T.min(m - m0, T.int64(chunk)), p0, T.min(p0 + group, T.int64(plan.panels)), 0)
+                parts = T.floordiv(counts[i], chunks)
+                p0, m0 = T.floormod(own, parts) * group, T.floordiv(own, parts) * chunk
+                data = [buffers[f"{o}{i}"].data for o in plan.operands[1:]]
+                plan.call([x, *data], m0, T.min(m - m0, T.int64(chunk)), p0, T.min(p0 + group, T.int64(plan.panels)), 0)
 
             if i == len(plans) - 1:
                 one()
@@ -532,7 +604,8 @@ def projections(
 
         in_tasks(T.Select(m == 0, T.int64(0), ends[-1]), run, serial=m * (sum(outputs) * k) <= SERIAL_WORK)
 
-    return prim_func("projections", args, [plan.task for plan in plans], body)
+    micros = {micro.symbol: micro for plan in plans for micro in plan.micros}
+    return prim_func("projections", args, list(micros.values()), body)
 
 
 def gated_mlp_up(f: int, k: int, dtype: str, target: Target, *, activation: str = "silu", bias: bool = False) -> Any:

@@ -91,8 +91,8 @@ def experts(
 
             in_tasks(T.Select(slots == 0, T.int64(0), count * groups), run)
 
-        stage(first, up_words, [buffers["x"].data, order.data, buffers["up"].data, h.data])
-        stage(second, down_words, [h.data, buffers["down"].data, d.data])
+        stage(first, up_words, [first.rows(buffers["x"].data, slots, order.data), buffers["up"].data, h.data])
+        stage(second, down_words, [second.rows(h.data, slots), buffers["down"].data, d.data])
         per_task = max(1, (1 << 14) // (hidden * chosen))
         in_tasks(T.ceildiv(tokens, T.int64(per_task)), lambda t: combine.call(
             d.data, place.data, buffers["weights"].data, buffers["y"].data, t * per_task,
@@ -106,7 +106,7 @@ def experts(
         Arg("down", (count, *down_shape), dtype),
         Arg("y", ("t", hidden), dtype),
     ]
-    return prim_func("experts", args, [first.task, second.task, sort, combine], body)
+    return prim_func("experts", args, [*first.micros, *second.micros, sort, combine], body)
 
 
 def _sort(count: int, target: Target) -> Any:

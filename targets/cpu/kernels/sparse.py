@@ -7,7 +7,7 @@ expanded; for several, each task expands a panel once and multiplies by all rows
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -93,7 +93,7 @@ class Sparse:
         """Dtypes of the operands that differ from the layer's."""
         return {"mask": "uint8", "starts": "int64", **(self.codes.dtypes if self.codes else {})}
 
-    def multiplier(self, f: Function, at: Mapping[str, Val], lda: int) -> Callable[[Val, Val], None]:
+    def multipliers(self, f: Function, at: Mapping[str, Val], lda: int) -> Sequence[Callable[[Val, Val], None]]:
         """What multiplies all copied rows by a panel, given its number and a tile."""
         nr, target = panel_width(self.target), self.target
         sizes = block_sizes(target)
@@ -119,7 +119,7 @@ class Sparse:
 
             f.when(rows.cmp("eq", 1), lambda: f.use(single, at["w"], bits, first, *coded, at["a"], tile), many)
 
-        return of
+        return [of]
 
     def _walk(self, multiply: bool) -> Micro:
         """void(values, mask, first value, [scales, zeros,] out): out = the expanded panel; or, to multiply,
