@@ -117,7 +117,7 @@ def product(
 
     def step(index: Val, sums: list[Val]) -> list[Val]:
         at = f.at(b, index * ldb, rows_of or "float32")
-        if mr <= 2 and rows_of is None:
+        if rows_of is None:
             for j in range(0, vectors * lanes, 16):
                 f.prefetch(f.at(at, PREFETCH_WORDS + j, "float32"))
         if rows_of is None:
