@@ -93,21 +93,23 @@ def _matrix_dtype(w: np.ndarray) -> str:
 
 def product(
     mr: int, target: Target, *, weights: str = "float32", k: int | None = None, lanes: int = 0, vectors: int = VECTORS,
-    accumulate: bool = False, rows_of: str | None = None, columns: int | None = None,
+    accumulate: bool = False, rows_of: str | None = None, columns: int | None = None, follows: bool = False,
 ) -> Micro:  # fmt: skip
     """C[mr, vectors*lanes] = A[mr, k] @ B[k, vectors*lanes], accumulated in float32 registers; all row-major.
 
     void(A, lda, B, ldb, C, ldc, k): strides in 32-bit words, k in words of B (static where given). `weights` says what
     a word of B holds: "float32"; "bfloat16" or "float16": two consecutive k, widened, A being float32; "dot": two
     consecutive k in bfloat16, and so has A. With `rows_of` (a dtype) B is a plain matrix of it, `ldb` counts its
-    elements, and only its first `columns` are read. With `accumulate` the product is added to C.
+    elements, and only its first `columns` are read. With `accumulate` the product is added to C. With `follows`, a
+    further argument is an address from which half a cache line per word of B is asked for, since it will be B next.
     """
     f = Function(
         f"product{mr}",
-        [("ptr", "a"), ("i64", "lda"), ("ptr", "b"), ("i64", "ldb"), ("ptr", "c"), ("i64", "ldc"), ("i64", "k")],
+        [("ptr", "a"), ("i64", "lda"), ("ptr", "b"), ("i64", "ldb"), ("ptr", "c"), ("i64", "ldc"), ("i64", "k"),
+         *([("ptr", "next")] if follows else [])],
         target,
-    )
-    a, lda, b, ldb, c, ldc, k_arg = f.params()
+    )  # fmt: skip
+    a, lda, b, ldb, c, ldc, k_arg, *following = f.params()
     lanes = lanes or f.lanes
     vec = vector_type("float", lanes)
     halves = 2 if weights in ("bfloat16", "float16") else 1
@@ -117,7 +119,9 @@ def product(
 
     def step(index: Val, sums: list[Val]) -> list[Val]:
         at = f.at(b, index * ldb, rows_of or "float32")
-        if rows_of is None:
+        if follows:
+            f.prefetch(f.at(following[0], index * 8, "float32"))
+        elif rows_of is None:
             for j in range(0, vectors * lanes, 16):
                 f.prefetch(f.at(at, PREFETCH_WORDS + j, "float32"))
         if rows_of is None:
@@ -157,7 +161,7 @@ def product(
     return f.finish()
 
 
-PREFETCH_WORDS = 1024  # how far ahead of its use a streamed weight is asked for
+PREFETCH_WORDS = 2048  # how far ahead of its use a streamed weight is asked for
 
 
 def _columns(f: Function, address: Val, weights: str, lanes: int) -> list[Val]:
@@ -288,7 +292,7 @@ class Floats:
         return {"w": (panels, *parts, *rest)}
 
     def multipliers(self, f: Function, at: Mapping[str, Val], lda: int) -> Sequence[Callable[[Val, Val], None]]:
-        nr, depth = panel_width(self.target), self.depth
+        nr, depth, sizes = panel_width(self.target), self.depth, block_sizes(self.target)
         kind = "dot" if uses_dot(self.dtype, self.target) else self.dtype
         words = 2 if kind in ("bfloat16", "float16") else 1  # of a row, per word of the panel
         # A chunk of rows, as deep as a part, stays in the second cache while panels go by.
@@ -298,9 +302,10 @@ class Floats:
 
         def part(first: int) -> Callable[[Val, Val], None]:
             deep = min(step, depth - first)
+            # Few rows read weights from memory as a stream; whole blocks of rows bring the next panel nearer meanwhile.
             products = {
-                mr: product(mr, self.target, weights=kind, k=deep, accumulate=first > 0)
-                for mr in block_sizes(self.target)
+                mr: product(mr, self.target, weights=kind, k=deep, accumulate=first > 0, follows=mr == sizes[0])
+                for mr in sizes
             }
 
             def of(number: Val, tile: Val) -> None:
@@ -308,9 +313,13 @@ class Floats:
 
                 def run(mr: int, m: Val) -> None:
                     rows, out = f.at(at["a"], m * lda + first * words, "float32"), f.at(tile, m * nr, "float32")
-                    f.use(products[mr], rows, lda, here, nr, out, nr, deep)
+                    following = []
+                    if mr == sizes[0]:
+                        quarter = f.minimum(m / mr, 3) * (deep * 8)
+                        following = [f.at(here, quarter + depth * nr, "float32")]
+                    f.use(products[mr], rows, lda, here, nr, out, nr, deep, *following)
 
-                row_blocks(f, at["rows"], run, block_sizes(self.target))
+                row_blocks(f, at["rows"], run, sizes)
 
             return of
 
@@ -324,7 +333,8 @@ class Layer:
     task: Micro
     operands: tuple[str, ...]
     panels: int
-    chunk: int  # rows of x that a task keeps in its cache
+    chunk: int  # rows of x that a task keeps in its cache, at most
+    block: int  # rows that its product does at once
     tile_words: int
     rows_per_core: int  # rows from which on a task is compute bound
     scratch_words: int  # what its reader needs
@@ -334,6 +344,11 @@ class Layer:
     def micros(self) -> list[Micro]:
         """What a PrimFunc that calls it must link."""
         return [self.task, *([] if self.arranged is None else [self.arranged.copy])]
+
+    def chunks(self, m: Any) -> tuple[Any, Any]:
+        """For m rows (TIR): how many chunks, and rows of each, nearly equal and whole blocks."""
+        count = T.max(T.ceildiv(m, T.int64(self.chunk)), T.int64(1))
+        return count, T.ceildiv(T.ceildiv(m, count), T.int64(self.block)) * self.block
 
     def groups(self, rows: Any) -> Any:
         """Panels per task for this many rows (TIR)."""
@@ -469,7 +484,7 @@ def layer(
 
     f.loop(at["p0"], at["p1"], together, [], some)
     arranged = None if record else _arranged(k, dtype, row_dtype, row_inputs, lda, gather, target)
-    return Layer(f.finish(), operands, panels, chunk, together * tile_words, 8, reads.scratch_words, arranged)
+    return Layer(f.finish(), operands, panels, chunk, block, together * tile_words, 8, reads.scratch_words, arranged)
 
 
 def _arranged(k: int, dtype: str, row_dtype: str, inputs: int, words: int, gather: int, target: Target) -> Arranged:
@@ -511,7 +526,7 @@ def layer_func(
     def body(buffers: Mapping[str, Any], dims: Mapping[str, Any]) -> None:
         m = dims["m"]
         group = plan.groups(m)
-        chunks = T.max(T.ceildiv(m, plan.chunk), T.int64(1))
+        chunks, chunk = plan.chunks(m)
         groups = T.ceildiv(T.int64(plan.panels), group)
         tasks = T.Select(m == 0, T.int64(0), groups * chunks)
 
@@ -519,8 +534,8 @@ def layer_func(
 
         def run(t: Any) -> None:
             # Panels go by while the rows of a chunk stay in the cache.
-            p0, m0 = T.floormod(t, groups) * group, T.floordiv(t, groups) * plan.chunk
-            plan.call([x, *(buffers[o].data for o in plan.operands[1:])], m0, T.min(m - m0, T.int64(plan.chunk)), p0,
+            p0, m0 = T.floormod(t, groups) * group, T.floordiv(t, groups) * chunk
+            plan.call([x, *(buffers[o].data for o in plan.operands[1:])], m0, T.min(m - m0, chunk), p0,
                       T.min(p0 + group, T.int64(plan.panels)), 0)  # fmt: skip
 
         in_tasks(tasks, run, serial=m * (n * k * (2 if gated else 1)) <= SERIAL_WORK)
@@ -577,8 +592,8 @@ def projections(
     args += [Arg(f"y{i}", ("m", n), dtype) for i, n in enumerate(outputs)]
 
     def body(buffers: Mapping[str, Any], dims: Mapping[str, Any]) -> None:
-        m, chunk = dims["m"], plans[0].chunk  # which depends on k alone
-        chunks = T.max(T.ceildiv(m, chunk), T.int64(1))
+        m = dims["m"]
+        chunks, chunk = plans[0].chunks(m)  # which depend on k alone
         groups = [plan.groups(m) for plan in plans]
         counts = [T.ceildiv(T.int64(plan.panels), group) * chunks for plan, group in zip(plans, groups, strict=True)]
         ends = [sum(counts[: i + 1], start=T.int64(0)) for i in range(len(counts))]
@@ -591,7 +606,7 @@ def projections(
                 parts = T.floordiv(counts[i], chunks)
                 p0, m0 = T.floormod(own, parts) * group, T.floordiv(own, parts) * chunk
                 data = [buffers[f"{o}{i}"].data for o in plan.operands[1:]]
-                plan.call([x, *data], m0, T.min(m - m0, T.int64(chunk)), p0, T.min(p0 + group, T.int64(plan.panels)), 0)
+                plan.call([x, *data], m0, T.min(m - m0, chunk), p0, T.min(p0 + group, T.int64(plan.panels)), 0)
 
             if i == len(plans) - 1:
                 one()
