@@ -94,6 +94,7 @@ def _matrix_dtype(w: np.ndarray) -> str:
 def product(
     mr: int, target: Target, *, weights: str = "float32", k: int | None = None, lanes: int = 0, vectors: int = VECTORS,
     accumulate: bool = False, rows_of: str | None = None, columns: int | None = None, follows: bool = False,
+    turned: bool = False,
 ) -> Micro:  # fmt: skip
     """C[mr, vectors*lanes] = A[mr, k] @ B[k, vectors*lanes], accumulated in float32 registers; all row-major.
 
@@ -101,7 +102,8 @@ def product(
     a word of B holds: "float32"; "bfloat16" or "float16": two consecutive k, widened, A being float32; "dot": two
     consecutive k in bfloat16, and so has A. With `rows_of` (a dtype) B is a plain matrix of it, `ldb` counts its
     elements, and only its first `columns` are read. With `accumulate` the product is added to C. With `follows`, a
-    further argument is an address from which half a cache line per word of B is asked for, since it will be B next.
+    further argument is an address from which half a cache line per word of B is asked for, since it will be B next. `turned`: A is
+    stored as [k, mr], lda being the stride of k.
     """
     f = Function(
         f"product{mr}",
@@ -115,13 +117,16 @@ def product(
     halves = 2 if weights in ("bfloat16", "float16") else 1
     # One row has too few accumulators to hide the multiply-add's latency: several k go on at once.
     chains = 4 if mr == 1 else 2 if mr == 2 else 1
-    rows = [f.at(a, lda * m, "float32") for m in range(mr)]
+    rows = [f.at(a, f.i64(m) if turned else lda * m, "float32") for m in range(mr)]
 
     def step(index: Val, sums: list[Val]) -> list[Val]:
         at = f.at(b, index * ldb, rows_of or "float32")
         if follows:
             f.prefetch(f.at(following[0], index * 8, "float32"))
-        elif rows_of is None:
+        elif rows_of is not None:
+            for j in range(0, vectors * lanes * ITEMSIZE[rows_of], 64):
+                f.prefetch(f.at(at, 4 * PREFETCH_WORDS + j, "uint8"))
+        elif rows_of is None and not accumulate and not turned:
             for j in range(0, vectors * lanes, 16):
                 f.prefetch(f.at(at, PREFETCH_WORDS + j, "float32"))
         if rows_of is None:
@@ -131,7 +136,8 @@ def product(
         result = list(sums)
         for m in range(mr):
             for half in range(halves):
-                x = f.splat(f.load("float", f.at(rows[m], index * halves + half, "float32")), lanes)
+                place = index * lda if turned else index * halves + half
+                x = f.splat(f.load("float", f.at(rows[m], place, "float32")), lanes)
                 for j in range(vectors):
                     old = result[m * vectors + j]
                     new = dot(f, x, cols[j][0], old) if weights == "dot" else f.fma(x, cols[j][half], old)
