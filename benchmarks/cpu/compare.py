@@ -94,19 +94,24 @@ def measure(
     note: Callable[[str], None],
 ) -> dict[str, Any]:
     """Speeds by engine and cell (prompt, steps; of an encoder length, batch): prefill and decode in tokens per second, a number per
-    round."""
+    round; and who couldn't start."""
     vocabulary = str(models.SHAPES[shape]["vocab_size"])
     facts: dict[str, Any] = {}
     speeds: dict[str, dict[str, dict[str, list[float]]]] = {}
+    left_out: dict[str, str] = {}
     encodes = shape in models.ENCODERS
     with ExitStack() as stack:
         workers = {}
         for engine, folder in found.items():
             model = folder / "program.jisu" if engine == SUBJECT else folder
             arguments = ["--model", str(model), "--threads", str(threads), "--vocabulary", vocabulary, "serve"]
-            workers[engine] = stack.enter_context(plan.worker(engine, arguments, threads))
-            facts[engine] = workers[engine].answer()
-            speeds[engine] = {}
+            worker = stack.enter_context(plan.worker(engine, arguments, threads))
+            try:
+                facts[engine] = worker.answer()
+            except WorkerError as error:  # some find out when they load a model that they can't run it
+                left_out[engine] = str(error).strip().splitlines()[-1]
+                continue
+            workers[engine], speeds[engine] = worker, {}
         for prompt, number in cells:
             cell = f"{prompt}{'x' if encodes else '+'}{number}"
             steps, batch = (0, number) if encodes else (number, 0)
@@ -126,7 +131,7 @@ def measure(
                         mine["decode"].append(steps / got["decode_s"])
                     facts[engine]["rss_bytes"] = got["rss_bytes"]
             note(f"{shape} {threads} thread(s) {cell}")
-    return {"facts": facts, "speeds": speeds}
+    return {"facts": facts, "speeds": speeds, "left_out": left_out}
 
 
 def least_bytes(shape: str, form: str) -> tuple[float, float]:
@@ -262,7 +267,8 @@ def main() -> None:
                 pairs = (c.replace("x", "+").partition("+") for c in wanted.split(","))
                 cells = [(int(a), int(b)) for a, _, b in pairs]
                 measured = measure(plan, models_of, shape, threads, cells, note)
-                result = {"shape": shape, "form": form, "threads": threads, "left_out": out, **measured}
+                result = {"shape": shape, "form": form, "threads": threads, **measured}
+                result["left_out"] = {**out, **measured["left_out"]}
                 results.append({**result, "rows": rows(result, roofs[threads])})
                 print(markdown(results[-1:]), flush=True)
                 keep(given, found_versions, roofs, results)
