@@ -456,8 +456,8 @@ PACKAGES = {
     "openvino": ("openvino", "openvino-genai", "openvino-tokenizers"),
     "ctranslate2": ("ctranslate2",),
     "onnxruntime": ("onnxruntime", "onnxruntime-genai"),
-    "llama.cpp": ("llama-cpp-python", "gguf"),
-    "llama.cpp-fa": ("llama-cpp-python", "gguf"),
+    "llama.cpp": ("llama-cpp-python", "gguf", "ml_dtypes"),
+    "llama.cpp-fa": ("llama-cpp-python", "gguf", "ml_dtypes"),
 }
 
 

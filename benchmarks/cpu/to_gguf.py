@@ -52,6 +52,7 @@ def _frequencies(config: dict[str, Any], head: int) -> list[float] | None:
 def write(checkpoint: Path, out: Path) -> None:
     """Write the file; tensors are copied one at a time."""
     import gguf
+    import ml_dtypes
     import numpy as np
     import safetensors
 
@@ -97,7 +98,7 @@ def write(checkpoint: Path, out: Path) -> None:
                 if array.ndim == 1:
                     w.add_tensor(_named(name), array.astype(np.float32))
                     continue
-                raw = np.ascontiguousarray(array.astype("bfloat16")).view(np.uint8)
+                raw = np.ascontiguousarray(array.astype(ml_dtypes.bfloat16)).view(np.uint8)
                 w.add_tensor(_named(name), raw, raw_dtype=gguf.GGMLQuantizationType.BF16, raw_shape=raw.shape)
     w.write_header_to_file()
     w.write_kv_data_to_file()
