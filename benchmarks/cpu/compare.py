@@ -109,6 +109,8 @@ def measure(
             try:
                 facts[engine] = worker.answer()
             except WorkerError as error:  # some find out when they load a model that they can't run it
+                if engine == SUBJECT:
+                    raise
                 left_out[engine] = str(error).strip().splitlines()[-1]
                 continue
             workers[engine], speeds[engine] = worker, {}

@@ -165,7 +165,7 @@ class Micro:
         """
         pointers = [a for a in args if _is_pointer(a)]
         scalars = [a for a in args if not _is_pointer(a)]
-        local = T.alloc_buffer((max(len(scalars), 1),), "int64", scope="local")
+        local = T.alloc_buffer((max(len(scalars), 1),), "int64")
         for n, value in enumerate(scalars):
             T.buffer_store(local, T.int64(value) if isinstance(value, int) else T.cast(value, "int64"), [n])
         stored = [local[n] for n in range(len(scalars))]

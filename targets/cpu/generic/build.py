@@ -173,11 +173,11 @@ class Builder:
         at = target.offset(index) if isinstance(index, (tuple, list)) else index
         self.emit(tirx.BufferStore(target.buffer, value, [at]))
 
-    def scratch(self, size: int | Expr, dtype: str, local: bool = True) -> Flat:
-        """Uninitialised memory of the enclosing scope: on the stack where `local` (small, static), else on the heap."""
+    def scratch(self, size: int | Expr, dtype: str) -> Flat:
+        """Uninitialised memory of the enclosing scope: TVM puts less than a kilobyte, if static, on the stack, else on the heap."""
         self.count += 1
         size = i64(size) if isinstance(size, int) else size
-        buffer = tirx.decl_buffer([size], dtype, f"t{self.count}", scope="local" if local else "global")
+        buffer = tirx.decl_buffer([size], dtype, f"t{self.count}")
         self.emit(tirx.AllocBuffer(buffer))
         return Flat(buffer, [size], dtype)
 

@@ -427,7 +427,7 @@ def kept_elements(
 ) -> None:
     """target[n, k] = value(row, column, i) for the i-th set bit of a mask in row-major order if i < size, else 0."""
     row_bytes = -(-k // 8)
-    starts = b.scratch(n + 1, "int64", local=False)
+    starts = b.scratch(n + 1, "int64")
     zero = i64(0)
     b.store(starts, zero, zero)
     with b.loop(n) as row:

@@ -134,7 +134,7 @@ def _scatter(b: Builder, pull: Pull, node: Node, targets: Sequence[Flat]) -> Non
     total = b.dim(x.tensor.size)
     # 16-bit sums and products are carried in float32 and rounded once, at the end.
     carried = x.dtype in HALF and node.mode in ("add", "mul")
-    held = b.scratch(total, "float32", local=False) if carried else target
+    held = b.scratch(total, "float32") if carried else target
 
     def first(outer: list[Expr]) -> None:
         position = Flat(None, sizes, x.dtype).offset(outer)
@@ -178,8 +178,8 @@ def _sort(b: Builder, pull: Pull, node: Node, targets: Sequence[Flat]) -> None:
             return [*outer[: node.axis], i, *outer[node.axis :]]
 
         sample = "int8" if x.dtype == "bool" else "float32" if x.dtype in HALF else x.dtype
-        keys = b.scratch(size, sample, local=False)
-        order, other = (b.scratch(size, "int64", local=False) for _ in range(2))
+        keys = b.scratch(size, sample)
+        order, other = (b.scratch(size, "int64") for _ in range(2))
         with b.loop(size) as i:
             value = pull.fresh().wide(x, place(i))
             b.store(keys, i, tirx.Cast("int8", value) if x.dtype == "bool" else value)

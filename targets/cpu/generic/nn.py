@@ -123,7 +123,7 @@ def attend(
     least = literal(-np.inf, dtype)
     zero = literal(0, dtype)
     count = b.let(tirx.max(high - low, i64(0)), "count")
-    scores = b.scratch(tirx.max(most, i64(1)), dtype, local=False)
+    scores = b.scratch(tirx.max(most, i64(1)), dtype)
     with b.loop(count) as t:
         j = b.let(low + t, "j")
         total = line_product(b, width, dtype, query, key(j), vector)
@@ -142,7 +142,7 @@ def attend(
     total = line(b, count, "sum", dtype, lambda t: scores[t], vector)
     if sink is not None:
         total = b.let(total + exp(b, b.let(sink - peak)), "total")
-    sums = b.scratch(tirx.max(out, i64(1)), dtype, local=False)
+    sums = b.scratch(tirx.max(out, i64(1)), dtype)
     with b.loop(out) as e:
         b.store(sums, e, zero)
     with b.loop(count) as t:
@@ -365,8 +365,8 @@ def _mixture(
 
     def token(outer: list[Expr]) -> None:
         (t,) = outer
-        result = b.scratch(tirx.max(hidden, i64(1)), dtype, local=False)
-        mixed = b.scratch(tirx.max(width, i64(1)), dtype, local=False)
+        result = b.scratch(tirx.max(hidden, i64(1)), dtype)
+        mixed = b.scratch(tirx.max(width, i64(1)), dtype)
         with b.loop(hidden) as i:
             b.store(result, i, literal(0, dtype))
 
