@@ -8,6 +8,7 @@ consecutive k together in a 32-bit lane, which is what the bfloat16 dot product 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -411,7 +412,9 @@ def layer(
     panels = -(-n // nr)
     record, (row_dtype, row_inputs) = reads.record, reads.row
     lines = -(-row_inputs * ITEMSIZE[row_dtype] // 64)
-    lda = record // 4 or 16 * (lines | 1)  # an odd number of cache lines: rows fall into different sets
+    # Rows of float32 are read where they lie, if those of a block don't fall into the same few sets of the nearest cache.
+    as_it_lies = bool(record) or (dtype == "float32" and not gather and k % 16 == 0 and math.gcd(k // 16, 64) <= 16)
+    lda = record // 4 or (k if as_it_lies else 16 * (lines | 1))  # else an odd number of cache lines apart
     block = block_sizes(target)[0]
     biases = (["bias_gate", "bias_up"] if gated else ["bias"]) if bias else []
     operands = (
@@ -489,7 +492,7 @@ def layer(
             f.loop(0, f.minimum(at["p1"] - first, together), 1, [], one)
 
     f.loop(at["p0"], at["p1"], together, [], some)
-    arranged = None if record else _arranged(k, dtype, row_dtype, row_inputs, lda, gather, target)
+    arranged = None if as_it_lies else _arranged(k, dtype, row_dtype, row_inputs, lda, gather, target)
     return Layer(f.finish(), operands, panels, chunk, block, together * tile_words, 8, reads.scratch_words, arranged)
 
 
