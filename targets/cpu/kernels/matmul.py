@@ -412,10 +412,11 @@ def layer(
     panels = -(-n // nr)
     record, (row_dtype, row_inputs) = reads.record, reads.row
     lines = -(-row_inputs * ITEMSIZE[row_dtype] // 64)
-    # Rows of float32 are read where they lie, if those of a block don't fall into the same few sets of the nearest cache.
-    as_it_lies = bool(record) or (dtype == "float32" and not gather and k % 16 == 0 and math.gcd(k // 16, 64) <= 16)
-    lda = record // 4 or (k if as_it_lies else 16 * (lines | 1))  # else an odd number of cache lines apart
     block = block_sizes(target)[0]
+    # Rows of float32 are read where they lie, unless more of a block fall into one set of the nearest cache than that has ways.
+    ways, in_a_set = target.cache_bytes(1, 1 << 15) // 4096, block * math.gcd(k // 16, 64) // 64
+    as_it_lies = bool(record) or (dtype == "float32" and not gather and k % 16 == 0 and in_a_set <= ways)
+    lda = record // 4 or (k if as_it_lies else 16 * (lines | 1))  # else an odd number of cache lines apart
     biases = (["bias_gate", "bias_up"] if gated else ["bias"]) if bias else []
     operands = (
         "x",
