@@ -42,13 +42,20 @@ class Entry:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Entry:
         """What `to_json` wrote; raises KeyError, TypeError or ValueError for anything else."""
-        return cls(
+        entry = cls(
             inputs=tuple((str(name), parse_type(t)) for name, t in data["inputs"]),
             weights=tuple((str(name), parse_type(t)) for name, t in data["weights"]),
             outputs=tuple(parse_type(t) for t in data["outputs"]),
             aliases=tuple(None if a is None else int(a) for a in data["aliases"]),
             symbols=tuple(map(str, data["symbols"])),
         )
+        named = frozenset().union(*(t.symbols for _, t in entry.inputs))
+        used = frozenset().union(*(t.symbols for t in entry.outputs))
+        if len(entry.aliases) != len(entry.outputs) or not used | set(entry.symbols) <= named:
+            raise ValueError("an entry's outputs or symbols don't follow from its inputs")
+        if any(a is not None and not 0 <= a < len(entry.inputs) for a in entry.aliases):
+            raise ValueError("an entry's output is no input of it")
+        return entry
 
 
 def constant_name(node: Node) -> str:

@@ -44,7 +44,7 @@ import numpy.typing as npt
 from jisu.compiler.errors import ArtifactError, InputError
 from jisu.compiler.storage import LazyTensor, cache_folder, map_descriptor, open_safetensors, parse_json
 
-FORMAT = 1
+FORMAT = 2
 MAGIC = b"JISU\x00\x01"
 PAGE = 4096
 MANIFEST = "manifest.json"
@@ -172,9 +172,11 @@ class Manifest:
         parsed = parse_json(data, f"{label}: the manifest")
         if not isinstance(parsed, dict) or type(parsed.get("format")) is not int:
             raise ArtifactError(f"{label}: the manifest has no format version; this is not an artifact of jisu")
-        if not 1 <= parsed["format"] <= FORMAT:
+        if parsed["format"] != FORMAT:
             version = parsed["format"]
-            raise ArtifactError(f"{label}: written by format {version}, this build reads <= {FORMAT}; save it again")
+            raise ArtifactError(
+                f"{label}: written in format {version}, this build reads {FORMAT}; compile the model again"
+            )
         line, newline, rest = data.partition(b"\n")
         if line + newline != _checksum_line(rest):
             raise ArtifactError(f"{label}: the manifest is damaged (its checksum doesn't match)")

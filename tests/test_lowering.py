@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from jisu.compiler import ops
-from jisu.compiler.entry import stored
-from jisu.compiler.errors import CompileError, IndexOutOfRangeError, InputError
+from jisu.compiler.entry import Entry, stored
+from jisu.compiler.errors import ArtifactError, CompileError, IndexOutOfRangeError, InputError
 from jisu.compiler.graph import ArrayStorage, Graph, Node, Op, placeholder, weight
 from jisu.compiler.interpret import interpret
 from jisu.compiler.pipeline import relative_error
 from jisu.compiler.types import TensorType, is_float, numpy_dtype, symbol
 from jisu.runtime.executable import Executable
+from jisu.targets.arena import Lifetime, share
 from jisu.targets.compile import compile_graphs
 from jisu.targets.target import Target
 
@@ -257,3 +262,87 @@ def test_every_consumer_of_every_producer(dtype: str, rows: int, folder: Path) -
             assert error <= allowed, f"{name}: {error} of {allowed}\n{graph}"
         else:
             np.testing.assert_array_equal(got, want, err_msg=name)
+
+
+# --- How entries are called ------------------------------------------------------------------------------------------------
+
+SIZES = [64, 1000, 4 * symbol("m"), 4 * symbol("m") * symbol("n"), 12 * symbol("m") + 8]
+LIVES = st.tuples(st.sampled_from(SIZES), st.integers(0, 12), st.integers(0, 6))
+
+
+@given(st.lists(LIVES, max_size=24))
+def test_values_that_live_at_once_share_no_place(drawn: list[tuple[Any, int, int]]) -> None:
+    values = [Lifetime(size, first, first + length) for size, first, length in drawn]
+    slots = share(values)
+    assert len(slots.place) == len(values)
+    for i, a in enumerate(values):
+        assert a.nbytes in slots.sizes[slots.place[i]]
+        for j, b in enumerate(values[:i]):
+            if a.first <= b.last and b.first <= a.last:
+                assert slots.place[i] != slots.place[j]
+
+
+def test_a_chain_takes_two_places() -> None:
+    size = 4 * symbol("m")
+    assert len(share([Lifetime(size, i, i + 1) for i in range(20)]).sizes) == 2
+
+
+def test_entries_survive_json_and_refuse_nonsense() -> None:
+    m = symbol("m")
+    entry = Entry(
+        inputs=(("x", TensorType((m, 3), "float32")), ("cache", TensorType((2, m), "uint8"))),
+        weights=(("w", TensorType((3, 3), "bfloat16")),),
+        outputs=(TensorType((m, 3), "float32"), TensorType((2, m), "uint8")),
+        aliases=(None, 1),
+        symbols=("m",),
+    )
+    data = json.loads(json.dumps(entry.to_json()))
+    assert Entry.from_json(data) == entry
+    for change in (
+        {"aliases": [None]},
+        {"aliases": [None, 2]},
+        {"symbols": ["q"]},
+        {"outputs": ["float32[q]", "uint8[2, m]"]},
+    ):
+        with pytest.raises(ValueError, match="entry"):
+            Entry.from_json({**data, **change})
+
+
+def test_calls_that_do_not_fit(folder: Path) -> None:
+    m = symbol("m")
+    x, y = placeholder("x", TensorType((m, 4), "float32")), placeholder("y", TensorType((m,), "float32"))
+    w = weight("w", TensorType((4,), "float32"))
+    held = {"w": ArrayStorage(np.ones(4, np.float32))}
+    graph = Graph((x, y), (ops.add(ops.mul(x, w), ops.reshape(y, shape=(m, 1))),), held)
+    program, weights = build(folder, main=graph)
+    good = [np.ones((3, 4), np.float32), np.ones(3, np.float32)]
+    np.testing.assert_array_equal(program.call("main", good, weights["main"])[0], np.full((3, 4), 2))
+    for wrong, message in (
+        ([good[0], np.ones(2, np.float32)], "input 'y'.*dimension of 2"),
+        ([good[0][:, :3], good[1]], "input 'x'"),
+        ([good[0].astype(np.float64), good[1]], "input 'x': expected float32, got float64"),
+        (good[:1], "expected 2 inputs"),
+    ):
+        with pytest.raises(InputError, match=message):
+            program.call("main", wrong, weights["main"])
+    with pytest.raises(InputError, match="no entry 'other'"):
+        program.call("other", good)
+    with pytest.raises(ArtifactError, match="weight 'w' is missing"):
+        program.call("main", good)
+    with pytest.raises(ArtifactError, match="weight 'w': expected float32"):
+        program.call("main", good, {"w": np.ones(5, np.float32)})
+    # Strided, unaligned and foreign arrays are copied.
+    wide = np.ones((3, 8), np.float32)[:, ::2]
+    np.testing.assert_array_equal(program.call("main", [wide, good[1]], weights["main"])[0], np.full((3, 4), 2))
+
+
+def test_shapes_may_change_from_call_to_call(folder: Path) -> None:
+    m = symbol("m")
+    x = placeholder("x", TensorType((m, 8), "float32"))
+    hidden = ops.softmax(ops.matmul(x, ops.transpose(x, perm=(1, 0))), axis=1)
+    graph = Graph((x,), (ops.matmul(hidden, x), ops.sum_(hidden, axes=(0,))))
+    program, _ = build(folder, main=graph)
+    for rows in (1, 300, 7, 301, 1):
+        array = np.random.default_rng(rows).standard_normal((rows, 8)).astype(np.float32)
+        for got, want in zip(program.call("main", [array]), interpret(graph, [array]), strict=True):
+            check(got, want, "float32", f"{rows} rows")
