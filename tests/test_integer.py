@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import attrs
 import numpy as np
 import pytest
+from conftest import DEMO
 from decoders import VOCABULARY, make
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,6 +22,7 @@ from jisu.compiler.graph import ArrayStorage, Graph, Node, Storage, placeholder,
 from jisu.compiler.interpret import interpret
 from jisu.compiler.pipeline import Pipeline, relative_error
 from jisu.compiler.schemes import SCHEMES
+from jisu.compiler.text import parse
 from jisu.compiler.types import TensorType, TypeRuleError, numpy_dtype, symbol
 from jisu.compiler.verify import verify
 from jisu.passes import layout_passes
@@ -199,3 +202,30 @@ def test_logits_depend_neither_on_threads_nor_on_the_batch(tmp_path: Path) -> No
             found.append(np.concatenate([np.asarray(s) for s in steps], 1)[1 if rows.stop == 3 else 0])
     for other in found[1:]:
         np.testing.assert_array_equal(other, found[0])
+
+
+@pytest.mark.parametrize("recipe", ["int4", "int8", "w4a16"])
+def test_the_bundled_models_loss_through_kernels_is_the_interpreters(recipe: str, tmp_path: Path) -> None:
+    """Text that the model was not trained on, in windows, each token scored; the difference is noise of rounding, not a bias."""
+    program = jisu.compile(DEMO, recipe=recipe, cache_dir=tmp_path)
+    text = (Path(__file__).parent.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    ids = np.array(program.tokenizer.encode(text)[: 4 * 96]).reshape(4, 96)
+    session = program.session(capacity=96)
+    got = session.append(ids)
+    graph = parse(program.ir("append"))
+    held = {name: ArrayStorage(array) for name, array in program._parts.weights.items()}
+    assert program.decoder is not None
+    state = [
+        np.zeros([int(d) for d in t.at(session._sizes(96)).shape], numpy_dtype(t.dtype))
+        for _, t, *_ in program.decoder.state
+    ]
+    want = interpret(attrs.evolve(graph, weights=held), [ids, np.array([0]), np.zeros(4, np.int64), *state])[0]
+
+    def losses(logits: np.ndarray) -> np.ndarray:
+        values = logits[:, :-1].astype(np.float64)
+        spread = np.log(np.exp(values - values.max(-1, keepdims=True)).sum(-1)) + values.max(-1)
+        return spread - np.take_along_axis(values, ids[:, 1:, None], 2)[..., 0]
+
+    difference = losses(got) - losses(want)
+    error = difference.std() / np.sqrt(difference.size)
+    assert abs(difference.mean()) < max(4 * error, 1e-4) and abs(difference.mean()) < 5e-3

@@ -235,6 +235,14 @@ def test_plain_modules_are_quantized_too() -> None:
     assert not any(p["exact"] for p in program.explain()["passes"] if p["name"] == "quantize")
 
 
+def test_usual_groups_shrink_to_what_divides_a_layer() -> None:
+    """Of 16 inputs the usual groups of 128 become groups of 16; groups that were asked for stay an error."""
+    program = small(recipe="w4a16")
+    assert "group=16" in program.ir() and "group=128" not in program.ir()
+    with pytest.raises(jisu.RecipeError, match="groups of 128 don't divide the 16 inputs of first"):
+        small(recipe={"quantize": {"scheme": "int4", "group": 128}})
+
+
 @pytest.mark.parametrize(
     ("recipe", "words"),
     [

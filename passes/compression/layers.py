@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import TypeVar
 
@@ -14,7 +15,8 @@ from jisu.compiler import ops
 from jisu.compiler.errors import InputError, RecipeError
 from jisu.compiler.graph import CONSTANT, WEIGHT, Graph, Node, Storage
 from jisu.compiler.masks import unpack_mask
-from jisu.compiler.recipe import PruneRecipe, QuantizeRecipe
+from jisu.compiler.recipe import SMALLEST_GROUP, PruneRecipe, QuantizeRecipe
+from jisu.compiler.schemes import SCHEMES
 from jisu.passes.layout import Derived, is_stored
 
 HEAD = "head"
@@ -78,10 +80,14 @@ def choose_quantized(graph: Graph, rules: Iterable[QuantizeRecipe]) -> dict[Node
     kept = {n: (layer, rule) for n, (layer, rule) in found.items() if rule.scheme != "none"}
     for node, (layer, rule) in kept.items():
         k, group = int(node.shape[1]), rule.inputs_per_scale
-        if group and k % group:
+        if not group or k % group == 0:
+            continue
+        fitting = math.gcd(k, group)
+        if rule.group >= 0 or not SCHEMES[rule.scheme].uniform or fitting < SMALLEST_GROUP:
             raise RecipeError(
                 f"quantize: groups of {group} don't divide the {k} inputs of {layer.names[0]}; take a divisor, or 0 for whole rows"
             )
+        kept[node] = (layer, attrs.evolve(rule, group=fitting))
     return kept
 
 
