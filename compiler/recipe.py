@@ -134,8 +134,9 @@ class QuantizeRecipe:
     layers: a pattern of their names in the model ("*.mlp.down_proj"; "head" is the layer that gives the logits). scheme: a name of
     `jisu.compiler.schemes.SCHEMES`, or "none" to leave them as they are. group: inputs per scale, 0 for a whole row, -1 for
     what is usual for the scheme (of integers, where that doesn't divide a layer's inputs, the largest power of two that does).
-    symmetric: no zeros. algorithm: one of `ALGORITHMS`; with calibration also search (how many ranges a group's scale is chosen from), match (0 to 1: how far layers make up for errors of those before them), refine (sweeps of
-    coordinate descent after it) and objective (one of `OBJECTIVES`). In a layer that a `PruneRecipe` cuts, its match and objective apply.
+    symmetric: no zeros. algorithm: one of `ALGORITHMS`; with calibration also search (how many ranges a group's
+    scale is chosen from), match (0 to 1: how far layers make up for errors of those before them), refine (sweeps of coordinate
+    descent after it) and objective (one of `OBJECTIVES`). In a layer that a `PruneRecipe` cuts, its match and objective apply.
 
     activations: the scheme that what the layers read is rounded to, one of `ACTIVATIONS`; activation_group: channels per scale, 0 for
     a whole token, -1 for the scheme's group, which of an integer scheme is that of the weights; activation_range: one of `RANGES`
