@@ -439,18 +439,14 @@ def many_words(spec: Spec, target: Target) -> int:
     """32-bit words of scratch memory that a task of many rows needs: tiles, scores, queries, and the state of all rows."""
     size = _lanes_of_rows(spec, target)
     tiles = 0 if spec.scheme == "none" and spec.dtype == "float32" else KEYS * (spec.head_dim + spec.v_dim)
-    return tiles + size * (KEYS + spec.head_dim + _State.FIXED + align_up(spec.v_dim, target.lanes("float32")))
+    return tiles + size * (
+        KEYS + spec.head_dim + len(attrs.fields(_State)) - 1 + align_up(spec.v_dim, target.lanes("float32"))
+    )
 
 
+@attrs.frozen
 class _State:
     """What a task of many rows keeps, a word per row each: maxima, sums, maxima of the tile, first and last visible key, values."""
-
-    FIXED = 5
-
-    def __init__(self, f: Function, base: Val, size: int) -> None:
-        names = ("top", "sum", "found", "first", "last", "values")
-        for i, name in enumerate(names):
-            setattr(self, name, f.at(base, i * size, "float32"))
 
     top: Val
     sum: Val
@@ -458,6 +454,11 @@ class _State:
     first: Val
     last: Val
     values: Val
+
+    @classmethod
+    def at(cls, f: Function, base: Val, size: int) -> _State:
+        """The state that lies at `base`, of `size` rows."""
+        return cls(*(f.at(base, i * size, "float32") for i in range(len(attrs.fields(cls)))))
 
 
 def many_rows(spec: Spec, args: Sequence[Arg], target: Target) -> Micro:
@@ -468,7 +469,7 @@ def many_rows(spec: Spec, args: Sequence[Arg], target: Target) -> Micro:
     size, copied = _lanes_of_rows(spec, target), spec.scheme != "none" or spec.dtype != "float32"
     scores = at["scratch"]
     queries = f.at(scores, KEYS * size, "float32")
-    own = _State(f, f.at(queries, d * size, "float32"), size)
+    own = _State.at(f, f.at(queries, d * size, "float32"), size)
     tiles = f.at(own.values, align_up(v_dim, lanes) * size, "float32")
     k_stride, v_stride = (d, v_dim) if copied else (spec.k_stride, spec.v_stride)
     vectors, sizes = _blocks(target)
