@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -32,6 +33,7 @@ def median(run: Callable[[], object], repeat: int) -> float:
 
 def regions(threads: int) -> float:
     """Seconds that a parallel region costs."""
+    os.environ.update(TVM_NUM_THREADS=str(threads), TVM_BIND_THREADS="0")
     import tvm
     from tvm.script.ir_builder import IRBuilder
     from tvm.script.ir_builder import tirx as T
