@@ -73,10 +73,10 @@ def _import_ffi() -> Any:
 class Held:
     """An array whose elements lie one after another from an aligned address, with that address, which costs a microsecond to ask for."""
 
-    __slots__ = ("address", "array", "dtype", "shape")
+    __slots__ = ("address", "array", "dtype", "shape", "writeable")
 
     def __init__(self, array: np.ndarray) -> None:
-        self.array, self.shape, self.dtype = array, array.shape, array.dtype
+        self.array, self.shape, self.dtype, self.writeable = array, array.shape, array.dtype, array.flags.writeable
         self.address: int = array.__array_interface__["data"][0]
 
 
@@ -112,6 +112,7 @@ class _Callable:
         self.bytes_table = ffi.from_dlpack(self.bytes)
         self.dtypes = tuple(numpy_dtype(t.dtype) for _, t in entry.inputs)
         self.results = tuple(numpy_dtype(t.dtype) for t in entry.outputs)
+        self.written = tuple(a for a in entry.aliases if a is not None)
         self.bound: dict[tuple[tuple[int, ...], ...], _Bound] = {}
 
     def bind(self, shapes: tuple[tuple[int, ...], ...]) -> _Bound:
@@ -193,6 +194,11 @@ class Executable:
                 if held.dtype != dtype:
                     name, kind = called.entry.inputs[given.index(held)]
                     raise InputError(f"input {name!r}: expected {kind.dtype}, got {held.dtype}")
+            for i in called.written:
+                if not given[i].writeable:
+                    raise InputError(
+                        f"input {called.entry.inputs[i][0]!r} is updated in place, but its array is read-only"
+                    )
             if self._arena.array.nbytes < bound.arena:
                 self._arena = Held(zeros((bound.arena,), "uint8", "intermediate values"))
             outputs = [

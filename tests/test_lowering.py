@@ -19,7 +19,7 @@ from jisu.compiler.graph import ArrayStorage, Graph, Node, Op, placeholder, weig
 from jisu.compiler.interpret import interpret
 from jisu.compiler.pipeline import relative_error
 from jisu.compiler.types import TensorType, is_float, numpy_dtype, symbol
-from jisu.runtime.executable import Executable
+from jisu.runtime.executable import Executable, zeros
 from jisu.targets.arena import Lifetime, share
 from jisu.targets.compile import compile_graphs
 from jisu.targets.target import Target
@@ -334,6 +334,19 @@ def test_calls_that_do_not_fit(folder: Path) -> None:
     # Strided, unaligned and foreign arrays are copied.
     wide = np.ones((3, 8), np.float32)[:, ::2]
     np.testing.assert_array_equal(program.call("main", [wide, good[1]], weights["main"])[0], np.full((3, 4), 2))
+
+
+def test_what_is_updated_in_place_must_be_writeable(folder: Path) -> None:
+    cache = placeholder("cache", TensorType((1, 2, 4, 8), "float32"))
+    new = placeholder("new", TensorType((1, 1, 2, 8), "float32"))
+    at = placeholder("at", TensorType((1,), "int64"))
+    program, _ = build(folder, main=Graph((cache, new, at), (ops.cache_append(cache, new, at, None, ring=False),)))
+    given = [np.zeros((1, 2, 4, 8), np.float32), np.ones((1, 1, 2, 8), np.float32), np.array([2])]
+    given[0].flags.writeable = False
+    with pytest.raises(InputError, match="'cache' is updated in place"):
+        program.call("main", given)
+    given[0] = zeros((1, 2, 4, 8), "float32", "a cache")
+    assert program.call("main", given)[0] is given[0] and given[0][0, :, 2].all() and given[0].sum() == 16
 
 
 def test_shapes_may_change_from_call_to_call(folder: Path) -> None:

@@ -347,6 +347,7 @@ def _export_encoder(checkpoint: Path, form: str, out: Path) -> None:
     import transformers
 
     model = transformers.AutoModel.from_pretrained(checkpoint, dtype=torch.float32, attn_implementation="eager").eval()
+    model.requires_grad_(False)  # the exporter refuses constants that have gradients
 
     class Plain(torch.nn.Module):
         def forward(self, input_ids: Any, attention_mask: Any, token_type_ids: Any) -> Any:

@@ -73,6 +73,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 12,
         "vocab_size": 30522,
         "max_position_embeddings": 512,
+        "position_embedding_type": "absolute",  # which transformers no longer writes, and CTranslate2's converter reads
     },
 }
 """Models by name; "160m" is the class of SmolLM-135M, the others are the published configurations."""
