@@ -37,6 +37,7 @@ from jisu.runtime.artifact import (
     FORMAT,
     MAGIC,
     PAGE,
+    PIECE,
     Manifest,
     Signature,
     Source,
@@ -130,7 +131,9 @@ def test_the_layout_is_what_the_documentation_says(tmp_path: Path) -> None:
     position = 14 + length
     for info in parsed["files"].values():
         position += -position % PAGE
-        assert hashlib.sha256(data[position : position + info["bytes"]]).hexdigest() == info["sha256"]
+        entry = data[position : position + info["bytes"]]
+        pieces = [hashlib.sha256(entry[i : i + PIECE]).digest() for i in range(0, len(entry), PIECE)]
+        assert hashlib.sha256(b"".join(pieces)).hexdigest() == info["hash"]
         position += info["bytes"]
     assert position == len(data)
 
@@ -164,7 +167,7 @@ def test_unknown_entry_names_are_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(InputError, match="no entry"):
         write(tmp_path / "a.jisu", {name: b""}, make_manifest())
     with pytest.raises(ArtifactError, match="no entry name"):
-        manifest = make_manifest(files={name: artifact_module.FileInfo(bytes=0, sha256="0" * 64)})
+        manifest = make_manifest(files={name: artifact_module.FileInfo(bytes=0, hash="0" * 64)})
         Manifest.from_bytes(manifest.to_bytes(), "x")
 
 
@@ -211,13 +214,13 @@ def test_weights_that_were_found_whole_are_read_again_only_when_the_file_changed
     path = tmp_path / name
     write(path, {"graph.txt": b"abc", "weights.safetensors": tensors_writer(WEIGHTS)}, make_manifest(meta={}))
     seen: list[str] = []
-    copy = artifact_module.Artifact._copy
+    compare = artifact_module.Artifact._compare
 
-    def counted(self: Any, entry: str, receive: Any) -> None:
+    def counted(self: Any, entry: str, found: str) -> None:
         seen.append(entry)
-        copy(self, entry, receive)
+        compare(self, entry, found)
 
-    monkeypatch.setattr(artifact_module.Artifact, "_copy", counted)
+    monkeypatch.setattr(artifact_module.Artifact, "_compare", counted)
 
     def entries() -> set[str]:
         seen.clear()
@@ -348,9 +351,9 @@ def resign(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
         (lambda m: m["files"]["graph.txt"].update(bytes="33"), "expected int, got '33'"),
         (lambda m: m["files"]["graph.txt"].update(bytes=2**62), "33 bytes"),
         (lambda m: m["files"]["graph.txt"].update(bytes=-1), "bytes"),
-        (lambda m: m["files"]["graph.txt"].update(sha256="0" * 64), "damaged"),
-        (lambda m: m["files"].update({"recipe.toml": {"bytes": 0, "sha256": "0" * 64}}), "recipe.toml is missing"),
-        (lambda m: m["files"].update({"../../etc/passwd": {"bytes": 0, "sha256": "0" * 64}}), "etc/passwd"),
+        (lambda m: m["files"]["graph.txt"].update(hash="0" * 64), "damaged"),
+        (lambda m: m["files"].update({"recipe.toml": {"bytes": 0, "hash": "0" * 64}}), "recipe.toml is missing"),
+        (lambda m: m["files"].update({"../../etc/passwd": {"bytes": 0, "hash": "0" * 64}}), "etc/passwd"),
     ],
 )
 def test_manifests_are_read_strictly(tmp_path: Path, change: Callable[[dict[str, Any]], None], message: str) -> None:
@@ -792,3 +795,25 @@ def test_bad_indices_are_refused(tmp_path: Path, index: object, message: str) ->
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ArtifactError, match=message):
         open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("size", [0, 5000, PIECE - 1, PIECE, PIECE + 1, 3 * PIECE + 5])
+def test_large_entries_are_checked_piece_by_piece(size: int, tmp_path: Path) -> None:
+    """However an entry is written, its hash is the same; a changed byte in any piece is found, and so is a missing end."""
+    data = np.random.default_rng(0).bytes(size)
+
+    def portions(file: Any) -> None:
+        for i in range(0, size, 5_000_011):
+            file.write(data[i : i + 5_000_011])
+
+    for name, source in (("whole", data), ("portions", portions)):
+        write(tmp_path / f"{name}.jisu", {**entries(), "chat_template.jinja": source}, make_manifest())
+    assert (tmp_path / "whole.jisu").read_bytes() == (tmp_path / "portions.jisu").read_bytes()
+    with read(tmp_path / "whole.jisu", features=None) as artifact:
+        assert artifact.bytes("chat_template.jinja") == data
+    for at in {0, size // 2, size - 1} if size else ():
+        raw = bytearray((tmp_path / "whole.jisu").read_bytes())
+        raw[raw.index(data[: 1 << 10]) + at] ^= 1
+        (tmp_path / "broken.jisu").write_bytes(raw)
+        with pytest.raises(ArtifactError, match="chat_template.jinja is damaged"):
+            read(tmp_path / "broken.jisu", features=None)
