@@ -10,7 +10,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
@@ -166,6 +166,17 @@ def one_answer(arguments: Sequence[str], environment: Mapping[str, str], log: Pa
     """The answer of a worker that gives one and ends."""
     with Worker(arguments, environment, log) as worker:
         return worker.answer()
+
+
+def seconds(run: Callable[[], object], repeat: int) -> list[float]:
+    """Seconds of each of `repeat` runs, after one that warms up."""
+    run()
+    found = []
+    for _ in range(repeat):
+        begin = time.perf_counter()
+        run()
+        found.append(time.perf_counter() - begin)
+    return found
 
 
 def paired_ratio(mine: Sequence[float], theirs: Sequence[float]) -> Spread:

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import argparse
 import os
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
+
+from common import seconds
 
 
 def main() -> None:
@@ -28,20 +29,9 @@ def main() -> None:
     print(f"{'kernel':34}{'rows':>6}{'ours us':>10}{'torch us':>10}{'GFLOP/s':>9}{'GB/s':>7}{'ratio':>7}")
     for dtype in [options.dtype] if options.dtype else ["float32", "bfloat16"]:
         for name, rows, ours, theirs, flops, nbytes in _cases(dtype, options.target, options.only):
-            a, b = _best(ours, options.repeat), _best(theirs, options.repeat)
+            a, b = (min(seconds(run, options.repeat)) for run in (ours, theirs))
             speed = f"{flops / a / 1e9:9.1f}{nbytes / a / 1e9:7.1f}{b / a:7.2f}"
             print(f"{name + ' ' + dtype:34}{rows:6}{a * 1e6:10.1f}{b * 1e6:10.1f}{speed}", flush=True)
-
-
-def _best(run: Callable[[], object], repeat: int) -> float:
-    """Seconds of the fastest of `repeat` runs after one that warms up."""
-    run()
-    times = []
-    for _ in range(repeat):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return min(times)
 
 
 Case = tuple[str, int, Callable[[], object], Callable[[], object], float, float]

@@ -122,7 +122,7 @@ class _Callable:
             env = bind_types(self.entry.inputs, shapes)
             self.sizes[: len(self.entry.symbols)] = [env[s] for s in self.entry.symbols]
             self.measure(self.tables[1], self.bytes_table)
-            results = tuple(tuple(int(d) for d in t.at(env).shape) for t in self.entry.outputs)  # type: ignore[arg-type]
+            results = tuple(tuple(int(d) for d in t.at(env).shape) for t in self.entry.outputs)
             if len(self.bound) >= _KEPT_SHAPES:
                 self.bound.clear()
             found = self.bound[shapes] = _Bound(self.sizes.copy(), results, int(self.bytes[0]))

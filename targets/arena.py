@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import attrs
 import sympy
 
-from jisu.compiler.types import Dim, substitute
+from jisu.compiler.types import Dim
 
 _PROBE = 96  # the value of every symbol where sizes are compared
 
@@ -68,5 +68,5 @@ def share(values: Sequence[Lifetime]) -> Slots:
 def _probed(value: Dim) -> int:
     if isinstance(value, int):
         return value
-    env = {s.name: _PROBE for s in value.free_symbols if isinstance(s, sympy.Symbol)}
-    return int(substitute(value, env))  # type: ignore[call-overload]
+    # A division that is exact for the sizes that occur may leave a rest here.
+    return int(sympy.floor(value.subs(dict.fromkeys(value.free_symbols, _PROBE))))

@@ -30,6 +30,9 @@ from jisu.targets.cpu.generic.element import always_pulled
 from jisu.targets.fusion import Region, regions
 from jisu.targets.target import Target
 
+_ALIGNMENT = 64  # bytes, of every value in memory
+_C_CALL = 1  # TVM's number of a calling convention other than its own
+
 
 @attrs.frozen
 class Argument:
@@ -111,10 +114,6 @@ def _kernel_pipeline() -> Any:
 
 
 register_tir_pipeline(KERNEL_PIPELINE, _kernel_pipeline)
-
-
-_ALIGNMENT = 64
-_C_CALL = 1
 
 
 @attrs.frozen(eq=False)
@@ -246,7 +245,7 @@ class _Entry:
         self.module, self.graph = module, graph
         self.values: dict[Node, _Memory] = {n: _Memory("input", i) for i, n in enumerate(graph.inputs)}
         self.tuples: dict[Node, list[_Memory]] = {}
-        self.weights: dict[str, TensorType] = {}
+        self.weights: dict[str, tuple[int, TensorType]] = {}
         self.steps: list[_Step] = []
 
     def value(self, node: Node) -> _Memory:
@@ -255,8 +254,8 @@ class _Entry:
             if node.op not in (WEIGHT, CONSTANT):
                 raise CompileError(f"{node!r} was not computed before its use")
             name = node.name if node.op is WEIGHT else constant_name(node)
-            self.weights.setdefault(name, node.tensor)
-            self.values[node] = _Memory("weight", list(self.weights).index(name))
+            number, _ = self.weights.setdefault(name, (len(self.weights), node.tensor))
+            self.values[node] = _Memory("weight", number)
         return self.values[node]
 
     def emit(self, name: str) -> Entry:
@@ -360,8 +359,9 @@ class _Entry:
                     memory = self.copy(node)
                 memory.kind, memory.number = "output", i
         named = tuple((n.name, n.tensor) for n in self.graph.inputs)
+        weights = tuple((name, kind) for name, (_, kind) in self.weights.items())
         types = tuple(n.tensor for n in self.graph.outputs)
-        return Entry(named, tuple(self.weights.items()), types, tuple(aliases), tuple(sorted(self.graph.symbols)))
+        return Entry(named, weights, types, tuple(aliases), tuple(sorted(self.graph.symbols)))
 
     def lay_out(self) -> list[tuple[Dim, ...]]:
         """Give every intermediate value a slot of the arena; the slots' sizes."""

@@ -799,7 +799,7 @@ def test_bad_indices_are_refused(tmp_path: Path, index: object, message: str) ->
 
 @pytest.mark.parametrize("size", [0, 5000, PIECE - 1, PIECE, PIECE + 1, 3 * PIECE + 5])
 def test_large_entries_are_checked_piece_by_piece(size: int, tmp_path: Path) -> None:
-    """However an entry is written, its hash is the same; a changed byte in any piece is found, and so is a missing end."""
+    """However an entry is written, its hash is the same, and a changed byte in any piece is found."""
     data = np.random.default_rng(0).bytes(size)
 
     def portions(file: Any) -> None:

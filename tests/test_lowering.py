@@ -332,8 +332,22 @@ def test_calls_that_do_not_fit(folder: Path) -> None:
     with pytest.raises(ArtifactError, match="weight 'w': expected float32"):
         program.call("main", good, {"w": np.ones(5, np.float32)})
     # Strided, unaligned and foreign arrays are copied.
-    wide = np.ones((3, 8), np.float32)[:, ::2]
-    np.testing.assert_array_equal(program.call("main", [wide, good[1]], weights["main"])[0], np.full((3, 4), 2))
+    strided = np.ones((3, 8), np.float32)[:, ::2]
+    unaligned = np.ones(3 * 4 + 1, np.float32)[1:].reshape(3, 4)
+    for copied in (strided, unaligned, good[0].astype(">f4")):
+        np.testing.assert_array_equal(program.call("main", [copied, good[1]], weights["main"])[0], np.full((3, 4), 2))
+
+
+def test_sizes_that_divide_exactly(folder: Path) -> None:
+    """A size may be a quotient that is whole only for the lengths that occur."""
+    m = symbol("m")
+    x = placeholder("x", TensorType((m,), "float32"))
+    halves = ops.exp(ops.reshape(x, shape=(5, m / 5)))
+    graph = Graph((x,), (ops.sum_(ops.softmax(halves, axis=1), axes=(0,)),))
+    program, _ = build(folder, main=graph)
+    for n in (5, 35):
+        array = np.linspace(-1, 1, n, dtype=np.float32)
+        check(program.call("main", [array])[0], interpret(graph, [array])[0], "float32", f"{n}")
 
 
 def test_what_is_updated_in_place_must_be_writeable(folder: Path) -> None:

@@ -117,10 +117,8 @@ def measure(
         for prompt, number in cells:
             cell = f"{prompt}{'x' if encodes else '+'}{number}"
             steps, batch = (0, number) if encodes else (number, 0)
-            for (
-                engine,
-                worker,
-            ) in workers.items():  # some compile for these lengths, allocate or measure at the first call
+            # Some compile for these lengths, allocate or measure at the first call.
+            for engine, worker in workers.items():
                 worker.ask(prompt=prompt, steps=steps, batch=batch, seed=1)
                 speeds[engine][cell] = {"prefill": [], "decode": [], "foreign": []}
             for turn in range(plan.rounds):

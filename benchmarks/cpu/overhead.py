@@ -13,22 +13,14 @@ import argparse
 import json
 import os
 import statistics
-import time
-from collections.abc import Callable
+import sys
+from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from common import machine, seconds, versions  # noqa: E402
+
 REGIONS = 1000
-
-
-def median(run: Callable[[], object], repeat: int) -> float:
-    """Median of seconds."""
-    run()
-    seconds = []
-    for _ in range(repeat):
-        begin = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - begin)
-    return statistics.median(seconds)
 
 
 def regions(threads: int) -> float:
@@ -59,7 +51,7 @@ def regions(threads: int) -> float:
     for parallel in (True, False):
         module = tvm.IRModule({"main": function(parallel)})
         run = tvm.compile(module, target=target, tir_pipeline=KERNEL_PIPELINE)["main"]
-        found.append(median(lambda run=run: run(x), 20))
+        found.append(statistics.median(seconds(lambda run=run: run(x), 20)))
     return (found[0] - found[1]) / REGIONS
 
 
@@ -72,7 +64,7 @@ def step(program: Any, prompt: int) -> float:
         session.length = prompt
         session.append([[1]], last_only=True)
 
-    return median(run, 500)
+    return statistics.median(seconds(run, 500))
 
 
 def main() -> None:
@@ -96,7 +88,7 @@ def main() -> None:
     if given.program:
         found["step_s"] = step(jisu.load(given.program, num_threads=given.threads), 128)
         found["share"] = found["tiny_step_s"] / found["step_s"]
-    print(json.dumps(found))
+    print(json.dumps({**found, "machine": machine(), "versions": versions()}))
 
 
 if __name__ == "__main__":

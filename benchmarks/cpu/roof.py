@@ -8,9 +8,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import time
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from common import seconds  # noqa: E402
 
 STREAM = 1 << 30
 """Bytes that are read, more than any cache holds."""
@@ -89,12 +93,7 @@ def measure(threads: int) -> dict[str, float]:
     def best(run: Any, size: int) -> float:
         data = tvm.runtime.empty((size,), "float32").copyfrom(np.full(size, 1e-9, np.float32))
         out = tvm.runtime.empty((64 * threads,), "float32")
-        seconds = []
-        for _ in range(6):
-            begin = time.perf_counter()
-            run(data, out)
-            seconds.append(time.perf_counter() - begin)
-        return min(seconds[1:])
+        return min(seconds(lambda: run(data, out), 5))
 
     lanes, small = target.lanes("float32"), 64 * threads
     return {

@@ -72,7 +72,7 @@ def _last(graph: Graph) -> set[Node]:
 
 
 def choose_quantized(graph: Graph, rules: Iterable[QuantizeRecipe]) -> dict[Node, tuple[Layer, QuantizeRecipe]]:
-    """The last rule that matches each matrix; those that stay as they are are left out.
+    """The last rule that matches each matrix, with groups that divide its inputs; those that stay as they are are left out.
 
     Raises RecipeError for a pattern that matches nothing and for groups that don't divide a layer's inputs.
     """

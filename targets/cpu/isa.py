@@ -510,21 +510,17 @@ class Function:
         """e^x to about 1 ulp (Cephes' expf: x = n ln 2 + r, a polynomial in r, 2^n in two steps for the full range)."""
         x = self.select(x < -104.0, self.like(-104.0, x), x)
         x = self.select(x > 89.0, self.like(89.0, x), x)
-        shifted = self.fma(x, self.like(1.44269504088896341, x), 12582912.0)
-        n = shifted - 12582912.0
-        r = self.fma(n, self.like(-0.693359375, x), x)
-        r = self.fma(n, self.like(2.12194440e-4, x), r)
-        p = self.like(1.9875691500e-4, x)
-        for c in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
-            p = self.fma(p, r, c)
-        p = self.fma(p, r * r, r) + 1.0
-        steps = self.cast("bitcast", shifted, "i32") - 0x4B400000
-        half = self.op(f"ashr {steps.type} {steps.name}, {self.like(1, steps).name}", steps.type)
-        scale = [self.cast("bitcast", (part + 127) << 23, "float") for part in (half, steps - half)]
-        return p * scale[0] * scale[1]
+        p, n = self._exp_parts(x)
+        half = self.op(f"ashr {n.type} {n.name}, {self.like(1, n).name}", n.type)
+        return p * self._power_of_two(half) * self._power_of_two(n - half)
 
     def exp_below(self, x: Val) -> Val:
-        """e^x for x of at most 0 to about 1 ulp, and 0 below e^-87; `exp` in half the instructions."""
+        """e^x for x of at most 0 to about 1 ulp, and 0 below e^-87: `exp` in one step."""
+        p, n = self._exp_parts(x)
+        return self.select(x < -87.0, self.like(0.0, x), p * self._power_of_two(n))
+
+    def _exp_parts(self, x: Val) -> tuple[Val, Val]:
+        """p and n (i32 lanes) such that e^x is p 2^n and p near 1."""
         shifted = self.fma(x, self.like(1.44269504088896341, x), 12582912.0)
         n = shifted - 12582912.0
         r = self.fma(n, self.like(-0.693359375, x), x)
@@ -532,9 +528,11 @@ class Function:
         p = self.like(1.9875691500e-4, x)
         for c in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
             p = self.fma(p, r, c)
-        p = self.fma(p, r * r, r) + 1.0
-        power = self.cast("bitcast", ((self.cast("bitcast", shifted, "i32") - 0x4B400000) + 127) << 23, "float")
-        return self.select(x < -87.0, self.like(0.0, x), p * power)
+        return self.fma(p, r * r, r) + 1.0, self.cast("bitcast", shifted, "i32") - 0x4B400000
+
+    def _power_of_two(self, n: Val) -> Val:
+        """2^n of i32 lanes, as float32."""
+        return self.cast("bitcast", (n + 127) << 23, "float")
 
     def tanh(self, x: Val) -> Val:
         """tanh to a few ulp: Cephes' polynomial near 0, else 1 - 2 / (e^2x + 1)."""

@@ -94,7 +94,7 @@ def _matrix_dtype(w: np.ndarray) -> str:
 
 def product(
     mr: int, target: Target, *, weights: str = "float32", k: int | None = None, lanes: int = 0, vectors: int = VECTORS,
-    accumulate: bool = False, rows_of: str | None = None, columns: int | None = None, follows: bool = False,
+    accumulate: bool = False, rows_of: str | None = None, columns: int | None = None, prefetch: str = "none",
     turned: bool = False,
 ) -> Micro:  # fmt: skip
     """C[mr, vectors*lanes] = A[mr, k] @ B[k, vectors*lanes], accumulated in float32 registers; all row-major.
@@ -102,14 +102,14 @@ def product(
     void(A, lda, B, ldb, C, ldc, k): strides in 32-bit words, k in words of B (static where given). `weights` says what
     a word of B holds: "float32"; "bfloat16" or "float16": two consecutive k, widened, A being float32; "dot": two
     consecutive k in bfloat16, and so has A. With `rows_of` (a dtype) B is a plain matrix of it, `ldb` counts its
-    elements, and only its first `columns` are read. With `accumulate` the product is added to C. With `follows`, a
-    further argument is an address from which half a cache line per word of B is asked for, since it will be B next. `turned`: A is
-    stored as [k, mr], lda being the stride of k.
+    elements, and only its first `columns` are read. With `accumulate` the product is added to C. `turned`: A is
+    stored as [k, mr], lda being the stride of k. `prefetch`: "stream" asks for B itself, further on; with "next" a further
+    argument is an address from which half a cache line per word of B is asked for, since it will be B next.
     """
     f = Function(
         f"product{mr}",
         [("ptr", "a"), ("i64", "lda"), ("ptr", "b"), ("i64", "ldb"), ("ptr", "c"), ("i64", "ldc"), ("i64", "k"),
-         *([("ptr", "next")] if follows else [])],
+         *([("ptr", "next")] if prefetch == "next" else [])],
         target,
     )  # fmt: skip
     a, lda, b, ldb, c, ldc, k_arg, *following = f.params()
@@ -122,14 +122,11 @@ def product(
 
     def step(index: Val, sums: list[Val]) -> list[Val]:
         at = f.at(b, index * ldb, rows_of or "float32")
-        if follows:
+        if prefetch == "next":
             f.prefetch(f.at(following[0], index * 8, "float32"))
-        elif rows_of is not None:
-            for j in range(0, vectors * lanes * ITEMSIZE[rows_of], 64):
+        elif prefetch == "stream":
+            for j in range(0, vectors * lanes * ITEMSIZE[rows_of or "float32"], 64):
                 f.prefetch(f.at(at, 4 * PREFETCH_WORDS + j, "uint8"))
-        elif rows_of is None and not accumulate and not turned:
-            for j in range(0, vectors * lanes, 16):
-                f.prefetch(f.at(at, PREFETCH_WORDS + j, "float32"))
         if rows_of is None:
             cols = [_columns(f, f.at(at, j * lanes, "float32"), weights, lanes) for j in range(vectors)]
         else:
@@ -249,12 +246,13 @@ class Reader(Protocol):
 
     @property
     def record(self) -> int:
-        """Bytes of a row of x that is read in place; 0 where rows are copied."""
+        """Bytes of a row of x where that is a record; 0 where x holds numbers of the layer's dtype."""
         ...
 
     @property
     def row(self) -> tuple[str, int]:
-        """How a task copies rows of x: their dtype ("float32", or "bfloat16" in pairs) and the inputs, zeros at the end included."""
+        """How rows of x that aren't records are arranged for the product: their dtype ("float32", or "bfloat16" in pairs) and the inputs,
+        zeros at the end included."""
         ...
 
     def shapes(self, panels: int, parts: tuple[int, ...]) -> dict[str, tuple[int | str, ...]]:
@@ -311,9 +309,10 @@ class Floats:
             deep = min(step, depth - first)
             # Few rows read weights from memory as a stream; whole blocks of rows bring the next panel nearer meanwhile.
             products = {
-                mr: product(mr, self.target, weights=kind, k=deep, accumulate=first > 0, follows=mr == sizes[0])
+                mr: product(mr, self.target, weights=kind, k=deep, accumulate=first > 0,
+                            prefetch="next" if mr == sizes[0] else "stream")
                 for mr in sizes
-            }
+            }  # fmt: skip
 
             def of(number: Val, tile: Val) -> None:
                 here = f.at(at["w"], at["w0"] + number * (depth * nr) + first * nr, "float32")

@@ -282,7 +282,15 @@ def _add_values(
     for column in range(0, spec.v_dim, 4 * lanes):
         width = min(4 * lanes, spec.v_dim - column)
         add = {
-            mr: product(mr, target, vectors=-(-width // lanes), columns=width, rows_of=stored, accumulate=True)
+            mr: product(
+                mr,
+                target,
+                vectors=-(-width // lanes),
+                columns=width,
+                rows_of=stored,
+                accumulate=True,
+                prefetch="stream",
+            )
             for mr in sizes
         }
 
