@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from jisu.frontends.to_torch import GraphModule
     from jisu.passes.compression.search import Front
     from jisu.runtime.program import Program
+    from jisu.targets.schedule import Schedule
     from jisu.targets.target import Target
 
 Progress = Callable[[str, float], None]
@@ -74,6 +75,7 @@ def compile(
     calibration: Any = None,
     training: Any = None,
     ledger: bool = False,
+    tune: bool | float = False,
     progress: Progress | None = None,
 ) -> Program:
     """Compile a model for a target.
@@ -89,7 +91,9 @@ def compile(
     token ids int64 [windows, length], of another module a list of calls, each a tuple of arguments; without, numbers are rounded to
     the nearest, and the smallest weights go. training: for recipes with `recover`, what the compressed model is trained on, in the
     forms of calibration (default: the calibration data). ledger: also measure on the calibration data what each lossy pass and each compressed
-    matrix costs the model, for `explain()["ledger"]` (see `passes/compression/ledger.py`).
+    matrix costs the model, for `explain()["ledger"]` (see `passes/compression/ledger.py`). tune: measure variants of kernels on this
+    machine and use the fastest, for at most about so many seconds (True: 120); what was measured is kept in `cache_dir` by machine and
+    kernel, and `explain()["tuning"]` tells what came of it (see `targets/tune.py`).
 
     Raises TargetError, RecipeError, InputError (what was given doesn't fit together), UnsupportedError (all that can't be
     compiled, at once), VerifyError, CompileError.
@@ -100,6 +104,7 @@ def compile(
     machine = Target.resolve(target)
     chosen = Recipe.resolve(recipe)
     _check_options(num_threads, check, passes)
+    budget = _tuning_seconds(tune, machine)
     tell = progress or (lambda stage, done: None)
     begin = time.perf_counter()
     tell("tracing", 0.0)
@@ -114,8 +119,9 @@ def compile(
         chosen, lossy = _still_to_do(source, None if recipe is None else chosen, calibration, training, tell, kept)
         samples = _calibration_samples(source, chosen, calibration) if ledger else None
         return _build(
-            source, machine, chosen, (*passes, *lossy), num_threads, check, dump, stop_after, kept, tell, times, samples
-        )
+            source, machine, chosen, (*passes, *lossy), num_threads, check, dump, stop_after, kept, tell, times, samples,
+            budget,
+        )  # fmt: skip
 
 
 def load(path: str | os.PathLike[str], *, num_threads: int | None = None) -> Program:
@@ -399,6 +405,18 @@ def _check_options(num_threads: int | None, check: str, passes: Sequence[Pass]) 
             raise InputTypeError(f"a pass is a callable with `name` and `exact`, got {type(step).__name__}: {step!r}")
 
 
+def _tuning_seconds(tune: bool | float, target: Target) -> float | None:
+    """The budget of tuning, None for none; raises where it is no time, or the machine can't run what it is to measure."""
+    if tune is False:
+        return None
+    from jisu.targets.tune import SECONDS, check_tunable
+
+    if not isinstance(tune, (bool, int, float)) or not 0 <= tune < float("inf"):
+        raise InputError(f"tune is True, False or seconds, not {tune!r}")
+    check_tunable(target)
+    return SECONDS if tune is True else float(tune)
+
+
 @contextlib.contextmanager
 def _memory_errors() -> Iterator[None]:
     from jisu.compiler.errors import TensorMemoryError
@@ -488,6 +506,7 @@ def _build(
     tell: Progress,
     times: dict[str, float],
     measured_on: Any,
+    tuning_s: float | None,
 ) -> Program:
     from jisu.passes import default_passes
     from jisu.passes.layout import sparse_matrices
@@ -529,9 +548,24 @@ def _build(
         finished[entry] = _lay_out(step, recipe, machine, check, told, Path(folder) / entry if folder else None)
     times["passes_s"] = time.perf_counter() - begin
     begin = time.perf_counter()
-    tell("compiling kernels", 0.4)
+    schedules: dict[str, Schedule] = {}
+    if tuning_s is not None:
+        from jisu.runtime.executable import Executable
+        from jisu.targets.tune import tune
+
+        tell("tuning kernels", 0.4)
+        tuned = tune(
+            finished, machine, tuning_s, num_threads=num_threads, cache_dir=kept,
+            load=lambda library, found: Executable.load(library, found, num_threads),
+            progress=lambda done: tell("tuning kernels", 0.4 + 0.15 * done),
+        )  # fmt: skip
+        schedules = {t.key: t.schedule for t in tuned if t.schedule != machine.schedule}
+        report["tuning"] = [t.to_json() for t in tuned]
+        times["tuning_s"] = time.perf_counter() - begin
+        begin = time.perf_counter()
+    tell("compiling kernels", 0.4 if tuning_s is None else 0.55)
     out = Path(tempfile.mkdtemp(prefix="jisu-"))  # stays where compiling fails: the error names it
-    info = compile_graphs(finished, machine, out=out, cache_dir=kept)
+    info = compile_graphs(finished, machine, out=out, schedules=schedules, cache_dir=kept)
     library = info.library.read_bytes()
     shutil.rmtree(out, ignore_errors=True)
     times["kernels_s"] = time.perf_counter() - begin

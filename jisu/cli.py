@@ -141,6 +141,12 @@ def compile_command(
     ledger: Annotated[
         bool, typer.Option("--ledger", help="Also measure what each compressed matrix costs, for `jisu explain`.")
     ] = False,
+    tune: Annotated[
+        bool, typer.Option("--tune", help="Measure variants of kernels on this machine and use the fastest.")
+    ] = False,
+    tune_seconds: Annotated[
+        float | None, typer.Option(metavar="SECONDS", min=0.0, help="How long --tune may take, about (default: 120).")
+    ] = None,
 ) -> None:
     """Compile a checkpoint and save the program."""
     from jisu.commands import compile as command
@@ -149,7 +155,15 @@ def compile_command(
         shell,
         model,
         out,
-        attrs.evolve(options, check=check, dump=dump, calibration=calibration, training=training, ledger=ledger),
+        attrs.evolve(
+            options,
+            check=check,
+            dump=dump,
+            calibration=calibration,
+            training=training,
+            ledger=ledger,
+            tune=tune if tune_seconds is None else tune_seconds,
+        ),
     )
 
 

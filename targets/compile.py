@@ -31,6 +31,7 @@ from jisu.compiler.entry import Entry
 from jisu.compiler.errors import CompileError
 from jisu.compiler.graph import Graph
 from jisu.compiler.storage import cache_folder
+from jisu.targets.schedule import Schedules
 from jisu.targets.target import Target
 
 LIBRARY = "library.so"
@@ -60,9 +61,15 @@ class CompiledInfo:
 
 
 def compile_graphs(
-    entries: Mapping[str, Graph], target: Target, *, out: Path, cache_dir: Path | None = None, timeout: float = TIMEOUT
+    entries: Mapping[str, Graph],
+    target: Target,
+    *,
+    out: Path,
+    schedules: Schedules | None = None,
+    cache_dir: Path | None = None,
+    timeout: float = TIMEOUT,
 ) -> CompiledInfo:
-    """Compile the graphs as entry functions of one library, `out`/library.so.
+    """Compile the graphs as entry functions of one library, `out`/library.so; kernels named in `schedules` follow those.
 
     `cache_dir` (default: the environment's JISU_CACHE_DIR, else ~/.cache/jisu) keeps libraries by content. Raises
     CompileError where TVM fails, crashes (naming the kernel) or takes longer than `timeout` seconds, or where the machine
@@ -71,12 +78,13 @@ def compile_graphs(
     begin = time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)
     texts = {name: str(graph) for name, graph in entries.items()}
-    key = _key(texts, target)
+    cuts = {key: schedule.to_json() for key, schedule in sorted((schedules or {}).items())}
+    key = _key(texts, target, cuts)
     folder = cache_folder(cache_dir) / "kernels" / hashlib.sha256(key.encode()).hexdigest()
     found = _read(folder, key)
     if found is not None and _copy(folder / LIBRARY, out / LIBRARY, found["sha256"]):
         return _info(found["info"], out, begin, cached=True)
-    info = _WORKER.compile(texts, target, out, timeout)
+    info = _WORKER.compile(texts, target, cuts, out, timeout)
     _write(folder, key, info, out / LIBRARY)
     return _info(info, out, begin, cached=False)
 
@@ -115,16 +123,21 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _key(texts: Mapping[str, str], target: Target) -> str:
+def _key(texts: Mapping[str, str], target: Target, schedules: Mapping[str, Any]) -> str:
     """Everything that the library depends on, as text; LLVM comes with TVM's wheel, so that its version is TVM's."""
     parts = {
         "format": _FORMAT,
         "entries": dict(texts),
         "target": target.fingerprint(),
-        "versions": _versions(),
-        "sources": _sources(),
+        "schedules": dict(schedules),
+        **produced_by(),
     }
     return json.dumps(parts)
+
+
+def produced_by() -> dict[str, Any]:
+    """What kernels' code depends on besides graph, target and schedules."""
+    return {"versions": _versions(), "sources": _sources()}
 
 
 def _read(folder: Path, key: str) -> dict[str, Any] | None:
@@ -222,9 +235,14 @@ class _Worker:
         self.log: Any = None
         self.requests = self.answers = -1
 
-    def compile(self, texts: Mapping[str, str], target: Target, out: Path, timeout: float) -> dict[str, Any]:
+    def compile(
+        self, texts: Mapping[str, str], target: Target, schedules: Mapping[str, Any], out: Path, timeout: float
+    ) -> dict[str, Any]:
         """The worker's answer; raises CompileError where it fails or dies."""
-        request = {"entries": dict(texts), "target": target.to_json(), "out": str(out.resolve()), "single": False}
+        request = {
+            "entries": dict(texts), "target": target.to_json(), "schedules": dict(schedules), "out": str(out.resolve()),
+            "single": False,
+        }  # fmt: skip
         with self.lock:
             try:
                 return self.ask(request, timeout)

@@ -28,6 +28,7 @@ from jisu.targets.cpu import generic
 from jisu.targets.cpu.generic.build import Builder, expression, extra_symbols, i64
 from jisu.targets.cpu.generic.element import always_pulled
 from jisu.targets.fusion import Region, regions
+from jisu.targets.schedule import Schedules, kernel_key
 from jisu.targets.target import Target
 
 _ALIGNMENT = 64  # bytes, of every value in memory
@@ -78,14 +79,16 @@ class Lowered:
     kernels: tuple[KernelUse, ...]
 
 
-def lower(entries: Mapping[str, Graph], target: Target, *, kernels: Choosers | None = None) -> Lowered:
+def lower(
+    entries: Mapping[str, Graph], target: Target, *, kernels: Choosers | None = None, schedules: Schedules | None = None
+) -> Lowered:
     """One TVM module with an entry function per graph; equal kernels of all graphs are compiled once.
 
-    Raises CompileError for a graph that can't be lowered, naming the op.
+    schedules: of kernels that have one of their own. Raises CompileError for a graph that can't be lowered, naming the op.
     """
     from jisu.targets.cpu.choose import CHOOSERS  # which imports this module
 
-    module = _Module(target, CHOOSERS if kernels is None else kernels)
+    module = _Module(target, CHOOSERS if kernels is None else kernels, schedules or {})
     made = {name: _Entry(module, graph).emit(name) for name, graph in entries.items()}
     return Lowered(IRModule(module.contents), made, module.uses())
 
@@ -162,8 +165,8 @@ def _callee(function: Any, name: str) -> tuple[_Callee, Any]:
 class _Module:
     """Kernels by content, shared by all entries."""
 
-    def __init__(self, target: Target, choosers: Choosers) -> None:
-        self.target, self.choosers = target, choosers
+    def __init__(self, target: Target, choosers: Choosers, schedules: Schedules) -> None:
+        self.target, self.choosers, self.schedules = target, choosers, schedules
         self.contents: dict[Any, Any] = {}
         self.functions: dict[str, _Callee] = {}
         self.chosen: dict[str, tuple[Kernel, _Callee] | None] = {}
@@ -203,8 +206,9 @@ class _Module:
         leaves = tuple(dict.fromkeys(node.parents))
         key = describe(Region((node,), leaves))
         if key not in self.chosen:
+            schedule = self.schedules.get(kernel_key(node), self.target.schedule)
             try:
-                kernel = chooser(node, self.target)
+                kernel = chooser(node, attrs.evolve(self.target, schedule=schedule))
             except TargetError:  # the kernel doesn't exist for this dtype or machine
                 kernel = None
             named = _clean(kernel_name(Region((node,), leaves)))

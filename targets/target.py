@@ -19,6 +19,7 @@ from typing import Any
 import attrs
 
 from jisu.compiler.errors import TargetError
+from jisu.targets.schedule import Schedule
 
 MACHINES = Path(__file__).with_name("machines")
 
@@ -90,7 +91,8 @@ class Target:
 
     `vector_bytes` and `vector_registers` describe the SIMD unit, `caches` run from the nearest level outwards,
     `memory_bandwidth` is bytes/s and `peak` FLOP/s per dtype (of the whole machine, 2 per multiply-add).
-    `estimated` says that bandwidths and peaks were derived from clock and unit counts, not measured.
+    `estimated` says that bandwidths and peaks were derived from clock and unit counts, not measured. `schedule` is how kernels cut
+    their work where that doesn't follow from the sizes.
     """
 
     name: str
@@ -107,6 +109,7 @@ class Target:
     peak: tuple[tuple[str, float], ...] = attrs.field(default=(), converter=_pairs)
     estimated: bool = True
     source: str = ""
+    schedule: Schedule = Schedule()
 
     @classmethod
     def resolve(cls, target: str | Target) -> Target:
@@ -177,6 +180,7 @@ class Target:
         """
         code = [self.kind, self.triple, self.mcpu, sorted(self.features), self.vector_bytes, self.vector_registers]
         code += [[c.bytes for c in self.caches], [d for d, rate in self.peak if rate > self.peak_flops("float32")]]
+        code += [self.schedule.to_json()]
         return f"{self.kind}-{hashlib.sha256(json.dumps(code).encode()).hexdigest()[:16]}"
 
     def has(self, *features: str) -> bool:
@@ -199,7 +203,9 @@ class Target:
     def to_json(self) -> dict[str, Any]:
         """This description as plain data; `from_json` inverts it."""
         data = attrs.asdict(self)
-        return {**data, "features": sorted(self.features), "peak": dict(self.peak)}
+        return {
+            **data, "features": sorted(self.features), "peak": dict(self.peak), "schedule": self.schedule.to_json()
+        }  # fmt: skip
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Target:
@@ -209,7 +215,8 @@ class Target:
             raise TargetError(
                 f"target description has unknown fields {', '.join(unknown)}; known: {', '.join(sorted(known))}"
             )
-        return cls(**{**data, "caches": tuple(Cache(**c) for c in data.get("caches", ()))})
+        caches = tuple(Cache(**c) for c in data.get("caches", ()))
+        return cls(**{**data, "caches": caches, "schedule": Schedule(**data.get("schedule", {}))})
 
 
 def known_targets() -> tuple[str, ...]:

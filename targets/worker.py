@@ -1,6 +1,6 @@
 """The process that runs TVM's compiler: requests and answers are lines of JSON over two pipes.
 
-A request {"entries": {name: graph text}, "target": …, "out": folder, "single": bool} is answered by lines
+A request {"entries": {name: graph text}, "target": …, "schedules": …, "out": folder, "single": bool} is answered by lines
 {"stage": …}, then one line {"result": …} or {"error": …, "kind": …}. With `single`, kernels are compiled one by one and
 nothing is linked: that tells which of them TVM can't survive.
 """
@@ -62,12 +62,14 @@ def _build(request: Mapping[str, Any], stage: Callable[[str], None]) -> dict[str
     from jisu.compiler.text import parse
     from jisu.targets.cpu.isa import tvm_target
     from jisu.targets.lowering import lower
+    from jisu.targets.schedule import from_json
     from jisu.targets.target import Target
 
     out = Path(request["out"])
     target = Target.from_json(request["target"])
     stage("lowering")
-    lowered = lower({name: parse(text) for name, text in request["entries"].items()}, target)
+    graphs = {name: parse(text) for name, text in request["entries"].items()}
+    lowered = lower(graphs, target, schedules=from_json(request["schedules"]))
     (out / IR).write_text(str(lowered.module))
     if request["single"]:
         _build_each(lowered.module, tvm_target(target), stage)

@@ -140,6 +140,14 @@ def test_explain_has_the_keys_that_scripts_read(program: Path) -> None:
     assert "Passes" in shown and "Kernels" in shown and "measured:" in shown
 
 
+def test_tuning_shows_in_explain(checkpoint: Path, cache: Path, tmp_path: Path) -> None:
+    out = tmp_path / "tuned.jisu"
+    told = result(jisu("compile", checkpoint, "-o", out, "--cache-dir", cache, "--tune-seconds", "1", "--json"))
+    assert 0 < told["times"]["tuning_s"] < 30
+    assert result(jisu("explain", out, "--json"))["tuning"]
+    assert "Tuned kernels" in jisu("explain", out).stdout
+
+
 def test_bisect_finds_nothing_wrong(checkpoint: Path, cache: Path) -> None:
     told = result(jisu("bisect", checkpoint, "--prompt", "If the object", "--cache-dir", cache, "--json"))
     assert told["at_fault"] is None and told["compiled_error"] < told["tolerance"] and told["passes"]

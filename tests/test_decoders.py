@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +13,8 @@ import transformers
 from decoders import DECODERS, VOCABULARY, make
 
 import jisu
+from jisu.targets.cpu import sparse_limits
+from jisu.targets.target import Target
 
 FAST = ("llama_tied", "mistral", "mixtral")
 
@@ -173,3 +177,39 @@ def test_a_model_of_one_length_is_refused_by_name() -> None:
     config = transformers.MambaConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=1, state_size=4)
     with pytest.raises(jisu.UnsupportedError, match=r"MambaForCausalLM.*any length.*example_inputs"):
         jisu.compile(transformers.MambaForCausalLM(config).eval())
+
+
+_INTEGERS = [{"scheme": "int4", "group": 16, "activations": "int8"}, {"layers": "head", "activations": "int8"}]
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "recipe", "op"),
+    [
+        ("llama_tied", "float32", {"quantize": _INTEGERS}, "integer_projections"),
+        ("gpt2", "float32", None, "packed_linear"),
+        ("gemma2", "bfloat16", None, "packed_gated_linear"),
+        ("mixtral", "float32", None, "packed_experts"),
+        ("qwen3", "float32", {"quantize": {"scheme": "int4", "group": 16}}, "quantized_linear"),
+        ("llama", "bfloat16", {"quantize": {"scheme": "nf4", "group": 32}}, "quantized_linear"),
+        ("llama", "float32", {"prune": {"pattern": "2:4"}}, "sparse_linear"),
+        ("llama", "float32", {"prune": {"pattern": "2:4"}, "quantize": "int8"}, "sparse_linear"),
+    ],
+)
+def test_logits_depend_neither_on_threads_nor_on_the_batch(
+    name: str, dtype: str, recipe: Any, op: str, tmp_path: Path
+) -> None:
+    """Bit by bit: a sequence alone or beside others, with one thread or two, of a prompt and of single tokens."""
+    ids = np.random.default_rng(0).integers(0, VOCABULARY, (3, 21))
+    compiled = jisu.compile(make(name, getattr(torch, dtype)), recipe=recipe)
+    if op != "sparse_linear" or sparse_limits(Target.resolve("cpu")):
+        assert f"{op}(" in compiled.ir()
+    compiled.save(tmp_path / "p.jisu")
+    found = []
+    for threads in (1, 2):
+        program = jisu.load(tmp_path / "p.jisu", num_threads=threads)
+        for rows in (slice(0, 3), slice(1, 2)):
+            session = program.session()
+            steps = [session.append(ids[rows, :19]), session.append(ids[rows, 19:20]), session.append(ids[rows, 20:])]
+            found.append(np.concatenate([np.asarray(s) for s in steps], 1)[1 if rows.stop == 3 else 0])
+    for other in found[1:]:
+        np.testing.assert_array_equal(other, found[0])

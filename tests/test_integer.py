@@ -9,7 +9,6 @@ import attrs
 import numpy as np
 import pytest
 from conftest import DEMO
-from decoders import VOCABULARY, make
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -184,24 +183,6 @@ def test_kernels_round_rows_of_any_size(tmp_path: Path) -> None:
             np.testing.assert_allclose(
                 one[i], want[i], rtol=1e-5, atol=1e-5 * np.abs(want[i]).max() + 1e-44, err_msg=str(sizes[i])
             )
-
-
-def test_logits_depend_neither_on_threads_nor_on_the_batch(tmp_path: Path) -> None:
-    """Bit by bit: a sequence alone or beside others, with one thread or two, of a prompt and of single tokens."""
-    ids = np.random.default_rng(0).integers(0, VOCABULARY, (3, 21))
-    rules = [{"scheme": "int4", "group": 16, "activations": "int8"}, {"layers": "head", "activations": "int8"}]
-    compiled = jisu.compile(make("llama_tied"), recipe={"quantize": rules})
-    assert "integer_projections(" in compiled.ir() and "quantized_take(" in compiled.ir()
-    compiled.save(tmp_path / "p.jisu")
-    found = []
-    for threads in (1, 2):
-        program = jisu.load(tmp_path / "p.jisu", num_threads=threads)
-        for rows in (slice(0, 3), slice(1, 2)):
-            session = program.session()
-            steps = [session.append(ids[rows, :19]), session.append(ids[rows, 19:20]), session.append(ids[rows, 20:])]
-            found.append(np.concatenate([np.asarray(s) for s in steps], 1)[1 if rows.stop == 3 else 0])
-    for other in found[1:]:
-        np.testing.assert_array_equal(other, found[0])
 
 
 @pytest.mark.parametrize("recipe", ["int4", "int8", "w4a16"])

@@ -342,7 +342,7 @@ class OnnxRuntime(Stepwise):
 
 
 def _export_encoder(checkpoint: Path, form: str, out: Path) -> None:
-    """By PyTorch's exporter, then ONNX Runtime's dynamic quantization."""
+    """By PyTorch's exporter, then ONNX Runtime's own fusions for transformers and its dynamic quantization."""
     import torch
     import transformers
 
@@ -360,6 +360,11 @@ def _export_encoder(checkpoint: Path, form: str, out: Path) -> None:
     torch.onnx.export(
         Plain(), (ids, ids, ids * 0), plain, input_names=names, dynamic_axes=axes, opset_version=17, dynamo=False
     )
+    from onnxruntime.transformers.optimizer import optimize_model
+
+    fused = optimize_model(str(plain), model_type="bert", num_heads=model.config.num_attention_heads,
+                           hidden_size=model.config.hidden_size)  # fmt: skip
+    fused.save_model_to_file(str(plain))
     if form == "float32":
         plain.rename(out)
         return
@@ -367,7 +372,7 @@ def _export_encoder(checkpoint: Path, form: str, out: Path) -> None:
         raise ValueError(f"no {form} for encoders here")
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    quantize_dynamic(plain, out, weight_type=QuantType.QInt8)
+    quantize_dynamic(plain, out, weight_type=QuantType.QInt8, extra_options={"DefaultTensorType": 1})
     plain.unlink()
 
 

@@ -136,5 +136,6 @@ def _tokenizer(folder: Path, vocabulary: int) -> None:
         "bos_token": "<s>",
         "eos_token": "</s>",
         "pad_token": "<pad>",
+        "unk_token": "<pad>",  # which CTranslate2's converter of encoders wants named
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(facts))

@@ -76,6 +76,8 @@ def _show(console: Console, path: str, report: Mapping[str, Any], program: Progr
     sparse = [[m["name"], f"{m['kept']:.0%}", m["stored"]] for m in report.get("sparse", ())]
     if sparse:
         console.print(table("Sparse matrices", ("<matrix", "kept", "<stored"), sparse))
+    if report.get("tuning"):
+        _show_tuning(console, report["tuning"])
     if report.get("ledger"):
         _show_ledger(console, report["ledger"])
     cache = report.get("cache")
@@ -89,6 +91,21 @@ def _show(console: Console, path: str, report: Mapping[str, Any], program: Progr
             f"measured: {units.seconds(measured['step_s'])} for {measured['tokens']} tokens at once, "
             f"{units.seconds(measured['decode_s'])} for one after them ({program.num_threads} threads)"
         )
+
+
+def _show_tuning(console: Console, tuning: Sequence[Mapping[str, Any]]) -> None:
+    rows = [
+        [
+            t["op"],
+            t["key"].partition("(")[2].partition(", activation")[0],
+            ", ".join(f"{name} {value}" for name, value in t["schedule"].items()) or "as without",
+            f"{t['ratio']:.2f}",
+            str(t["variants"]) + ("" if t["complete"] else " (out of time)"),
+        ]
+        for t in tuning
+    ]
+    columns = ("<kernel", "<of", "<schedule", "time against none", "variants measured")
+    console.print(table("Tuned kernels", columns, rows))
 
 
 def _show_ledger(console: Console, ledger: Mapping[str, Any]) -> None:

@@ -32,6 +32,7 @@ class Options:
     calibration: str | None = None
     training: str | None = None
     ledger: bool = False
+    tune: bool | float = False
 
 
 @attrs.frozen
@@ -84,6 +85,7 @@ def compile_checkpoint(shell: Shell, path: str, options: Options) -> Opened:
             calibration=options.calibration,
             training=options.training,
             ledger=options.ledger,
+            tune=options.tune,
             progress=tell,
         )
     return Opened(program, time.perf_counter() - begin, None)

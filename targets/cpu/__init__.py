@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from jisu.compiler import ops
+from jisu.compiler.graph import Node
 from jisu.compiler.schemes import SCHEMES
 from jisu.compiler.types import numpy_dtype
 from jisu.targets.target import Target
@@ -10,6 +12,21 @@ from jisu.targets.target import Target
 def packing(target: Target) -> tuple[int, dict[str, int]]:
     """How kernels want weights packed: outputs per panel, and per dtype how many inputs share a word."""
     return 2 * target.lanes("float32"), {"float32": 1, "bfloat16": 2, "float16": 2}
+
+
+_FLOATS = frozenset({ops.packed_linear, ops.packed_gated_linear, ops.packed_projections})
+_CODES = frozenset({ops.quantized_linear, ops.integer_linear, ops.integer_projections})
+
+
+def variants(node: Node, target: Target) -> dict[str, tuple[int, ...]]:
+    """Numbers of a schedule that are worth measuring for the node's kernel, besides what it has without; none where it has no schedule."""
+    if node.op not in _FLOATS | _CODES:
+        return {}
+    # Words of a panel's outputs that half of the nearest cache holds, and some more.
+    near = target.cache_bytes(1, 1 << 15) // (2 * 4 * packing(target)[0]) // 16 * 16
+    found = {"depth": (near, 2 * near, 4 * near)} if node.op in _FLOATS else {}
+    rows = (8, 14) if target.vector_registers >= 32 else (4,)
+    return {**found, "rows": rows, "chunk": (96, 144, 480), "ahead": (2048, 4096, 16384), "shares": (8, 32, 64)}
 
 
 # Seconds in which one core computes with a word (64 weights), dense and sparse, where they come from its cache: measured on Zen 5

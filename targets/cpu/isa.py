@@ -267,6 +267,29 @@ class Function:
         cond = condition
         return self.op(f"select {cond.type} {cond.name}, {then.type} {then.name}, {rhs.type} {rhs.name}", then.type)
 
+    def lookup(self, table: Sequence[float], index: Val) -> Val:
+        """The numbers float32 of a table of up to 16 at these indices (i32 lanes)."""
+        lanes, size = lanes_of(index.type), len(table)
+        if lanes == 16 and self.target.has("avx512f"):
+            return self.call("<16 x float>", "llvm.x86.avx512.permvar.sf.512", self._numbers(table, 16), index)
+        if lanes == 8 and self.target.has("avx2"):
+            halves = [
+                self.call("<8 x float>", "llvm.x86.avx2.permps", self._numbers(part, 8), index)
+                for part in (table[:8], table[8:])
+                if part
+            ]
+            return halves[0] if size <= 8 else self.select(index < 8, *halves)
+        found = self.like(float(table[-1]), self.cast("bitcast", index, "float"))
+        for i in range(size - 2, -1, -1):
+            found = self.select(index.cmp("eq", i), self.like(float(table[i]), found), found)
+        return found
+
+    def _numbers(self, values: Sequence[float], lanes: int) -> Val:
+        """A vector of these float32, then zeros."""
+        padded = [*values, *[0.0] * (lanes - len(values))]
+        text = ", ".join(f"float {self.const(float(v), 'float').name}" for v in padded)
+        return Val(self, f"<{text}>", vector_type("float", lanes))
+
     def minimum(self, a: Val, b: Val | int) -> Val:
         """The lesser of two integers."""
         rhs = self.like(b, a)

@@ -11,8 +11,8 @@ from jisu.compiler import schemes
 from jisu.compiler.errors import TargetError
 from jisu.targets.cpu.isa import Function, Micro, Val, vector_type
 from jisu.targets.cpu.kernels.matmul import (
-    PREFETCH_WORDS,
     VECTORS,
+    ahead,
     block_sizes,
     layer_func,
     panel_width,
@@ -108,15 +108,12 @@ class Codes:
         nr, per_byte = panel_width(self.target), self.kind.per_byte
         vec = vector_type("float", f.lanes)
         rows = [f.at(at["a"], at["lda"] * m, "float32") for m in range(mr)]
-        # One row has too few accumulators to hide the multiply-add's latency: several words go on at once.
-        chains = (4 if mr == 1 else 2 if mr == 2 else 1) // per_byte or 1
-        width = mr * VECTORS * per_byte
 
         def step(word: Val, sums: list[Val], scale: list[Val], shift: list[Val]) -> list[Val]:
             result = list(sums)
             here = f.at(at["b"], word * nr, "i8")
             if mr <= 2:
-                f.prefetch(f.at(here, 4 * PREFETCH_WORDS, "i8"))
+                f.prefetch(f.at(here, ahead(self.target), "i8"))
             for j in range(VECTORS):
                 both = f.cast("zext", f.load(vector_type("i8", f.lanes), f.at(here, j * f.lanes, "i8")), "i32")
                 parts = [both] if per_byte == 1 else [both & 15, both >> 4]
@@ -133,26 +130,14 @@ class Codes:
             first = i * self.each
             last = f.minimum(first + self.each, self.words)
 
-            def chained(word: Val, carried: list[Val]) -> list[Val]:
-                return [
-                    v for n in range(chains) for v in step(word + n, carried[n * width : (n + 1) * width], scale, shift)
-                ]
+            *sums, _ = f.loop(first, last, 1, sums, lambda w, v: step(w, v, scale, shift))
+            return sums
 
-            *sums, end = f.loop(first, last - (chains - 1), chains, sums, chained)
-            *first_chain, _ = f.loop(end, last, 1, sums[:width], lambda w, v: step(w, v, scale, shift))
-            return [*first_chain, *sums[width:]]
-
-        *sums, _ = f.loop(0, self.groups, 1, [f.const(0.0, vec)] * (width * chains), group)
+        *sums, _ = f.loop(0, self.groups, 1, [f.const(0.0, vec)] * (mr * VECTORS * per_byte), group)
         for m in range(mr):
             for j in range(VECTORS):
-                parts = [
-                    sums[(n * per_byte + h) * mr * VECTORS + m * VECTORS + j]
-                    for n in range(chains)
-                    for h in range(per_byte)
-                ]
-                total = parts[0]
-                for part in parts[1:]:
-                    total = total + part
+                first, *others = [sums[(half * mr + m) * VECTORS + j] for half in range(per_byte)]
+                total = sum(others, first)
                 f.store(total, f.at(f.at(at["c"], at["ldc"] * m, "float32"), j * f.lanes, "float32"))
         return f.finish()
 
@@ -182,10 +167,7 @@ def level(f: Function, scheme: str, code: Val) -> Val:
         size = (code & (2 ** (kind.bits - 1) - 1)) << (23 - kind.mantissa)
         sign = (code & 2 ** (kind.bits - 1)) << (32 - kind.bits)
         return f.cast("bitcast", size | sign, "float") * 2.0 ** (127 - kind.bias)
-    found = f.like(float(kind.levels[-1]), f.cast("bitcast", code, "float"))
-    for i in range(len(kind.levels) - 2, -1, -1):
-        found = f.select(code.cmp("eq", i), f.like(float(kind.levels[i]), found), found)
-    return found
+    return f.lookup(kind.levels.tolist(), code)
 
 
 def quantized_linear(

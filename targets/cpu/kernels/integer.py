@@ -18,8 +18,9 @@ from jisu.compiler.errors import TargetError
 from jisu.targets.cpu.isa import ITEMSIZE, Arg, Function, Micro, Val, require_dtype, vector_type
 from jisu.targets.cpu.kernels.codes import Codes, zeros
 from jisu.targets.cpu.kernels.matmul import (
-    PREFETCH_WORDS,
     VECTORS,
+    ahead,
+    block_sizes,
     layer_func,
     panel_width,
     projections,
@@ -38,7 +39,7 @@ _MOST_INPUTS = 1 << 16
 
 def _sizes(target: Target) -> tuple[int, ...]:
     """Rows that are multiplied at once; up to as many as the largest, codes are taken apart in registers."""
-    return (12, 8, 4, 2, 1) if target.vector_registers >= 32 else (6, 4, 2, 1)
+    return block_sizes(target, (8, 4, 2, 1))
 
 
 def dot4(f: Function, codes: Val, x: Val, total: Val) -> Val:
@@ -115,7 +116,7 @@ class Integers(Codes):
         def word(i: Val, _: list[Val]) -> None:
             for j in range(VECTORS):
                 line = f.at(b, i * size + j * 4 * f.lanes, "i8")
-                f.prefetch(f.at(line, 4 * PREFETCH_WORDS, "i8"))
+                f.prefetch(f.at(line, ahead(self.target), "i8"))
                 for half, part in enumerate(_halves(f.load(vector_type("i32", f.lanes), line))):
                     f.store(part, f.at(out, (i * 2 + half) * size + j * 4 * f.lanes, "i8"))
 
@@ -143,18 +144,18 @@ class Integers(Codes):
         kept = mr <= 4
         # Blocks of all rows that there are read codes from memory as a stream; others bring the next panel nearer meanwhile.
         streams = mr < _sizes(self.target)[0]
-        ahead = nr * WORD if shared or self.kind.per_byte == 1 else nr * WORD // 2
+        line_bytes = nr * WORD if shared or self.kind.per_byte == 1 else nr * WORD // 2
 
         def accumulate(word: Val, sums: list[Val], steps: int) -> list[Val]:
             result = list(sums)
             for n in range(steps):
                 here = f.at(at["b"], (word + n) * (nr * WORD), "i8")
                 lines = [f.at(here, j * 4 * f.lanes, "i8") for j in range(VECTORS)]
-                for j in range(0, nr * WORD if streams else ahead, 64):
+                for j in range(0, nr * WORD if streams else line_bytes, 64):
                     f.prefetch(
-                        f.at(here, 4 * PREFETCH_WORDS + j, "i8")
+                        f.at(here, ahead(self.target) + j, "i8")
                         if streams
-                        else f.at(at["next"], (word + n) * ahead + j, "i8")
+                        else f.at(at["next"], (word + n) * line_bytes + j, "i8")
                     )
                 codes = [_halves(c, chains == 2) if shared else [c] for c in (f.load(ints, line) for line in lines)]
                 # Row by row, so that no more than one of x's words needs a register at a time.

@@ -41,9 +41,10 @@ def panel_width(target: Target) -> int:
     return VECTORS * target.lanes("float32")
 
 
-def block_sizes(target: Target) -> tuple[int, ...]:
-    """MR: how many rows of accumulators the register file holds beside the panel row, then the sizes for the rest."""
-    return (12, 4, 2, 1) if target.vector_registers >= 32 else (6, 2, 1)
+def block_sizes(target: Target, smaller: Sequence[int] = (4, 2, 1)) -> tuple[int, ...]:
+    """MR: how many rows of accumulators the register file holds beside the panel row, then `smaller` ones for the rest."""
+    most = target.schedule.rows or (12 if target.vector_registers >= 32 else 6)
+    return (most, *(mr for mr in smaller if mr < most))
 
 
 def _paired(dtype: str) -> bool:
@@ -99,6 +100,7 @@ def product(
 ) -> Micro:  # fmt: skip
     """C[mr, vectors*lanes] = A[mr, k] @ B[k, vectors*lanes], accumulated in float32 registers; all row-major.
 
+    An element's sum goes from the first k to the last, whatever mr is, so that a row's result doesn't depend on those beside it.
     void(A, lda, B, ldb, C, ldc, k): strides in 32-bit words, k in words of B (static where given). `weights` says what
     a word of B holds: "float32"; "bfloat16" or "float16": two consecutive k, widened, A being float32; "dot": two
     consecutive k in bfloat16, and so has A. With `rows_of` (a dtype) B is a plain matrix of it, `ldb` counts its
@@ -116,8 +118,6 @@ def product(
     lanes = lanes or f.lanes
     vec = vector_type("float", lanes)
     halves = 2 if weights in ("bfloat16", "float16") else 1
-    # One row has too few accumulators to hide the multiply-add's latency: several k go on at once.
-    chains = 4 if mr == 1 else 2 if mr == 2 else 1
     rows = [f.at(a, f.i64(m) if turned else lda * m, "float32") for m in range(mr)]
 
     def step(index: Val, sums: list[Val]) -> list[Val]:
@@ -126,7 +126,7 @@ def product(
             f.prefetch(f.at(following[0], index * 8, "float32"))
         elif prefetch == "stream":
             for j in range(0, vectors * lanes * ITEMSIZE[rows_of or "float32"], 64):
-                f.prefetch(f.at(at, 4 * PREFETCH_WORDS + j, "uint8"))
+                f.prefetch(f.at(at, ahead(target) + j, "uint8"))
         if rows_of is None:
             cols = [_columns(f, f.at(at, j * lanes, "float32"), weights, lanes) for j in range(vectors)]
         else:
@@ -142,30 +142,21 @@ def product(
                     result[m * vectors + j] = new
         return result
 
-    width = mr * vectors
     left = [(columns or vectors * lanes) - j * lanes for j in range(vectors)]
     masks = [f.mask_below(c, lanes) if c < lanes else None for c in left]
 
-    def chained(index: Val, sums: list[Val]) -> list[Val]:
-        return [s for n in range(chains) for s in step(index + n, sums[n * width : (n + 1) * width])]
-
-    depth: Val | int = k_arg if k is None else k
-    whole: Val | int = depth & -chains
-    *sums, end = f.loop(0, whole, chains, [f.const(0.0, vec)] * (width * chains), chained)
-    first = sums[:width]
-    if chains > 1:
-        *first, _ = f.loop(end, depth, 1, first, step)
-        for n in range(1, chains):
-            first = [s + t for s, t in zip(first, sums[n * width : (n + 1) * width], strict=True)]
+    *sums, _ = f.loop(0, k_arg if k is None else k, 1, [f.const(0.0, vec)] * (mr * vectors), step)
     for m in range(mr):
         for j in range(vectors):
             address = f.at(f.at(c, ldc * m, "float32"), j * lanes, "float32")
-            total = first[m * vectors + j]
+            total = sums[m * vectors + j]
             f.store(total + f.load(vec, address) if accumulate else total, address)
     return f.finish()
 
 
-PREFETCH_WORDS = 2048  # how far ahead of its use a streamed weight is asked for
+def ahead(target: Target) -> int:
+    """Bytes between a streamed weight and the one that is asked for meanwhile."""
+    return target.schedule.ahead or 8192
 
 
 def _columns(f: Function, address: Val, weights: str, lanes: int) -> list[Val]:
@@ -267,7 +258,9 @@ class Reader(Protocol):
         ...
 
 
-CHUNK_ROWS = 240  # rows of x that one task multiplies, if the cache holds as many
+def chunk_rows(target: Target) -> int:
+    """Rows of x that one task multiplies, if the cache holds as many."""
+    return target.schedule.chunk or 240
 
 
 @attrs.frozen
@@ -301,8 +294,8 @@ class Floats:
         kind = "dot" if uses_dot(self.dtype, self.target) else self.dtype
         words = 2 if kind in ("bfloat16", "float16") else 1  # of a row, per word of the panel
         # A chunk of rows, as deep as a part, stays in the second cache while panels go by.
-        room = self.target.cache_bytes(2, 1 << 20) // 2 // (4 * CHUNK_ROWS * words)
-        parts = -(-depth // max(room // 64 * 64, 64))
+        room = self.target.cache_bytes(2, 1 << 20) // 2 // (4 * chunk_rows(self.target) * words)
+        parts = -(-depth // (self.target.schedule.depth or max(room // 64 * 64, 64)))
         step = align_up(-(-depth // parts), 16)
 
         def part(first: int) -> Callable[[Val, Val], None]:
@@ -343,6 +336,7 @@ class Layer:
     block: int  # rows that its product does at once
     tile_words: int
     rows_per_core: int  # rows from which on a task is compute bound
+    shares: int  # tasks that panels are then dealt to
     scratch_words: int  # what its reader needs
     arranged: Arranged | None  # None where x is read as it lies
 
@@ -359,7 +353,7 @@ class Layer:
     def groups(self, rows: Any) -> Any:
         """Panels per task for this many rows (TIR)."""
         # A streamed weight wants equal shares for every thread.
-        few, many = -(-self.panels // 32), max(-(-self.panels // 16), min(3, self.panels))
+        few, many = -(-self.panels // 32), max(-(-self.panels // self.shares), min(3, self.panels))
         return T.Select(rows <= self.rows_per_core, T.int64(few), T.int64(many))
 
     def rows(self, x: Any, m: Any, index: Any = None) -> Any:
@@ -433,7 +427,7 @@ def layer(
     at["a"] = f.at(at["x"], at["m0"] * lda, "float32")
     multipliers = reads.multipliers(f, at, lda)
     half_l2 = target.cache_bytes(2, 1 << 20) // 2
-    chunk = max(block, min(CHUNK_ROWS, half_l2 // (4 * -(-lda // len(multipliers)))) // block * block)
+    chunk = max(block, min(chunk_rows(target), half_l2 // (4 * -(-lda // len(multipliers)))) // block * block)
 
     def finish(v: Val, gate: Val | None, y_at: Val, mask: Val | None) -> Val:
         if scale is not None:
@@ -493,7 +487,10 @@ def layer(
 
     f.loop(at["p0"], at["p1"], together, [], some)
     arranged = None if as_it_lies else _arranged(k, dtype, row_dtype, row_inputs, lda, gather, target)
-    return Layer(f.finish(), operands, panels, chunk, block, together * tile_words, 8, reads.scratch_words, arranged)
+    shares = target.schedule.shares or 16
+    return Layer(
+        f.finish(), operands, panels, chunk, block, together * tile_words, 8, shares, reads.scratch_words, arranged
+    )
 
 
 def _arranged(k: int, dtype: str, row_dtype: str, inputs: int, words: int, gather: int, target: Target) -> Arranged:

@@ -18,8 +18,8 @@ from jisu.compiler.errors import TargetError
 from jisu.targets.cpu.isa import ITEMSIZE, Function, Micro, Val, require_dtype, vector_type
 from jisu.targets.cpu.kernels.codes import Codes, level, scale_and_shift
 from jisu.targets.cpu.kernels.matmul import (
-    PREFETCH_WORDS,
     VECTORS,
+    ahead,
     block_sizes,
     dot,
     layer_func,
@@ -136,72 +136,46 @@ class Sparse:
         )
         f = Function("sparse_row" if multiply else "expand", [("i64" if n == "first" else "ptr", n) for n in names], self.target)  # fmt: skip
         at = dict(zip(names, f.params(), strict=True))
-        nr, vec, zero = panel_width(self.target), vector_type("float", f.lanes), f.const(0.0, "float")
-        width = VECTORS if self.dots else 2 * VECTORS  # accumulators of one word
-        chains = 8 // width if multiply else 1
-        # A chain carries its accumulators and the sum of the inputs that it has seen.
-        nothing = [*([f.const(0.0, vec)] * width), zero] * (chains if multiply else 0)
-        size = width + 1
+        nr, nothing = (
+            panel_width(self.target),
+            [f.const(0.0, vector_type("float", f.lanes))] * (VECTORS if multiply else 0),
+        )
 
-        def word(index: Val, position: Val, sums: list[Val], group: Group | None) -> tuple[list[Val], Val]:
+        def word(index: Val, position: Val, sums: list[Val], group: Group | None) -> list[Val]:
+            """The position behind a word, and the sums with its products; they go on as in `product`, one input after the other."""
             columns, after = self._columns(f, at, index, position, group)
+            if group is not None:
+                scaling = [*zip(group.scales, group.shifts, strict=True)] * 2
+                columns = [f.fma(v, scale, shift) for v, (scale, shift) in zip(columns, scaling, strict=True)]
             if not multiply:
                 lanes = nr if self._paired else 2 * nr
                 for i, v in enumerate(columns):
-                    w = v if group is None else f.fma(v, group.scales[i % VECTORS], group.shifts[i % VECTORS])
-                    f.store(w, f.at(at["out"], index * lanes + i * f.lanes, "float32"))
-                return sums, after
+                    f.store(v, f.at(at["out"], index * lanes + i * f.lanes, "float32"))
+                return [after]
             if self.dots:
                 pair = f.splat(f.load("float", f.at(at["a"], index, "float32")), f.lanes)
-                return [*(dot(f, pair, w, s) for w, s in zip(columns, sums, strict=False)), sums[-1]], after
+                return [after, *(dot(f, pair, w, s) for w, s in zip(columns, sums, strict=True))]
             if self._paired:  # halves of each word
                 split = [words_as_floats(f, f.cast("bitcast", v, "i32"), self.dtype) for v in columns]
                 columns = [part[half] for half in (0, 1) for part in split]
-            xs = [f.load("float", f.at(at["a"], index * 2 + i, "float32")) for i in (0, 1)]
-            spread = [f.splat(x, f.lanes) for x in xs]
-            seen = sums[-1] + (xs[0] + xs[1]) if self.codes else sums[-1]
-            return [*(f.fma(spread[i // VECTORS], w, sums[i]) for i, w in enumerate(columns)), seen], after
+            for i in (0, 1):
+                x = f.splat(f.load("float", f.at(at["a"], index * 2 + i, "float32")), f.lanes)
+                sums = [f.fma(x, w, s) for w, s in zip(columns[i * VECTORS : (i + 1) * VECTORS], sums, strict=True)]
+            return [after, *sums]
 
-        def run(start: Val | int, stop: Val | int, position: Val, group: Group | None) -> tuple[Val, list[Val]]:
-            """Position and sums of a range of words: VECTORS registers, and the sum of inputs."""
-
-            def several(index: Val, values: list[Val]) -> list[Val]:
-                here, new = values[0], []
-                for n in range(chains):
-                    sums, here = word(index + n, here, values[1 + n * size : 1 + (n + 1) * size], group)
-                    new += sums
-                return [here, *new]
-
-            def one(index: Val, values: list[Val]) -> list[Val]:
-                sums, here = word(index, values[0], values[1:], group)
-                return [here, *sums]
-
-            if not multiply:
-                return f.loop(start, stop, 1, [position], one)[0], []
-            here, *sums, end = f.loop(start, f.i64(stop) - (chains - 1), chains, [position, *nothing], several)
-            here, *first, _ = f.loop(end, stop, 1, [here, *sums[:size]], one)
-            sums[:size] = first
-            totals = [_sum([s for n in range(chains) for s in sums[n * size + j : (n + 1) * size - 1 : VECTORS]]) for j in range(VECTORS)]  # fmt: skip
-            return here, [*totals, _sum(sums[width::size])]
+        def words(start: Val | int, stop: Val | int, carried: list[Val], group: Group | None) -> list[Val]:
+            *carried, _ = f.loop(start, stop, 1, carried, lambda index, v: word(index, v[0], v[1:], group))
+            return carried
 
         if self.codes is None:
-            _, totals = run(0, self.words, at["first"], None)
+            _, *totals = words(0, self.words, [at["first"], *nothing], None)
         else:
             codes, each = self.codes, self.codes.group // 2 or self.words
 
-            def over_group(i: Val, values: list[Val]) -> list[Val]:
-                group = _group(f, codes, at, i)
-                here, sums = run(i * each, f.minimum(i * each + each, self.words), values[0], group)
-                if not multiply:
-                    return [here]
-                new = []
-                for j in range(VECTORS):
-                    total = f.fma(sums[j], group.scales[j], values[1 + j])
-                    new.append(f.fma(f.splat(sums[-1], f.lanes), group.shifts[j], total))
-                return [here, *new]
+            def over_group(i: Val, carried: list[Val]) -> list[Val]:
+                return words(i * each, f.minimum(i * each + each, self.words), carried, _group(f, codes, at, i))
 
-            empty = [f.const(0.0, vec)] * (VECTORS if multiply else 0)
-            _, *totals, _ = f.loop(0, codes.groups, 1, [at["first"], *empty], over_group)
+            _, *totals, _ = f.loop(0, codes.groups, 1, [at["first"], *nothing], over_group)
         for j in range(VECTORS if multiply else 0):
             f.store(totals[j], f.at(at["out"], j * f.lanes, "float32"))
         return f.finish()
@@ -216,7 +190,7 @@ class Sparse:
         size = 1 if self.codes else ITEMSIZE[self.dtype]
         byte = position >> 1 if per_byte == 2 else position * size
         for line in range(0, 48 * size // per_byte, 64):  # at most three quarters are there, as a rule
-            f.prefetch(f.at(f.at(at["w"], byte, "i8"), 4 * PREFETCH_WORDS + line, "i8"))
+            f.prefetch(f.at(f.at(at["w"], byte, "i8"), ahead(self.target) + line, "i8"))
         if group is None:
             stored, lanes = ("i16", 32) if self._paired else ("float", 16)
             found = []
@@ -279,13 +253,6 @@ def _group(f: Function, codes: Codes, at: Mapping[str, Val], number: Val) -> Gro
     lanes = ", ".join(f"i32 {i % 32}" for i in range(64))
     absent = f.op(f"shufflevector <16 x i8> {parts[0].name}, <16 x i8> {parts[1].name}, <64 x i32> <{lanes}>", "<64 x i8>")  # fmt: skip
     return Group(scale, shift, absent - int(kind.middle))
-
-
-def _sum(parts: list[Val]) -> Val:
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
-    return total
 
 
 def _bytes(values: list[int], f: Function) -> Val:

@@ -12,7 +12,7 @@ import attrs
 
 from jisu.compiler.rows import ROW_BITS, record_bytes
 from jisu.targets.cpu.isa import ITEMSIZE, Arg, Function, Micro, Val, align_up
-from jisu.targets.cpu.kernels.matmul import PREFETCH_WORDS, product, row_blocks
+from jisu.targets.cpu.kernels.matmul import ahead, product, row_blocks
 from jisu.targets.target import Target
 
 KEYS = 64  # keys per tile
@@ -311,7 +311,7 @@ def _dots(spec: Spec, stored: str, k_stride: int, target: Target) -> Micro:
     def block(j: Val, _: list[Val]) -> None:
         at = [f.at(k, f.minimum(j + i, n - 1) * k_stride, stored) for i in range(lanes)]
         for i in range(0, lanes * k_stride * ITEMSIZE[stored] if k_stride == d else 0, 64):
-            f.prefetch(f.at(at[0], 4 * PREFETCH_WORDS + i, "uint8"))
+            f.prefetch(f.at(at[0], ahead(target) + i, "uint8"))
 
         def row(r: Val, _: list[Val]) -> None:
             xs = [f.load_f32(q, r * d_pad + c, "float32") for c in range(0, d, lanes)]
