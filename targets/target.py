@@ -147,7 +147,7 @@ class Target:
             raise TargetError(f"unknown target {name!r}; known: {', '.join(known)}{hint}")
         if name == "cpu":
             return host()
-        if name.startswith("cpu:"):
+        if name in _plain_names():
             return _plainer(host(), name)
         return _load(MACHINES / (_alias(name).replace(":", "-") + ".json"))
 
@@ -222,10 +222,14 @@ class Target:
 def known_targets() -> tuple[str, ...]:
     """All target names that `Target.describe` takes."""
     files = sorted(p.stem.replace("-", ":", 1) for p in MACHINES.glob("*.json"))
-    plain = ["cpu", "cpu:generic"]
-    if platform.machine() in ("x86_64", "AMD64"):
-        plain += ["cpu:x86-64-v3", "cpu:x86-64-v4"]
-    return (*plain, *(n for kind in ("cuda", "tpu") for n in (kind, *(f for f in files if f.startswith(kind)))))
+    by_kind = {kind: [f for f in files if f.startswith(kind)] for kind in ("cpu", "cuda", "tpu")}
+    return ("cpu", *_plain_names(), *by_kind["cpu"], "cuda", *by_kind["cuda"], "tpu", *by_kind["tpu"])
+
+
+def _plain_names() -> tuple[str, ...]:
+    """Plainer forms of this machine's architecture."""
+    levels = ("cpu:x86-64-v3", "cpu:x86-64-v4") if platform.machine() in ("x86_64", "AMD64") else ()
+    return ("cpu:generic", *levels)
 
 
 @functools.cache
@@ -239,6 +243,8 @@ def host() -> Target:
     if machine in ("x86_64", "AMD64"):
         flags = info.get("flags", "").split()
         features = frozenset(llvm for linux, llvm in _LLVM_FEATURE.items() if linux in flags)
+        if "amx-tile" in features and not _may_use_tiles():
+            features = frozenset(f for f in features if not f.startswith("amx"))
         mcpu = next(level for level, needs in _LEVELS.items() if features >= needs)
         triple, vector_bytes, registers = "x86_64-unknown-linux-gnu", *_x86_vector(features)
     else:
@@ -247,10 +253,12 @@ def host() -> Target:
     # Zen 4 runs 64-byte vectors in two halves: one multiply-add of them per cycle; other server cores run two.
     halved = vector_bytes == 64 and info.get("vendor_id") == "AuthenticAMD" and info.get("cpu family") == "25"
     flops = 2.0 * (1 if halved else 2) * vector_bytes / 4 * hertz * cores
-    # Intel's cores without tiles do bfloat16 dot products at half the rate of float32 multiply-adds, AMD's at twice.
-    dots = 0.5 if info.get("vendor_id") == "GenuineIntel" and "amx-bf16" not in features else 2.0
-    peak = {"float32": flops, "float64": flops / 2, "bfloat16": flops * (dots if "avx512bf16" in features else 1)}
-    peak["int8"] = flops * (4 if features & {"avx512vnni", "avxvnni"} else 1)
+    # Intel's cores do bfloat16 dot products at half the rate of float32 multiply-adds, AMD's at twice; tiles do 16 times as many, or
+    # 32 of int8.
+    dots = 0.5 if info.get("vendor_id") == "GenuineIntel" else 2.0
+    dots = 16.0 if "amx-bf16" in features else dots if "avx512bf16" in features else 1.0
+    bytes_ = 32.0 if "amx-int8" in features else 4.0 if features & {"avx512vnni", "avxvnni"} else 1.0
+    peak = {"float32": flops, "float64": flops / 2, "bfloat16": flops * dots, "int8": flops * bytes_}
     return Target(
         name="cpu",
         kind="cpu",
@@ -266,6 +274,14 @@ def host() -> Target:
         peak=peak,
         source=f"detected: {info.get('model name', machine)}",
     )
+
+
+def _may_use_tiles() -> bool:
+    """Whether Linux lets this process use AMX's tiles, which it must ask for: arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA)."""
+    import ctypes
+
+    arch_prctl, request, tile_data = 158, 0x1023, 18
+    return bool(ctypes.CDLL(None).syscall(arch_prctl, request, tile_data) == 0)
 
 
 def _plainer(base: Target, name: str) -> Target:

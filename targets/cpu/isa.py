@@ -249,6 +249,11 @@ class Function:
         self._declares.add(f"declare {result} @{name}({', '.join(a.type for a in args)})")
         return self.op(f"call {result} @{name}({', '.join(f'{a.type} {a.name}' for a in args)})", result)
 
+    def run(self, name: str, *args: Val) -> None:
+        """Call an LLVM intrinsic without a result."""
+        self._declares.add(f"declare void @{name}({', '.join(a.type for a in args)})")
+        self.emit(f"call void @{name}({', '.join(f'{a.type} {a.name}' for a in args)})")
+
     def use(self, micro: Micro, *args: Val | int) -> None:
         """Call another function of ours."""
         self._declares |= micro.declares

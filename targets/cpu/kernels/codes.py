@@ -59,6 +59,10 @@ class Codes:
         return 0
 
     @property
+    def block(self) -> int:
+        return block_sizes(self.target)[0]
+
+    @property
     def operands(self) -> tuple[str, ...]:
         return ("scales", "zeros") if self.zeros else ("scales",)
 

@@ -16,6 +16,7 @@ import attrs
 from jisu.compiler import levels, schemes
 from jisu.compiler.errors import TargetError
 from jisu.targets.cpu.isa import ITEMSIZE, Arg, Function, Micro, Val, require_dtype, vector_type
+from jisu.targets.cpu.kernels import amx
 from jisu.targets.cpu.kernels.codes import Codes, zeros
 from jisu.targets.cpu.kernels.matmul import (
     VECTORS,
@@ -33,6 +34,8 @@ WORD = 4
 """Inputs of an output that lie side by side."""
 
 
+_TILE_WORDS = amx.BLOCK * 32 + amx.CONFIG_WORDS
+"""Of scratch memory: the tile unit's sums of a block of rows, and its configuration."""
 _MOST_INPUTS = 1 << 16
 """Up to which sums of products of bytes stay within 32 bits."""
 
@@ -77,12 +80,22 @@ class Integers(Codes):
         """Bytes of a row of x."""
         return levels.record_bytes(self.k, self.group, self.own)
 
+    @property
+    def tiled(self) -> bool:
+        """Whether a tile unit multiplies where there are more rows than are multiplied straight from memory."""
+        return amx.multiplies("int8", self.group or self.k, self.target) and self.k % (self.group or 1) == 0
+
+    @property
+    def block(self) -> int:
+        return amx.BLOCK if self.tiled else super().block
+
     def multipliers(self, f: Function, at: Mapping[str, Val], lda: int) -> Sequence[Callable[[Val, Val], None]]:
         nr, shared = panel_width(self.target), self.kind.per_byte == 2
         sizes = _sizes(self.target)
         direct = {mr: self._integer_product(mr, shared) for mr in sizes}
         single = {mr: self._integer_product(mr, False) for mr in sizes} if shared else direct
         apart = self._take_apart() if shared else None
+        tiles = self._tiles() if self.tiled else None
 
         def of(number: Val, tile: Val) -> None:
             w, *tail = self.panel(f, at, number)
@@ -96,11 +109,16 @@ class Integers(Codes):
                 row_blocks(f, at["rows"], run, sizes)
 
             def many() -> None:
-                assert apart is not None
-                f.use(apart, w, at["scratch"])
-                rows(single, at["scratch"])
+                codes = w
+                if apart is not None:
+                    codes = f.at(at["scratch"], _TILE_WORDS if tiles else 0, "float32")
+                    f.use(apart, w, codes)
+                if tiles is None:
+                    rows(single, codes)
+                else:
+                    f.use(tiles, at["a"], codes, *tail, tile, at["scratch"], at["rows"])
 
-            if apart is None:
+            if apart is None and tiles is None:
                 rows(direct, w)
             else:
                 f.when(at["rows"] <= sizes[0], lambda: rows(direct, w), many)
@@ -122,6 +140,57 @@ class Integers(Codes):
 
         f.loop(0, self.words, 1, [], word)
         return f.finish()
+
+    def _tiles(self) -> Micro:
+        """void(A, codes, scales, [zeros,] C, scratch, rows): C[rows, NR] = A @ B in the tile unit, of codes that share no byte."""
+        operands = ("s", *(["z"] if self.zeros else []))
+        g = Function(
+            "tiles", [*(("ptr", n) for n in ("a", "w", *operands, "c", "scratch")), ("i64", "rows")], self.target
+        )
+        at = dict(zip(("a", "w", *operands, "c", "scratch", "rows"), g.params(), strict=True))
+        nr, each = panel_width(self.target), self.group or self.k
+        size, ints, vec = amx.step_bytes(each), vector_type("i32", g.lanes), vector_type("float", g.lanes)
+        tail, sums_at = levels.scale_offset(self.k), levels.sum_offset(self.k, self.group, self.own)
+        tiles = amx.Tiles(g, g.at(at["scratch"], amx.BLOCK * nr, "float32"), size, nr * WORD)
+        row_bytes, line = g.i64(self.record), g.i64(4 * nr)
+
+        def block(first: Val, count: int, rows: Val) -> None:
+            here, out = g.at(at["a"], first * self.record, "i8"), g.at(at["c"], first * nr, "float32")
+            g.loop(0, rows * VECTORS, 1, [], lambda i, _: g.store(g.const(0.0, vec), g.at(out, i * g.lanes, "float32")))
+
+            def group(number: Val, _: list[Val]) -> None:
+                begin = number * each
+                tiles.clear(count)
+                g.loop(begin, begin + each, size, [], lambda i, _: tiles.multiply(
+                    "tdpbsud", count, g.at(here, i, "i8"), row_bytes, g.at(at["w"], i * nr, "i8"), 0))  # fmt: skip
+                tiles.store_sums(count, at["scratch"], line)
+
+                def scale(m: Val, _: list[Val]) -> None:
+                    record = g.at(here, m * self.record, "i8")
+                    start, scaled = self._scaling(
+                        g, at, number, [g.at(record, sums_at, "i8")], [g.at(record, tail, "i8")]
+                    )
+                    for j in range(VECTORS):
+                        place = m * nr + j * g.lanes
+                        total = start[j] + g.load(ints, g.at(at["scratch"], place, "float32"))
+                        to = g.at(out, place, "float32")
+                        g.store(scaled(j, total, g.load(vec, to)), to)
+
+                g.loop(0, rows, 1, [], scale)
+
+            g.loop(0, self.groups, 1, [], group)
+
+            def whole(m: Val, _: list[Val]) -> None:
+                factor = g.splat(g.load("float", g.at(here, m * self.record + tail, "i8")), g.lanes)
+                for j in range(VECTORS):
+                    to = g.at(out, m * nr + j * g.lanes, "float32")
+                    g.store(g.load(vec, to) * factor, to)
+
+            if not self.own:
+                g.loop(0, rows, 1, [], whole)
+
+        tiles.blocks(at["rows"], block)
+        return g.finish()
 
     def _integer_product(self, mr: int, shared: bool) -> Micro:
         """C[mr, NR] = A[mr, k] @ B[k, NR], A being records and B one panel, whose codes share bytes or (not `shared`) don't.
@@ -253,7 +322,8 @@ def _reader(k: int, target: Target, scheme: str, group: int, own: bool, scales: 
         raise TargetError(f"a sum of {k} products may leave 32 bits")
     # A panel of codes that are taken apart.
     scratch = panel_width(target) * 2 * kind.panel_words(k, WORD) if kind.per_byte == 2 else 0
-    return Integers(scheme, group, k, scales, zeros, target, scratch_words=scratch, own=own)
+    reader = Integers(scheme, group, k, scales, zeros, target, scratch_words=scratch, own=own)
+    return attrs.evolve(reader, scratch_words=scratch + _TILE_WORDS) if reader.tiled else reader
 
 
 def integer_linear(

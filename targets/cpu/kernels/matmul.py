@@ -31,6 +31,7 @@ from jisu.targets.cpu.isa import (
     require_dtype,
     vector_type,
 )
+from jisu.targets.cpu.kernels import amx
 from jisu.targets.target import Target
 
 VECTORS = 2  # vector registers per panel row
@@ -241,6 +242,11 @@ class Reader(Protocol):
         ...
 
     @property
+    def block(self) -> int:
+        """Rows that are multiplied at once."""
+        ...
+
+    @property
     def row(self) -> tuple[str, int]:
         """How rows of x that aren't records are arranged for the product: their dtype ("float32", or "bfloat16" in pairs) and the inputs,
         zeros at the end included."""
@@ -272,7 +278,6 @@ class Floats:
     target: Target
     operands: tuple[str, ...] = ()
     dtypes: Mapping[str, str] = attrs.field(factory=dict, hash=False)
-    scratch_words: int = 0
     record: int = 0
 
     @property
@@ -281,9 +286,23 @@ class Floats:
         return -(-self.k // 2) if _paired(self.dtype) else self.k
 
     @property
+    def tiled(self) -> bool:
+        """Whether a tile unit multiplies, however many rows there are."""
+        return self.dtype == "bfloat16" and amx.multiplies("bf16", 2 * self.k, self.target)
+
+    @property
+    def scratch_words(self) -> int:
+        return amx.CONFIG_WORDS if self.tiled else 0
+
+    @property
+    def block(self) -> int:
+        return amx.BLOCK if self.tiled else block_sizes(self.target)[0]
+
+    @property
     def row(self) -> tuple[str, int]:
         paired = 2 if _paired(self.dtype) else 1
-        return self.dtype if uses_dot(self.dtype, self.target) else "float32", paired * self.depth
+        narrow = self.tiled or uses_dot(self.dtype, self.target)
+        return self.dtype if narrow else "float32", paired * self.depth
 
     def shapes(self, panels: int, parts: tuple[int, ...]) -> dict[str, tuple[int | str, ...]]:
         _, *rest = pack_shape(1, self.k, self.dtype, self.target)
@@ -291,7 +310,7 @@ class Floats:
 
     def multipliers(self, f: Function, at: Mapping[str, Val], lda: int) -> Sequence[Callable[[Val, Val], None]]:
         nr, depth, sizes = panel_width(self.target), self.depth, block_sizes(self.target)
-        kind = "dot" if uses_dot(self.dtype, self.target) else self.dtype
+        kind = "dot" if self.row[0] == "bfloat16" else self.dtype
         words = 2 if kind in ("bfloat16", "float16") else 1  # of a row, per word of the panel
         # A chunk of rows, as deep as a part, stays in the second cache while panels go by.
         room = self.target.cache_bytes(2, 1 << 20) // 2 // (4 * chunk_rows(self.target) * words)
@@ -300,6 +319,8 @@ class Floats:
 
         def part(first: int) -> Callable[[Val, Val], None]:
             deep = min(step, depth - first)
+            if self.tiled:
+                return self._tiles(f, at, lda, first, deep)
             # Few rows read weights from memory as a stream; whole blocks of rows bring the next panel nearer meanwhile.
             products = {
                 mr: product(mr, self.target, weights=kind, k=deep, accumulate=first > 0,
@@ -323,6 +344,33 @@ class Floats:
             return of
 
         return [part(first) for first in range(0, depth, step)]
+
+    def _tiles(self, f: Function, at: Mapping[str, Val], lda: int, first: int, deep: int) -> Callable[[Val, Val], None]:
+        """What multiplies all rows by `deep` words of a panel from the `first` on, in the tile unit."""
+        nr, size = panel_width(self.target), amx.step_bytes(4 * deep)
+        g = Function("tiles", [*(("ptr", n) for n in ("a", "w", "c", "config")), ("i64", "rows")], self.target)
+        a, w, c, config, rows = g.params()
+        tiles, row_bytes, line = amx.Tiles(g, config, size, 4 * nr), g.i64(4 * lda), g.i64(4 * nr)
+
+        def block(m: Val, count: int, _: Val) -> None:
+            here, out = g.at(a, m * lda, "float32"), g.at(c, m * nr, "float32")
+            if first:
+                tiles.load_sums(count, out, line)
+            else:
+                tiles.clear(count)
+            g.loop(0, deep, size // 4, [], lambda i, _: tiles.multiply(
+                "tdpbf16ps", count, g.at(here, i, "float32"), row_bytes, g.at(w, i * nr, "float32"),
+                ahead(self.target) if count == 1 else 0))  # fmt: skip
+            tiles.store_sums(count, out, line)
+
+        tiles.blocks(rows, block)
+        micro = g.finish()
+
+        def of(number: Val, tile: Val) -> None:
+            here = f.at(at["w"], at["w0"] + number * (self.depth * nr) + first * nr, "float32")
+            f.use(micro, f.at(at["a"], first, "float32"), here, tile, at["scratch"], at["rows"])
+
+        return of
 
 
 @attrs.frozen
@@ -405,7 +453,7 @@ def layer(
     panels = -(-n // nr)
     record, (row_dtype, row_inputs) = reads.record, reads.row
     lines = -(-row_inputs * ITEMSIZE[row_dtype] // 64)
-    block = block_sizes(target)[0]
+    block = reads.block
     # Rows of float32 are read where they lie, unless more of a block fall into one set of the nearest cache than that has ways.
     ways, in_a_set = target.cache_bytes(1, 1 << 15) // 4096, block * math.gcd(k // 16, 64) // 64
     as_it_lies = bool(record) or (dtype == "float32" and not gather and k % 16 == 0 and in_a_set <= ways)

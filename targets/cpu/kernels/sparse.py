@@ -49,6 +49,11 @@ class Sparse:
     record: int = 0
 
     @property
+    def block(self) -> int:
+        """Rows that are multiplied at once."""
+        return block_sizes(self.target)[0]
+
+    @property
     def operands(self) -> tuple[str, ...]:
         """What stands in memory behind the values."""
         return ("mask", "starts", *(self.codes.operands if self.codes else ()))
