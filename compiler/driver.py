@@ -512,6 +512,7 @@ def _build(
     from jisu.passes.layout import sparse_matrices
     from jisu.runtime.program import Compiled, Program
     from jisu.targets.compile import compile_graphs
+    from jisu.targets.cpu import sparse_gain
 
     begin = time.perf_counter()
     tell("rewriting", 0.3)
@@ -575,7 +576,10 @@ def _build(
     report |= {
         "times": times,
         "kernels": [{"name": n, "op": op, "count": k} for n, op, k in info.kernels],
-        "sparse": sparse_matrices(next(iter(finished.values()))),
+        "sparse": [
+            {**m, "predicted_gain": sparse_gain(m["form"], m["kept"], machine)}
+            for m in sparse_matrices(next(iter(finished.values())))
+        ],
         "layers": _layer_report(next(iter(finished.values())), env, machine),
         "cache": None if decoder is None else decoder.reason or "derived",
         "cache_bytes_per_token": None if decoder is None else decoder.slot_bytes,

@@ -310,8 +310,8 @@ def _beside(a: Node, b: Node) -> Node:
 
 
 def sparse_matrices(graph: Graph) -> list[dict[str, Any]]:
-    """How the sparse matrices of a laid-out graph are stored: `name` (of the mask, without ".mask"), share of
-    numbers `kept`, and `stored`: "sparse" or "dense with zeros" (which is faster, or no larger)."""
+    """How the sparse matrices of a laid-out graph are stored: `name` (of the mask, without ".mask"), `form` (dtype of the numbers, or scheme
+    of the codes), share of numbers `kept`, and `stored`: "sparse" or "dense with zeros" (which is faster, or no larger)."""
     found: dict[str, dict[str, Any]] = {}
     for node in graph.nodes:
         storage = graph.weights.get(node.name) if node.op is WEIGHT else None
@@ -325,7 +325,8 @@ def sparse_matrices(graph: Graph) -> list[dict[str, Any]]:
             stored = "dense with zeros" if part.op in (ops.expand, ops.fill_codes) else "sparse"
             name = mask.attributes.get("name", mask.op.name).removesuffix(".mask")
             kept = count / max(mask.shape[0] * part.k, 1)
-            found[f"{name} {stored}"] = {"name": name, "kept": kept, "stored": stored}
+            form = part.parents[0].dtype if scheme == "none" else scheme
+            found[f"{name} {stored}"] = {"name": name, "form": form, "kept": kept, "stored": stored}
     return list(found.values())
 
 

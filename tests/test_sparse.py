@@ -30,7 +30,7 @@ from jisu.passes.compression.gptq import choose_grid
 from jisu.passes.layout import sparse_matrices
 from jisu.runtime.executable import Executable
 from jisu.targets.compile import compile_graphs
-from jisu.targets.cpu import packing, sparse_limits
+from jisu.targets.cpu import packing, sparse_gain, sparse_limits
 from jisu.targets.cpu.choose import CHOOSERS
 from jisu.targets.target import Target
 
@@ -237,6 +237,19 @@ def test_gate_and_up_of_unlike_kinds(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["cpu:generic", "cpu:x86-64-v3"])
 def test_machines_that_cannot_expand_store_dense(name: str) -> None:
     assert sparse_limits(Target.describe(name)) == {}
+    assert sparse_gain("float32", 0.5, Target.describe(name)) is None
+
+
+def test_what_is_gained_follows_from_the_machine() -> None:
+    """Floats gain where memory is slow; codes of 4 bits are read faster dense, whatever is kept."""
+    machine = Target.describe("cpu:sapphire-rapids")
+    slow, fast = (attrs.evolve(machine, memory_bandwidth=rate * machine.cores) for rate in (5e9, 1e12))
+    for form in ("float32", "bfloat16", "int8"):
+        gains = [sparse_gain(form, kept, slow) or 0.0 for kept in (0.8, 0.5, 0.25)]
+        assert 1.0 < gains[0] < gains[1] < gains[2] < 4.0, (form, gains)
+    assert (sparse_gain("float32", 0.5, fast) or 2.0) < 1.0 and "float32" not in sparse_limits(fast)
+    assert all((sparse_gain("int4", kept, m) or 2.0) < 1.0 for kept in (0.5, 0.1) for m in (machine, fast))
+    assert "float32" in sparse_limits(slow) and "int4" not in sparse_limits(machine)
 
 
 # --- Programs ------------------------------------------------------------------------------------------------------------

@@ -73,9 +73,13 @@ def _show(console: Console, path: str, report: Mapping[str, Any], program: Progr
     console.print(table("Layers", ("<layer", "flops", "bytes", "launches", "predicted"), layers))
     kernels = [[k["name"], k["op"], str(k["count"])] for k in report.get("kernels", ())]
     console.print(table("Kernels", ("<kernel", "<op", "calls"), kernels))
-    sparse = [[m["name"], f"{m['kept']:.0%}", m["stored"]] for m in report.get("sparse", ())]
+    sparse = [
+        [m["name"], m["form"], f"{m['kept']:.0%}", m["stored"], _gain(m["predicted_gain"])]
+        for m in report.get("sparse", ())
+    ]
     if sparse:
-        console.print(table("Sparse matrices", ("<matrix", "kept", "<stored"), sparse))
+        columns = ("<matrix", "<of", "kept", "<stored", "<sparse against dense, one row (predicted)")
+        console.print(table("Sparse matrices", columns, sparse))
     if report.get("tuning"):
         _show_tuning(console, report["tuning"])
     if report.get("ledger"):
@@ -91,6 +95,10 @@ def _show(console: Console, path: str, report: Mapping[str, Any], program: Progr
             f"measured: {units.seconds(measured['step_s'])} for {measured['tokens']} tokens at once, "
             f"{units.seconds(measured['decode_s'])} for one after them ({program.num_threads} threads)"
         )
+
+
+def _gain(gain: float | None) -> str:
+    return "no kernel for it on this target" if gain is None else f"{gain:.2f} times as fast"
 
 
 def _show_tuning(console: Console, tuning: Sequence[Mapping[str, Any]]) -> None:

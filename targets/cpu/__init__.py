@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from jisu.compiler import ops
 from jisu.compiler.graph import Node
 from jisu.compiler.schemes import SCHEMES
@@ -29,31 +31,45 @@ def variants(node: Node, target: Target) -> dict[str, tuple[int, ...]]:
     return {**found, "rows": rows, "chunk": (96, 144, 480), "ahead": (2048, 4096, 16384), "shares": (8, 32, 64)}
 
 
-# Seconds in which one core computes with a word (64 weights), dense and sparse, where they come from its cache: measured on Zen 5
-# with AVX-512. Other schemes' codes are decoded faster than sparse ones are expanded, whatever they weigh.
-_WORD_SECONDS = {
-    "float32": (0.5e-9, 2.0e-9),
-    "bfloat16": (0.5e-9, 1.8e-9),
-    "float16": (1.8e-9, 4.3e-9),
-    "int8": (1.8e-9, 2.0e-9),
-    "nf4": (15e-9, 15e-9),
+_MASK_BYTES = 8
+# Seconds that one core computes for a word (64 weights) and a row of x, dense and sparse, by dtype, or by how many codes share a byte:
+# measured on a Xeon 6 with AVX-512, weights from its caches; Zen 5 is faster at all of them.
+_WORD_SECONDS: Mapping[str | int, tuple[float, float]] = {
+    "float32": (4.3e-9, 5.5e-9),
+    "bfloat16": (4.5e-9, 3.7e-9),
+    "float16": (5.1e-9, 6.5e-9),
+    1: (5.4e-9, 5.2e-9),
+    2: (3.8e-9, 6.4e-9),
 }
 
 
-def sparse_limits(target: Target) -> dict[str, float]:
-    """Per dtype or scheme, the largest share of kept numbers at which a sparse matrix is smaller than a dense one and is read as fast.
+def sparse_gain(form: str, kept: float, target: Target) -> float | None:
+    """How many times as fast a sparse matrix is read for one row as a dense one with zeros, predicted; None where no kernel expands it.
 
-    A roofline: a word takes the longer of its arithmetic and its bytes at a core's share of the memory's bandwidth.
+    form: a float dtype, or a scheme of codes. kept: the share of kept numbers. A roofline: a word takes the longer of its arithmetic
+    and its bytes at a core's share of the memory's bandwidth.
     """
     from jisu.targets.cpu.kernels.sparse import expands
 
-    bandwidth = target.memory_bandwidth / target.cores
+    kind = SCHEMES.get(form)
+    seconds = _WORD_SECONDS.get(kind.per_byte if kind else form)
+    if seconds is None or not expands("uint8" if kind else form, target):
+        return None
+    bandwidth, nbytes = target.memory_bandwidth / target.cores or float("inf"), _word_bytes(form)
+    dense, sparse = (max(s, b / bandwidth) for s, b in zip(seconds, (nbytes, _MASK_BYTES + kept * nbytes), strict=True))
+    return dense / sparse
+
+
+def sparse_limits(target: Target) -> dict[str, float]:
+    """Per dtype or scheme, the largest share of kept numbers at which a sparse matrix is smaller than a dense one and is read as fast."""
     found = {}
-    for name, (dense_s, sparse_s) in _WORD_SECONDS.items():
-        coded = name in SCHEMES
-        bits = 8 // SCHEMES[name].per_byte if coded else 8 * int(numpy_dtype(name).itemsize)
-        dense, mask = 8 * bits, 8  # bytes of a word's numbers, and of its bits
-        dense_s = max(dense_s, dense / bandwidth) if bandwidth else dense_s
-        if expands("uint8" if coded else name, target) and sparse_s <= dense_s:
-            found[name] = 1 - mask / dense
+    for form in (*(f for f in _WORD_SECONDS if isinstance(f, str)), *SCHEMES):
+        smaller = 1 - _MASK_BYTES / _word_bytes(form)
+        if (sparse_gain(form, smaller, target) or 0.0) >= 1.0:
+            found[form] = smaller
     return found
+
+
+def _word_bytes(form: str) -> float:
+    """Bytes of a word's 64 numbers."""
+    return 64 / SCHEMES[form].per_byte if form in SCHEMES else 64.0 * numpy_dtype(form).itemsize

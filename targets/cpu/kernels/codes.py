@@ -14,8 +14,10 @@ from jisu.targets.cpu.kernels.matmul import (
     VECTORS,
     ahead,
     block_sizes,
+    chunk_rows,
     layer_func,
     panel_width,
+    product,
     row_blocks,
 )
 from jisu.targets.target import Target
@@ -87,62 +89,120 @@ class Codes:
         return [*found, f.at(at["zeros"], first, "uint8")] if self.zeros else found
 
     def multipliers(self, f: Function, at: Mapping[str, Val], lda: int) -> Sequence[Callable[[Val, Val], None]]:
-        nr = panel_width(self.target)
-        products = {mr: self._product(mr) for mr in block_sizes(self.target)}
+        nr, sizes, inputs = panel_width(self.target), block_sizes(self.target), self.kind.per_byte
+        direct = {mr: self._product(mr) for mr in sizes}
 
-        def of(number: Val, tile: Val) -> None:
-            panel = self.panel(f, at, number)
+        def part(first: int, words: int) -> Callable[[Val, Val], None]:
+            expand = self._expand(first, words)
+            products = {mr: product(mr, self.target, k=words * inputs, accumulate=first > 0) for mr in sizes}
 
-            def run(mr: int, m: Val) -> None:
-                rows, out = f.at(at["a"], m * lda, "float32"), f.at(tile, m * nr, "float32")
-                f.use(products[mr], rows, lda, *panel, out, nr)
+            def of(number: Val, tile: Val) -> None:
+                panel = self.panel(f, at, number)
 
-            row_blocks(f, at["rows"], run, block_sizes(self.target))
+                def straight(mr: int, m: Val) -> None:
+                    x, sums = f.at(at["a"], m * lda, "float32"), f.at(tile, m * nr, "float32")
+                    f.use(direct[mr], x, lda, *panel, sums, nr)
 
-        return [of]
+                def expanded(mr: int, m: Val) -> None:
+                    x, sums = f.at(at["a"], m * lda + first * inputs, "float32"), f.at(tile, m * nr, "float32")
+                    f.use(products[mr], x, lda, at["scratch"], nr, sums, nr, words * inputs)
+
+                def many() -> None:
+                    f.use(expand, *panel, at["scratch"])
+                    row_blocks(f, at["rows"], expanded, sizes)
+
+                # Few rows go through all inputs at once: codes come from memory as a stream.
+                all_at_once = None if first else lambda: row_blocks(f, at["rows"], straight, sizes)
+                f.when(at["rows"] > sizes[0], many, all_at_once)
+
+            return of
+
+        return [part(first, words) for first, words in self.parts()]
+
+    def parts(self) -> list[tuple[int, int]]:
+        """Ranges of words (first, how many), whole groups, that all rows are multiplied by before the next is begun."""
+        each = self.each if self.group else 16
+        # As many of a chunk's inputs as stay in the second cache while panels go by.
+        room = self.target.cache_bytes(2, 1 << 20) // 2 // (4 * chunk_rows(self.target) * self.kind.per_byte)
+        step = max(room // each, 1) * each
+        return [(first, min(step, self.words - first)) for first in range(0, max(self.words, 1), step)]
+
+    def _walk(
+        self, f: Function, at: Mapping[str, Val], first: int, words: int, carried: list[Val],
+        visit: Callable[[Val, list[list[Val]], list[Val]], list[Val]],
+    ) -> list[Val]:  # fmt: skip
+        """visit(word, values by input and vector, carried) for each of these words of a panel; what is carried at the end."""
+        nr, lanes = panel_width(self.target), f.lanes
+
+        def group(i: Val, carried: list[Val]) -> list[Val]:
+            scale, shift = scale_and_shift(f, self, at["s"], at.get("z"), i)
+
+            def word(index: Val, carried: list[Val]) -> list[Val]:
+                here = f.at(at["b"], index * nr, "i8")
+                f.prefetch(f.at(here, ahead(self.target), "i8"))
+                parts: list[list[Val]] = [[] for _ in range(self.kind.per_byte)]
+                for j in range(VECTORS):
+                    code = f.cast("zext", f.load(vector_type("i8", lanes), f.at(here, j * lanes, "i8")), "i32")
+                    for part, one in zip(parts, [code] if len(parts) == 1 else [code & 15, code >> 4], strict=True):
+                        part.append(f.fma(level(f, self.scheme, one), scale[j], shift[j]))
+                return visit(index, parts, carried)
+
+            begin, end = (
+                (i * self.each, f.minimum(i * self.each + self.each, first + words))
+                if self.group
+                else (first, first + words)
+            )
+            *carried, _ = f.loop(begin, end, 1, carried, word)
+            return carried
+
+        groups = (first // self.each, -(-(first + words) // self.each)) if self.group else (0, 1)
+        *carried, _ = f.loop(*groups, 1, carried, group)
+        return carried
+
+    def _expand(self, first: int, words: int) -> Micro:
+        """void(codes, scales, [zeros,] out): the values float32 of these words of a panel: [inputs, NR]."""
+        names = ("b", "s", *(["z"] if self.zeros else []), "out")
+        f = Function("expand_codes", [("ptr", n) for n in names], self.target)
+        at = dict(zip(names, f.params(), strict=True))
+        nr, inputs = panel_width(self.target), self.kind.per_byte
+
+        def store(word: Val, values: list[list[Val]], _: list[Val]) -> list[Val]:
+            for i, vectors in enumerate(values):
+                for j, v in enumerate(vectors):
+                    f.store(v, f.at(at["out"], ((word - first) * inputs + i) * nr + j * f.lanes, "float32"))
+            return []
+
+        self._walk(f, at, first, words, [], store)
+        return f.finish()
 
     def _product(self, mr: int) -> Micro:
-        """C[mr, NR] = A[mr, k] @ B[k, NR] in float32, B being one panel.
+        """C[mr, NR] = A[mr, k] @ B[k, NR] in float32, B being a panel.
 
-        void(A, lda, codes, scales, [zeros,] C, ldc): strides in float32 words; A is padded with a zero to an even k.
+        void(A, lda, codes, scales, [zeros,] C, ldc): strides in float32 words; A is padded with a zero to an even k. An element's sum
+        goes from the first input to the last, as in `matmul.product`.
         """
         names = ("a", "lda", "b", "s", *(["z"] if self.zeros else []), "c", "ldc")
         f = Function(f"quantized{mr}", [("i64" if n.startswith("ld") else "ptr", n) for n in names], self.target)
         at = dict(zip(names, f.params(), strict=True))
-        nr, per_byte = panel_width(self.target), self.kind.per_byte
-        vec = vector_type("float", f.lanes)
+        vec, inputs = vector_type("float", f.lanes), self.kind.per_byte
         rows = [f.at(at["a"], at["lda"] * m, "float32") for m in range(mr)]
+        out = [
+            f.at(f.at(at["c"], at["ldc"] * m, "float32"), j * f.lanes, "float32")
+            for m in range(mr)
+            for j in range(VECTORS)
+        ]
 
-        def step(word: Val, sums: list[Val], scale: list[Val], shift: list[Val]) -> list[Val]:
-            result = list(sums)
-            here = f.at(at["b"], word * nr, "i8")
-            if mr <= 2:
-                f.prefetch(f.at(here, ahead(self.target), "i8"))
-            for j in range(VECTORS):
-                both = f.cast("zext", f.load(vector_type("i8", f.lanes), f.at(here, j * f.lanes, "i8")), "i32")
-                parts = [both] if per_byte == 1 else [both & 15, both >> 4]
-                for half, code in enumerate(parts):
-                    w = f.fma(level(f, self.scheme, code), scale[j], shift[j])
-                    for m in range(mr):
-                        x = f.splat(f.load("float", f.at(rows[m], word * per_byte + half, "float32")), f.lanes)
-                        slot = (half * mr + m) * VECTORS + j
-                        result[slot] = f.fma(x, w, result[slot])
-            return result
-
-        def group(i: Val, sums: list[Val]) -> list[Val]:
-            scale, shift = scale_and_shift(f, self, at["s"], at.get("z"), i)
-            first = i * self.each
-            last = f.minimum(first + self.each, self.words)
-
-            *sums, _ = f.loop(first, last, 1, sums, lambda w, v: step(w, v, scale, shift))
+        def add(word: Val, values: list[list[Val]], sums: list[Val]) -> list[Val]:
+            for i, vectors in enumerate(values):
+                for m in range(mr):
+                    x = f.splat(f.load("float", f.at(rows[m], word * inputs + i, "float32")), f.lanes)
+                    for j, w in enumerate(vectors):
+                        sums[m * VECTORS + j] = f.fma(x, w, sums[m * VECTORS + j])
             return sums
 
-        *sums, _ = f.loop(0, self.groups, 1, [f.const(0.0, vec)] * (mr * VECTORS * per_byte), group)
-        for m in range(mr):
-            for j in range(VECTORS):
-                first, *others = [sums[(half * mr + m) * VECTORS + j] for half in range(per_byte)]
-                total = sum(others, first)
-                f.store(total, f.at(f.at(at["c"], at["ldc"] * m, "float32"), j * f.lanes, "float32"))
+        sums = self._walk(f, at, 0, self.words, [f.const(0.0, vec)] * len(out), add)
+        for total, o in zip(sums, out, strict=True):
+            f.store(total, o)
         return f.finish()
 
 
@@ -167,11 +227,12 @@ def level(f: Function, scheme: str, code: Val) -> Val:
     kind = schemes.scheme(scheme)
     if kind.uniform:
         return f.cast("sitofp", code, "float")
-    if kind.mantissa:  # exponent and mantissa lie as in float32, moved
-        size = (code & (2 ** (kind.bits - 1) - 1)) << (23 - kind.mantissa)
-        sign = (code & 2 ** (kind.bits - 1)) << (32 - kind.bits)
-        return f.cast("bitcast", size | sign, "float") * 2.0 ** (127 - kind.bias)
-    return f.lookup(kind.levels.tolist(), code)
+    if kind.bits <= 4:
+        return f.lookup(kind.levels.tolist(), code)
+    # Small floats: exponent and mantissa lie as in float32, moved. The few least are subnormal numbers there, which is slow.
+    size = (code & (2 ** (kind.bits - 1) - 1)) << (23 - kind.mantissa)
+    sign = (code & 2 ** (kind.bits - 1)) << (32 - kind.bits)
+    return f.cast("bitcast", size | sign, "float") * 2.0 ** (127 - kind.bias)
 
 
 def quantized_linear(
@@ -186,5 +247,7 @@ def quantized_linear(
     codes = Codes(scheme, group, k, scales, zeros, target)
     if group % codes.kind.per_byte:
         raise TargetError(f"groups of {group} codes cut a byte of {scheme} in two")
+    deepest = max((words for _, words in codes.parts()), default=0) * codes.kind.per_byte
+    reader = attrs.evolve(codes, scratch_words=deepest * panel_width(target))
     return layer_func("quantized_linear", n, k, dtype, target, gated=gated, bias=bias, activation=activation,
-                       residual=residual, reader=codes)  # fmt: skip
+                       residual=residual, reader=reader)  # fmt: skip

@@ -40,11 +40,6 @@ _MOST_INPUTS = 1 << 16
 """Up to which sums of products of bytes stay within 32 bits."""
 
 
-def _sizes(target: Target) -> tuple[int, ...]:
-    """Rows that are multiplied at once; up to as many as the largest, codes are taken apart in registers."""
-    return block_sizes(target, (8, 4, 2, 1))
-
-
 def dot4(f: Function, codes: Val, x: Val, total: Val) -> Val:
     """total + per i32 lane the sum of four products of unsigned bytes of `codes` with signed ones of `x`."""
     bits = 32 * f.lanes
@@ -91,7 +86,7 @@ class Integers(Codes):
 
     def multipliers(self, f: Function, at: Mapping[str, Val], lda: int) -> Sequence[Callable[[Val, Val], None]]:
         nr, shared = panel_width(self.target), self.kind.per_byte == 2
-        sizes = _sizes(self.target)
+        sizes = block_sizes(self.target)
         direct = {mr: self._integer_product(mr, shared) for mr in sizes}
         single = {mr: self._integer_product(mr, False) for mr in sizes} if shared else direct
         apart = self._take_apart() if shared else None
@@ -212,7 +207,7 @@ class Integers(Codes):
         # A tile that doesn't fit the registers beside the sums stays in memory.
         kept = mr <= 4
         # Blocks of all rows that there are read codes from memory as a stream; others bring the next panel nearer meanwhile.
-        streams = mr < _sizes(self.target)[0]
+        streams = mr < block_sizes(self.target)[0]
         line_bytes = nr * WORD if shared or self.kind.per_byte == 1 else nr * WORD // 2
 
         def accumulate(word: Val, sums: list[Val], steps: int) -> list[Val]:

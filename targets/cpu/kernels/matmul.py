@@ -42,10 +42,10 @@ def panel_width(target: Target) -> int:
     return VECTORS * target.lanes("float32")
 
 
-def block_sizes(target: Target, smaller: Sequence[int] = (4, 2, 1)) -> tuple[int, ...]:
-    """MR: how many rows of accumulators the register file holds beside the panel row, then `smaller` ones for the rest."""
+def block_sizes(target: Target) -> tuple[int, ...]:
+    """MR: how many rows of accumulators the register file holds beside the panel row, then smaller blocks for the rest."""
     most = target.schedule.rows or (12 if target.vector_registers >= 32 else 6)
-    return (most, *(mr for mr in smaller if mr < most))
+    return (most, *(mr for mr in (8, 4, 2, 1) if mr < most))
 
 
 def _paired(dtype: str) -> bool:
