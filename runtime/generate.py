@@ -321,15 +321,16 @@ def candidates(scores: Logits, config: GenerationConfig) -> tuple[Ids, npt.NDArr
     """
     if config.temperature != 1.0:
         scores = scores / np.float32(config.temperature)
-    ids = np.arange(scores.size)
+    ids, kept = np.arange(scores.size), scores
     if 0 < config.top_k < scores.size:
         # Ties with the last one stay, as does NaN, which is reported below.
         ids = np.flatnonzero(~(scores < _kth_largest(scores, config.top_k)))
-    kept = scores[ids]
+        kept = scores[ids]
     highest = kept.max()
     if not np.isfinite(highest):
         raise InputError(f"can't sample: the highest logit is {highest}")
-    weights = np.exp(kept.astype(np.float64) - np.float64(highest))
+    # e^x of a large vocabulary in float64 takes a millisecond, and scores are no more exact than float32.
+    weights = np.exp(kept - highest).astype(np.float64)
     if config.top_p < 1.0:
         nucleus = _nucleus(weights, config.top_p)
         ids, weights = ids[nucleus], weights[nucleus]
@@ -370,7 +371,9 @@ def draw(ids: Ids, weights: npt.NDArray[np.float64], rng: np.random.Generator) -
     """One of ids [N] with probability proportional to weights [N] (inversion of the cumulative sum)."""
     total = np.cumsum(weights)
     index = int(np.searchsorted(total, rng.random() * total[-1], side="right"))
-    return int(ids[min(index, int(np.flatnonzero(weights)[-1]))])  # rounding may reach the total itself
+    if index == ids.size or not weights[index]:  # rounding reached the total itself
+        index = int(np.flatnonzero(weights)[-1])
+    return int(ids[index])
 
 
 # -------------------------------------------------------------------------------------------------------------- text

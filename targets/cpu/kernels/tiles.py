@@ -192,11 +192,11 @@ def decode_records(scheme: str, k: int, target: Target) -> Micro:
 
     def row(r: Val, _: list[Val]) -> None:
         here, there = f.at(records, r * size, "uint8"), f.at(out, r * k, "float32")
-        tail = []
-        for i in (codes, codes + 2):  # a record may begin at an odd address
-            half = f.op(f"load i16, ptr {f.at(here, i, 'uint8').name}, align 1", "i16")
-            tail.append(f.splat(f.widen(half, "bfloat16"), f.lanes))
-        scale, offset = tail
+        for i in range(0, size, 64):
+            f.prefetch(f.at(here, ahead(target) // 2 + i, "uint8"))
+        # A record may begin at an odd address; both numbers of its tail are loaded and spread at once.
+        both = f.splat(f.op(f"load i32, ptr {f.at(here, codes, 'uint8').name}, align 1", "i32"), f.lanes)
+        scale, offset = (f.cast("bitcast", part, "float") for part in (both << 16, both & -65536))
 
         def some(i: Val, mask: Val | None, _: list[Val]) -> None:
             both = f.cast("zext", f.load_raw("i8", f.at(here, i, "uint8"), mask), "i32")
