@@ -154,20 +154,26 @@ def _search(
     """The best schedule of one kernel that is found within `seconds`."""
     deadline = time.monotonic() + seconds
 
-    def measured(schedule: Schedule, sure: bool) -> float | None:
-        """The ratio of a schedule; None where it isn't known (or not for sure) and there is no time to measure it."""
-        if not memory.knows(schedule, sure):
+    def measured(schedule: Schedule) -> float | None:
+        """The ratio of a schedule; None where it isn't known and there is no time to measure it."""
+        if not memory.knows(schedule):
             if time.monotonic() >= deadline:
                 return None
-            memory.put(schedule, bench().ratio(schedule, 3 * _ROUNDS if sure else _ROUNDS), sure)
+            memory.put(schedule, bench().ratio(schedule, _ROUNDS), sure=False)
         return memory.ratios[schedule]
 
     while True:
-        best, ratio, complete = _descend(variants, lambda schedule: measured(schedule, False))
+        best, ratio, complete = _descend(variants, measured)
         # The least of many noisy figures is too low: what is chosen is measured once more, which may change the choice.
-        complete = complete and (best == Schedule() or measured(best, True) is not None)
-        if not complete or memory.ratios.get(best, ratio) == ratio:
-            return Tuned(key, node.op.name, best, ratio, len(memory.ratios), complete)
+        late = time.monotonic() >= deadline
+        if best != Schedule() and not memory.knows(best, sure=True) and seconds:
+            memory.put(best, bench().ratio(best, 3 * _ROUNDS), sure=True)
+            if not late:
+                continue
+            ratio = memory.ratios[best]
+        if ratio >= _GAIN or not memory.knows(best, sure=True):
+            best, ratio = Schedule(), 1.0
+        return Tuned(key, node.op.name, best, ratio, len(memory.ratios), complete)
 
 
 def _descend(
@@ -212,7 +218,7 @@ class _Memory:
                 for numbers, ratio, sure in data["measured"]:
                     self._note(Schedule(**numbers), math.inf if ratio is None else float(ratio), bool(sure))
 
-    def knows(self, schedule: Schedule, sure: bool) -> bool:
+    def knows(self, schedule: Schedule, sure: bool = False) -> bool:
         """Whether a schedule's ratio is known, or known for sure."""
         return schedule in (self.sure if sure else self.ratios)
 

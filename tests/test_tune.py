@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -118,7 +119,7 @@ def test_only_the_named_kernel_follows_a_schedule(tmp_path: Path) -> None:
 
 # --- The search ----------------------------------------------------------------------------------------------------------
 
-VARIANTS = {"rows": (8, 14), "chunk": (96, 144), "ahead": (2048,)}
+VARIANTS = {"depth": (64, 32), "rows": (8,), "chunk": (96,), "shares": (8,)}
 
 
 @given(st.randoms(use_true_random=False), st.integers(0, 9))
@@ -145,7 +146,7 @@ class Clock:
 
     def _all(self) -> list[Schedule]:
         found = [Schedule()]
-        for name, values in cpu.variants(kernel(layer()), HOST).items():
+        for name, values in VARIANTS.items():
             found += [attrs.evolve(s, **{name: value}) for s in found for value in values]
         return found
 
@@ -163,12 +164,13 @@ class Clock:
 def search(clock: Clock, cache: Path, seconds: float, monkeypatch: pytest.MonkeyPatch) -> Tuned:
     with monkeypatch.context() as patched:
         patched.setattr(tune, "_clock", lambda: clock.now)
+        patched.setattr(cpu, "variants", lambda node, _: VARIANTS if node.op is ops.packed_linear else {})
         (found,) = tune.tune({"e": layer()}, HOST, seconds, load=clock, cache_dir=cache)
     return found
 
 
 def test_the_faster_variant_is_found_and_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    best = Schedule(depth=cpu.variants(kernel(layer()), HOST)["depth"][1], shares=8)
+    best = Schedule(depth=32, shares=8)
     partly = attrs.evolve(best, shares=None)
     clock = Clock({best: 1e-3, partly: 1.5e-3, Schedule(rows=8): 1.98e-3})
     none = search(clock, tmp_path, 0.0, monkeypatch)
@@ -180,6 +182,20 @@ def test_the_faster_variant_is_found_and_remembered(tmp_path: Path, monkeypatch:
     loaded = clock.loaded
     again = search(clock, tmp_path, 0.0, monkeypatch)
     assert again == found and clock.loaded == loaded  # nothing was measured again
+
+
+def test_a_choice_that_was_measured_once_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither when it is measured again, slower than it seemed, nor when there is no time for that."""
+    lucky = Schedule(rows=8)
+    clock = Clock({lucky: 1e-3})
+    search(clock, tmp_path, 600.0, monkeypatch)
+    (file,) = (tmp_path / "schedules").iterdir()
+    known = json.loads(file.read_text())
+    known["measured"] = [[numbers, ratio, False] for numbers, ratio, _ in known["measured"]]
+    file.write_text(json.dumps(known))
+    assert search(Clock({}), tmp_path, 0.0, monkeypatch).schedule == Schedule()
+    found = search(Clock({lucky: 2.1e-3}), tmp_path, 600.0, monkeypatch)
+    assert found.schedule == Schedule() and found.ratio == 1.0 and found.complete
 
 
 def test_what_was_measured_elsewhere_or_is_damaged_does_not_count(
