@@ -330,17 +330,18 @@ class Function:
     def at(self, base: Val, index: Val | int, dtype: str) -> Val:
         """The address of element `index` of an array of `dtype` at `base`."""
         scalar = _STORED.get(dtype, dtype)
-        return self.op(f"getelementptr inbounds {scalar}, ptr {base.name}, i64 {self.i64(index).name}", "ptr")
+        text = f"getelementptr inbounds {scalar}, {base.type} {base.name}, i64 {self.i64(index).name}"
+        return self.op(text, base.type)
 
     def load(self, type_: str, address: Val) -> Val:
         """A plain load, aligned to the element."""
         size = {"float": 4, "i16": 2, "half": 2, "i64": 8, "i32": 4, "i8": 1, "ptr": 8}[scalar_type(type_)]
-        return self.op(f"load {type_}, ptr {address.name}, align {size}", type_)
+        return self.op(f"load {type_}, {address.type} {address.name}, align {size}", type_)
 
     def store(self, value: Val, address: Val) -> None:
         """A plain store, aligned to the element."""
         size = {"float": 4, "i16": 2, "half": 2, "i64": 8, "i32": 4, "i8": 1, "bfloat": 2}[scalar_type(value.type)]
-        self.emit(f"store {value.type} {value.name}, ptr {address.name}, align {size}")
+        self.emit(f"store {value.type} {value.name}, {address.type} {address.name}, align {size}")
 
     def load_raw(self, scalar: str, address: Val, mask: Val | None, lanes: int = 0) -> Val:
         """A vector of stored elements; lanes outside `mask` are zero and not read."""

@@ -1,0 +1,1 @@
+"""Kernels of the CUDA target: products and attention."""

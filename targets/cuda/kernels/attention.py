@@ -1,0 +1,285 @@
+"""Attention on NVIDIA GPUs over a contiguous cache: of one token split along its keys, of many tokens on tensor cores."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+
+from jisu.compiler.errors import TargetError
+from jisu.targets.cpu.isa import Val
+from jisu.targets.cuda.device import WARP, Device, DeviceKernel
+from jisu.targets.cuda.kernels.products import EIGHT, floats
+from jisu.targets.target import Target
+
+# --- Attention of one token ---------------------------------------------------------------------------------------------
+
+_LOG2_E = 1.4426950408889634
+_LOW = -1e30  # stands for minus infinity, without the NaN of its difference with itself
+_ATTENTION_WARPS = 4
+
+
+def attend_token(
+    heads: int, kv_heads: int, head_dim: int, target: Target, *, scale: float, window: int | None = None
+) -> DeviceKernel:
+    """Attention of one new token per sequence over a contiguous cache, split along the keys, whose parts `merge_parts` joins.
+
+    Parameters: q[b, heads, head_dim], k and v[b, kv_heads, cap, head_dim] (bfloat16, at multiples of 16 bytes), start[b] and length[1] (int64:
+    slots of padding, and of keys before the new one, which is in the cache already), states float32 [b, heads, parts, head_dim + 2], cap,
+    parts. A block does a part of the keys for all query heads that share them: each key is read once. Grid: (parts, kv_heads, b).
+    Source: FlashDecoding (Dao et al., 2023). Raises TargetError for head dimensions other than 64, 128 and 256.
+    """
+    if head_dim not in (64, 128, 256):
+        raise TargetError(f"heads of {head_dim} channels: attention of a token has kernels for 64, 128 and 256")
+    group, lanes = heads // kv_heads, head_dim // EIGHT  # query heads per key; threads that read a key together
+    at_once = WARP // lanes  # keys that a warp reads at once
+    warps = _ATTENTION_WARPS
+    names = ("q", "k", "v", "start", "length", "states")
+    f = Device("attend_token", [*(("ptr", p) for p in names), ("i64", "cap"), ("i64", "parts")], target, warps * WARP)
+    *pointers, cap, parts = f.params()
+    q, k, v, start, length, states = (f.memory(p) for p in pointers)
+    part, kv, b = f.block(), f.block("y"), f.block("z")
+    thread = f.thread()
+    lane, warp = thread % WARP, thread / WARP
+    channel, own_key = lane % lanes * EIGHT, lane / lanes
+    total = f.load("i64", length) + 1
+    low = f.load("i64", f.at(start, b, "int64"))
+    if window is not None:
+        low = f.maximum(low, total - window)
+    share = (total - low + parts - 1) / parts
+    begin = low + share * part
+    end = f.minimum(total, begin + share)
+    head0, cache = b * heads + kv * group, (b * kv_heads + kv) * cap
+    queries = []
+    for g in range(group):
+        words = f.load16("<4 x i32>", f.at(q, (head0 + g) * head_dim + channel, "bfloat16"))
+        queries.append([x * (scale * _LOG2_E) for x in floats(f, words, 4)])
+
+    def step(first: Val, carried: list[Val]) -> list[Val]:
+        key = first + own_key
+        there, place = key < end, (cache + f.minimum(key, end - 1)) * head_dim + channel
+        keys, values = (floats(f, f.load16("<4 x i32>", f.at(x, place, "bfloat16")), 4) for x in (k, v))
+        new = []
+        for g in range(group):
+            top, total_weight, *sums = carried[g * 10 : g * 10 + 10]
+            dot = f.const(0.0, "float")
+            for x, y in zip(queries[g], keys, strict=True):
+                dot = f.fma(x, y, dot)
+            score = f.select(there, f.sum_of_lanes(dot, lanes), _LOW)
+            higher = f.maximum(top, score)
+            factor, weight = f.exp2(top - higher), f.select(there, f.exp2(score - higher), 0.0)
+            new += [higher, f.fma(total_weight, factor, weight)]
+            new += [f.fma(s, factor, weight * y) for s, y in zip(sums, values, strict=True)]
+        return new
+
+    empty = [f.const(_LOW, "float"), *[f.const(0.0, "float")] * 9] * group
+    *state, _ = f.loop(begin + warp * at_once, end, warps * at_once, empty, step)
+    for g in range(group):  # the warp's threads that read different keys, then the warps by way of shared memory
+        distance = lanes
+        while distance < WARP:
+            mine = state[g * 10 : g * 10 + 10]
+            theirs = [f.other(x, distance) for x in mine]
+            state[g * 10 : g * 10 + 10] = _joined(f, mine, theirs)
+            distance *= 2
+    size = head_dim + 2
+    held = f.shared(warps * group * size * 4)
+
+    def leave() -> None:
+        for g in range(group):
+            here = (warp * group + g) * size
+            f.when(channel.cmp("eq", 0), functools.partial(_store_all, f, state[g * 10 : g * 10 + 2], held, here))
+            _store_all(f, state[g * 10 + 2 : g * 10 + 10], held, here + 2 + channel)
+
+    f.when(lane < lanes, leave)
+    f.barrier()
+    for g in range(group):
+
+        def join(c: Val, _: list[Val], g: int = g) -> None:
+            def of(w: int) -> list[Val]:
+                here = f.at(held, (w * group + g) * size, "float32")
+                return [f.load("float", f.at(here, i, "float32")) for i in (0, 1, c + 2)]
+
+            found = of(0)
+            for w in range(1, warps):
+                found = _joined(f, found, of(w))
+            out = f.at(states, ((head0 + g) * parts + part) * size, "float32")
+            f.when(c.cmp("eq", 0), functools.partial(_store_all, f, found[:2], out, 0))
+            f.store(found[2], f.at(out, c + 2, "float32"))
+
+        f.loop(thread, head_dim, warps * WARP, [], join)
+    return f.built()
+
+
+def _store_all(f: Device, values: list[Val], base: Val, first: Val | int) -> None:
+    for i, value in enumerate(values):
+        f.store(value, f.at(f.at(base, first, "float32"), i, "float32"))
+
+
+def _joined(f: Device, a: list[Val], b: list[Val]) -> list[Val]:
+    """Two parts of a softmax as one: maximum, sum of weights, weighted values."""
+    top = f.maximum(a[0], b[0])
+    by_a, by_b = f.exp2(a[0] - top), f.exp2(b[0] - top)
+    return [top, *(f.fma(x, by_a, y * by_b) for x, y in zip(a[1:], b[1:], strict=True))]
+
+
+def merge_parts(head_dim: int, target: Target) -> DeviceKernel:
+    """out[rows, head_dim] (bfloat16) of the parts that `attend_token` left: states float32 [rows, parts, head_dim + 2].
+
+    Parameters: states, out, parts. Grid: rows.
+    """
+    f = Device("merge_parts", [("ptr", "states"), ("ptr", "out"), ("i64", "parts")], target, head_dim)
+    *pointers, parts = f.params()
+    states, out = (f.memory(p) for p in pointers)
+    row, channel, size = f.block(), f.thread(), head_dim + 2
+
+    def step(part: Val, carried: list[Val]) -> list[Val]:
+        here = f.at(states, (row * parts + part) * size, "float32")
+        return _joined(f, carried, [f.load("float", f.at(here, i, "float32")) for i in (0, 1, channel + 2)])
+
+    _, weight, value, _ = f.loop(0, parts, 1, [f.const(x, "float") for x in (_LOW, 0.0, 0.0)], step)
+    f.store_f32(value / weight, out, row * head_dim + channel, "bfloat16")
+    return f.built()
+
+
+# --- Attention of many tokens -------------------------------------------------------------------------------------------
+
+QUERIES, KEYS = 64, 64
+"""Rows of a block of `attend_tokens`, and keys per step."""
+
+
+def _soften(
+    f: Device, scores: list[Val], seen: Sequence[Val], tops: list[Val], weights: list[Val], sums: list[Val]
+) -> None:
+    """One tile's step of a running softmax over a thread's two rows, in place: scores (in powers of two) become weights, 0 where not
+    `seen`; what was summed before is brought to the new maxima."""
+    factors = []
+    for half in (0, 1):
+        highest = functools.reduce(f.maximum, [score for i, score in enumerate(scores) if i // 2 % 2 == half])
+        for distance in (1, 2):  # four threads share a row
+            highest = f.maximum(highest, f.other(highest, distance))
+        top = f.maximum(tops[half], highest)
+        factors.append(f.exp2(tops[half] - top))
+        tops[half], weights[half] = top, weights[half] * factors[half]
+    for i, score in enumerate(scores):
+        half = i // 2 % 2
+        scores[i] = f.select(seen[i], f.exp2(score - tops[half]), 0.0)
+        weights[half] = weights[half] + scores[i]
+    sums[:] = [x * factors[i // 2 % 2] for i, x in enumerate(sums)]
+
+
+def attend_tokens(
+    heads: int, kv_heads: int, head_dim: int, target: Target, *, scale: float, window: int | None = None
+) -> DeviceKernel:
+    """Causal attention of many new tokens over a contiguous cache that holds them: a running softmax, both products on tensor cores.
+
+    Parameters: q and out[b, s, heads, head_dim], k and v[b, kv_heads, cap, head_dim] (bfloat16, at multiples of 16 bytes), start[b] and
+    length[1] (int64: slots of padding, and of keys before the new ones), s, cap. Tiles that no row sees are skipped. A row that sees nothing
+    (padding) becomes zeros. Grid: (ceil(s / `QUERIES`), heads, b). Source: FlashAttention-2 (Dao, 2023). Raises TargetError for head
+    dimensions other than 64 and 128.
+    """
+    if head_dim not in (64, 128):
+        raise TargetError(f"heads of {head_dim} channels: attention of many tokens has kernels for 64 and 128")
+    warps = QUERIES // 16
+    threads = warps * WARP
+    names = ("q", "k", "v", "start", "length", "out")
+    f = Device("attend_tokens", [*(("ptr", p) for p in names), ("i64", "s"), ("i64", "cap")], target, threads)
+    *pointers, s, cap = f.params()
+    q, k, v, start, length, out = (f.memory(p) for p in pointers)
+    row0, head, b = f.block() * QUERIES, f.block("y"), f.block("z")
+    thread = f.thread()
+    lane, warp = thread % WARP, thread / WARP
+    matrix, line = lane / 8, lane % 8
+    past, pad = f.load("i64", length), f.load("i64", f.at(start, b, "int64"))
+    total = past + s
+    lowest = pad if window is None else f.maximum(pad, past + row0 - (window - 1))
+    highest = f.minimum(total, past + row0 + QUERIES)
+    chunks, row_bytes = head_dim // EIGHT, 2 * head_dim
+    tile_bytes = KEYS * row_bytes
+    held_q, held = f.shared(QUERIES * row_bytes), f.shared(4 * tile_bytes)  # keys and values, twice
+    cache = (b * kv_heads + head / (heads // kv_heads)) * cap
+
+    def place(row: Val, chunk: Val) -> Val:
+        turned = f.op(f"xor i64 {chunk.name}, {(row & 7).name}", "i64")
+        return row * row_bytes + turned * 16
+
+    def copy(to: Val, source: Val, first: Callable[[Val], Val]) -> None:
+        """Begin to copy a tile, row r from element first(r)."""
+        for part in range(KEYS * chunks // threads):
+            number = thread + part * threads
+            row, chunk = number / chunks, number % chunks
+            f.copy16(f.at(to, place(row, chunk), "i8"), f.at(source, first(row) + chunk * EIGHT, "bfloat16"))
+
+    def fetch(first: Val, to: Val) -> None:
+        """Begin to copy keys and values from `first` on; beyond the last they are copies of it, which no row sees."""
+
+        def key(row: Val) -> Val:
+            return (cache + f.minimum(first + row, total - 1)) * head_dim
+
+        copy(to, k, key)
+        copy(f.at(to, tile_bytes, "i8"), v, key)
+
+    begin = lowest / KEYS * KEYS
+    copy(held_q, q, lambda r: ((b * s + f.minimum(row0 + r, s - 1)) * heads + head) * head_dim)
+    f.when(begin < highest, lambda: fetch(begin, held))
+    f.commit_copies()
+    f.copies_done(0)
+    f.barrier()
+    queries = [
+        f.fragments(f.at(held_q, place(warp * 16 + line + (matrix & 1) * 8, (matrix >> 1) + 2 * step), "i8"))
+        for step in range(head_dim // 16)
+    ]
+    positions = [past + row0 + warp * 16 + lane / 4 + 8 * half for half in (0, 1)]  # of this thread's two rows
+    lows = [pad if window is None else f.maximum(pad, p - (window - 1)) for p in positions]
+    score_tiles, value_tiles = KEYS // 8, head_dim // 8
+    zero = f.const(0.0, "float")
+
+    def step(first: Val, carried: list[Val]) -> list[Val]:
+        tops, weights, sums = carried[:2], carried[2:4], carried[4:]
+        odd = (first - begin) / KEYS % 2
+        here, there = (f.at(held, which * (2 * tile_bytes), "i8") for which in (odd, 1 - odd))
+        f.copies_done(0)
+        f.barrier()  # the tile has come, and nobody reads the other one any more
+        f.when(first + KEYS < highest, lambda: fetch(first + KEYS, there))
+        f.commit_copies()
+        scores = [zero] * (4 * score_tiles)
+        for part in range(head_dim // 16):
+            for j in range(0, score_tiles, 2):
+                row, chunk = 8 * j + line + (matrix >> 1) * 8, (matrix & 1) + 2 * part
+                four = f.fragments(f.at(here, place(row, chunk), "i8"))
+                for n, keys in enumerate((four[:2], four[2:])):
+                    at = 4 * (j + n)
+                    scores[at : at + 4] = f.mma(queries[part], keys, scores[at : at + 4])
+        seen = []
+        for i, score in enumerate(scores):
+            key, half = first + 8 * (i // 4) + (lane % 4 * 2 + i % 2), i // 2 % 2
+            visible = f.op(f"and i1 {(key <= positions[half]).name}, {(key >= lows[half]).name}", "i1")
+            seen.append(visible)
+            scores[i] = f.select(visible, score * (scale * _LOG2_E), _LOW)
+        _soften(f, scores, seen, tops, weights, sums)
+        values = f.at(here, tile_bytes, "i8")
+        for part in range(KEYS // 16):
+            left = [f.pair(*scores[i : i + 2]) for i in range(8 * part, 8 * part + 8, 2)]
+            for j in range(0, value_tiles, 2):
+                row, chunk = 16 * part + line + (matrix & 1) * 8, (matrix >> 1) + j
+                four = f.fragments(f.at(values, place(row, chunk), "i8"), turned=True)
+                for n, right in enumerate((four[:2], four[2:])):
+                    at = 4 * (j + n)
+                    sums[at : at + 4] = f.mma(left, right, sums[at : at + 4])
+        return [*tops, *weights, *sums]
+
+    state = [*[f.const(_LOW, "float")] * 2, zero, zero, *[zero] * (4 * value_tiles)]
+    *state, _ = f.loop(begin, highest, KEYS, state, step)
+    shares = []
+    for weight in state[2:4]:
+        whole = f.sum_of_lanes(weight, 4)
+        shares.append(f.select(whole > 0.0, 1.0 / whole, 0.0))
+    for half in (0, 1):
+        row = row0 + warp * 16 + lane / 4 + 8 * half
+
+        def store(half: int = half, row: Val = row) -> None:
+            line_at = ((b * s + row) * heads + head) * head_dim + lane % 4 * 2
+            for j in range(value_tiles):
+                low, high = (state[4 + 4 * j + 2 * half + i] * shares[half] for i in (0, 1))
+                f.store(f.pair(low, high), f.at(out, line_at + 8 * j, "bfloat16"))
+
+        f.when(row < s, store)
+    return f.built()

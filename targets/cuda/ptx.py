@@ -1,0 +1,125 @@
+"""From device kernels to PTX, by the LLVM inside TVM, and to a cubin where CUDA's assembler is at hand."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import attrs
+import tvm
+from tvm import ir, tirx
+
+from jisu.compiler.errors import CompileError
+from jisu.targets.cpu.isa import link_text
+from jisu.targets.cuda.device import DeviceKernel
+from jisu.targets.target import Target
+
+_VERSION = {"sm_80": "ptx71", "sm_86": "ptx71", "sm_89": "ptx78", "sm_90": "ptx80", "sm_90a": "ptx80", "sm_100": "ptx86", "sm_120": "ptx87"}  # fmt: skip
+_C_CALL = 1
+
+
+@attrs.frozen
+class Usage:
+    """What the assembler says of a kernel: registers per thread, bytes of stack and of spilled registers."""
+
+    registers: int
+    stack_bytes: int
+    spilled_bytes: int
+
+
+def to_ptx(kernels: Sequence[DeviceKernel], target: Target) -> str:
+    """The kernels as one PTX module for the target's architecture.
+
+    Raises CompileError where LLVM fails, or leaves a function outside.
+    """
+    where = tvm.target.Target(
+        {"kind": "llvm", "mtriple": "nvptx64-nvidia-cuda", "mcpu": target.mcpu, "mattr": [f"+{_version(target)}"]}
+    )
+    functions = {}
+    for kernel in kernels:
+        parameters = [
+            tirx.Var(f"p{i}", ir.PointerType(ir.PrimType("uint8")) if t == "ptr" else "int64")
+            for i, t in enumerate(kernel.parameters)
+        ]
+        # LLVM's text is linked where something calls it; the kernel is that call, inlined.
+        call = tirx.Evaluate(tirx.call_extern("void", kernel.name, *parameters))
+        text = ir.StringImm(link_text([kernel.micro]) + "\n!0 = !{}\n")
+        body = tirx.AttrStmt(tirx.IntImm("int32", 0), "pragma_import_llvm", text, call)
+        function = tirx.PrimFunc(parameters, body, ret_type=None)
+        attributes = {
+            "global_symbol": entry_name(kernel),
+            "calling_conv": _C_CALL,
+            "target": where,
+            "tirx.noalias": True,
+        }
+        for key, value in attributes.items():
+            function = function.with_attr(key, value)
+        functions[entry_name(kernel)] = function
+    module = tvm.get_global_func("target.build.llvm")(tvm.IRModule(functions), where)
+    return _as_kernels(module.inspect_source("asm"), kernels)
+
+
+def entry_name(kernel: DeviceKernel) -> str:
+    """The kernel's name in the module."""
+    return f"kernel_{kernel.name}"
+
+
+def assemble(ptx: str, target: Target) -> tuple[bytes, dict[str, Usage]]:
+    """A cubin for the target's architecture, and what each kernel uses.
+
+    Raises CompileError where there is no assembler (`ptxas`, in CUDA's toolkit and in pip's nvidia-cuda-nvcc) or it fails.
+    """
+    program = shutil.which("ptxas")
+    if program is None:
+        raise CompileError(
+            "there is no ptxas to make a cubin of PTX; install CUDA's toolkit, or `pip install nvidia-cuda-nvcc` and put its "
+            "bin folder on PATH"
+        )
+    with tempfile.TemporaryDirectory(prefix="jisu-ptx-") as folder:
+        source, out = Path(folder) / "k.ptx", Path(folder) / "k.cubin"
+        source.write_text(ptx)
+        done = subprocess.run(
+            [program, f"-arch={target.mcpu}", "-v", "-o", str(out), str(source)], capture_output=True, text=True
+        )
+        if done.returncode:
+            raise CompileError(f"ptxas: {done.stderr.strip()[-2000:]}")
+        return out.read_bytes(), _usage(done.stderr)
+
+
+def _version(target: Target) -> str:
+    if target.mcpu not in _VERSION:
+        raise CompileError(f"no PTX version is known for {target.mcpu!r}; known: {', '.join(_VERSION)}")
+    return _VERSION[target.mcpu]
+
+
+def _as_kernels(assembly: str, kernels: Sequence[DeviceKernel]) -> str:
+    """LLVM's assembly with our functions as kernels, without what TVM adds: helpers, and line numbers of no source."""
+    text = assembly.split("\t// .weak")[0]
+    text = re.sub(r"^\s*\.loc\b.*\n|^\$L__(?:tmp|func_begin|func_end)\d+:\n", "", text, flags=re.M).replace(
+        ", debug", ""
+    )
+    text = re.sub(r"^\t\.(?:section|file)\b.*", "", text, flags=re.M | re.S)
+    for kernel in kernels:
+        found = re.compile(rf"^\.visible \.func {re.escape(entry_name(kernel))}\((.*?)\)\n\{{", re.M | re.S)
+        start = rf".visible .entry {entry_name(kernel)}(\1)\n.maxntid {kernel.threads}, 1, 1\n{{"
+        text, count = found.subn(start, text)
+        if count != 1:
+            raise CompileError(f"LLVM made no function {entry_name(kernel)} of a device kernel")
+    if lost := re.findall(r"^\.extern \.func .*?(\w+)\s*$", text, re.M):
+        raise CompileError(f"device kernels call what doesn't exist: {', '.join(lost)}")
+    return text
+
+
+def _usage(log: str) -> dict[str, Usage]:
+    found = {}
+    pattern = (
+        r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
+        r".*?Used (\d+) registers"
+    )
+    for name, stack, stores, loads, registers in re.findall(pattern, log, re.S):
+        found[name] = Usage(int(registers), int(stack), int(stores) + int(loads))
+    return found
