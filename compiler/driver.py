@@ -600,7 +600,7 @@ def _build(
         producers=_producers(),
     )
     tell("done", 1.0)
-    return Program(parts, num_threads)
+    return Program(parts, num_threads, machine.check_host())
 
 
 def _ledger(

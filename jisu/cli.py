@@ -145,7 +145,10 @@ def compile_command(
         bool, typer.Option("--tune", help="Measure variants of kernels on this machine and use the fastest.")
     ] = False,
     tune_seconds: Annotated[
-        float | None, typer.Option(metavar="SECONDS", min=0.0, help="How long --tune may take, about (default: 120).")
+        float | None,
+        typer.Option(
+            metavar="SECONDS", min=0.0, help="As --tune, for about so long (default: 120); 0 uses what is remembered."
+        ),
     ] = None,
 ) -> None:
     """Compile a checkpoint and save the program."""

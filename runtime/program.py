@@ -22,6 +22,7 @@ from jisu.compiler.errors import (
     InputError,
     InputTypeError,
     JisuError,
+    TargetError,
     TensorMemoryError,
 )
 from jisu.compiler.graph import ArrayStorage, Graph
@@ -74,8 +75,9 @@ class Program:
     served one after another.
     """
 
-    def __init__(self, parts: Compiled, num_threads: int | None = None) -> None:
-        self._parts = parts
+    def __init__(self, parts: Compiled, num_threads: int | None = None, lacks: Sequence[str] = ()) -> None:
+        """lacks: what its code needs and this machine doesn't have: such a program can only be saved."""
+        self._parts, self._lacks = parts, tuple(lacks)
         self._executable = _loaded(parts.library, parts.entries, num_threads)
         self._weights = {entry: self._executable.prepare(entry, parts.weights) for entry in parts.entries}
         self._lock = threading.Lock()
@@ -129,6 +131,11 @@ class Program:
 
     def _run(self, entry: str, arrays: Sequence[Any]) -> tuple[Any, ...]:
         with self._lock:
+            if self._lacks:
+                raise TargetError(
+                    f"this program is for {self._parts.target['name']!r}, and this machine lacks {', '.join(self._lacks)}; save it, "
+                    "and load it on such a machine"
+                )
             return self._executable.call(entry, arrays, self._weights[entry])
 
     def _call_decoder(

@@ -216,7 +216,7 @@ class Target:
                 f"target description has unknown fields {', '.join(unknown)}; known: {', '.join(sorted(known))}"
             )
         caches = tuple(Cache(**c) for c in data.get("caches", ()))
-        return cls(**{**data, "caches": caches, "schedule": Schedule(**data.get("schedule", {}))})
+        return cls(**{**data, "caches": caches, "schedule": Schedule.from_json(data.get("schedule", {}))})
 
 
 def known_targets() -> tuple[str, ...]:

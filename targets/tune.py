@@ -118,17 +118,24 @@ def tune(
         node = kernels[key][0]
         left = seconds - (time.monotonic() - begin)
         share = weights[key] / sum(weights[k] for k in order[i:])
-        memory = _Memory(cache_dir / "schedules", key, target, num_threads)
+        memory = _Memory(cache_dir / "schedules", key, target, num_threads, streamed)
         with contextlib.ExitStack() as stack:
 
             @functools.cache
             def bench(node: Node = node, stack: contextlib.ExitStack = stack) -> _Bench:
                 return stack.enter_context(_bench(node, target, streamed, load, cache_dir))
 
-            found.append(_search(key, node, cpu.variants(node, target), max(left, 0.0) * share, memory, bench))
+            variants = cpu.variants(node, target)
+            found.append(_search(key, node, target.schedule, variants, max(left, 0.0) * share, memory, bench))
         if progress is not None:
             progress(min((time.monotonic() - begin) / seconds, 1.0) if seconds else 1.0)
     return tuple(found)
+
+
+def _apart(streamed: int, target: Target) -> int:
+    """Bytes that a model with so many of weights reads from one call of a kernel to its next, up to what no cache holds."""
+    last = max((c.bytes for c in target.caches), default=1 << 25)
+    return min(streamed, 2 * last, host().memory_bytes // 8)
 
 
 def _weight(node: Node) -> float:
@@ -146,6 +153,7 @@ def _types(node: Node) -> list[TensorType]:
 def _search(
     key: str,
     node: Node,
+    base: Schedule,
     variants: Mapping[str, Sequence[int]],
     seconds: float,
     memory: _Memory,
@@ -163,24 +171,24 @@ def _search(
         return memory.ratios[schedule]
 
     while True:
-        best, ratio, complete = _descend(variants, measured)
+        best, ratio, complete = _descend(base, variants, measured)
         # The least of many noisy figures is too low: what is chosen is measured once more, which may change the choice.
         late = time.monotonic() >= deadline
-        if best != Schedule() and not memory.knows(best, sure=True) and seconds:
+        if best != base and not memory.knows(best, sure=True) and seconds:
             memory.put(best, bench().ratio(best, 3 * _ROUNDS), sure=True)
             if not late:
                 continue
             ratio = memory.ratios[best]
         if ratio >= _GAIN or not memory.knows(best, sure=True):
-            best, ratio = Schedule(), 1.0
+            best, ratio = base, 1.0
         return Tuned(key, node.op.name, best, ratio, len(memory.ratios), complete)
 
 
 def _descend(
-    variants: Mapping[str, Sequence[int]], measured: Callable[[Schedule], float | None]
+    base: Schedule, variants: Mapping[str, Sequence[int]], measured: Callable[[Schedule], float | None]
 ) -> tuple[Schedule, float, bool]:
-    """The best schedule, its ratio, and whether all was measured that the search asked for."""
-    best, ratio = Schedule(), 1.0
+    """The best schedule from `base` on, its ratio, and whether all was measured that the search asked for."""
+    best, ratio = base, 1.0
     for name, values in variants.items():
         around = best
         for value in values:
@@ -199,8 +207,10 @@ class _Memory:
     A variant that can't be compiled has the ratio infinity.
     """
 
-    def __init__(self, folder: Path, key: str, target: Target, num_threads: int | None) -> None:
+    def __init__(self, folder: Path, key: str, target: Target, num_threads: int | None, streamed: int) -> None:
         self.about = {
+            # In powers of two: how far away weights are decides what is fast.
+            "apart": _apart(streamed, target).bit_length(),
             "kernel": key,
             "target": target.fingerprint(),
             "machine": host().source,
@@ -261,13 +271,13 @@ class _Bench:
 
     def __init__(self, node: Node, target: Target, streamed: int, load: Loader, cache_dir: Path, folder: Path) -> None:
         self.target, self.load, self.cache_dir, self.folder = target, load, cache_dir, folder
-        last = max((c.bytes for c in target.caches), default=1 << 25)
-        self.apart = min(streamed, 2 * last, host().memory_bytes // 8)  # bytes that are read from one call to the next
+        self.apart = _apart(streamed, target)
         inputs = {o: placeholder(f"x{i}", o.tensor) for i, o in enumerate(dict.fromkeys(node.parents))}
         self.node = node.with_operands(None if o is None else inputs[o] for o in node.operands)
         self.types = [n.tensor for n in inputs.values()]
         self.graph, self.key = Graph(tuple(inputs.values()), _results(self.node)), kernel_key(self.node)
-        self.base = self._compiled(Schedule())
+        self.base = self._compiled(target.schedule)
+        self.weights = self._weights()
         self.data = {rows: self._data(rows) for rows in self._row_counts()}
         self.calls = {rows: self._calls(rows) for rows in self.data}
 
@@ -290,8 +300,9 @@ class _Bench:
 
     def _compiled(self, schedule: Schedule) -> Runner:
         out = self.folder / _folder(schedule)
-        schedules = {} if schedule == Schedule() else {self.key: schedule}
-        info = compile_graphs({_ENTRY: self.graph}, self.target, out=out, schedules=schedules, cache_dir=self.cache_dir)
+        info = compile_graphs(
+            {_ENTRY: self.graph}, self.target, out=out, schedules={self.key: schedule}, cache_dir=self.cache_dir
+        )
         return self.load(info.library, info.entries)
 
     def _row_counts(self) -> list[int]:
@@ -307,14 +318,20 @@ class _Bench:
         env = dict.fromkeys(self.graph.symbols, 1)
         return {**env, max(free): rows} if free else env
 
+    def _weights(self) -> list[list[np.ndarray | None]]:
+        """What doesn't depend on the call (else None), so many times as lie `apart`."""
+        random = np.random.default_rng(0)
+        made = [None if t.symbols else _made_up(t, {}, random) for t in self.types]
+        fixed = sum(a.nbytes for a in made if a is not None)
+        copies = max(1, -(-self.apart // max(fixed, 1)))
+        return [made, *([None if a is None else _aligned(a) for a in made] for _ in range(copies - 1))]
+
     def _data(self, rows: int) -> list[list[np.ndarray]]:
-        """Inputs for calls in turn: of few rows so many copies of the weights as lie `apart`."""
+        """Inputs for calls in turn."""
         env, random = self._env(rows), np.random.default_rng(0)
-        made = [_made_up(t, env, random) for t in self.types]
-        fixed = sum(a.nbytes for a, t in zip(made, self.types, strict=True) if not t.symbols)
-        copies = max(1, -(-self.apart // max(fixed, 1))) if rows <= 16 else 1
-        return [made, *([a if t.symbols else _aligned(a) for a, t in zip(made, self.types, strict=True)]
-                  for _ in range(copies - 1))]  # fmt: skip
+        own = {i: _made_up(t, env, random) for i, t in enumerate(self.types) if t.symbols}
+        sets = self.weights if rows <= 16 else self.weights[:1]
+        return [[own[i] if a is None else a for i, a in enumerate(weights)] for weights in sets]
 
     def _calls(self, rows: int) -> int:
         """Calls that make a round long enough for the clock."""

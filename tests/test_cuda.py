@@ -218,9 +218,11 @@ def test_attention_of_many_tokens(
     k, v = drawn(1, b, kv_heads, cap, d), drawn(2, b, kv_heads, cap, d)
     k[:, :, past + s :] = v[:, :, past + s :] = np.nan
     start, length = np.array([0, min(past + 2, 40)], np.int64), np.array([past], np.int64)
-    out = out[:, :s].copy()
+    guard = out.reshape(-1, heads, d)[b * s :].copy()
     kernel = attention.attend_tokens(heads, kv_heads, d, GPU, scale=scale, window=window)
     launch(kernel, (-(-s // attention.QUERIES), heads, b), q, k, v, start, length, out, s, cap, late=late, order=order)
+    np.testing.assert_array_equal(out.reshape(-1, heads, d)[b * s :], guard)  # nothing is written beyond
+    out = out.reshape(-1, heads, d)[: b * s].reshape(b, s, heads, d)
     for i in range(b):
         for h in range(heads):
             keys, values = (x[i, h // (heads // kv_heads), : past + s].astype(np.float64) for x in (k, v))
@@ -262,6 +264,10 @@ def test_inputs_that_do_not_fit_are_refused() -> None:
         (lambda k: products.product(k, GPU), 48),
         (lambda k: products.product_hopper(k, HOPPER), 96),
     ]
+    with pytest.raises(TargetError, match="6 query heads can't share 4 key heads"):
+        attention.attend_tokens(6, 4, 64, GPU, scale=1.0)
+    with pytest.raises(TargetError, match="96 channels"):
+        attention.attend_token(4, 4, 96, GPU, scale=1.0)
     for build, k in builds:
         with pytest.raises(TargetError, match=str(k)):
             build(k)

@@ -20,8 +20,9 @@ from hypothesis import strategies as st
 
 from jisu.compiler.errors import InputError, TargetError
 from jisu.compiler.rows import ROW_BITS, decode, encode
+from jisu.compiler.schemes import SCHEMES
 from jisu.targets.cpu import isa
-from jisu.targets.cpu.kernels import attention, embedding, matmul, moe, norm, rotary
+from jisu.targets.cpu.kernels import attention, codes, embedding, matmul, moe, norm, rotary
 from jisu.targets.target import Target, known_targets
 
 TARGETS = ("cpu", "cpu:generic")
@@ -506,6 +507,36 @@ def test_experts(dtype: str, where: str) -> None:
             *packed,
             empty(1, hidden, dtype=dtype),
         )
+
+
+@pytest.mark.parametrize(
+    ("scheme", "group", "k"), [("int8", 0, 2500), ("int4", 64, 3200), ("nf4", 64, 1600), ("fp8", 0, 40)]
+)
+def test_rows_of_decoded_weights_do_not_show_their_neighbours(scheme: str, group: int, k: int) -> None:
+    """Also where inputs are multiplied in parts, and codes are decoded once for many rows."""
+    n, kind, random = 40, SCHEMES[scheme], np.random.default_rng(0)
+    panel = matmul.panel_width(target("cpu"))
+    panels, words = -(-n // panel), kind.panel_words(k, 1)
+    packed = random.integers(0, 120, (panels, words, panel, 1), np.uint8)
+    scales = random.uniform(0.01, 0.02, (panels, kind.groups(k, group), panel)).astype(np.float16)
+    run = compiled(codes.quantized_linear, "cpu", n, k, "float32", scheme=scheme, group=group)
+    x = draw(1, 30, k)
+    whole = empty(30, n, dtype="float32")
+    run(x, packed, scales, whole)
+    shape = (panels, words, panel, kind.per_byte)
+    # fp8 has no number 127
+    both = packed if kind.per_byte == 1 else np.concatenate([packed & 15, packed >> 4], -1)
+    assert both.shape == shape
+    levels = kind.levels.astype(np.float64) - (kind.middle if kind.uniform else 0)
+    by_input = levels[both].transpose(0, 2, 1, 3).reshape(panels * panel, -1)[:n, :k]
+    spread = np.repeat(scales.astype(np.float64).transpose(0, 2, 1).reshape(panels * panel, -1)[:n], group or k, 1)[
+        :, :k
+    ]
+    np.testing.assert_allclose(whole, x.astype(np.float64) @ (by_input * spread).T, rtol=1e-4, atol=1e-2)
+    for m in (1, 2, 7, 12, 13):
+        some = empty(m, n, dtype="float32")
+        run(x[:m].copy(), packed, scales, some)
+        np.testing.assert_array_equal(some, whole[:m], err_msg=str(m))
 
 
 def test_results_do_not_depend_on_the_thread_count() -> None:

@@ -98,6 +98,15 @@ def test_a_schedule_changes_no_result(schedule: Schedule, tmp_path: Path) -> Non
                 np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [({"rows": 0}, "rows is a number"), ({"ahead": "x"}, "not 'x'"), ({"row": 8}, "unknown fields row")],
+)
+def test_a_schedule_that_is_none_is_refused(given: dict[str, Any], words: str) -> None:
+    with pytest.raises(jisu.TargetError, match=words):
+        Target.from_json({**HOST.to_json(), "schedule": given})
+
+
 def test_a_key_tells_shapes_apart_and_not_the_names_of_symbols() -> None:
     def key(m: Any, outputs: int = 96) -> str:
         x, w = layer(outputs).inputs
@@ -131,7 +140,7 @@ def test_a_descent_returns_what_was_measured_and_never_what_is_slower(random: An
             return None
         return ratios.setdefault(schedule, random.uniform(0.5, 1.5))
 
-    best, ratio, complete = tune._descend(VARIANTS, measured)
+    best, ratio, complete = tune._descend(Schedule(), VARIANTS, measured)
     assert ratio == ratios.get(best, 1.0) <= 1.0
     assert complete == (len(ratios) == 5) if known >= 5 else not complete
     assert all(r > 0.98 * ratio or s == best for s, r in ratios.items())
@@ -182,6 +191,20 @@ def test_the_faster_variant_is_found_and_remembered(tmp_path: Path, monkeypatch:
     loaded = clock.loaded
     again = search(clock, tmp_path, 0.0, monkeypatch)
     assert again == found and clock.loaded == loaded  # nothing was measured again
+
+
+def test_tuning_begins_where_the_target_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the target's description says of all kernels stays, unless another number is faster."""
+    target = attrs.evolve(HOST, schedule=Schedule(shares=5))
+    clock = Clock({Schedule(shares=5, rows=8): 1e-3})
+    clock.names |= {
+        tune._folder(s): s for s in (attrs.evolve(s, shares=s.shares or 5) for s in list(clock.names.values()))
+    }
+    with monkeypatch.context() as patched:
+        patched.setattr(tune, "_clock", lambda: clock.now)
+        patched.setattr(cpu, "variants", lambda node, _: VARIANTS if node.op is ops.packed_linear else {})
+        (found,) = tune.tune({"e": layer()}, target, 600.0, load=clock, cache_dir=tmp_path)
+    assert found.schedule == Schedule(shares=5, rows=8) and found.complete
 
 
 def test_a_choice_that_was_measured_once_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

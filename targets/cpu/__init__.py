@@ -26,14 +26,16 @@ def variants(node: Node, target: Target) -> dict[str, tuple[int, ...]]:
         return {}
     # Words of a panel's outputs that half of the nearest cache holds, and some more.
     near = target.cache_bytes(1, 1 << 15) // (2 * 4 * packing(target)[0]) // 16 * 16
-    found = {"depth": (near, 2 * near, 4 * near)} if node.op in _FLOATS else {}
+    deep = int(node.parents[1].shape[-2 if node.parents[1].dtype == "float32" else -3])  # type: ignore[arg-type]
+    depths = tuple(d for d in (near, 2 * near, 4 * near) if d < deep)
+    found = {"depth": depths} if node.op in _FLOATS and depths else {}
     rows = (8, 14) if target.vector_registers >= 32 else (4,)
     return {**found, "rows": rows, "chunk": (96, 144, 480), "ahead": (2048, 4096, 16384), "shares": (8, 32, 64)}
 
 
 _MASK_BYTES = 8
 # Seconds that one core computes for a word (64 weights) and a row of x, dense and sparse, by dtype, or by how many codes share a byte:
-# measured on a Xeon 6 with AVX-512, weights from its caches; Zen 5 is faster at all of them.
+# measured on an Intel Xeon (family 6, model 207) with AVX-512, weights from its caches.
 _WORD_SECONDS: Mapping[str | int, tuple[float, float]] = {
     "float32": (4.3e-9, 5.5e-9),
     "bfloat16": (4.5e-9, 3.7e-9),
@@ -61,9 +63,12 @@ def sparse_gain(form: str, kept: float, target: Target) -> float | None:
 
 
 def sparse_limits(target: Target) -> dict[str, float]:
-    """Per dtype or scheme, the largest share of kept numbers at which a sparse matrix is smaller than a dense one and is read as fast."""
+    """Per dtype or scheme, the largest share of kept numbers at which a sparse matrix is smaller than a dense one and is read as fast.
+
+    Codes of fewer than 8 bits have none: they are decoded faster than they are expanded, whatever they weigh.
+    """
     found = {}
-    for form in (*(f for f in _WORD_SECONDS if isinstance(f, str)), *SCHEMES):
+    for form in ("float32", "bfloat16", "float16", "int8"):
         smaller = 1 - _MASK_BYTES / _word_bytes(form)
         if (sparse_gain(form, smaller, target) or 0.0) >= 1.0:
             found[form] = smaller

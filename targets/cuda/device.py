@@ -81,10 +81,6 @@ class Device(Function):
         """16 bytes that nobody writes while the kernel runs, in one load from an address that is a multiple of 16."""
         return self.op(f"load {type_}, {address.type} {address.name}, align 16, !invariant.load !0", type_)
 
-    def store16(self, value: Val, address: Val) -> None:
-        """16 bytes in one store to an address that is a multiple of 16."""
-        self.emit(f"store {value.type} {value.name}, {address.type} {address.name}, align 16")
-
     def copy16(self, to: Val, source: Val) -> None:
         """Begin to copy 16 bytes from the GPU's memory into shared memory; see `copies_done`."""
         self.run(f"{PREFIX}cp.async.cg.shared.global.16", to, source)

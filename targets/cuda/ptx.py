@@ -13,7 +13,7 @@ import attrs
 import tvm
 from tvm import ir, tirx
 
-from jisu.compiler.errors import CompileError
+from jisu.compiler.errors import CompileError, TargetError
 from jisu.targets.cpu.isa import link_text
 from jisu.targets.cuda.device import DeviceKernel
 from jisu.targets.target import Target
@@ -34,7 +34,7 @@ class Usage:
 def to_ptx(kernels: Sequence[DeviceKernel], target: Target) -> str:
     """The kernels as one PTX module for the target's architecture.
 
-    Raises CompileError where LLVM fails, or leaves a function outside.
+    Raises TargetError for an architecture without a known version of PTX, CompileError where LLVM leaves a function outside.
     """
     where = tvm.target.Target(
         {"kind": "llvm", "mtriple": "nvptx64-nvidia-cuda", "mcpu": target.mcpu, "mattr": [f"+{_version(target)}"]}
@@ -92,7 +92,7 @@ def assemble(ptx: str, target: Target) -> tuple[bytes, dict[str, Usage]]:
 
 def _version(target: Target) -> str:
     if target.mcpu not in _VERSION:
-        raise CompileError(f"no PTX version is known for {target.mcpu!r}; known: {', '.join(_VERSION)}")
+        raise TargetError(f"no PTX version is known for {target.mcpu!r}; known: {', '.join(_VERSION)}")
     return _VERSION[target.mcpu]
 
 

@@ -73,10 +73,10 @@ class Tiles:
         """Sums to memory."""
         self._sums("tilestored64", count, address, stride)
 
-    def multiply(self, kind: str, count: int, x: Val, x_stride: Val, w: Val, ahead: int) -> None:
+    def multiply(self, instruction: str, count: int, x: Val, x_stride: Val, w: Val, ahead: int) -> None:
         """Add to the sums the products of a tile's inputs: rows from x, `x_stride` bytes apart, a panel's words from w.
 
-        kind: "tdpbsud" (levels times codes) or "tdpbf16ps". ahead: how many bytes further the panel is asked for; 0: not.
+        instruction: "tdpbsud" (levels times codes) or "tdpbf16ps". ahead: how many bytes further the panel is asked for; 0: not.
         """
         f = self.f
         for i, tile in enumerate(_W):
@@ -86,7 +86,7 @@ class Tiles:
         for m in range(count):
             self._load(_X[m], f.at(x, x_stride * (ROWS * m), "i8"), x_stride)
             for i, tile in enumerate(_W):
-                self._emit(kind, _SUMS[m][i], _X[m], tile)
+                self._emit(instruction, _SUMS[m][i], _X[m], tile)
 
     def _configure(self, first: Val, second: Val) -> None:
         """Tiles of sums and of x have so many rows."""

@@ -105,7 +105,7 @@ def product(
     void(A, lda, B, ldb, C, ldc, k): strides in 32-bit words, k in words of B (static where given). `weights` says what
     a word of B holds: "float32"; "bfloat16" or "float16": two consecutive k, widened, A being float32; "dot": two
     consecutive k in bfloat16, and so has A. With `rows_of` (a dtype) B is a plain matrix of it, `ldb` counts its
-    elements, and only its first `columns` are read. With `accumulate` the product is added to C. `turned`: A is
+    elements, and only its first `columns` are read. With `accumulate` sums start from C. `turned`: A is
     stored as [k, mr], lda being the stride of k. `prefetch`: "stream" asks for B itself, further on; with "next" a further
     argument is an address from which half a cache line per word of B is asked for, since it will be B next.
     """
@@ -146,12 +146,11 @@ def product(
     left = [(columns or vectors * lanes) - j * lanes for j in range(vectors)]
     masks = [f.mask_below(c, lanes) if c < lanes else None for c in left]
 
-    *sums, _ = f.loop(0, k_arg if k is None else k, 1, [f.const(0.0, vec)] * (mr * vectors), step)
-    for m in range(mr):
-        for j in range(vectors):
-            address = f.at(f.at(c, ldc * m, "float32"), j * lanes, "float32")
-            total = sums[m * vectors + j]
-            f.store(total + f.load(vec, address) if accumulate else total, address)
+    out = [f.at(f.at(c, ldc * m, "float32"), j * lanes, "float32") for m in range(mr) for j in range(vectors)]
+    start = [f.load(vec, address) if accumulate else f.const(0.0, vec) for address in out]
+    *sums, _ = f.loop(0, k_arg if k is None else k, 1, start, step)
+    for total, address in zip(sums, out, strict=True):
+        f.store(total, address)
     return f.finish()
 
 
@@ -185,7 +184,8 @@ def dot(f: Function, pairs: Val, weights: Val, total: Val) -> Val:
 
 def uses_dot(dtype: str, target: Target) -> bool:
     """Whether pairs of inputs are multiplied at once: where the machine can, and does it faster than widening them."""
-    faster = target.peak_flops("bfloat16") > target.peak_flops("float32")
+    # The peak of a machine with tiles is theirs; Intel's vector units are slower at it than at float32.
+    faster = target.peak_flops("bfloat16") > target.peak_flops("float32") and not target.has("amx-bf16")
     return dtype == "bfloat16" and target.has("avx512bf16") and target.vector_bytes == 64 and faster
 
 

@@ -18,6 +18,13 @@ _LOW = -1e30  # stands for minus infinity, without the NaN of its difference wit
 _ATTENTION_WARPS = 4
 
 
+def _check(heads: int, kv_heads: int, head_dim: int, known: Sequence[int]) -> None:
+    if kv_heads < 1 or heads % kv_heads:
+        raise TargetError(f"{heads} query heads can't share {kv_heads} key heads evenly")
+    if head_dim not in known:
+        raise TargetError(f"heads of {head_dim} channels: attention has kernels for {', '.join(map(str, known))}")
+
+
 def attend_token(
     heads: int, kv_heads: int, head_dim: int, target: Target, *, scale: float, window: int | None = None
 ) -> DeviceKernel:
@@ -26,10 +33,10 @@ def attend_token(
     Parameters: q[b, heads, head_dim], k and v[b, kv_heads, cap, head_dim] (bfloat16, at multiples of 16 bytes), start[b] and length[1] (int64:
     slots of padding, and of keys before the new one, which is in the cache already), states float32 [b, heads, parts, head_dim + 2], cap,
     parts. A block does a part of the keys for all query heads that share them: each key is read once. Grid: (parts, kv_heads, b).
-    Source: FlashDecoding (Dao et al., 2023). Raises TargetError for head dimensions other than 64, 128 and 256.
+    Source: FlashDecoding (Dao et al., 2023). Raises TargetError for head dimensions other than 64, 128 and 256,
+    and unless heads are a multiple of kv_heads.
     """
-    if head_dim not in (64, 128, 256):
-        raise TargetError(f"heads of {head_dim} channels: attention of a token has kernels for 64, 128 and 256")
+    _check(heads, kv_heads, head_dim, (64, 128, 256))
     group, lanes = heads // kv_heads, head_dim // EIGHT  # query heads per key; threads that read a key together
     at_once = WARP // lanes  # keys that a warp reads at once
     warps = _ATTENTION_WARPS
@@ -174,10 +181,9 @@ def attend_tokens(
     Parameters: q and out[b, s, heads, head_dim], k and v[b, kv_heads, cap, head_dim] (bfloat16, at multiples of 16 bytes), start[b] and
     length[1] (int64: slots of padding, and of keys before the new ones), s, cap. Tiles that no row sees are skipped. A row that sees nothing
     (padding) becomes zeros. Grid: (ceil(s / `QUERIES`), heads, b). Source: FlashAttention-2 (Dao, 2023). Raises TargetError for head
-    dimensions other than 64 and 128.
+    dimensions other than 64 and 128, and unless heads are a multiple of kv_heads.
     """
-    if head_dim not in (64, 128):
-        raise TargetError(f"heads of {head_dim} channels: attention of many tokens has kernels for 64 and 128")
+    _check(heads, kv_heads, head_dim, (64, 128))
     warps = QUERIES // 16
     threads = warps * WARP
     names = ("q", "k", "v", "start", "length", "out")
