@@ -1,4 +1,4 @@
-"""A Llama checkpoint folder as GGUF, bfloat16, for llama.cpp: its own converter refuses tokenizers that it doesn't know."""
+"""A Llama or Qwen3 checkpoint folder as GGUF, bfloat16, for llama.cpp: its own converter refuses tokenizers that it doesn't know."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ NAMES = {
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
@@ -61,7 +63,10 @@ def write(checkpoint: Path, out: Path) -> None:
     heads, kv = config["num_attention_heads"], config["num_key_value_heads"]
     head = config.get("head_dim") or config["hidden_size"] // heads
     theta = config.get("rope_theta") or config["rope_parameters"]["rope_theta"]
-    w = gguf.GGUFWriter(str(out), "llama")
+    kind = config["model_type"]
+    if kind not in ("llama", "qwen3"):
+        raise ValueError(f"no GGUF for {kind} here")
+    w = gguf.GGUFWriter(str(out), kind)
     w.add_vocab_size(config["vocab_size"])
     w.add_context_length(config["max_position_embeddings"])
     w.add_embedding_length(config["hidden_size"])
@@ -90,7 +95,7 @@ def write(checkpoint: Path, out: Path) -> None:
         with safetensors.safe_open(file, "np") as stored:
             for name in stored.keys():
                 array = stored.get_tensor(name)
-                if "q_proj" in name or "k_proj" in name:  # the other order of rotary pairs
+                if kind == "llama" and ("q_proj" in name or "k_proj" in name):  # the other order of rotary pairs
                     n = heads if "q_proj" in name else kv
                     array = (
                         array.reshape(n, 2, len(array) // n // 2, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
