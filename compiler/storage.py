@@ -7,6 +7,7 @@ without holes. Every number of the header is checked against the file's real siz
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
@@ -15,7 +16,7 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -70,6 +71,31 @@ def cache_folder(given: Path | None) -> Path:
     if os.environ.get("JISU_CACHE_DIR"):
         return Path(os.environ["JISU_CACHE_DIR"])
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jisu"
+
+
+def aligned(shape: Sequence[int], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+    """An uninitialised array whose elements begin at a multiple of `ALIGNMENT` bytes; raises MemoryError as NumPy does."""
+    kind = np.dtype(dtype)
+    nbytes = math.prod(shape) * kind.itemsize
+    raw = np.empty(nbytes + ALIGNMENT, np.uint8)
+    shift = -raw.__array_interface__["data"][0] % ALIGNMENT
+    return raw[shift : shift + nbytes].view(kind).reshape(shape)
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that is at `path` when all is written, and not at all where that fails; its folder is made.
+
+    Raises OSError where it can't be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staging = path.with_name(f".{path.name}-{secrets.token_hex(8)}.part")
+    try:
+        with staging.open("xb") as file:
+            yield file
+        os.replace(staging, path)
+    finally:
+        staging.unlink(missing_ok=True)
 
 
 def map_file(path: str | os.PathLike[str]) -> Bytes:

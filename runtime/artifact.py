@@ -45,7 +45,7 @@ import numpy.typing as npt
 from jisu.compiler.errors import ArtifactError, InputError
 from jisu.compiler.storage import LazyTensor, cache_folder, map_descriptor, open_safetensors, parse_json
 
-FORMAT = 2
+FORMAT = 3
 MAGIC = b"JISU\x00\x01"
 PAGE = 4096
 PIECE = 1 << 24

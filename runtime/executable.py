@@ -23,9 +23,9 @@ import numpy as np
 from jisu.compiler.entry import Entry
 from jisu.compiler.errors import ArtifactError, IndexOutOfRangeError, InputError, JisuError, TensorMemoryError
 from jisu.compiler.interpret import bind_types
+from jisu.compiler.storage import ALIGNMENT, aligned
 from jisu.compiler.types import numpy_dtype
 
-_ALIGNMENT = 64
 _NOTHING: Mapping[str, np.ndarray] = {}
 _KEPT_SHAPES = 1024  # combinations of input shapes for which an entry remembers what follows from them
 
@@ -261,7 +261,7 @@ def hold(value: Any) -> Held:
         value = np.from_dlpack(value) if hasattr(value, "__dlpack__") else np.asarray(value)
     if value.flags.c_contiguous and value.dtype.isnative:
         held = Held(value)
-        if held.address % _ALIGNMENT == 0:
+        if held.address % ALIGNMENT == 0:
             return held
     copy = _aligned(value.shape, value.dtype if value.dtype.isnative else value.dtype.newbyteorder("="))
     copy.array[...] = value
@@ -270,13 +270,11 @@ def hold(value: Any) -> Held:
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> Held:
     """An uninitialised array in memory aligned to 64 bytes."""
-    nbytes = math.prod(shape) * dtype.itemsize
     try:
-        raw = Held(np.empty(nbytes + _ALIGNMENT, np.uint8))
+        return Held(aligned(shape, dtype))
     except (MemoryError, ValueError):
+        nbytes = math.prod(shape) * dtype.itemsize
         raise TensorMemoryError(f"no memory for a result of {nbytes / 2**30:.1f} GiB") from None
-    shift = -raw.address % _ALIGNMENT
-    return Held(raw.array[shift : shift + nbytes].view(dtype).reshape(shape))
 
 
 def zeros(shape: Sequence[int], dtype: str, what: str) -> np.ndarray:

@@ -12,7 +12,6 @@ import functools
 import hashlib
 import json
 import math
-import os
 import shutil
 import statistics
 import tempfile
@@ -29,6 +28,7 @@ from jisu.compiler.cost import weight_bytes
 from jisu.compiler.entry import Entry
 from jisu.compiler.errors import CompileError, TargetError
 from jisu.compiler.graph import Graph, Node, placeholder
+from jisu.compiler.storage import aligned, whole_file
 from jisu.compiler.types import TensorType, TupleType, numpy_dtype, substitute
 from jisu.targets import cpu
 from jisu.targets.compile import compile_graphs, produced_by
@@ -44,7 +44,6 @@ _ROUNDS = 5
 _ROUND_SECONDS = 4e-3
 _MOST_FLOPS = 2e10  # of one call: longer ones say no more
 _ENTRY = "kernel"
-_ALIGNMENT = 64
 _clock = time.perf_counter
 
 
@@ -237,12 +236,8 @@ class _Memory:
         self._note(schedule, ratio, sure)
         rows = [[s.to_json(), None if math.isinf(r) else r, s in self.sure] for s, r in self.ratios.items()]
         data = {"about": self.about, "measured": rows}
-        with contextlib.suppress(OSError):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(prefix="new-", dir=self.path.parent)
-            with os.fdopen(handle, "w") as file:
-                json.dump(data, file)
-            os.replace(name, self.path)
+        with contextlib.suppress(OSError), whole_file(self.path) as file:
+            file.write(json.dumps(data).encode())
 
     def _note(self, schedule: Schedule, ratio: float, sure: bool) -> None:
         self.ratios[schedule] = ratio
@@ -324,7 +319,7 @@ class _Bench:
         made = [None if t.symbols else _made_up(t, {}, random) for t in self.types]
         fixed = sum(a.nbytes for a in made if a is not None)
         copies = max(1, -(-self.apart // max(fixed, 1)))
-        return [made, *([None if a is None else _aligned(a) for a in made] for _ in range(copies - 1))]
+        return [made, *([None if a is None else _copied(a) for a in made] for _ in range(copies - 1))]
 
     def _data(self, rows: int) -> list[list[np.ndarray]]:
         """Inputs for calls in turn."""
@@ -358,15 +353,12 @@ def _made_up(kind: TensorType, env: Mapping[str, int], random: np.random.Generat
     shape = tuple(int(d) for d in kind.at(env).shape)
     dtype = numpy_dtype(kind.dtype)
     if kind.symbols or dtype.kind == "i":
-        return _aligned(np.zeros(shape, dtype))
+        return _copied(np.zeros(shape, dtype))
     block = random.integers(0, 256, 1 << 16, np.uint8) if dtype.kind == "u" else random.uniform(0.5, 1.0, 1 << 16)
-    return _aligned(np.resize(block.astype(dtype), shape))
+    return _copied(np.resize(block.astype(dtype), shape))
 
 
-def _aligned(array: np.ndarray) -> np.ndarray:
-    """A copy that begins at an aligned address."""
-    raw = np.empty(array.nbytes + _ALIGNMENT, np.uint8)
-    shift = -raw.ctypes.data % _ALIGNMENT
-    copy = raw[shift : shift + array.nbytes].view(array.dtype).reshape(array.shape)
+def _copied(array: np.ndarray) -> np.ndarray:
+    copy = aligned(array.shape, array.dtype)
     copy[...] = array
     return copy

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -269,12 +268,10 @@ def test_a_tuned_program_computes_the_same_and_tells_what_was_found(tmp_path: Pa
     x, model = torch.randn(5, 64, generator=torch.Generator().manual_seed(0)), Model().eval()
     stages: list[tuple[str, float]] = []
     rows = {"x": {0: torch.export.Dim("rows", max=512)}}
-    begin = time.monotonic()
     program = jisu.compile(
         model, example_inputs=(x,), dynamic_shapes=rows, tune=2.0, cache_dir=tmp_path, num_threads=1,
         progress=lambda stage, done: stages.append((stage, done)),
     )  # fmt: skip
-    assert time.monotonic() - begin < 60
     with torch.no_grad():
         np.testing.assert_allclose(np.asarray(program(x)), model(x).numpy(), rtol=1e-5, atol=1e-5)
     found = program.explain()["tuning"]

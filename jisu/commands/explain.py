@@ -74,7 +74,7 @@ def _show(console: Console, path: str, report: Mapping[str, Any], program: Progr
     kernels = [[k["name"], k["op"], str(k["count"])] for k in report.get("kernels", ())]
     console.print(table("Kernels", ("<kernel", "<op", "calls"), kernels))
     sparse = [
-        [m["name"], m.get("form", "-"), f"{m['kept']:.0%}", m["stored"], _gain(m.get("predicted_gain", 0.0))]
+        [m["name"], m["form"], f"{m['kept']:.0%}", m["stored"], _gain(m["predicted_gain"])]
         for m in report.get("sparse", ())
     ]
     if sparse:
@@ -98,9 +98,7 @@ def _show(console: Console, path: str, report: Mapping[str, Any], program: Progr
 
 
 def _gain(gain: float | None) -> str:
-    if gain is None:
-        return "no kernel for it on this target"
-    return f"{gain:.2f} times as fast" if gain else "-"  # of a program that was compiled before gains were noted
+    return "no kernel for it on this target" if gain is None else f"{gain:.2f} times as fast"
 
 
 def _show_tuning(console: Console, tuning: Sequence[Mapping[str, Any]]) -> None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
-import tempfile
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -15,6 +13,7 @@ import ml_dtypes
 import numpy as np
 
 from jisu.compiler.graph import Graph
+from jisu.compiler.storage import whole_file
 from jisu.passes.compression.calibrate import Samples
 
 Arrays = Mapping[str, np.ndarray]
@@ -45,11 +44,8 @@ class Unfinished:
 
     def put(self, name: str, arrays: Arrays) -> None:
         """Keep a group, whole or not at all."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        descriptor, staging = tempfile.mkstemp(dir=self.folder, suffix=".part")
-        with os.fdopen(descriptor, "wb") as file:
+        with whole_file(self._path(name)) as file:
             np.savez(file, **dict(map(_to_bits, arrays.items())))  # type: ignore[arg-type]
-        os.replace(staging, self._path(name))
 
     def done(self) -> None:
         """Forget everything: the compression is finished."""

@@ -26,9 +26,11 @@ def variants(node: Node, target: Target) -> dict[str, tuple[int, ...]]:
         return {}
     # Words of a panel's outputs that half of the nearest cache holds, and some more.
     near = target.cache_bytes(1, 1 << 15) // (2 * 4 * packing(target)[0]) // 16 * 16
-    deep = int(node.parents[1].shape[-2 if node.parents[1].dtype == "float32" else -3])  # type: ignore[arg-type]
-    depths = tuple(d for d in (near, 2 * near, 4 * near) if d < deep)
-    found = {"depth": depths} if node.op in _FLOATS and depths else {}
+    x = node.parents[0].tensor
+    depths = [
+        d for d in (near, 2 * near, 4 * near) if node.op in _FLOATS and d * packing(target)[1][x.dtype] < x.shape[-1]
+    ]
+    found = {"depth": tuple(depths)} if depths else {}
     rows = (8, 14) if target.vector_registers >= 32 else (4,)
     return {**found, "rows": rows, "chunk": (96, 144, 480), "ahead": (2048, 4096, 16384), "shares": (8, 32, 64)}
 
@@ -45,14 +47,18 @@ _WORD_SECONDS: Mapping[str | int, tuple[float, float]] = {
 }
 
 
+def expands(dtype: str, target: Target) -> bool:
+    """Whether the target has the instructions that expand float32, or smaller numbers ("uint8": codes)."""
+    needed = ("avx512f",) if dtype == "float32" else ("avx512vbmi", "avx512vbmi2")
+    return target.vector_bytes == 64 and target.has(*needed)
+
+
 def sparse_gain(form: str, kept: float, target: Target) -> float | None:
     """How many times as fast a sparse matrix is read for one row as a dense one with zeros, predicted; None where no kernel expands it.
 
     form: a float dtype, or a scheme of codes. kept: the share of kept numbers. A roofline: a word takes the longer of its arithmetic
     and its bytes at a core's share of the memory's bandwidth.
     """
-    from jisu.targets.cpu.kernels.sparse import expands
-
     kind = SCHEMES.get(form)
     seconds = _WORD_SECONDS.get(kind.per_byte if kind else form)
     if seconds is None or not expands("uint8" if kind else form, target):
@@ -65,7 +71,7 @@ def sparse_gain(form: str, kept: float, target: Target) -> float | None:
 def sparse_limits(target: Target) -> dict[str, float]:
     """Per dtype or scheme, the largest share of kept numbers at which a sparse matrix is smaller than a dense one and is read as fast.
 
-    Codes of fewer than 8 bits have none: they are decoded faster than they are expanded, whatever they weigh.
+    Of the schemes of codes only int8 has one: others are decoded faster than they are expanded, whatever they weigh.
     """
     found = {}
     for form in ("float32", "bfloat16", "float16", "int8"):

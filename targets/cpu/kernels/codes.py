@@ -14,9 +14,9 @@ from jisu.targets.cpu.kernels.matmul import (
     VECTORS,
     ahead,
     block_sizes,
-    chunk_rows,
     layer_func,
     panel_width,
+    part_inputs,
     product,
     row_blocks,
 )
@@ -122,9 +122,7 @@ class Codes:
     def parts(self) -> list[tuple[int, int]]:
         """Ranges of words (first, how many), whole groups, that all rows are multiplied by before the next is begun."""
         each = self.each if self.group else 16
-        # As many of a chunk's inputs as stay in the second cache while panels go by.
-        room = self.target.cache_bytes(2, 1 << 20) // 2 // (4 * chunk_rows(self.target) * self.kind.per_byte)
-        step = max(room // each, 1) * each
+        step = max(part_inputs(self.target) // self.kind.per_byte // each, 1) * each
         return [(first, min(step, self.words - first)) for first in range(0, max(self.words, 1), step)]
 
     def _walk(

@@ -269,6 +269,11 @@ def chunk_rows(target: Target) -> int:
     return target.schedule.chunk or 240
 
 
+def part_inputs(target: Target) -> int:
+    """Inputs float32 of a chunk's rows that stay in the second cache while panels go by."""
+    return target.cache_bytes(2, 1 << 20) // 2 // (4 * chunk_rows(target))
+
+
 @attrs.frozen
 class Floats:
     """Weights that are floats of the layer's dtype, in the layout of `pack`."""
@@ -312,8 +317,7 @@ class Floats:
         nr, depth, sizes = panel_width(self.target), self.depth, block_sizes(self.target)
         kind = "dot" if self.row[0] == "bfloat16" else self.dtype
         words = 2 if kind in ("bfloat16", "float16") else 1  # of a row, per word of the panel
-        # A chunk of rows, as deep as a part, stays in the second cache while panels go by.
-        room = self.target.cache_bytes(2, 1 << 20) // 2 // (4 * chunk_rows(self.target) * words)
+        room = part_inputs(self.target) // words
         parts = -(-depth // (self.target.schedule.depth or max(room // 64 * 64, 64)))
         step = align_up(-(-depth // parts), 16)
 

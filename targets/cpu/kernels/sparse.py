@@ -15,6 +15,7 @@ import numpy as np
 
 from jisu.compiler import schemes
 from jisu.compiler.errors import TargetError
+from jisu.targets.cpu import expands
 from jisu.targets.cpu.isa import ITEMSIZE, Function, Micro, Val, require_dtype, vector_type
 from jisu.targets.cpu.kernels.codes import Codes, level, scale_and_shift
 from jisu.targets.cpu.kernels.matmul import (
@@ -30,12 +31,6 @@ from jisu.targets.cpu.kernels.matmul import (
     words_as_floats,
 )
 from jisu.targets.target import Target
-
-
-def expands(dtype: str, target: Target) -> bool:
-    """Whether the target has the instructions that expand float32, or smaller numbers ("uint8": codes)."""
-    needed = ("avx512f",) if dtype == "float32" else ("avx512vbmi", "avx512vbmi2")
-    return target.vector_bytes == 64 and target.has(*needed)
 
 
 @attrs.frozen
@@ -141,10 +136,8 @@ class Sparse:
         )
         f = Function("sparse_row" if multiply else "expand", [("i64" if n == "first" else "ptr", n) for n in names], self.target)  # fmt: skip
         at = dict(zip(names, f.params(), strict=True))
-        nr, nothing = (
-            panel_width(self.target),
-            [f.const(0.0, vector_type("float", f.lanes))] * (VECTORS if multiply else 0),
-        )
+        nr = panel_width(self.target)
+        nothing = [f.const(0.0, vector_type("float", f.lanes))] * (VECTORS if multiply else 0)
 
         def word(index: Val, position: Val, sums: list[Val], group: Group | None) -> list[Val]:
             """The position behind a word, and the sums with its products; they go on as in `product`, one input after the other."""
