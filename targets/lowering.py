@@ -27,12 +27,12 @@ from jisu.targets.arena import Lifetime, share
 from jisu.targets.cpu import generic
 from jisu.targets.cpu.generic.build import Builder, expression, extra_symbols, i64
 from jisu.targets.cpu.generic.element import always_pulled
+from jisu.targets.cpu.isa import C_CALL
 from jisu.targets.fusion import Region, regions
 from jisu.targets.schedule import Schedules, kernel_key
 from jisu.targets.target import Target
 
 _ALIGNMENT = 64  # bytes, of every value in memory
-_C_CALL = 1  # TVM's number of a calling convention other than its own
 
 
 @attrs.frozen
@@ -156,7 +156,7 @@ def _callee(function: Any, name: str) -> tuple[_Callee, Any]:
         body = tirx.AttrStmt(tirx.IntImm("int32", 0), key, tirx.IntImm("int32", value), body)
     plain = tirx.PrimFunc([*parameters, *sizes], body, ret_type=ir.PrimType("int32"))
     # Its name is a symbol, which profilers show; another calling convention than the default keeps TVM from wrapping it.
-    attributes = {"tirx.noalias": True, "s_tir": True, "global_symbol": name, "calling_conv": _C_CALL}
+    attributes = {"tirx.noalias": True, "s_tir": True, "global_symbol": name, "calling_conv": C_CALL}
     for key, attribute in attributes.items():
         plain = plain.with_attr(key, attribute)
     return _Callee(ir.GlobalVar(name), name, tuple(shapes), tuple(sizes)), plain

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+from jisu.targets.worker import _BARE_LINKERS, find_linker
 
 settings.register_profile(
     "ci", derandomize=True, deadline=None, database=None, max_examples=40, suppress_health_check=list(HealthCheck)
@@ -59,3 +63,13 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(DEMO / name, folder)
     return folder
+
+
+def emulation(source: str, folder: Path) -> ctypes.CDLL:
+    """A C++ file of this folder as a library in `folder` whose functions kernels in this process find."""
+    if find_linker()[0] in _BARE_LINKERS:
+        pytest.skip("this machine has no C++ compiler")
+    out = folder / "emulated.so"
+    command = [*find_linker(), "-O1", "-std=c++17", "-o", str(out), str(Path(__file__).with_name(source))]
+    subprocess.run(command, check=True)
+    return ctypes.CDLL(str(out), mode=ctypes.RTLD_GLOBAL)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import tvm
+from conftest import emulation
 
 import jisu
 from jisu.compiler import levels
@@ -23,7 +23,6 @@ from jisu.targets import target as described
 from jisu.targets.cpu import isa, packing
 from jisu.targets.cpu.kernels import amx, integer, matmul
 from jisu.targets.target import Target, known_targets
-from jisu.targets.worker import _BARE_LINKERS, find_linker
 
 HERE = Target.resolve("cpu")
 TILED = attrs.evolve(
@@ -34,19 +33,13 @@ ROWS = (1, 2, 12, 13, 16, 17, 31, 32, 33, 63, 70, 260)
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """The emulated unit, in this process."""
-    if find_linker()[0] in _BARE_LINKERS:
-        pytest.skip("this machine has no C++ compiler")
-    out = tmp_path_factory.mktemp("tiles") / "tiles.so"
-    source = Path(__file__).with_name("emulated_tiles.cc")
-    subprocess.run([*find_linker(), "-O1", "-o", str(out), str(source)], check=True)
-    ctypes.CDLL(str(out), mode=ctypes.RTLD_GLOBAL)
-    return out
+    return emulation("emulated_tiles.cc", tmp_path_factory.mktemp("tiles"))
 
 
 @pytest.fixture
-def emulated(library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def emulated(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(amx, "_PREFIX", "emulated_")
 
 

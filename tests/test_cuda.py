@@ -15,14 +15,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 import tvm
-from tvm import ir, tirx
+from conftest import emulation
 
 from jisu.compiler.errors import TargetError
 from jisu.targets.cpu import isa
 from jisu.targets.cuda import device, ptx
 from jisu.targets.cuda.kernels import attention, products
 from jisu.targets.target import Target
-from jisu.targets.worker import _BARE_LINKERS, find_linker
+from jisu.targets.worker import find_linker
 
 GPU = Target.describe("cuda:sm_90")
 HOPPER = attrs.evolve(GPU, mcpu="sm_90a")
@@ -56,12 +56,7 @@ def wrapped(name: str, element: str, types: tuple[str, ...], to: str) -> tuple[s
 
 @pytest.fixture(scope="module")
 def emulator(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    if find_linker()[0] in _BARE_LINKERS:
-        pytest.skip("this machine has no C++ compiler")
-    out = tmp_path_factory.mktemp("gpu") / "gpu.so"
-    source = Path(__file__).with_name("emulated_gpu.cc")
-    subprocess.run([*find_linker(), "-O1", "-std=c++17", "-o", str(out), str(source)], check=True)
-    library = ctypes.CDLL(str(out), mode=ctypes.RTLD_GLOBAL)
+    library = emulation("emulated_gpu.cc", tmp_path_factory.mktemp("gpu"))
     library.emulated_launch.restype = ctypes.c_char_p
     return library
 
@@ -83,17 +78,7 @@ def launch(emulator: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> La
                 if declaration in text:
                     text = "\n".join(x for x in text.splitlines() if not x.startswith(declaration)) + "\n" + definition
             where = isa.tvm_target(HOST)
-            parameters = [
-                tirx.Var(f"p{i}", ir.PointerType(ir.PrimType("uint8")) if t == "ptr" else "int64")
-                for i, t in enumerate(kernel.parameters)
-            ]
-            call = tirx.Evaluate(tirx.call_extern("void", kernel.name, *parameters))
-            text_node = ir.StringImm(text + "\n!0 = !{}\n")
-            function = tirx.PrimFunc(
-                parameters, tirx.AttrStmt(tirx.IntImm("int32", 0), "pragma_import_llvm", text_node, call), ret_type=None
-            )
-            for key, value in {"global_symbol": "entry", "calling_conv": 1, "target": where}.items():
-                function = function.with_attr(key, value)
+            function = ptx.as_function(kernel, "entry", text, where)
             module = tvm.get_global_func("target.build.llvm")(tvm.IRModule({"entry": function}), where)
             path = tmp_path / f"{kernel.name}.o"
             module.write_to_file(str(path), "o")
@@ -161,7 +146,7 @@ def test_many_rows(m: int, n: int, k: int, late: bool, order: int, launch: Launc
 def test_many_rows_on_hopper(m: int, n: int, k: int, late: bool, order: int, launch: Launch) -> None:
     x, w, y = drawn(0, m, k), drawn(1, n, k), drawn(2, m + 1, n)
     guard = y[-1].copy()
-    kernel, grid = products.product_hopper(k, HOPPER), products.product_hopper_grid(m, n)
+    kernel, grid = products.product_hopper(k, HOPPER), products.product_grid(m, n)
     launch(kernel, grid, x, w, y, m, n, late=late, order=order)
     close(y[:m], x, w)
     np.testing.assert_array_equal(y[-1], guard)
@@ -171,7 +156,7 @@ def test_a_fence_that_is_missing_shows_on_hopper(launch: Launch, monkeypatch: py
     monkeypatch.setattr(device.Device, "begin_products", lambda self: None)
     x, w, y = drawn(0, 64, 64), drawn(1, 64, 64), drawn(2, 64, 64)
     with pytest.raises(RuntimeError, match="without a fence"):
-        launch(products.product_hopper(64, HOPPER), products.product_hopper_grid(64, 64), x, w, y, 64, 64)
+        launch(products.product_hopper(64, HOPPER), products.product_grid(64, 64), x, w, y, 64, 64)
 
 
 @pytest.mark.parametrize(

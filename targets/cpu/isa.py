@@ -22,6 +22,8 @@ from jisu.compiler.errors import TargetError
 from jisu.targets.target import Target
 
 FLOATS = ("float32", "bfloat16", "float16")
+C_CALL = 1
+"""TVM's number of a calling convention other than its own."""
 _STORED = {
     "float32": "float",
     "bfloat16": "i16",

@@ -8,7 +8,7 @@ Source: LLVM's User Guide for NVPTX Back-end; NVIDIA's PTX ISA.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import attrs
 
@@ -84,6 +84,25 @@ class Device(Function):
     def copy16(self, to: Val, source: Val) -> None:
         """Begin to copy 16 bytes from the GPU's memory into shared memory; see `copies_done`."""
         self.run(f"{PREFIX}cp.async.cg.shared.global.16", to, source)
+
+    def place(self, row: Val, chunk: Val, chunks: int) -> Val:
+        """Where a chunk of 16 bytes of a tile's row lies in shared memory, in bytes, `chunks` (4 or more) making up a row.
+
+        Chunks are turned so that one chunk of eight rows lies in different banks; with 8 per row it is the swizzle of 128 bytes.
+        """
+        by = ((row >> 1) & 3) if chunks == 4 else row & 7
+        turned = self.op(f"xor i64 {chunk.name}, {by.name}", "i64")
+        return row * (16 * chunks) + turned * 16
+
+    def copy_tile(self, to: Val, source: Val, rows: int, chunks: int, first: Callable[[Val], Val]) -> None:
+        """Begin to copy rows of `chunks` times 16 bytes to their places, by all threads of the block: row r from bfloat16 number first(r) on."""
+        thread = self.thread()
+        for part in range(rows * chunks // self.threads):
+            number = thread + part * self.threads
+            row, chunk = number / chunks, number % chunks
+            self.copy16(
+                self.at(to, self.place(row, chunk, chunks), "i8"), self.at(source, first(row) + chunk * 8, "bfloat16")
+            )
 
     def commit_copies(self) -> None:
         """The copies begun since the last call are one group."""

@@ -8,18 +8,18 @@ import subprocess
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import attrs
 import tvm
 from tvm import ir, tirx
 
 from jisu.compiler.errors import CompileError, TargetError
-from jisu.targets.cpu.isa import link_text
+from jisu.targets.cpu.isa import C_CALL, link_text
 from jisu.targets.cuda.device import DeviceKernel
 from jisu.targets.target import Target
 
 _VERSION = {"sm_80": "ptx71", "sm_86": "ptx71", "sm_89": "ptx78", "sm_90": "ptx80", "sm_90a": "ptx80", "sm_100": "ptx86", "sm_120": "ptx87"}  # fmt: skip
-_C_CALL = 1
 
 
 @attrs.frozen
@@ -39,28 +39,27 @@ def to_ptx(kernels: Sequence[DeviceKernel], target: Target) -> str:
     where = tvm.target.Target(
         {"kind": "llvm", "mtriple": "nvptx64-nvidia-cuda", "mcpu": target.mcpu, "mattr": [f"+{_version(target)}"]}
     )
-    functions = {}
-    for kernel in kernels:
-        parameters = [
-            tirx.Var(f"p{i}", ir.PointerType(ir.PrimType("uint8")) if t == "ptr" else "int64")
-            for i, t in enumerate(kernel.parameters)
-        ]
-        # LLVM's text is linked where something calls it; the kernel is that call, inlined.
-        call = tirx.Evaluate(tirx.call_extern("void", kernel.name, *parameters))
-        text = ir.StringImm(link_text([kernel.micro]) + "\n!0 = !{}\n")
-        body = tirx.AttrStmt(tirx.IntImm("int32", 0), "pragma_import_llvm", text, call)
-        function = tirx.PrimFunc(parameters, body, ret_type=None)
-        attributes = {
-            "global_symbol": entry_name(kernel),
-            "calling_conv": _C_CALL,
-            "target": where,
-            "tirx.noalias": True,
-        }
-        for key, value in attributes.items():
-            function = function.with_attr(key, value)
-        functions[entry_name(kernel)] = function
+    functions = {entry_name(k): as_function(k, entry_name(k), link_text([k.micro]), where) for k in kernels}
     module = tvm.get_global_func("target.build.llvm")(tvm.IRModule(functions), where)
     return _as_kernels(module.inspect_source("asm"), kernels)
+
+
+def as_function(kernel: DeviceKernel, name: str, text: str, where: Any) -> Any:
+    """A TIR function called `name`, of the kernel's parameters, whose body is the kernel, which `text` (LLVM IR) defines; where: TVM's target."""
+    parameters = [
+        tirx.Var(f"p{i}", ir.PointerType(ir.PrimType("uint8")) if t == "ptr" else "int64")
+        for i, t in enumerate(kernel.parameters)
+    ]
+    # LLVM's text is linked where something calls it; the kernel is that call, inlined.
+    call = tirx.Evaluate(tirx.call_extern("void", kernel.name, *parameters))
+    linked = ir.StringImm(f"{text}\n!0 = !{{}}\n")
+    function = tirx.PrimFunc(
+        parameters, tirx.AttrStmt(tirx.IntImm("int32", 0), "pragma_import_llvm", linked, call), ret_type=None
+    )
+    attributes = {"global_symbol": name, "calling_conv": C_CALL, "target": where, "tirx.noalias": True}
+    for key, value in attributes.items():
+        function = function.with_attr(key, value)
+    return function
 
 
 def entry_name(kernel: DeviceKernel) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from jisu.compiler.errors import TargetError
 from jisu.targets.cpu.isa import Val
@@ -203,34 +203,23 @@ def attend_tokens(
     held_q, held = f.shared(QUERIES * row_bytes), f.shared(4 * tile_bytes)  # keys and values, twice
     cache = (b * kv_heads + head / (heads // kv_heads)) * cap
 
-    def place(row: Val, chunk: Val) -> Val:
-        turned = f.op(f"xor i64 {chunk.name}, {(row & 7).name}", "i64")
-        return row * row_bytes + turned * 16
-
-    def copy(to: Val, source: Val, first: Callable[[Val], Val]) -> None:
-        """Begin to copy a tile, row r from element first(r)."""
-        for part in range(KEYS * chunks // threads):
-            number = thread + part * threads
-            row, chunk = number / chunks, number % chunks
-            f.copy16(f.at(to, place(row, chunk), "i8"), f.at(source, first(row) + chunk * EIGHT, "bfloat16"))
-
     def fetch(first: Val, to: Val) -> None:
         """Begin to copy keys and values from `first` on; beyond the last they are copies of it, which no row sees."""
 
         def key(row: Val) -> Val:
             return (cache + f.minimum(first + row, total - 1)) * head_dim
 
-        copy(to, k, key)
-        copy(f.at(to, tile_bytes, "i8"), v, key)
+        f.copy_tile(to, k, KEYS, chunks, key)
+        f.copy_tile(f.at(to, tile_bytes, "i8"), v, KEYS, chunks, key)
 
     begin = lowest / KEYS * KEYS
-    copy(held_q, q, lambda r: ((b * s + f.minimum(row0 + r, s - 1)) * heads + head) * head_dim)
+    f.copy_tile(held_q, q, QUERIES, chunks, lambda r: ((b * s + f.minimum(row0 + r, s - 1)) * heads + head) * head_dim)
     f.when(begin < highest, lambda: fetch(begin, held))
     f.commit_copies()
     f.copies_done(0)
     f.barrier()
     queries = [
-        f.fragments(f.at(held_q, place(warp * 16 + line + (matrix & 1) * 8, (matrix >> 1) + 2 * step), "i8"))
+        f.fragments(f.at(held_q, f.place(warp * 16 + line + (matrix & 1) * 8, (matrix >> 1) + 2 * step, chunks), "i8"))
         for step in range(head_dim // 16)
     ]
     positions = [past + row0 + warp * 16 + lane / 4 + 8 * half for half in (0, 1)]  # of this thread's two rows
@@ -250,7 +239,7 @@ def attend_tokens(
         for part in range(head_dim // 16):
             for j in range(0, score_tiles, 2):
                 row, chunk = 8 * j + line + (matrix >> 1) * 8, (matrix & 1) + 2 * part
-                four = f.fragments(f.at(here, place(row, chunk), "i8"))
+                four = f.fragments(f.at(here, f.place(row, chunk, chunks), "i8"))
                 for n, keys in enumerate((four[:2], four[2:])):
                     at = 4 * (j + n)
                     scores[at : at + 4] = f.mma(queries[part], keys, scores[at : at + 4])
@@ -266,7 +255,7 @@ def attend_tokens(
             left = [f.pair(*scores[i : i + 2]) for i in range(8 * part, 8 * part + 8, 2)]
             for j in range(0, value_tiles, 2):
                 row, chunk = 16 * part + line + (matrix & 1) * 8, (matrix >> 1) + j
-                four = f.fragments(f.at(values, place(row, chunk), "i8"), turned=True)
+                four = f.fragments(f.at(values, f.place(row, chunk, chunks), "i8"), turned=True)
                 for n, right in enumerate((four[:2], four[2:])):
                     at = 4 * (j + n)
                     sums[at : at + 4] = f.mma(left, right, sums[at : at + 4])
