@@ -97,3 +97,20 @@ def test_quantised_checkpoints_are_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(config + ', "quantization_config": {"quant_method": "bitsandbytes"}}')
     with pytest.raises(jisu.UnsupportedError, match="bitsandbytes.*gptq, awq, compressed-tensors, fp8"):
         jisu.compile(tmp_path, cache_dir=tmp_path / "cache")
+
+
+def test_a_file_is_whole_or_as_it_was(tmp_path: Path) -> None:
+    """Also where writing fails half-way; nothing else is left in the folder."""
+    from jisu.compiler.storage import ALIGNMENT, aligned, whole_file
+
+    place = tmp_path / "new" / "facts.json"
+    with whole_file(place) as file:
+        file.write(b"first")
+        assert not place.exists()
+    with pytest.raises(ZeroDivisionError), whole_file(place) as file:
+        file.write(b"second")
+        _ = 1 / 0
+    assert place.read_bytes() == b"first" and [p.name for p in place.parent.iterdir()] == ["facts.json"]
+    for shape, dtype in (((0,), "int64"), ((), "uint8"), ((3, 5), "float32")):
+        array = aligned(shape, dtype)
+        assert array.shape == shape and array.dtype == dtype and array.ctypes.data % ALIGNMENT == 0
