@@ -79,7 +79,7 @@ def aligned(shape: Sequence[int], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
     nbytes = math.prod(shape) * kind.itemsize
     raw = np.empty(nbytes + ALIGNMENT, np.uint8)
     shift = -raw.__array_interface__["data"][0] % ALIGNMENT
-    return raw[shift : shift + nbytes].view(kind).reshape(shape)
+    return np.ndarray(tuple(shape), kind, raw, shift)
 
 
 @contextlib.contextmanager

@@ -241,7 +241,7 @@ def test_machines_that_cannot_expand_store_dense(name: str) -> None:
 
 
 def test_what_is_gained_follows_from_the_machine() -> None:
-    """Floats gain where memory is slow; codes of 4 bits are read faster dense, whatever is kept."""
+    """Floats gain where memory is slow; codes of 4 bits are read faster dense on usual machines, and stored so on all."""
     machine = Target.describe("cpu:sapphire-rapids")
     slow, fast = (attrs.evolve(machine, memory_bandwidth=rate * machine.cores) for rate in (5e9, 1e12))
     for form in ("float32", "bfloat16", "int8"):
@@ -249,7 +249,7 @@ def test_what_is_gained_follows_from_the_machine() -> None:
         assert 1.0 < gains[0] < gains[1] < gains[2] < 4.0, (form, gains)
     assert (sparse_gain("float32", 0.5, fast) or 2.0) < 1.0 and "float32" not in sparse_limits(fast)
     assert all((sparse_gain("int4", kept, m) or 2.0) < 1.0 for kept in (0.5, 0.1) for m in (machine, fast))
-    assert "float32" in sparse_limits(slow) and "int4" not in sparse_limits(machine)
+    assert "float32" in sparse_limits(slow) and not any("int4" in sparse_limits(m) for m in (slow, machine, fast))
 
 
 # --- Programs ------------------------------------------------------------------------------------------------------------
