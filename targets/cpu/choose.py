@@ -10,7 +10,7 @@ from jisu.compiler.graph import Node, Op
 from jisu.compiler.types import Dim, product, same_dim
 from jisu.targets.cpu.isa import FLOATS
 from jisu.targets.cpu.kernels import attention, codes, embedding, integer, matmul, moe, norm, rotary, sparse
-from jisu.targets.lowering import Argument, Kernel
+from jisu.targets.steps import Argument, Kernel
 from jisu.targets.target import Target
 
 
