@@ -15,9 +15,8 @@ from tvm.tirx.buffer import BufferType
 from tvm.tirx.compilation_pipeline import finalize_device_passes, finalize_host_passes, register_tir_pipeline
 
 from jisu.compiler.entry import Entry
-from jisu.compiler.errors import CompileError
 from jisu.compiler.graph import Graph
-from jisu.compiler.types import Dim, TensorType, same_dim
+from jisu.compiler.types import Dim, TensorType
 from jisu.targets.cpu.generic.build import Builder, expression, i64
 from jisu.targets.cpu.isa import C_CALL
 from jisu.targets.schedule import Schedules
@@ -127,8 +126,8 @@ def _calls(name: str, entry: Entry, steps: Sequence[Step], slots: Sequence[tuple
     counts = (len(entry.inputs), len(entry.weights), len(entry.outputs))
     shapes = (sum(counts) + 1, max(len(entry.symbols), 1))
     b = Builder(name, [TensorType((n,), "int64") for n in shapes], [], ())
-    addresses, sizes = b.inputs
-    symbols = {s: b.let(sizes[i64(i)], s) for i, s in enumerate(entry.symbols)}
+    addresses, given = b.inputs
+    symbols = {s: b.let(given[i64(i)], s) for i, s in enumerate(entry.symbols)}
     base = b.let(addresses[i64(sum(counts))], "arena")
     places, _ = _offsets(b, slots, symbols)
     before = {"input": 0, "weight": counts[0], "output": counts[0] + counts[1]}
@@ -143,7 +142,12 @@ def _calls(name: str, entry: Entry, steps: Sequence[Step], slots: Sequence[tuple
             tirx.reinterpret("handle", address(a[0])) if isinstance(a, tuple) else expression(a, symbols)
             for a in step.arguments
         ]
-        result = ir.Call(step.callee.code, [*arguments, *_solved(b, step, symbols)], ret_ty=ir.PrimType("int32"))
+        sizes, equal = step.solved()
+        for one, other in equal:
+            same = tirx.EQ(expression(one, symbols), expression(other, symbols))
+            b.require(same, "ValueError", f"{step.callee.name}: dimensions {one} and {other} must be equal")
+        arguments += [expression(size, symbols) for size in sizes]
+        result = ir.Call(step.callee.code, arguments, ret_ty=ir.PrimType("int32"))
         failed = tirx.Evaluate(ir.Call("tirx.tvm_throw_last_error", [], ret_ty=ir.PrimType("int32")))
         b.emit(tirx.IfThenElse(result != tirx.IntImm("int32", 0), failed, None))
     return b.finish()
@@ -169,23 +173,3 @@ def _offsets(b: Builder, slots: Sequence[tuple[Dim, ...]], symbols: Mapping[str,
         whole = tirx.floordiv(size + i64(ALIGNMENT - 1), i64(ALIGNMENT)) * i64(ALIGNMENT)
         total = b.let(total + whole, "slot")
     return places, total
-
-
-def _solved(b: Builder, step: Step, symbols: Mapping[str, Any]) -> list[Any]:
-    """The sizes that a kernel takes, from the shapes of its arguments; what must be equal and may not be is checked at run time."""
-    known: dict[Any, Dim] = {}
-    for shape, argument in zip(step.callee.shapes, step.arguments, strict=True):
-        if shape is None or not isinstance(argument, tuple):
-            continue
-        if len(shape) != len(argument[1]):
-            raise CompileError(f"{step.callee.name} takes a tensor of rank {len(shape)}, not of shape {argument[1]}")
-        for want, have in zip(shape, argument[1], strict=True):
-            if want is None:
-                continue
-            settled = want if isinstance(want, int) else known.setdefault(want, have)
-            if isinstance(settled, int) and isinstance(have, int) and settled != have:
-                raise CompileError(f"{step.callee.name} takes a dimension of {settled}, not of {have}")
-            if not same_dim(settled, have):
-                equal = tirx.EQ(expression(settled, symbols), expression(have, symbols))
-                b.require(equal, "ValueError", f"{step.callee.name}: dimensions {settled} and {have} must be equal")
-    return [expression(known[v], symbols) for v in step.callee.sizes]

@@ -18,7 +18,7 @@ from jisu.compiler.entry import Entry, constant_name
 from jisu.compiler.errors import CompileError, TargetError
 from jisu.compiler.graph import CONSTANT, INPUT, WEIGHT, Graph, Node, Op
 from jisu.compiler.text import attribute_text
-from jisu.compiler.types import Dim, TensorType, symbol
+from jisu.compiler.types import Dim, TensorType, same_dim, symbol
 from jisu.targets.arena import Lifetime, share
 from jisu.targets.cpu import generic
 from jisu.targets.cpu.generic.build import extra_symbols
@@ -164,6 +164,29 @@ class Step:
 
     callee: Callee
     arguments: tuple[tuple[Memory, tuple[Dim, ...]] | Dim, ...]
+
+    def solved(self) -> tuple[list[Dim], list[tuple[Dim, Dim]]]:
+        """The sizes that the kernel takes, from the shapes of its arguments, and which dimensions must be equal at run time.
+
+        Raises CompileError where a dimension never is what the kernel was made for.
+        """
+        known: dict[Any, Dim] = {}
+        equal: list[tuple[Dim, Dim]] = []
+        for shape, argument in zip(self.callee.shapes, self.arguments, strict=False):
+            if shape is None or not isinstance(argument, tuple):
+                continue
+            name = self.callee.name
+            if len(shape) != len(argument[1]):
+                raise CompileError(f"{name} takes a tensor of rank {len(shape)}, not of shape {argument[1]}")
+            for want, have in zip(shape, argument[1], strict=True):
+                if want is None:
+                    continue
+                settled = want if isinstance(want, int) else known.setdefault(want, have)
+                if isinstance(settled, int) and isinstance(have, int) and settled != have:
+                    raise CompileError(f"{name} takes a dimension of {settled}, not of {have}")
+                if not same_dim(settled, have):
+                    equal.append((settled, have))
+        return [known[size] for size in self.callee.sizes], equal
 
 
 class Steps:

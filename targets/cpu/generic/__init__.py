@@ -88,17 +88,19 @@ def region_symbols(results: Sequence[Node], leaves: Sequence[Node]) -> set[str]:
     return symbols_of(found)
 
 
-def kernel(name: str, results: Sequence[Node], leaves: Sequence[Node]) -> Any:
+def kernel(
+    name: str, results: Sequence[Node], leaves: Sequence[Node], builder: Callable[..., Builder] = Builder
+) -> Any:
     """A PrimFunc that computes `results` from `leaves`, pulling every node between.
 
     Parameters are the leaves' tensors, one int64 per symbol that no leaf's shape gives alone, then the results' tensors
     (several for an op with several results, none for an op that writes in place). `results` is one node with a body of its own, or elementwise nodes and moves
-    of one shape.
+    of one shape. builder: makes the function from its name, the types of inputs and outputs, and symbols.
     """
     types = [t for node in results for t in results_of(node)]
     if results[0].op is ops.cache_append:
         types = []  # written in place
-    b = Builder(name, [leaf.tensor for leaf in leaves], types, region_symbols(results, leaves))
+    b = builder(name, [leaf.tensor for leaf in leaves], types, region_symbols(results, leaves))
     pull = Pull(b, dict(zip(leaves, b.inputs, strict=True)))
     if results[0].op in BODIES:
         BODIES[results[0].op](b, pull, results[0], b.outputs)

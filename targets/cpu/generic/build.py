@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import attrs
 import numpy as np
 import sympy
 from tvm import ir, tirx
@@ -173,10 +174,13 @@ class Builder:
         at = target.offset(index) if isinstance(index, (tuple, list)) else index
         self.emit(tirx.BufferStore(target.buffer, value, [at]))
 
-    def scratch(self, size: int | Expr, dtype: str) -> Flat:
-        """Uninitialised memory of the enclosing scope: TVM puts less than a kilobyte, if static, on the stack, else on the heap."""
+    def scratch(self, size: Dim | Expr, dtype: str, *, shared: bool = False) -> Flat:
+        """Uninitialised memory of the enclosing scope: TVM puts less than a kilobyte, if static, on the stack, else on the heap.
+
+        shared: several tasks use it.
+        """
         self.count += 1
-        size = i64(size) if isinstance(size, int) else size
+        size = self.dim(size) if isinstance(size, (int, sympy.Expr)) else size
         buffer = tirx.decl_buffer([size], dtype, f"t{self.count}")
         self.emit(tirx.AllocBuffer(buffer))
         return Flat(buffer, [size], dtype)
@@ -257,6 +261,20 @@ class Builder:
                 fused()
             self.emit(tirx.IfThenElse(self.dim(work) < i64(PARALLEL_WORK), block(small), block(large)))
 
+    def points(self, extents: Sequence[Dim], work: Dim, body: Any, *, parallel: bool = True) -> None:
+        """Run body(index) for every point of `extents`, row by row."""
+
+        def row(outer: list[Expr]) -> None:
+            with self.loop(self.dim(extents[-1])) as i:
+                body([*outer, i])
+
+        self.spread(extents[:-1], work, row, parallel=parallel)
+
+    @contextmanager
+    def by_one(self) -> Iterator[None]:
+        """What one task does, after all that stands before."""
+        yield
+
     def flat_loop(self, size: Dim, cost: int, body: Any, *, parallel: bool = True) -> None:
         """body(i) for i in 0 … size - 1, in chunks on several cores where worth it; the inner loop is LLVM's to vectorise."""
         chunks = -(-size // _CHUNK) if isinstance(size, int) else sympy.floor((size + _CHUNK - 1) / _CHUNK)
@@ -314,8 +332,20 @@ def extra_symbols(inputs: Sequence[TensorType], symbols: Iterable[str]) -> list[
     return sorted(set(symbols) - solved)
 
 
+@attrs.frozen(eq=False)
+class Guard:
+    """Stands among statements: those behind it run where the condition holds, else `otherwise` does."""
+
+    condition: Expr
+    otherwise: Any
+
+
 def block(statements: Sequence[Any]) -> Any:
     """Statements in sequence as one."""
+    for i, statement in enumerate(statements):
+        if isinstance(statement, Guard):
+            rest = tirx.IfThenElse(statement.condition, block(statements[i + 1 :]), statement.otherwise)
+            return block([*statements[:i], rest])
     if not statements:
         return tirx.Evaluate(i64(0))
     return statements[0] if len(statements) == 1 else tirx.SeqStmt(list(statements))

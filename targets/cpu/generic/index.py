@@ -131,10 +131,9 @@ def _scatter(b: Builder, pull: Pull, node: Node, targets: Sequence[Flat]) -> Non
     check(b, pull, indices, x.shape[node.axis])
     size = b.dim(x.shape[node.axis])
     sizes = [b.dim(d) for d in x.shape]
-    total = b.dim(x.tensor.size)
     # 16-bit sums and products are carried in float32 and rounded once, at the end.
     carried = x.dtype in HALF and node.mode in ("add", "mul")
-    held = b.scratch(total, "float32") if carried else target
+    held = b.scratch(x.tensor.size, "float32", shared=True) if carried else target
 
     def first(outer: list[Expr]) -> None:
         position = Flat(None, sizes, x.dtype).offset(outer)
@@ -142,7 +141,7 @@ def _scatter(b: Builder, pull: Pull, node: Node, targets: Sequence[Flat]) -> Non
         b.store(held, position, widen(b, value) if carried else value)
 
     b.spread(x.shape, x.tensor.size, first)
-    with b.loops([b.dim(d) for d in indices.shape]) as where:
+    with b.by_one(), b.loops([b.dim(d) for d in indices.shape]) as where:
         index = list(where)
         here = pull.fresh()
         value = here(updates, index)
@@ -178,8 +177,8 @@ def _sort(b: Builder, pull: Pull, node: Node, targets: Sequence[Flat]) -> None:
             return [*outer[: node.axis], i, *outer[node.axis :]]
 
         sample = "int8" if x.dtype == "bool" else "float32" if x.dtype in HALF else x.dtype
-        keys = b.scratch(size, sample)
-        order, other = (b.scratch(size, "int64") for _ in range(2))
+        keys = b.scratch(x.shape[node.axis], sample)
+        order, other = (b.scratch(x.shape[node.axis], "int64") for _ in range(2))
         with b.loop(size) as i:
             value = pull.fresh().wide(x, place(i))
             b.store(keys, i, tirx.Cast("int8", value) if x.dtype == "bool" else value)

@@ -55,16 +55,14 @@ def elementwise(b: Builder, pull: Pull, results: Sequence[Node], targets: Sequen
     grouped = axes if axes is not None else [[k] for k in range(len(shape))]
     sizes = [product(shape[k] for k in group) for group in grouped]
 
-    def row(outer: list[Expr]) -> None:
-        base = b.let(Flat(None, [b.dim(s) for s in sizes], "int64").offset([*outer, i64(0)]), "row")
-        with b.loop(b.dim(sizes[-1])) as i:
-            index = [*outer, i]
-            here = pull.fresh() if axes is None else _FlatPull(b, pull, shape, axes)
-            values = [here(node, index) for node in results]
-            for value, target in zip(values, targets, strict=True):
-                b.store(target, base + i, value)
+    def point(index: list[Expr]) -> None:
+        here = pull.fresh() if axes is None else _FlatPull(b, pull, shape, axes)
+        values = [here(node, index) for node in results]
+        at = Flat(None, [b.dim(s) for s in sizes], "int64").offset(index)
+        for value, target in zip(values, targets, strict=True):
+            b.store(target, at, value)
 
-    b.spread(sizes[:-1], product(shape) * work, row, parallel=parallel)
+    b.points(sizes, product(shape) * work, point, parallel=parallel)
 
 
 def _collapsed(nodes: Sequence[Node], pull: Pull, shape: Sequence[Dim]) -> list[list[int]] | None:
@@ -129,15 +127,14 @@ def concat(b: Builder, pull: Pull, node: Node, target: Flat) -> None:
     for x in node.parents:
         first = b.let(begin, "first")
 
-        def row(outer: list[Expr], x: Node = x, first: Expr = first) -> None:
-            with b.loop(b.dim(x.shape[-1])) as i:
-                index = [*outer, i]
-                value = pull.fresh()(x, index)
-                index[node.axis] = index[node.axis] + first
-                b.store(target, index, value)
+        def point(index: list[Expr], x: Node = x, first: Expr = first) -> None:
+            value = pull.fresh()(x, index)
+            there = list(index)
+            there[node.axis] = there[node.axis] + first
+            b.store(target, there, value)
 
         nodes = inside([x], pull)
-        b.spread(x.shape[:-1], x.tensor.size * cost(nodes), row, parallel=not is_checked(nodes))
+        b.points(x.shape, x.tensor.size * cost(nodes), point, parallel=not is_checked(nodes))
         begin = first + b.dim(x.shape[node.axis])
 
 
@@ -150,11 +147,9 @@ def pad(b: Builder, pull: Pull, node: Node, target: Flat) -> None:
     filler = pull(value, [])
     b.flat_loop(node.tensor.size, 1, lambda i: b.store(target, i, filler))
 
-    def row(outer: list[Expr]) -> None:
-        with b.loop(b.dim(x.shape[-1])) as i:
-            index = [*outer, i]
-            places = [b.dim(lo) + k * i64(gap + 1) for k, lo, gap in zip(index, node.low, node.interior, strict=True)]
-            b.store(target, places, pull.fresh()(x, index))
+    def point(index: list[Expr]) -> None:
+        places = [b.dim(lo) + k * i64(gap + 1) for k, lo, gap in zip(index, node.low, node.interior, strict=True)]
+        b.store(target, places, pull.fresh()(x, index))
 
     nodes = inside([x], pull)
-    b.spread(x.shape[:-1], x.tensor.size * cost(nodes), row, parallel=not is_checked(nodes))
+    b.points(x.shape, x.tensor.size * cost(nodes), point, parallel=not is_checked(nodes))

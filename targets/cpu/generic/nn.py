@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
+import sympy
 from tvm import tirx
 
 from jisu.compiler import ops
@@ -94,6 +95,11 @@ def _rotary(b: Builder, pull: Pull, node: Node, targets: Sequence[Flat]) -> None
     b.spread(x.shape[:3], x.tensor.size * 4, row)
 
 
+def at_least_one(size: Dim) -> Dim:
+    """The size, of which memory is allocated."""
+    return max(size, 1) if isinstance(size, int) else sympy.Max(size, 1)
+
+
 def attend(
     b: Builder,
     *,
@@ -101,12 +107,12 @@ def attend(
     storage: str,
     low: Expr,
     high: Expr,
-    most: Expr,
+    most: Dim,
     query: Callable[[Expr], Expr],
     key: Callable[[Expr], Callable[[Expr], Expr]],
     value: Callable[[Expr], Callable[[Expr], Expr]],
     width: Expr,
-    out: Expr,
+    out: Dim,
     scale: float,
     softcap: float,
     adjust: Callable[[Expr, Expr], Expr],
@@ -123,7 +129,7 @@ def attend(
     least = literal(-np.inf, dtype)
     zero = literal(0, dtype)
     count = b.let(tirx.max(high - low, i64(0)), "count")
-    scores = b.scratch(tirx.max(most, i64(1)), dtype)
+    scores = b.scratch(at_least_one(most), dtype)
     with b.loop(count) as t:
         j = b.let(low + t, "j")
         total = line_product(b, width, dtype, query, key(j), vector)
@@ -142,16 +148,16 @@ def attend(
     total = line(b, count, "sum", dtype, lambda t: scores[t], vector)
     if sink is not None:
         total = b.let(total + exp(b, b.let(sink - peak)), "total")
-    sums = b.scratch(tirx.max(out, i64(1)), dtype)
-    with b.loop(out) as e:
+    sums = b.scratch(at_least_one(out), dtype)
+    with b.loop(b.dim(out)) as e:
         b.store(sums, e, zero)
     with b.loop(count) as t:
         p = scores[t] / total
         p = b.let(p if empty_nan else tirx.Select(tirx.EQ(total, zero), zero, p), "p")
         element = value(b.let(low + t, "j"))
-        with b.loop(out) as e:
+        with b.loop(b.dim(out)) as e:
             b.store(sums, e, sums[e] + p * element(e))
-    with b.loop(out) as e:
+    with b.loop(b.dim(out)) as e:
         put(e, narrow(b, sums[e], storage))
 
 
@@ -205,11 +211,11 @@ def _attention(b: Builder, pull: Pull, node: Node, targets: Sequence[Flat]) -> N
             return score + pull.fresh().wide(bias, aligned([image, head, i, j], bias.shape, full))
 
         attend(
-            b, dtype=dtype, storage=q.dtype, low=low, high=high, most=b.dim(t),
+            b, dtype=dtype, storage=q.dtype, low=low, high=high, most=t,
             query=lambda d: load(b, queries, q_base + d),
             key=lambda j: row_of(b, keys, keys.offset([image, j, group, i64(0)])),
             value=lambda j: row_of(b, values, values.offset([image, j, group, i64(0)])),
-            width=b.dim(width), out=b.dim(v.shape[3]), scale=node.scale, softcap=node.softcap, adjust=adjust,
+            width=b.dim(width), out=v.shape[3], scale=node.scale, softcap=node.softcap, adjust=adjust,
             sink=None if sinks is None else pull.fresh().wide(sinks, [head]),
             empty_nan=bias is not None and bias.dtype != "bool",
             put=lambda e, value: b.store(targets[0], [*outer, e], value),
@@ -221,10 +227,11 @@ def _attention(b: Builder, pull: Pull, node: Node, targets: Sequence[Flat]) -> N
 class _Cache:
     """Where slots of sequences live in a cache: rows of it, or pages behind a table."""
 
-    def __init__(self, b: Builder, cache: Flat, table: Flat | None) -> None:
-        self.b, self.cache, self.table = b, cache, table
-        self.page = cache.shape[2]
-        self.capacity = self.page if table is None else table.shape[1] * self.page
+    def __init__(self, b: Builder, pull: Pull, cache: Node, table: Node | None) -> None:
+        self.b, self.cache, self.table = b, pull.leaves[cache], None if table is None else pull.leaves[table]
+        self.page = b.dim(cache.shape[2])
+        self.slots: Dim = cache.shape[2] if table is None else table.shape[1] * cache.shape[2]
+        self.capacity = b.dim(self.slots)
 
     def base(self, sequence: Expr, group: Expr, slot: Expr) -> Expr:
         """The position of the first element of a slot's row."""
@@ -259,8 +266,7 @@ def _attention_cached(b: Builder, pull: Pull, node: Node, targets: Sequence[Flat
     groups = k.shape[1]
     assert isinstance(h, int) and isinstance(groups, int)
     queries = pull.leaves[q]
-    pages = None if table is None else pull.leaves[table]
-    keys, values = _Cache(b, pull.leaves[k], pages), _Cache(b, pull.leaves[v], pages)
+    keys, values = _Cache(b, pull, k, table), _Cache(b, pull, v, table)
     keys.check()
     first = pull(length, [i64(0)])
     b.require(first >= i64(0), "ValueError", "the cache's length is negative")
@@ -276,11 +282,11 @@ def _attention_cached(b: Builder, pull: Pull, node: Node, targets: Sequence[Flat
             low = b.let(tirx.max(low, high - i64(node.window)), "low")
         q_base = b.let(queries.offset([image, i, head, i64(0)]), "q")
         attend(
-            b, dtype=dtype, storage=q.dtype, low=low, high=high, most=keys.capacity,
+            b, dtype=dtype, storage=q.dtype, low=low, high=high, most=keys.slots,
             query=lambda d: load(b, queries, q_base + d),
             key=lambda j: _row_of_cache(b, node, keys, keys.base(image, group, j), int(width)),
             value=lambda j: _row_of_cache(b, node, values, values.base(image, group, j), int(node.shape[3])),
-            width=b.dim(width), out=b.dim(node.shape[3]), scale=node.scale, softcap=node.softcap,
+            width=b.dim(width), out=node.shape[3], scale=node.scale, softcap=node.softcap,
             adjust=lambda j, score: score,
             sink=None if sinks is None else pull.fresh().wide(sinks, [head]),
             empty_nan=False,
@@ -293,7 +299,7 @@ def _attention_cached(b: Builder, pull: Pull, node: Node, targets: Sequence[Flat
 def _cache_append(b: Builder, pull: Pull, node: Node, targets: Sequence[Flat]) -> None:
     cache, new, length, table = node.operands
     assert cache is not None and new is not None and length is not None
-    place = _Cache(b, pull.leaves[cache], None if table is None else pull.leaves[table])
+    place = _Cache(b, pull, cache, table)
     place.check()
     first = pull(length, [i64(0)])
     batch, c, groups, width = new.shape
@@ -365,8 +371,8 @@ def _mixture(
 
     def token(outer: list[Expr]) -> None:
         (t,) = outer
-        result = b.scratch(tirx.max(hidden, i64(1)), dtype)
-        mixed = b.scratch(tirx.max(width, i64(1)), dtype)
+        result = b.scratch(at_least_one(h), dtype)
+        mixed = b.scratch(at_least_one(inner), dtype)
         with b.loop(hidden) as i:
             b.store(result, i, literal(0, dtype))
 

@@ -242,7 +242,7 @@ def _softmax(b: Builder, pull: Pull, node: Node, target: Flat) -> None:
             return pull.fresh().wide(x, [*outer[: node.axis], i, *outer[node.axis :]])
 
         peak = line(b, size, "max", dtype, element, vector)
-        held = b.scratch(size, dtype)
+        held = b.scratch(x.shape[node.axis], dtype)
         with b.loop(size) as i:
             b.store(held, i, exp(b, b.let(element(i) - peak)))
         total = line(b, size, "sum", dtype, lambda i: held[i], vector)
