@@ -511,8 +511,8 @@ def _build(
     from jisu.passes import default_passes
     from jisu.passes.layout import sparse_matrices
     from jisu.runtime.program import Compiled, Program
+    from jisu.targets import facts
     from jisu.targets.compile import compile_graphs
-    from jisu.targets.cpu import sparse_gain
 
     begin = time.perf_counter()
     tell("rewriting", 0.3)
@@ -567,7 +567,7 @@ def _build(
     tell("compiling kernels", 0.4 if tuning_s is None else 0.55)
     out = Path(tempfile.mkdtemp(prefix="jisu-"))  # stays where compiling fails: the error names it
     info = compile_graphs(finished, machine, out=out, schedules=schedules, cache_dir=kept)
-    library = info.library.read_bytes()
+    code = info.code()
     shutil.rmtree(out, ignore_errors=True)
     times["kernels_s"] = time.perf_counter() - begin
     begin = time.perf_counter()
@@ -577,7 +577,7 @@ def _build(
         "times": times,
         "kernels": [{"name": n, "op": op, "count": k} for n, op, k in info.kernels],
         "sparse": [
-            {**m, "predicted_gain": sparse_gain(m["form"], m["kept"], machine)}
+            {**m, "predicted_gain": facts.of(machine).sparse_gain(m["form"], m["kept"], machine)}
             for m in sparse_matrices(next(iter(finished.values())))
         ],
         "layers": _layer_report(next(iter(finished.values())), env, machine),
@@ -587,7 +587,7 @@ def _build(
         "members": [recipe.to_toml() for recipe in source.members],
     }
     parts = Compiled(
-        library=library,
+        code=code,
         weights=weights,
         entries=info.entries,
         graphs={k: str(g) for k, g in finished.items()},
@@ -843,10 +843,11 @@ def _entries(source: Source, graph: Graph, recipe: Recipe, report: dict[str, Any
 
 def _lay_out(graph: Graph, recipe: Recipe, machine: Target, check: str, note: Any, dump: Path | None) -> Graph:
     from jisu.passes import layout_passes
-    from jisu.targets.cpu import packing, sparse_limits
+    from jisu.targets import facts
 
-    panel, pair = packing(machine)
-    steps = layout_passes(panel, pair, sparse_limits(machine)) if recipe.pack else layout_passes(panel, {})
+    kernels = facts.of(machine)
+    panel, pair = kernels.packing(machine)
+    steps = layout_passes(panel, pair, kernels.sparse_limits(machine)) if recipe.pack else layout_passes(panel, {})
     # The kernels need every layout pass, so that JISU_BISECT, which limits the passes before, doesn't count here.
     light = "verify" if check == "numeric" else check
     return Pipeline(steps, check=light, dump=dump, limit=len(steps), on_pass=note).run(graph)[0]

@@ -20,7 +20,7 @@ import sympy
 
 from jisu.compiler.errors import VerifyError
 from jisu.compiler.graph import CONSTANT, INPUT, WEIGHT, Constant, Graph, Node, Storage
-from jisu.compiler.types import TensorType, TypeRuleError, numpy_dtype, same_type, symbol
+from jisu.compiler.types import Dim, TensorType, TypeRuleError, numpy_dtype, same_type, symbol
 
 
 def _number(value: float) -> str:
@@ -139,6 +139,12 @@ def parse_type(text: str) -> TensorType:
         return TensorType(dims, found[1])
     except (SyntaxError, TypeRuleError) as error:
         raise VerifyError(f"{text!r} is no type: {error}") from None
+
+
+def parse_dim(text: str) -> Dim:
+    """The dimension printed as `text`, such as "3*s0"."""
+    (found,) = parse_type(f"int64[{text}]").shape
+    return found
 
 
 def _parse_line(line: str, nodes: dict[int, Node]) -> None:

@@ -9,7 +9,7 @@ zero. Offsets follow from the sizes and aren't stored, so they can't be wrong.
 Reading trusts nothing: the kind of file first, then sizes, then hashes, then the contents. The manifest carries its own
 checksum, every other byte is covered by the hash of its entry. Weights of a file that was found whole before, and that the system
 says nobody has written to since, aren't read again. A hash proves that a file is undamaged, not that it is
-benign: `library.so` is native code, so load only artifacts from people whose programs you would run.
+benign: `library.so` and a GPU's kernels are native code, so load only artifacts from people whose programs you would run.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ import numpy as np
 import numpy.typing as npt
 
 from jisu.compiler.errors import ArtifactError, InputError
+from jisu.compiler.launches import CUBIN, PLANS, PTX
 from jisu.compiler.storage import LazyTensor, cache_folder, map_descriptor, open_safetensors, parse_json
 
 FORMAT = 3
@@ -51,9 +52,11 @@ PAGE = 4096
 PIECE = 1 << 24
 MANIFEST = "manifest.json"
 LIBRARY = "library.so"
+CODE = (LIBRARY, CUBIN, PTX, PLANS)
+"""What runs: a CPU's library, or a GPU's kernels and plans."""
 NAMES = frozenset(
     {
-        LIBRARY,
+        *CODE,
         "weights.safetensors",
         "graph.txt",
         "recipe.toml",
@@ -655,7 +658,7 @@ def read(path: str | os.PathLike[str], *, features: Features | None) -> Artifact
         artifact = Artifact(label, manifest, extents, descriptors, runnable=features is not None)
         for name in extents:
             artifact._check(name)
-        if features is not None:
+        if features is not None and PLANS not in extents:  # what runs on a device is compared with it when it is called
             _check_host(manifest.target, features, label)
     except BaseException:
         _close_all(descriptors)

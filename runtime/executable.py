@@ -79,6 +79,11 @@ class Held:
         self.array, self.shape, self.dtype, self.writeable = array, array.shape, array.dtype, array.flags.writeable
         self.address: int = array.__array_interface__["data"][0]
 
+    @property
+    def nbytes(self) -> int:
+        """Its size."""
+        return self.array.nbytes
+
 
 @attrs.frozen(eq=False)
 class Prepared:
@@ -158,6 +163,18 @@ class Executable:
         if num_threads < 1:
             raise InputError(f"num_threads must be at least 1, got {num_threads}")
         return cls(os.fspath(path), entries, num_threads)
+
+    def zeros(self, shape: Sequence[int], dtype: str, what: str) -> Held:
+        """A tensor of zeros that entries update in place; raises TensorMemoryError naming `what` where the system has no room."""
+        return Held(zeros(shape, dtype, what))
+
+    def hold(self, value: np.ndarray) -> Held:
+        """An array where entries read and update it."""
+        return hold(value)
+
+    def read(self, held: Held) -> np.ndarray:
+        """What a tensor holds."""
+        return held.array
 
     def prepare(self, entry: str, weights: Mapping[str, np.ndarray]) -> Prepared:
         """The weights that an entry takes, from arrays by name, made ready once for many calls.

@@ -27,11 +27,13 @@ from jisu.compiler.errors import (
 )
 from jisu.compiler.graph import ArrayStorage, Graph
 from jisu.compiler.interpret import bind_symbols, interpret
+from jisu.compiler.launches import PLANS
 from jisu.compiler.signature import Signature
 from jisu.compiler.storage import write_safetensors
 from jisu.compiler.text import parse, parse_type
 from jisu.compiler.types import TensorType, dtype_name, numpy_dtype
 from jisu.runtime import artifact
+from jisu.runtime.cuda import DeviceExecutable
 from jisu.runtime.executable import Executable
 from jisu.runtime.generate import Chunk, Generation, GenerationConfig, Tokenizer, generate
 from jisu.runtime.session import MAIN, DecoderInfo, Session
@@ -50,11 +52,11 @@ TOKENIZER_FILES = (
 class Compiled:
     """The parts of a program, as the driver or `load` puts them together.
 
-    library: the shared library's bytes. weights: arrays by name. entries: how each entry is called. graphs: per entry, the IR
-    text. report: what `explain` shows. files: tokenizer and configuration.
+    code: what runs, by file name: a shared library, or a GPU's kernels and plans. weights: arrays by name. entries: how each
+    entry is called. graphs: per entry, the IR text. report: what `explain` shows. files: tokenizer and configuration.
     """
 
-    library: bytes
+    code: Mapping[str, bytes]
     weights: Mapping[str, np.ndarray]
     entries: Mapping[str, Entry]
     graphs: Mapping[str, str]
@@ -78,8 +80,13 @@ class Program:
     def __init__(self, parts: Compiled, num_threads: int | None = None, lacks: Sequence[str] = ()) -> None:
         """lacks: what its code needs and this machine doesn't have: such a program can only be saved."""
         self._parts, self._lacks = parts, tuple(lacks)
-        self._executable = _loaded(parts.library, parts.entries, num_threads)
-        self._weights = {entry: self._executable.prepare(entry, parts.weights) for entry in parts.entries}
+        self._executable, self._num_threads = None, num_threads
+        if not self._lacks:
+            try:
+                self._executable = _loaded(parts.code, parts.entries, num_threads)
+            except TargetError as error:  # there is no such device here, or not the right one
+                self._lacks = (str(error),)
+        self._weights: dict[str, Any] = {}
         self._lock = threading.Lock()
         self._tokenizer: Tokenizer | None = None
         main = parts.graphs.get(MAIN)
@@ -131,12 +138,19 @@ class Program:
 
     def _run(self, entry: str, arrays: Sequence[Any]) -> tuple[Any, ...]:
         with self._lock:
-            if self._lacks:
-                raise TargetError(
-                    f"this program is for {self._parts.target['name']!r}, and this machine lacks {', '.join(self._lacks)}; save it, "
-                    "and load it on such a machine"
-                )
-            return self._executable.call(entry, arrays, self._weights[entry])
+            executable = self._runs_here()
+            if entry not in self._weights:
+                self._weights[entry] = executable.prepare(entry, self._parts.weights)
+            return executable.call(entry, arrays, self._weights[entry])
+
+    def _runs_here(self) -> Any:
+        """The executable; raises TargetError where this machine can't run it."""
+        if self._executable is None:
+            raise TargetError(
+                f"this program is for {self._parts.target['name']!r}, and this machine lacks {', '.join(self._lacks)}; save it, and "
+                "load it on such a machine"
+            )
+        return self._executable
 
     def _call_decoder(
         self, input_ids: Any = None, attention_mask: Any = None, position_ids: Any = None, **others: Any
@@ -160,7 +174,7 @@ class Program:
             if not np.array_equal(np.broadcast_to(np.asarray(position_ids), ids.shape), want):
                 raise InputError("position_ids: only positions that count each sequence's tokens from 0 are supported")
         whole = attrs.evolve(info, prefill_chunk=max(ids.shape[1], 1))
-        logits = Session(whole, self._run, None).append(ids, start=start)
+        logits = Session(whole, self._run, self._runs_here()).append(ids, start=start)
         result = _to_torch(logits) if _is_torch(input_ids) else logits
         return self._parts.signature.unflatten([result])
 
@@ -182,7 +196,7 @@ class Program:
         """
         if self._parts.decoder is None:
             raise JisuError("this program is no causal language model: it has no session and can't generate")
-        return Session(self._parts.decoder, self._run, capacity)
+        return Session(self._parts.decoder, self._run, self._runs_here(), capacity)
 
     @overload
     def generate(
@@ -226,8 +240,8 @@ class Program:
 
     @property
     def num_threads(self) -> int:
-        """Threads that kernels use."""
-        return self._executable.num_threads
+        """Threads of the processor that kernels use."""
+        return self._num_threads or 1 if self._executable is None else self._executable.num_threads
 
     @property
     def weights_bytes(self) -> int:
@@ -298,7 +312,7 @@ class Program:
         )
         tensors = {name: (array.dtype, array.shape, lambda array=array: array) for name, array in parts.weights.items()}
         files: dict[str, Any] = {
-            "library.so": parts.library,
+            **parts.code,
             "weights.safetensors": lambda file: write_safetensors(file, tensors, {"format": "jisu"}),
             "recipe.toml": parts.recipe.encode(),
             "report.json": json.dumps(parts.report, indent=1).encode(),
@@ -324,11 +338,13 @@ def _described(graphs: Mapping[str, str]) -> artifact.Signature:
     )
 
 
-def _loaded(library: bytes, entries: Mapping[str, Entry], num_threads: int | None) -> Executable:
-    """The library, loaded from a private folder that is gone afterwards."""
+def _loaded(code: Mapping[str, bytes], entries: Mapping[str, Entry], num_threads: int | None) -> Any:
+    """What runs the entries: a library, loaded from a private folder that is gone afterwards, or a GPU's kernels."""
+    if PLANS in code:
+        return DeviceExecutable(code, entries)
     with tempfile.TemporaryDirectory(prefix="jisu-") as folder:
-        path = Path(folder) / "library.so"
-        path.write_bytes(library)
+        path = Path(folder) / artifact.LIBRARY
+        path.write_bytes(code[artifact.LIBRARY])
         return Executable.load(str(path), entries, num_threads)
 
 
@@ -363,8 +379,9 @@ def load(
         "triple": manifest.target.triple,
         "features": list(manifest.target.features),
     }
-    with saved.library() as library:
-        code = Path(library).read_bytes()
+    code = {name: saved.bytes(name) for name in artifact.CODE if name in saved}
+    if not code:
+        raise ArtifactError(f"{os.fspath(path)}: has no compiled kernels")
     parts = Compiled(
         code, weights, entries, graphs, signature, target, saved.bytes("recipe.toml").decode(), report, decoder, files,
         manifest.producers,

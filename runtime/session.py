@@ -9,8 +9,7 @@ import attrs
 import numpy as np
 
 from jisu.compiler.errors import IndexOutOfRangeError, InputError
-from jisu.compiler.types import TensorType
-from jisu.runtime.executable import Held, zeros
+from jisu.compiler.types import TensorType, numpy_dtype
 
 APPEND, APPEND_LAST = "append", "append_last"
 """Entries of a decoder: logits of every new token, and of the chunk's last one only."""
@@ -49,6 +48,19 @@ class Call(Protocol):
     def __call__(self, entry: str, arrays: Sequence[Any]) -> tuple[Any, ...]: ...
 
 
+class Memory(Protocol):
+    """Where a program's state lies: this machine's memory, or a GPU's."""
+
+    def zeros(self, shape: Sequence[int], dtype: str, what: str) -> Any:
+        """A tensor of zeros; raises TensorMemoryError naming `what` where there is no room."""
+
+    def hold(self, value: np.ndarray) -> Any:
+        """A tensor with an array's elements."""
+
+    def read(self, held: Any) -> np.ndarray:
+        """A tensor's elements."""
+
+
 class Session:
     """The stateful step of a decoder: `append` reads tokens, remembers their keys and values, returns logits.
 
@@ -56,14 +68,15 @@ class Session:
     length are padded on the left, `start` saying by how much. Not safe for use from several threads at once.
     """
 
-    def __init__(self, info: DecoderInfo, call: Call, capacity: int | None = None) -> None:
+    def __init__(self, info: DecoderInfo, call: Call, memory: Memory, capacity: int | None = None) -> None:
         """capacity: slots to reserve (the cache grows beyond as needed, up to `info.max_positions`)."""
         if capacity is not None and not 0 < capacity <= info.max_positions:
             raise InputError(f"capacity {capacity} is not in 1..{info.max_positions}, the positions that the model has")
         self._info = info
         self._call = call
+        self._memory = memory
         self._wanted = capacity
-        self._state: list[Held] = []
+        self._state: list[Any] = []  # tensors of `memory`
         self._history: np.ndarray | None = None
         self._table: np.ndarray | None = None
         self._reserved = 0
@@ -83,7 +96,7 @@ class Session:
     @property
     def nbytes(self) -> int:
         """Bytes of state that are reserved now."""
-        return sum(s.array.nbytes for s in self._state)
+        return sum(s.nbytes for s in self._state)
 
     def reset(self) -> None:
         """Forget all sequences; reserved memory is kept for a batch of the same size."""
@@ -160,10 +173,12 @@ class Session:
         self._state = []
         for i, (name, kind, _, ring) in enumerate(info.state):
             shape = [int(d) for d in kind.at(sizes).shape]
-            array = zeros(shape, kind.dtype, f"the KV cache ({name}, {slots} slots)")
             if old and self.length:
-                self._carry(old[i].array, array, ring)
-            self._state.append(Held(array))
+                array = np.zeros(shape, numpy_dtype(kind.dtype))
+                self._carry(self._memory.read(old[i]), array, ring)
+                self._state.append(self._memory.hold(array))
+            else:
+                self._state.append(self._memory.zeros(shape, kind.dtype, f"the KV cache ({name}, {slots} slots)"))
         if info.page:
             per_sequence, batch = sizes["sequence_pages"], len(self._start)
             # Page n of sequence b stands at n * batch + b, so that a larger table keeps all pages where they were.

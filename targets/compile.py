@@ -41,23 +41,33 @@ TIMEOUT = 1800.0
 KEPT_BYTES = 2 << 30
 """How much the cache of compiled libraries may hold."""
 _STAGING = "new-"
-_FORMAT = 2
+_FORMAT = 3
 _ROOT = Path(__file__).resolve().parent.parent
 
 
 @attrs.frozen
 class CompiledInfo:
-    """A compiled library.
+    """Compiled graphs.
 
-    entries: how each entry is called. kernels: (name, ops, calls). seconds: how long this call took; cached: whether the library
-    came from the cache.
+    folder: where the files lie that run: a library, or a GPU's kernels and plans. entries: how each entry is called. kernels: (name, ops,
+    calls). seconds: how long this call took; cached: whether the files came from the cache.
     """
 
-    library: Path
+    folder: Path
+    files: tuple[str, ...]
     entries: Mapping[str, Entry]
     kernels: tuple[tuple[str, str, int], ...]
     seconds: float
     cached: bool
+
+    @property
+    def library(self) -> Path:
+        """The shared library of a CPU's kernels."""
+        return self.folder / LIBRARY
+
+    def code(self) -> dict[str, bytes]:
+        """The files' contents by name."""
+        return {name: (self.folder / name).read_bytes() for name in self.files}
 
 
 def compile_graphs(
@@ -69,9 +79,9 @@ def compile_graphs(
     cache_dir: Path | None = None,
     timeout: float = TIMEOUT,
 ) -> CompiledInfo:
-    """Compile the graphs as entry functions of one library, `out`/library.so; kernels named in `schedules` follow those.
+    """Compile the graphs into `out`: as entry functions of one library, library.so, or as kernels for a GPU and plans of their launches.
 
-    `cache_dir` (default: the environment's JISU_CACHE_DIR, else ~/.cache/jisu) keeps libraries by content. Raises
+    Kernels named in `schedules` follow those. `cache_dir` (default: the environment's JISU_CACHE_DIR, else ~/.cache/jisu) keeps libraries by content. Raises
     CompileError where TVM fails, crashes (naming the kernel) or takes longer than `timeout` seconds, or where the machine
     has no linker.
     """
@@ -82,16 +92,17 @@ def compile_graphs(
     key = _key(texts, target, cuts)
     folder = cache_folder(cache_dir) / "kernels" / hashlib.sha256(key.encode()).hexdigest()
     found = _read(folder, key)
-    if found is not None and _copy(folder / LIBRARY, out / LIBRARY, found["sha256"]):
+    if found is not None and all(_copy(folder / name, out / name, digest) for name, digest in found["sha256"].items()):
         return _info(found["info"], out, begin, cached=True)
     info = _WORKER.compile(texts, target, cuts, out, timeout)
-    _write(folder, key, info, out / LIBRARY)
+    _write(folder, key, info, out)
     return _info(info, out, begin, cached=False)
 
 
 def _info(info: Mapping[str, Any], out: Path, begin: float, cached: bool) -> CompiledInfo:
     return CompiledInfo(
-        library=out / LIBRARY,
+        folder=out,
+        files=tuple(info["files"]),
         entries={name: Entry.from_json(entry) for name, entry in info["entries"].items()},
         kernels=tuple((name, op, count) for name, op, count in info["kernels"]),
         seconds=time.perf_counter() - begin,
@@ -147,7 +158,7 @@ def _read(folder: Path, key: str) -> dict[str, Any] | None:
         if (
             isinstance(entry, dict)
             and entry.get("key") == key
-            and isinstance(entry.get("sha256"), str)
+            and isinstance(entry.get("sha256"), dict)
             and "info" in entry
         ):
             with contextlib.suppress(OSError):  # a cache that can't be written serves all the same
@@ -159,7 +170,7 @@ def _read(folder: Path, key: str) -> dict[str, Any] | None:
 
 
 def _copy(source: Path, destination: Path, digest: str) -> bool:
-    """Copy a library if its checksum is right; a damaged cache entry is no error, but a miss."""
+    """Copy a file if its checksum is right; a damaged cache entry is no error, but a miss."""
     try:
         data = source.read_bytes()
     except OSError:
@@ -170,15 +181,16 @@ def _copy(source: Path, destination: Path, digest: str) -> bool:
     return True
 
 
-def _write(folder: Path, key: str, info: Mapping[str, Any], library: Path) -> None:
+def _write(folder: Path, key: str, info: Mapping[str, Any], made: Path) -> None:
     """Put an entry into the cache in one step; a cache that can't be written is no reason to fail."""
     staging = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=_STAGING, dir=folder.parent))
-        data = library.read_bytes()
-        entry = {"key": key, "sha256": hashlib.sha256(data).hexdigest(), "info": dict(info)}
-        for name, content in ((LIBRARY, data), (INFO, json.dumps(entry).encode())):
+        code = {name: (made / name).read_bytes() for name in info["files"]}
+        digests = {name: hashlib.sha256(data).hexdigest() for name, data in code.items()}
+        entry = {"key": key, "sha256": digests, "info": dict(info)}
+        for name, content in (*code.items(), (INFO, json.dumps(entry).encode())):
             with open(staging / name, "wb") as file:
                 file.write(content)
                 file.flush()
@@ -213,7 +225,10 @@ def prune(folder: Path, limit: int = KEPT_BYTES) -> None:
 def _whole(folder: Path, key: str) -> bool:
     entry = _read(folder, key)
     try:
-        return entry is not None and hashlib.sha256((folder / LIBRARY).read_bytes()).hexdigest() == entry["sha256"]
+        return entry is not None and all(
+            hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest
+            for name, digest in entry["sha256"].items()
+        )
     except OSError:
         return False
 

@@ -78,8 +78,8 @@ def _kernel_pipeline() -> Any:
 register_tir_pipeline(KERNEL_PIPELINE, _kernel_pipeline)
 
 
-def _callee(function: Any, name: str) -> tuple[Callee, Any]:
-    """A kernel over tensors as a function on pointers, which has no tensors to take apart and to check."""
+def on_pointers(function: Any, name: str, returns: Any) -> tuple[Callee, Any]:
+    """A kernel over tensors as a function on pointers, which has no tensors to take apart and to check; `returns`: the function's type."""
     shapes: list[tuple[Any, ...] | None] = []
     parameters, declared = [], []
     own = {p for p in function.params if not isinstance(p.ty, BufferType)}
@@ -99,7 +99,7 @@ def _callee(function: Any, name: str) -> tuple[Callee, Any]:
     body = tirx.SeqStmt([*declared, function.body])
     for key, value in (("device_type", 1), ("device_id", 0)):  # of the scratch memory that it allocates
         body = tirx.AttrStmt(tirx.IntImm("int32", 0), key, tirx.IntImm("int32", value), body)
-    plain = tirx.PrimFunc([*parameters, *sizes], body, ret_type=ir.PrimType("int32"))
+    plain = tirx.PrimFunc([*parameters, *sizes], body, ret_type=returns)
     # Its name is a symbol, which profilers show; another calling convention than the default keeps TVM from wrapping it.
     attributes = {"tirx.noalias": True, "s_tir": True, "global_symbol": name, "calling_conv": C_CALL}
     for key, attribute in attributes.items():
@@ -115,8 +115,8 @@ class _Kernels(Kernels):
         self.contents: dict[Any, Any] = {}
 
     def adopt(self, function: Any, name: str) -> Callee:
-        """The kernel as a function on pointers, put into the module."""
-        callee, plain = _callee(function, name)
+        """The kernel as a function on pointers that returns 0 or, with TVM's error set, -1; put into the module."""
+        callee, plain = on_pointers(function, name, ir.PrimType("int32"))
         self.contents[callee.code] = plain
         return callee
 

@@ -60,7 +60,7 @@ _V4 = _V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
 # A processor's own name would promise features that a virtual machine may hide; a level promises only what we saw.
 _LEVELS = {"x86-64-v4": _V4, "x86-64-v3": _V3, "x86-64-v2": _V2, "x86-64": frozenset[str]()}
 
-_LOWERINGS = ("cpu",)
+_LOWERINGS = ("cpu", "cuda")
 
 
 @attrs.frozen
@@ -118,11 +118,8 @@ class Target:
         Raises TargetError for an unknown name (with the known and the nearest one) and for a machine that has a
         description but no lowering yet.
         """
-        if not isinstance(target, Target) and target == "cuda" and not _has_nvidia_gpu():
-            raise TargetError(
-                "target 'cuda' means this machine's GPU, and this machine has no GPU; use target='cpu', "
-                "or describe one by name, such as 'cuda:sm_90'"
-            )
+        if not isinstance(target, Target) and target == "cuda":
+            return _present_gpu()
         found = target if isinstance(target, Target) else cls.describe(target)
         if found.kind not in _LOWERINGS:
             raise TargetError(
@@ -161,8 +158,10 @@ class Target:
 
         A foreign architecture counts as the one missing feature "architecture <name>".
         """
+        if self.kind == "cuda":  # the driver says when the program is loaded
+            return []
         if self.kind != "cpu":
-            return [] if self.kind == "cuda" and _has_nvidia_gpu() else [f"a {self.kind} device"]
+            return [f"a {self.kind} device"]
         here = host()
         if self.architecture != here.architecture:
             return [f"architecture {self.architecture}"]
@@ -180,7 +179,7 @@ class Target:
         """
         code = [self.kind, self.triple, self.mcpu, sorted(self.features), self.vector_bytes, self.vector_registers]
         code += [[c.bytes for c in self.caches], [d for d, rate in self.peak if rate > self.peak_flops("float32")]]
-        code += [self.schedule.to_json()]
+        code += [self.schedule.to_json(), self.cores if self.kind == "cuda" else 0]  # how many blocks are launched
         return f"{self.kind}-{hashlib.sha256(json.dumps(code).encode()).hexdigest()[:16]}"
 
     def has(self, *features: str) -> bool:
@@ -344,8 +343,33 @@ def _caches(hertz: float, vector_bytes: int) -> tuple[Cache, ...]:
     return tuple(found[level] for level in sorted(found))
 
 
-def _has_nvidia_gpu() -> bool:
-    return any(Path("/dev").glob("nvidia[0-9]*"))
+def _present_gpu() -> Target:
+    """This machine's first GPU: its architecture's description, with its own name and number of multiprocessors."""
+    from jisu.compiler.gpu import Driver
+
+    try:
+        driver = Driver.open()
+    except TargetError as error:
+        raise TargetError(
+            f"target 'cuda' means this machine's GPU, and there is none: {error}; use target='cpu', or name an architecture, such as "
+            "'cuda:sm_90', to compile for another machine"
+        ) from None
+    major, minor = driver.capability
+    names = [n for n in known_targets() if n.startswith("cuda:sm_")]
+    # Code for an older architecture of the same generation runs.
+    fits = [n for n in names if _capability(n)[0] == major and _capability(n)[1] <= minor]
+    if not fits:
+        raise TargetError(
+            f"there is no description of the GPU here ({driver.name}, sm_{major}{minor}); known: {', '.join(names)}"
+        )
+    base = Target.describe(max(fits, key=_capability))
+    return attrs.evolve(base, cores=driver.multiprocessors, source=f"detected: {driver.name}; speeds of {base.name}")
+
+
+def _capability(name: str) -> tuple[int, int]:
+    """(9, 0) of "cuda:sm_90"."""
+    digits = name.removeprefix("cuda:sm_")
+    return int(digits[:-1]), int(digits[-1])
 
 
 def _alias(name: str) -> str:

@@ -79,7 +79,9 @@ class Tuned:
 
 
 def check_tunable(target: Target) -> None:
-    """Raises TargetError unless this machine can run what is compiled for the target."""
+    """Raises TargetError unless this machine can run what is compiled for the target, and kernels have something to tune."""
+    if target.kind != "cpu":
+        raise TargetError(f"kernels for {target.name!r} have nothing to tune yet; leave tune out")
     if missing := target.check_host():
         raise TargetError(
             f"tune measures kernels on this machine, which can't run code for {target.name!r}: it lacks "

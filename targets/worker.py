@@ -67,19 +67,58 @@ def _build(request: Mapping[str, Any], stage: Callable[[str], None]) -> dict[str
 
     out = Path(request["out"])
     target = Target.from_json(request["target"])
-    stage("lowering")
     graphs = {name: parse(text) for name, text in request["entries"].items()}
-    lowered = lower(graphs, target, schedules=from_json(request["schedules"]))
-    (out / IR).write_text(str(lowered.module))
-    if request["single"]:
-        _build_each(lowered.module, tvm_target(target), stage)
+    stage("lowering")
+    if target.kind == "cuda":
+        entries, kernels, files = _build_device(graphs, target, out, stage)
     else:
-        _build_library(lowered.module, tvm_target(target), out / LIBRARY, stage)
+        lowered = lower(graphs, target, schedules=from_json(request["schedules"]))
+        (out / IR).write_text(str(lowered.module))
+        entries, kernels, files = lowered.entries, lowered.kernels, [LIBRARY]
+        if request["single"]:
+            _build_each(lowered.module, tvm_target(target), stage)
+        else:
+            _build_library(lowered.module, tvm_target(target), out / LIBRARY, stage)
     return {
-        "entries": {name: entry.to_json() for name, entry in lowered.entries.items()},
-        "kernels": [[k.name, k.op, k.count] for k in lowered.kernels],
+        "entries": {name: entry.to_json() for name, entry in entries.items()},
+        "kernels": [[k.name, k.op, k.count] for k in kernels],
+        "files": files,
         "seconds": time.perf_counter() - begin,
     }
+
+
+def _build_device(
+    graphs: Mapping[str, Any], target: Any, out: Path, stage: Callable[[str], None]
+) -> tuple[Mapping[str, Any], Any, list[str]]:
+    """Kernels and plans for a GPU; the names of the files."""
+    from jisu.compiler.launches import CUBIN, PLANS, PTX
+    from jisu.targets.cuda import emulated, ptx
+    from jisu.targets.cuda.lowering import lower
+
+    lowered = lower(graphs, target)
+    (out / IR).write_text("\n".join(map(str, lowered.functions.values())))
+    stage("code generation")
+    files = [PLANS]
+    if emulated.is_emulated(target):
+        library = out / "kernels.so"
+        emulated.to_library(lowered.written, target, lowered.functions, library, find_linker())
+        os.replace(library, out / CUBIN)
+        files.append(CUBIN)
+    else:
+        text = ptx.to_ptx(lowered.written, target, lowered.functions)
+        (out / PTX).write_text(text)
+        files.append(PTX)
+        stage("assembling")
+        if (cubin := ptx.assembled(text, target)) is not None:
+            (out / CUBIN).write_bytes(cubin)
+            files.append(CUBIN)
+    plans = {
+        "capability": ptx.capability(target),
+        "faults": [[f.kind, f.message] for f in lowered.faults],
+        "entries": {name: plan.to_json() for name, plan in lowered.plans.items()},
+    }
+    (out / PLANS).write_text(json.dumps(plans))
+    return lowered.entries, lowered.kernels, files
 
 
 def _build_library(module: Any, target: Any, path: Path, stage: Callable[[str], None]) -> None:

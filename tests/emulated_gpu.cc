@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
+#include <utility>
 #include <vector>
 #include <ucontext.h>
 
@@ -15,11 +16,12 @@ alignas(SHARED_BYTES) uint8_t jisu_shared[SHARED_BYTES];
 
 namespace {
 
+constexpr int ARGUMENTS = 48; /* of a kernel, at most; more than it takes are passed */
+
 struct Copy { void *to; const void *from; };
 
 struct Fiber {
     ucontext_t context;
-    std::vector<char> stack;
     bool done;
     std::vector<std::vector<Copy>> groups; /* those not waited for, oldest first */
     std::vector<Copy> open;
@@ -34,13 +36,14 @@ struct Meeting {
 };
 
 std::vector<Fiber> fibers;
+std::vector<std::vector<char>> stacks; /* kept from block to block */
 std::vector<Meeting> warps, warp_groups;
 Meeting block;
 ucontext_t scheduler;
 int current, threads, late_copies;
-int64_t block_x, block_y, block_z;
+int64_t block_x, block_y, block_z, blocks_x;
 void *kernel;
-int64_t arguments[12];
+int64_t arguments[ARGUMENTS];
 
 char failure[256];
 long progress; /* how often a thread came to where others are awaited, or to its end */
@@ -71,10 +74,11 @@ template <class Compute> void meet(Meeting &m, int kind, int all, Compute comput
 Meeting &warp() { return warps[current / 32]; }
 int lane() { return current % 32; }
 
+template <size_t> using One = int64_t;
+template <size_t... I> void call(std::index_sequence<I...>) { reinterpret_cast<void (*)(One<I>...)>(kernel)(arguments[I]...); }
+
 void body() {
-    using F = void (*)(int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t);
-    int64_t *a = arguments;
-    reinterpret_cast<F>(kernel)(a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[8], a[9], a[10], a[11]);
+    call(std::make_index_sequence<ARGUMENTS>());
     for (auto &group : fibers[current].groups)
         if (!group.empty()) fail("copies were never waited for");
     if (!fibers[current].open.empty()) fail("copies were never committed");
@@ -118,7 +122,10 @@ const char *emulated_launch(void *function, const int64_t *args, int count, int6
     late_copies = late;
     failure[0] = 0;
     std::memset(arguments, 0, sizeof arguments);
+    if (count > ARGUMENTS) return "too many arguments";
     std::memcpy(arguments, args, sizeof(int64_t) * count);
+    while ((int)stacks.size() < threads) stacks.emplace_back(64 << 10);
+    blocks_x = grid_x;
     for (int64_t number = 0; number < grid_x * grid_y * grid_z; number++) {
             block_x = number % grid_x, block_y = number / grid_x % grid_y, block_z = number / grid_x / grid_y;
             std::memset(jisu_shared, 0xff, sizeof jisu_shared);
@@ -129,10 +136,10 @@ const char *emulated_launch(void *function, const int64_t *args, int count, int6
             for (Fiber &f : fibers) {
                 f.done = f.unfenced = false;
                 f.products = 0;
-                f.stack.resize(64 << 10);
+                auto &stack = stacks[&f - fibers.data()];
                 getcontext(&f.context);
-                f.context.uc_stack.ss_sp = f.stack.data();
-                f.context.uc_stack.ss_size = f.stack.size();
+                f.context.uc_stack.ss_sp = stack.data();
+                f.context.uc_stack.ss_size = stack.size();
                 f.context.uc_link = nullptr;
                 makecontext(&f.context, body, 0);
             }
@@ -159,6 +166,8 @@ uint32_t emulated_block_x() { return block_x; }
 uint32_t emulated_block_y() __asm__("emulated.read.ptx.sreg.ctaid.y");
 uint32_t emulated_block_y() { return block_y; }
 
+uint32_t emulated_blocks_x() __asm__("emulated.read.ptx.sreg.nctaid.x");
+uint32_t emulated_blocks_x() { return blocks_x; }
 uint32_t emulated_block_z() __asm__("emulated.read.ptx.sreg.ctaid.z");
 uint32_t emulated_block_z() { return block_z; }
 

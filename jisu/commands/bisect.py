@@ -68,11 +68,12 @@ def run(shell: Shell, model: str, prompt: str, options: Options) -> None:
 def _passes(options: Options) -> tuple[Pass, ...]:
     """The passes that keep the graph's inputs and outputs, in the driver's order."""
     from jisu.passes import default_passes, layout_passes
-    from jisu.targets.cpu import packing
+    from jisu.targets import facts
     from jisu.targets.target import Target
 
     recipe = Recipe.resolve(options.recipe)
-    panel, pair = packing(Target.resolve(options.target or "cpu"))
+    machine = Target.resolve(options.target or "cpu")
+    panel, pair = facts.of(machine).packing(machine)
     return (*default_passes(recipe.fuse, recipe.max_fold_bytes), *layout_passes(panel, pair if recipe.pack else {}))
 
 

@@ -129,7 +129,8 @@ class Val:
         return self._arith(other, "lshr", "lshr")
 
     def __neg__(self) -> Val:
-        return self.fn.op(f"fneg {self.type} {self.name}", self.type) if "float" in self.type else 0 - self
+        floats = scalar_type(self.type) in ("float", "double")
+        return self.fn.op(f"fneg {self.type} {self.name}", self.type) if floats else 0 - self
 
     def cmp(self, predicate: str, other: Val | float | int) -> Val:
         """A comparison: icmp's predicates for integers ("slt"), fcmp's for floats ("olt", "uno")."""
@@ -219,11 +220,10 @@ class Function:
     def const(self, value: float | int, type_: str) -> Val:
         """A constant of `type_`, the same in all lanes of a vector."""
         scalar = scalar_type(type_)
-        if scalar == "float":
+        if scalar in ("float", "double"):
             # LLVM writes a float as the bits of the double of the same value.
-            text = (
-                f"0x{struct.unpack('<Q', struct.pack('<d', struct.unpack('<f', struct.pack('<f', value))[0]))[0]:016X}"
-            )
+            held = struct.unpack("<f", struct.pack("<f", value))[0] if scalar == "float" else float(value)
+            text = f"0x{struct.unpack('<Q', struct.pack('<d', held))[0]:016X}"
         else:
             text = str(int(value))
         return Val(self, f"splat ({scalar} {text})" if type_.startswith("<") else text, type_)

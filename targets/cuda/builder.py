@@ -13,7 +13,8 @@ from tvm import ir, tirx
 from jisu.compiler.errors import CompileError
 from jisu.compiler.types import Dim, numpy_dtype, product
 from jisu.targets.cpu.generic.build import Builder, Expr, Flat, Guard, block, i64
-from jisu.targets.cuda import device
+from jisu.targets.cuda.device import prefix
+from jisu.targets.target import Target
 
 THREADS = 128
 """Of a block of a generic kernel."""
@@ -55,7 +56,7 @@ class DeviceBuilder(Builder):
     """A PrimFunc that a GPU's threads run. Loops over independent points become launches of their own, so that one sees what those before
     it wrote; what stands beside them every thread does for itself."""
 
-    def __init__(self, *args: Any, faults: list[Fault]) -> None:
+    def __init__(self, *args: Any, target: Target, faults: list[Fault]) -> None:
         self.faults = faults
         self.parts: list[Dim] = []
         self.pool: Dim = 0
@@ -63,7 +64,7 @@ class DeviceBuilder(Builder):
         self.fault, self.pool_at, self.part = (tirx.Var(n, "int64") for n in ("fault", "pool", "part"))
         super().__init__(*args)
         block_, thread, blocks = (
-            tirx.Cast("int64", tirx.call_pure_extern("int32", f"{device.PREFIX}read.ptx.sreg.{r}"))
+            tirx.Cast("int64", tirx.call_pure_extern("int32", f"{prefix(target)}read.ptx.sreg.{r}"))
             for r in ("ctaid.x", "tid.x", "nctaid.x")
         )
         self.number = self.let(block_ * i64(THREADS) + thread, "number")
@@ -127,9 +128,9 @@ class DeviceBuilder(Builder):
             place = place + self.number * self.dim(whole)
         self.pool = self.pool + (whole if not shared else sympy.ceiling(whole / _POOL_THREADS))
         self.count += 1
-        data = tirx.Var(f"t{self.count}", ir.PointerType(ir.PrimType(dtype)))
+        data, bound = _pointer(f"t{self.count}", dtype, place)
         extent = self.dim(size)
-        self.emit(tirx.Bind(data, tirx.reinterpret("handle", place)))
+        self.emit(bound)
         buffer = tirx.decl_buffer([extent], dtype, f"t{self.count}", data=data)
         self.emit(tirx.DeclBuffer(buffer, data=data))
         return Flat(buffer, [extent], dtype)
@@ -141,10 +142,10 @@ class DeviceBuilder(Builder):
             self.faults.append(fault)
         code = tirx.IntImm("int32", self.faults.index(fault) + 1)
         self.count += 1
-        data = tirx.Var(f"f{self.count}", ir.PointerType(ir.PrimType("int32")))
+        data, bound = _pointer(f"f{self.count}", "int32", self.fault)
         flag = tirx.decl_buffer([i64(1)], "int32", f"f{self.count}", data=data)
         note = [
-            tirx.Bind(data, tirx.reinterpret("handle", self.fault)),
+            bound,
             tirx.DeclBuffer(flag, data=data),
             tirx.BufferStore(flag, code, [i64(0)]),
         ]
@@ -157,3 +158,10 @@ class DeviceBuilder(Builder):
             self.scopes[0] = [tirx.IfThenElse(tirx.EQ(self.number, i64(0)), block(self.scopes[0]), None)]
             self.parts.append(1)
         return GenericKernel(super().finish(), tuple(self.parts), self.pool)
+
+
+def _pointer(name: str, dtype: str, address: Expr) -> tuple[Expr, Any]:
+    """A pointer variable, and the statement that gives it an address."""
+    kind = ir.PointerType(ir.PrimType(dtype))
+    variable = tirx.Var(name, kind)
+    return variable, tirx.Bind(variable, ir.Call("tirx.reinterpret", [address], ret_ty=kind))

@@ -2,7 +2,8 @@
 
 LLVM's NVPTX back end, which comes with TVM, makes PTX of them (`ptx.py`); compiling needs neither CUDA's compiler nor a GPU. Everything
 that a CPU lacks (thread numbers, shared memory, barriers, shuffles, tensor cores, asynchronous copies) is a function whose name begins
-with `PREFIX`, so that tests can run the same text on a CPU, thread by thread, with those functions emulated.
+with `prefix`: for a target whose triple is a CPU's it is another one, so that the same text runs there, thread by thread, with those
+functions emulated.
 Source: LLVM's User Guide for NVPTX Back-end; NVIDIA's PTX ISA.
 """
 
@@ -17,12 +18,16 @@ from jisu.targets.target import Target
 
 WARP = 32
 """Threads of a warp."""
-_REAL = "llvm.nvvm."
-PREFIX = _REAL
+_REAL, _EMULATED = "llvm.nvvm.", "emulated."
 GROUP = 4 * WARP
 """Threads of a warp group, which multiplies together on Hopper."""
 GLOBAL, SHARED = "ptr addrspace(1)", "ptr addrspace(3)"
 _SHARED_NAME = "jisu_shared"
+
+
+def prefix(target: Target) -> str:
+    """What the names of functions begin with that a CPU lacks."""
+    return _REAL if target.architecture == "nvptx64" else _EMULATED
 
 
 @attrs.frozen
@@ -45,7 +50,7 @@ class Device(Function):
 
     def __init__(self, name: str, params: Sequence[tuple[str, str]], target: Target, threads: int) -> None:
         super().__init__(name, params, target)
-        self.threads, self.shared_bytes = threads, 0
+        self.threads, self.shared_bytes, self.prefix = threads, 0, prefix(target)
 
     def built(self) -> DeviceKernel:
         """The finished kernel."""
@@ -62,7 +67,7 @@ class Device(Function):
         return self._register(f"ctaid.{axis}")
 
     def _register(self, name: str) -> Val:
-        return self.cast("zext", self.call("i32", f"{PREFIX}read.ptx.sreg.{name}"), "i64")
+        return self.cast("zext", self.call("i32", f"{self.prefix}read.ptx.sreg.{name}"), "i64")
 
     # Memory
 
@@ -83,7 +88,7 @@ class Device(Function):
 
     def copy16(self, to: Val, source: Val) -> None:
         """Begin to copy 16 bytes from the GPU's memory into shared memory; see `copies_done`."""
-        self.run(f"{PREFIX}cp.async.cg.shared.global.16", to, source)
+        self.run(f"{self.prefix}cp.async.cg.shared.global.16", to, source)
 
     def place(self, row: Val, chunk: Val, chunks: int) -> Val:
         """Where a chunk of 16 bytes of a tile's row lies in shared memory, in bytes, `chunks` (4 or more) making up a row.
@@ -106,17 +111,17 @@ class Device(Function):
 
     def commit_copies(self) -> None:
         """The copies begun since the last call are one group."""
-        self.run(f"{PREFIX}cp.async.commit.group")
+        self.run(f"{self.prefix}cp.async.commit.group")
 
     def copies_done(self, but: int) -> None:
         """Wait until all groups of this thread's copies have come, except for the last `but` ones."""
-        self.run(f"{PREFIX}cp.async.wait.group", self.const(but, "i32"))
+        self.run(f"{self.prefix}cp.async.wait.group", self.const(but, "i32"))
 
     # Together
 
     def barrier(self) -> None:
         """Wait for all threads of the block; what they wrote to shared memory before can be read after."""
-        self.run(f"{PREFIX}barrier0")
+        self.run(f"{self.prefix}barrier0")
 
     def sum_of_warp(self, value: Val) -> Val:
         """The sum of float32 over the warp's threads, the same in all of them; the order is fixed."""
@@ -132,11 +137,11 @@ class Device(Function):
     def other(self, value: Val, distance: int) -> Val:
         """The float32 of the thread whose number in the warp differs in the bit `distance`."""
         every, clamp = self.const(-1, "i32"), self.const(31, "i32")
-        return self.call("float", f"{PREFIX}shfl.sync.bfly.f32", every, value, self.const(distance, "i32"), clamp)
+        return self.call("float", f"{self.prefix}shfl.sync.bfly.f32", every, value, self.const(distance, "i32"), clamp)
 
     def exp2(self, x: Val) -> Val:
         """2^x of float32 to 2 ulp, subnormal results being 0."""
-        return self.call("float", f"{PREFIX}ex2.approx.ftz.f", x)
+        return self.call("float", f"{self.prefix}ex2.approx.ftz.f", x)
 
     def fragments(self, address: Val, *, turned: bool = False) -> list[Val]:
         """Four 8x8 matrices of 16-bit numbers from shared memory, as `mma` wants them: i32 [4]; `turned`: each transposed.
@@ -144,7 +149,9 @@ class Device(Function):
         address: of a row of 16 bytes; threads 8 i to 8 i + 7 give the rows of matrix i.
         """
         kind = "{ i32, i32, i32, i32 }"
-        both = self.call(kind, f"{PREFIX}ldmatrix.sync.aligned.m8n8.x4{'.trans' if turned else ''}.b16.p3", address)
+        both = self.call(
+            kind, f"{self.prefix}ldmatrix.sync.aligned.m8n8.x4{'.trans' if turned else ''}.b16.p3", address
+        )
         return [self.op(f"extractvalue {kind} {both.name}, {i}", "i32") for i in range(4)]
 
     def pair(self, low: Val, high: Val) -> Val:
@@ -157,7 +164,7 @@ class Device(Function):
     def mma(self, a: Sequence[Val], b: Sequence[Val], sums: Sequence[Val]) -> list[Val]:
         """sums[16, 8] + a[16, 16] b[16, 8] in bfloat16 on the tensor cores, by the warp: a i32 [4], b i32 [2], sums float [4] per thread."""
         kind = "{ float, float, float, float }"
-        found = self.call(kind, f"{PREFIX}mma.m16n8k16.row.col.bf16", *a, *b, *sums)
+        found = self.call(kind, f"{self.prefix}mma.m16n8k16.row.col.bf16", *a, *b, *sums)
         return [self.op(f"extractvalue {kind} {found.name}, {i}", "float") for i in range(4)]
 
     # Hopper: products of a warp group, straight from shared memory
@@ -172,7 +179,7 @@ class Device(Function):
     def begin_products(self) -> None:
         """What this thread wrote to shared memory, and its sums, are ready for `multiply_group`; a barrier must follow for those of others."""
         self._special("fence.proxy.async.shared::cta")
-        self.run(f"{PREFIX}wgmma.fence.sync.aligned")
+        self.run(f"{self.prefix}wgmma.fence.sync.aligned")
 
     def multiply_group(self, a: Val, b: Val, sums: Sequence[Val], outputs: int) -> list[Val]:
         """Begin sums[64, outputs] += a[64, 16] b[outputs, 16]^T in bfloat16, by the warp group.
@@ -184,7 +191,7 @@ class Device(Function):
         count = outputs // 2
         kind = "{ " + ", ".join(["float"] * count) + " }"
         given = ", ".join([*(f"float {s.name}" for s in sums), f"i64 {a.name}", f"i64 {b.name}"])
-        if PREFIX != _REAL:
+        if self.prefix != _REAL:
             return self._multiply_elsewhere(a, b, sums, outputs)
         registers = ",".join(f"${i}" for i in range(count))
         text = f"wgmma.mma_async.sync.aligned.m64n{outputs}k16.f32.bf16.bf16 {{{registers}}}, ${2 * count}, ${2 * count + 1}, 1, 1, 1, 0, 0;"
@@ -197,20 +204,20 @@ class Device(Function):
         held = self.op(f"alloca [{len(sums)} x float], align 16", "ptr")
         for i, s in enumerate(sums):
             self.store(s, self.at(held, i, "float32"))
-        self.run(f"{PREFIX}wgmma", held, a, b, self.const(outputs, "i32"))
+        self.run(f"{self.prefix}wgmma", held, a, b, self.const(outputs, "i32"))
         return [self.load("float", self.at(held, i, "float32")) for i in range(len(sums))]
 
     def commit_products(self) -> None:
         """The products begun since the last call are one group."""
-        self.run(f"{PREFIX}wgmma.commit_group.sync.aligned")
+        self.run(f"{self.prefix}wgmma.commit_group.sync.aligned")
 
     def products_done(self, but: int) -> None:
         """Wait until all groups of products are done, except for the last `but` ones."""
-        self.run(f"{PREFIX}wgmma.wait_group.sync.aligned", self.i64(but))
+        self.run(f"{self.prefix}wgmma.wait_group.sync.aligned", self.i64(but))
 
     def _special(self, name: str) -> None:
         """An instruction without operands that LLVM has no function for."""
-        if PREFIX == _REAL:
+        if self.prefix == _REAL:
             self.emit(f'call void asm sideeffect "{name};", "~{{memory}}"()')
         else:
-            self.run(PREFIX + name.replace("::", "."))
+            self.run(self.prefix + name.replace("::", "."))

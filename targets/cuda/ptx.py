@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import attrs
 import tvm
-from tvm import ir, tirx
+from tvm import ir, tirx, transform
+from tvm.tirx.compilation_pipeline import finalize_host_passes
 
 from jisu.compiler.errors import CompileError, TargetError
 from jisu.targets.cpu.isa import C_CALL, link_text
+from jisu.targets.cuda.builder import THREADS
 from jisu.targets.cuda.device import DeviceKernel
+from jisu.targets.cuda.functions import called, library
 from jisu.targets.target import Target
 
 _VERSION = {"sm_80": "ptx71", "sm_86": "ptx71", "sm_89": "ptx78", "sm_90": "ptx80", "sm_90a": "ptx80", "sm_100": "ptx86", "sm_120": "ptx87"}  # fmt: skip
@@ -31,17 +35,41 @@ class Usage:
     spilled_bytes: int
 
 
-def to_ptx(kernels: Sequence[DeviceKernel], target: Target) -> str:
-    """The kernels as one PTX module for the target's architecture.
+def to_ptx(kernels: Sequence[DeviceKernel], target: Target, functions: Mapping[str, Any] | None = None) -> str:
+    """The kernels as one PTX module for the target's architecture; functions: generic ones, TIR functions on pointers by name.
 
     Raises TargetError for an architecture without a known version of PTX, CompileError where LLVM leaves a function outside.
     """
     where = tvm.target.Target(
         {"kind": "llvm", "mtriple": "nvptx64-nvidia-cuda", "mcpu": target.mcpu, "mattr": [f"+{_version(target)}"]}
     )
-    functions = {entry_name(k): as_function(k, entry_name(k), link_text([k.micro]), where) for k in kernels}
-    module = tvm.get_global_func("target.build.llvm")(tvm.IRModule(functions), where)
-    return _as_kernels(module.inspect_source("asm"), kernels)
+    threads = {entry_name(k): k.threads for k in kernels} | dict.fromkeys(functions or {}, THREADS)
+    return _as_kernels(built(kernels, functions or {}, target, where).inspect_source("asm"), threads)
+
+
+def built(kernels: Sequence[DeviceKernel], functions: Mapping[str, Any], target: Target, where: Any) -> Any:
+    """TVM's module of LLVM code for all kernels on the machine `where`, TVM's target; functions as in `to_ptx`."""
+    module = {entry_name(k): as_function(k, entry_name(k), link_text([k.micro]), where) for k in kernels}
+    if functions:
+        bodies = {name: _with_library(f, target).with_attr("target", where) for name, f in functions.items()}
+        passes = tirx.transform
+        lowered = transform.Sequential([
+            passes.FlattenBuffer(), passes.BF16ComputeLegalize(), passes.VectorizeLoop(True), passes.UnrollLoop(),
+            passes.BF16StorageLegalize(),
+        ])(tvm.IRModule(bodies))  # fmt: skip
+        lowered = finalize_host_passes()(lowered)
+        for var, function in lowered.functions.items():
+            module[var.name_hint] = function
+    return tvm.get_global_func("target.build.llvm")(tvm.IRModule(module), where)
+
+
+def _with_library(function: Any, target: Target) -> Any:
+    """The function with the C library's functions, if it calls any."""
+    if not called(str(function)):
+        return function
+    text = ir.StringImm(library(target))
+    body = tirx.AttrStmt(tirx.IntImm("int32", 0), "pragma_import_llvm", text, function.body)
+    return function.with_body(body)
 
 
 def as_function(kernel: DeviceKernel, name: str, text: str, where: Any) -> Any:
@@ -67,16 +95,36 @@ def entry_name(kernel: DeviceKernel) -> str:
     return f"kernel_{kernel.name}"
 
 
+def capability(target: Target) -> tuple[int, int]:
+    """The architecture's number: (9, 0) for sm_90 and sm_90a."""
+    digits = target.mcpu.removeprefix("sm_").rstrip("af")
+    return int(digits[:-1]), int(digits[-1])
+
+
+def find_assembler() -> str | None:
+    """The path of ptxas: on PATH, or where pip's nvidia-cuda-nvcc puts it; None where there is none."""
+    found = shutil.which("ptxas")
+    spec = None if found else importlib.util.find_spec("nvidia")
+    for folder in () if spec is None else spec.submodule_search_locations or ():
+        for path in sorted(Path(folder).glob("*/bin/ptxas")):
+            return str(path)
+    return found
+
+
+def assembled(ptx: str, target: Target) -> bytes | None:
+    """A cubin for the target's architecture; None where there is no assembler, since a GPU's driver compiles PTX, too."""
+    return None if find_assembler() is None else assemble(ptx, target)[0]
+
+
 def assemble(ptx: str, target: Target) -> tuple[bytes, dict[str, Usage]]:
     """A cubin for the target's architecture, and what each kernel uses.
 
     Raises CompileError where there is no assembler (`ptxas`, in CUDA's toolkit and in pip's nvidia-cuda-nvcc) or it fails.
     """
-    program = shutil.which("ptxas")
+    program = find_assembler()
     if program is None:
         raise CompileError(
-            "there is no ptxas to make a cubin of PTX; install CUDA's toolkit, or `pip install nvidia-cuda-nvcc` and put its "
-            "bin folder on PATH"
+            "there is no ptxas to make machine code of PTX; install CUDA's toolkit, or `pip install nvidia-cuda-nvcc`"
         )
     with tempfile.TemporaryDirectory(prefix="jisu-ptx-") as folder:
         source, out = Path(folder) / "k.ptx", Path(folder) / "k.cubin"
@@ -95,19 +143,18 @@ def _version(target: Target) -> str:
     return _VERSION[target.mcpu]
 
 
-def _as_kernels(assembly: str, kernels: Sequence[DeviceKernel]) -> str:
+def _as_kernels(assembly: str, threads: Mapping[str, int]) -> str:
     """LLVM's assembly with our functions as kernels, without what TVM adds: helpers, and line numbers of no source."""
     text = assembly.split("\t// .weak")[0]
     text = re.sub(r"^\s*\.loc\b.*\n|^\$L__(?:tmp|func_begin|func_end)\d+:\n", "", text, flags=re.M).replace(
         ", debug", ""
     )
     text = re.sub(r"^\t\.(?:section|file)\b.*", "", text, flags=re.M | re.S)
-    for kernel in kernels:
-        found = re.compile(rf"^\.visible \.func {re.escape(entry_name(kernel))}\((.*?)\)\n\{{", re.M | re.S)
-        start = rf".visible .entry {entry_name(kernel)}(\1)\n.maxntid {kernel.threads}, 1, 1\n{{"
-        text, count = found.subn(start, text)
-        if count != 1:
-            raise CompileError(f"LLVM made no function {entry_name(kernel)} of a device kernel")
+    for name, count in threads.items():
+        found = re.compile(rf"^\.visible \.func {re.escape(name)}\((.*?)\)\n\{{", re.M | re.S)
+        text, replaced = found.subn(rf".visible .entry {name}(\1)\n.maxntid {count}, 1, 1\n{{", text)
+        if replaced != 1:
+            raise CompileError(f"LLVM made no function {name} of a device kernel")
     if lost := re.findall(r"^\.extern \.func .*?(\w+)\s*$", text, re.M):
         raise CompileError(f"device kernels call what doesn't exist: {', '.join(lost)}")
     return text

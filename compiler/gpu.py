@@ -1,0 +1,97 @@
+"""NVIDIA's driver library, which comes with every GPU's driver: all that a program needs to run on one."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+from typing import Any
+
+from jisu.compiler.errors import JisuError, TargetError, TensorMemoryError
+
+DRIVER = "JISU_CUDA_DRIVER"
+"""The environment variable that names another library than the system's libcuda.so.1."""
+_MULTIPROCESSORS, _MAJOR, _MINOR = 16, 75, 76  # CU_DEVICE_ATTRIBUTE_…
+_OUT_OF_MEMORY = 2
+_NON_BLOCKING = 1
+
+
+class Driver:
+    """NVIDIA's driver library, opened once, with the first GPU's context."""
+
+    _lock = threading.Lock()
+    _opened: dict[str, Driver] = {}
+
+    def __init__(self, path: str) -> None:
+        try:
+            self._library = ctypes.CDLL(path)
+        except OSError as error:
+            raise TargetError(
+                f"this machine has no NVIDIA driver ({error}); a program for CUDA runs where there is one"
+            ) from None
+        code = self._library.cuInit(0)
+        if code:
+            raise TargetError(f"NVIDIA's driver finds no GPU here (cuInit: error {code})")
+        device, self.context = ctypes.c_int(), ctypes.c_void_p()
+        self.run("cuDeviceGet", ctypes.byref(device), 0)
+        self.device = device.value
+        self.run("cuDevicePrimaryCtxRetain", ctypes.byref(self.context), self.device)
+        name = ctypes.create_string_buffer(128)
+        self.run("cuDeviceGetName", name, 128, self.device)
+        self.name = name.value.decode(errors="replace")
+        self.capability = (self.attribute(_MAJOR), self.attribute(_MINOR))
+        self.multiprocessors = self.attribute(_MULTIPROCESSORS)
+
+    @classmethod
+    def open(cls) -> Driver:
+        """The driver; raises TargetError where there is none, or no GPU."""
+        path = os.environ.get(DRIVER, "libcuda.so.1")
+        with cls._lock:
+            if path not in cls._opened:
+                cls._opened[path] = cls(path)
+            return cls._opened[path]
+
+    def attribute(self, number: int) -> int:
+        """A property of the GPU."""
+        value = ctypes.c_int()
+        self.run("cuDeviceGetAttribute", ctypes.byref(value), number, self.device)
+        return value.value
+
+    def run(self, name: str, *args: Any) -> None:
+        """Call a function of the driver; raises TensorMemoryError where memory is short, JisuError for other errors."""
+        code = getattr(self._library, name)(*args)
+        if code:
+            self.fail(name, code)
+
+    def fail(self, name: str, code: int) -> None:
+        """Raise what stands for a driver's error."""
+        text = ctypes.c_char_p()
+        self._library.cuGetErrorString(code, ctypes.byref(text))
+        said = (text.value or b"unknown").decode(errors="replace")
+        if code == _OUT_OF_MEMORY:
+            raise TensorMemoryError(f"the GPU ({self.name}) has no memory left: {said}")
+        raise JisuError(f"the GPU's driver failed in {name}: {said} (error {code})")
+
+    def code_of(self, name: str, *args: Any) -> int:
+        """The error code of a function of the driver."""
+        return int(getattr(self._library, name)(*args))
+
+    def enter(self) -> None:
+        """Make the GPU's context that of this thread."""
+        self.run("cuCtxSetCurrent", self.context)
+
+    def allocate(self, nbytes: int, what: str) -> int:
+        """The address of memory on the GPU."""
+        pointer = ctypes.c_void_p()
+        code = self.code_of("cuMemAlloc_v2", ctypes.byref(pointer), ctypes.c_size_t(max(nbytes, 1)))
+        if code == _OUT_OF_MEMORY:
+            raise TensorMemoryError(f"the GPU ({self.name}) has no {nbytes / 2**30:.2f} GiB left for {what}")
+        if code:
+            self.fail("cuMemAlloc", code)
+        return int(pointer.value or 0)
+
+    def stream(self) -> ctypes.c_void_p:
+        """A new stream."""
+        made = ctypes.c_void_p()
+        self.run("cuStreamCreate", ctypes.byref(made), _NON_BLOCKING)
+        return made

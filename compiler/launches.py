@@ -1,0 +1,115 @@
+"""How a GPU runs an entry: which kernels, in which order, on which memory, on how many blocks of threads.
+
+Sizes are dimensions (numbers, or expressions of the entry's symbols), which are numbers as soon as the inputs' shapes are known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Union
+
+import attrs
+
+from jisu.compiler.text import parse_dim
+from jisu.compiler.types import Dim
+
+CUBIN, PTX, PLANS = "kernels.cubin", "kernels.ptx", "plans.json"
+"""Files of a program for a GPU: machine code (where CUDA's assembler was at hand), PTX, and per entry its plan."""
+
+FAULT = "fault"
+"""The address of the number of the first fault that a kernel met (int32, 0 for none; see `Plan.faults`)."""
+
+Argument = Union[tuple[str, int], "Dim"]
+"""("input" | "weight" | "output", number), ("arena", slot), (FAULT, 0), or a number."""
+
+
+@attrs.frozen
+class Launch:
+    """A kernel on grid[x] * grid[y] * grid[z] blocks of `threads` threads, each block with `shared` bytes of shared memory."""
+
+    kernel: str
+    grid: tuple[Dim, Dim, Dim]
+    threads: int
+    shared: int
+    arguments: tuple[Argument, ...]
+
+
+@attrs.frozen
+class Variant:
+    """Launches that do where every (dimension, bound) of `at_most` holds."""
+
+    at_most: tuple[tuple[Dim, int], ...]
+    launches: tuple[Launch, ...]
+
+
+@attrs.frozen
+class Plan:
+    """An entry's run: of every step the first variant that holds.
+
+    slots: of the arena, the sizes in bytes of which each takes the largest. equal: dimensions that must be equal, and who says so.
+    """
+
+    slots: tuple[tuple[Dim, ...], ...]
+    steps: tuple[tuple[Variant, ...], ...]
+    equal: tuple[tuple[Dim, Dim, str], ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON has it; dimensions are numbers or text."""
+        return {
+            "slots": [[_text(d) for d in sizes] for sizes in self.slots],
+            "steps": [
+                [
+                    {
+                        "at_most": [[_text(d), bound] for d, bound in variant.at_most],
+                        "launches": [
+                            {
+                                "kernel": launch.kernel,
+                                "grid": [_text(d) for d in launch.grid],
+                                "threads": launch.threads,
+                                "shared": launch.shared,
+                                "arguments": [list(a) if isinstance(a, tuple) else _text(a) for a in launch.arguments],
+                            }
+                            for launch in variant.launches
+                        ],
+                    }
+                    for variant in step
+                ]
+                for step in self.steps
+            ],
+            "equal": [[_text(a), _text(b), who] for a, b, who in self.equal],
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Plan:
+        """What `to_json` wrote; raises KeyError, TypeError or ValueError for anything else."""
+        steps = []
+        for step in data["steps"]:
+            variants = []
+            for variant in step:
+                launches = tuple(
+                    Launch(
+                        str(launch["kernel"]), _grid(launch["grid"]), int(launch["threads"]), int(launch["shared"]),
+                        tuple(
+                            (str(a[0]), int(a[1])) if isinstance(a, list) else _dim(a) for a in launch["arguments"]
+                        ),
+                    )
+                    for launch in variant["launches"]
+                )  # fmt: skip
+                at_most = tuple((_dim(d), int(bound)) for d, bound in variant["at_most"])
+                variants.append(Variant(at_most, launches))
+            steps.append(tuple(variants))
+        slots = tuple(tuple(_dim(d) for d in sizes) for sizes in data["slots"])
+        return cls(slots, tuple(steps), tuple((_dim(a), _dim(b), str(who)) for a, b, who in data["equal"]))
+
+
+def _text(value: Dim) -> int | str:
+    return value if isinstance(value, int) else int(value) if value.is_Integer else str(value)
+
+
+def _dim(value: Any) -> Dim:
+    return value if isinstance(value, int) else parse_dim(value)
+
+
+def _grid(sizes: Any) -> tuple[Dim, Dim, Dim]:
+    x, y, z = (_dim(size) for size in sizes)
+    return x, y, z

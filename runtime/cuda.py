@@ -1,0 +1,462 @@
+"""Runs a compiled program on an NVIDIA GPU through its driver alone: no compiler, no CUDA toolkit, no torch.
+
+Kernels come as a cubin, or as PTX that the driver compiles; which are launched, and on what, stands in plans (`jisu.compiler.launches`).
+Weights are uploaded once, intermediate values live in one arena, and what is called again with the same shapes on the same memory is
+one launch of a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import math
+import sys
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import attrs
+import numpy as np
+
+from jisu.compiler.entry import Entry
+from jisu.compiler.errors import (
+    ArtifactError,
+    IndexOutOfRangeError,
+    InputError,
+    TargetError,
+)
+from jisu.compiler.gpu import Driver
+from jisu.compiler.interpret import bind_types
+from jisu.compiler.launches import CUBIN, FAULT, PLANS, PTX, Plan, Variant
+from jisu.compiler.storage import aligned
+from jisu.compiler.types import numpy_dtype, substitute
+from jisu.runtime.executable import hold
+
+_STAGING = 16 << 20  # bytes of each of the two pinned buffers through which weights go
+_NOTHING: Mapping[str, np.ndarray] = {}
+_KEPT_RUNS = 64  # combinations of shapes and memory that an entry remembers
+_ALIGNMENT = 256
+_PLAIN_SHARED = 48 << 10  # bytes of shared memory that a kernel gets without asking
+_MAX_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_NO_IMAGE = 209
+_RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
+
+
+class DeviceArray:
+    """A tensor in the GPU's memory; `owner` keeps that alive, else it is freed with this object."""
+
+    __slots__ = ("__weakref__", "address", "dtype", "owner", "shape", "writeable")
+
+    def __init__(self, driver: Driver, address: int, shape: Sequence[int], dtype: np.dtype, owner: Any = None) -> None:
+        self.address, self.shape, self.dtype, self.owner, self.writeable = address, tuple(shape), dtype, owner, True
+        if owner is None:
+            weakref.finalize(self, _free, driver, address)
+
+    @property
+    def nbytes(self) -> int:
+        """Its size."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def _free(driver: Driver, address: int) -> None:
+    driver.code_of("cuCtxSetCurrent", driver.context)
+    driver.code_of("cuMemFree_v2", ctypes.c_void_p(address))
+
+
+@attrs.frozen(eq=False)
+class Uploaded:
+    """An entry's weights on the GPU."""
+
+    arrays: tuple[DeviceArray, ...]
+
+
+@attrs.frozen(eq=False)
+class _Call:
+    """A launch with everything settled: what cuLaunchKernel takes."""
+
+    function: ctypes.c_void_p
+    grid: tuple[int, int, int]
+    threads: int
+    shared: int
+    values: Any
+    extra: Any
+
+
+@attrs.define(eq=False)
+class _Run:
+    """An entry on given shapes and given memory: its launches and, from the second time on, its graph.
+
+    inputs, outputs: buffers of its own, None for what the caller gives.
+    """
+
+    inputs: list[DeviceArray | None]
+    outputs: list[DeviceArray | None]
+    calls: list[_Call]
+    arena: DeviceArray
+    graph: ctypes.c_void_p | None = None
+    used: int = 0
+
+
+class DeviceExecutable:
+    """A program's kernels on the GPU. Calls from several threads must be made one after another."""
+
+    num_threads = 1
+
+    def __init__(self, code: Mapping[str, bytes], entries: Mapping[str, Entry]) -> None:
+        self._driver = Driver.open()
+        self._driver.enter()
+        try:
+            data = json.loads(code[PLANS])
+            self._plans = {name: Plan.from_json(plan) for name, plan in data["entries"].items()}
+            self._faults = [(str(kind), str(message)) for kind, message in data["faults"]]
+            built_for = (int(data["capability"][0]), int(data["capability"][1]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ArtifactError(f"the plans of the compiled kernels can't be read: {error}") from error
+        self._entries = dict(entries)
+        self._module = self._loaded(code, built_for)
+        self._functions: dict[str, ctypes.c_void_p | None] = {}
+        self._stream = self._driver.stream()
+        self._arena = self._array((1,), np.dtype(np.uint8), "intermediate values")
+        self._fault = self.hold(np.zeros(1, np.int32))
+        self._seen = _pinned(self._driver, 4)
+        self._weights: dict[str, tuple[Any, DeviceArray]] = {}
+        self._runs: dict[tuple[Any, ...], _Run] = {}
+        self._turn = 0
+        self._staging: list[tuple[Any, ctypes.c_void_p]] = []
+
+    @property
+    def device(self) -> str:
+        """The GPU's name."""
+        return self._driver.name
+
+    def _loaded(self, code: Mapping[str, bytes], built_for: tuple[int, int]) -> ctypes.c_void_p:
+        """The kernels: machine code where it was made for this GPU, else PTX, which the driver compiles."""
+        here = self._driver.capability
+        if here < built_for:
+            raise TargetError(
+                f"this program was compiled for sm_{built_for[0]}{built_for[1]} and newer, and the GPU here ({self.device}) is "
+                f"sm_{here[0]}{here[1]}; compile it for that"
+            )
+        fits = here[0] == built_for[0] and CUBIN in code
+        for name in (CUBIN, PTX) if fits else (PTX,):
+            if name not in code:
+                continue
+            module = ctypes.c_void_p()
+            # PTX is text that a zero ends.
+            status = self._driver.code_of("cuModuleLoadData", ctypes.byref(module), code[name] + b"\0")
+            if status == 0:
+                return module
+            if status != _NO_IMAGE:
+                self._driver.fail("cuModuleLoadData", status)
+        raise ArtifactError(f"the program has no kernels that this GPU ({self.device}, sm_{here[0]}{here[1]}) runs")
+
+    # Memory
+
+    def _array(self, shape: Sequence[int], dtype: np.dtype, what: str) -> DeviceArray:
+        nbytes = math.prod(shape) * dtype.itemsize
+        return DeviceArray(self._driver, self._driver.allocate(nbytes, what), shape, dtype)
+
+    def zeros(self, shape: Sequence[int], dtype: str, what: str) -> DeviceArray:
+        """A tensor of zeros on the GPU; raises TensorMemoryError naming `what` where there is no room."""
+        self._driver.enter()
+        made = self._array(shape, numpy_dtype(dtype), what)
+        self._driver.run(
+            "cuMemsetD8Async",
+            ctypes.c_void_p(made.address),
+            ctypes.c_ubyte(0),
+            ctypes.c_size_t(made.nbytes),
+            self._stream,
+        )
+        return made
+
+    def hold(self, value: Any) -> DeviceArray:
+        """A copy of an array on the GPU."""
+        self._driver.enter()
+        source = hold(value)
+        made = self._array(source.shape, source.dtype, "a tensor")
+        self._upload(made.address, source.address, made.nbytes)
+        self._wait()
+        return made
+
+    def read(self, array: DeviceArray) -> np.ndarray:
+        """A copy of a tensor in this machine's memory."""
+        self._driver.enter()
+        found: np.ndarray = aligned(array.shape, array.dtype)
+        self._download(found.ctypes.data, array.address, array.nbytes)
+        self._wait()
+        return found
+
+    def _upload(self, to: int, source: int, nbytes: int) -> None:
+        if nbytes:
+            self._driver.run(
+                "cuMemcpyHtoDAsync_v2",
+                ctypes.c_void_p(to),
+                ctypes.c_void_p(source),
+                ctypes.c_size_t(nbytes),
+                self._stream,
+            )
+
+    def _download(self, to: int, source: int, nbytes: int) -> None:
+        if nbytes:
+            self._driver.run(
+                "cuMemcpyDtoHAsync_v2",
+                ctypes.c_void_p(to),
+                ctypes.c_void_p(source),
+                ctypes.c_size_t(nbytes),
+                self._stream,
+            )
+
+    def _wait(self) -> None:
+        self._driver.run("cuStreamSynchronize", self._stream)
+
+    # Weights
+
+    def prepare(self, entry: str, weights: Mapping[str, np.ndarray]) -> Uploaded:
+        """The weights that an entry takes on the GPU, uploaded once for all entries.
+
+        Raises ArtifactError for a weight that is missing or of another type.
+        """
+        self._driver.enter()
+        found = []
+        for name, kind in self._entries[entry].weights:
+            if name not in weights:
+                raise ArtifactError(f"weight {name!r} is missing")
+            array = weights[name]
+            if array.shape != kind.shape or array.dtype != numpy_dtype(kind.dtype):
+                raise ArtifactError(f"weight {name!r}: expected {kind}, got {array.dtype}{list(array.shape)}")
+            if name not in self._weights or self._weights[name][0] is not array:
+                self._weights[name] = (array, self._staged(np.ascontiguousarray(array), name))
+            found.append(self._weights[name][1])
+        for _, stream in self._staging:
+            self._driver.run("cuStreamSynchronize", stream)
+        return Uploaded(tuple(found))
+
+    def _staged(self, array: np.ndarray, name: str) -> DeviceArray:
+        """A copy on the GPU by way of two pinned buffers in turn: one is filled from the mapped file while the other one is sent."""
+        made = self._array(array.shape, array.dtype, f"the weight {name!r}")
+        raw = array.reshape(-1).view(np.uint8) if array.size else np.empty(0, np.uint8)
+        if not self._staging:
+            self._staging = [(_pinned(self._driver, _STAGING), self._driver.stream()) for _ in range(2)]
+        for begin in range(0, raw.size, _STAGING):
+            piece = raw[begin : begin + _STAGING]
+            buffer, stream = self._staging[self._turn]
+            self._turn = 1 - self._turn
+            self._driver.run("cuStreamSynchronize", stream)
+            buffer[: piece.size] = piece
+            self._driver.run(
+                "cuMemcpyHtoDAsync_v2", ctypes.c_void_p(made.address + begin), ctypes.c_void_p(buffer.ctypes.data),
+                ctypes.c_size_t(piece.size), stream,
+            )  # fmt: skip
+        return made
+
+    # Calls
+
+    def call(
+        self, entry: str, inputs: Sequence[Any], weights: Uploaded | Mapping[str, np.ndarray] = _NOTHING
+    ) -> tuple[Any, ...]:
+        """Run an entry on `inputs`: arrays, which are copied to the GPU, or `DeviceArray`s.
+
+        Returns one array per output: in this machine's memory, but what the program updates in place (a cache), which is the input that
+        was given for it. Raises IndexOutOfRangeError for an index outside its table, InputError for arguments that don't fit,
+        TensorMemoryError where memory is short.
+        """
+        called = self._entries.get(entry)
+        if called is None:
+            raise InputError(f"the program has no entry {entry!r}")
+        self._driver.enter()
+        if not isinstance(weights, Uploaded):
+            weights = self.prepare(entry, weights)
+        given = [x if isinstance(x, DeviceArray) else hold(x) for x in inputs]
+        env = bind_types(called.inputs, tuple(x.shape for x in given))
+        for held, (name, kind) in zip(given, called.inputs, strict=True):
+            if held.dtype != numpy_dtype(kind.dtype):
+                raise InputError(f"input {name!r}: expected {kind.dtype}, got {held.dtype}")
+        written = [a for a in called.aliases if a is not None]
+        for i in written:
+            if not given[i].writeable:
+                raise InputError(f"input {called.inputs[i][0]!r} is updated in place, but its array is read-only")
+        run = self._run(entry, called, given, env, weights)
+        for held, buffer in zip(given, run.inputs, strict=True):
+            if buffer is not None:
+                self._upload(buffer.address, held.address, buffer.nbytes)
+        self._launch(run)
+        results: list[Any] = []
+        for alias, buffer in zip(called.aliases, run.outputs, strict=True):
+            if buffer is not None:
+                found = aligned(buffer.shape, buffer.dtype)
+                self._download(found.ctypes.data, buffer.address, buffer.nbytes)
+                results.append(found)
+                continue
+            source, own = given[alias], run.inputs[alias]
+            if own is not None:
+                self._download(source.address, own.address, own.nbytes)
+            results.append(source if own is None else source.array)
+        self._download(self._seen.ctypes.data, self._fault.address, 4)
+        self._wait()
+        self._check()
+        return tuple(results)
+
+    def _check(self) -> None:
+        """Raise the first fault that a kernel noted."""
+        number = int(self._seen[:4].view(np.int32)[0])
+        if number:
+            self._driver.run(
+                "cuMemsetD8Async",
+                ctypes.c_void_p(self._fault.address),
+                ctypes.c_ubyte(0),
+                ctypes.c_size_t(4),
+                self._stream,
+            )
+            kind, message = self._faults[number - 1] if number <= len(self._faults) else ("ValueError", "unknown fault")
+            raise IndexOutOfRangeError(message) if kind == "IndexError" else InputError(message)
+
+    def _run(self, entry: str, called: Entry, given: Sequence[Any], env: Mapping[str, int], weights: Uploaded) -> _Run:
+        """The buffers and launches for these shapes and this memory, kept for the next call."""
+        key = (
+            entry, weights, tuple((x.shape, x.address if isinstance(x, DeviceArray) else 0) for x in given),
+        )  # fmt: skip
+        found = self._runs.pop(key, None)
+        if found is None:
+            found = self._bound(entry, called, given, env, weights)
+            while len(self._runs) >= _KEPT_RUNS:
+                self._drop(next(iter(self._runs)))
+        self._runs[key] = found  # the last one used stands last
+        return found
+
+    def _drop(self, key: tuple[Any, ...]) -> None:
+        run = self._runs.pop(key)
+        if run.graph is not None:
+            self._driver.run("cuGraphExecDestroy", run.graph)
+
+    def _bound(
+        self, entry: str, called: Entry, given: Sequence[Any], env: Mapping[str, int], weights: Uploaded
+    ) -> _Run:
+        plan = self._plans[entry]
+        for one, other, who in plan.equal:
+            if substitute(one, env) != substitute(other, env):
+                raise InputError(f"{who}: dimensions {one} and {other} must be equal")
+        inputs = [None if isinstance(x, DeviceArray) else self._array(x.shape, x.dtype, "an input") for x in given]
+        outputs: list[DeviceArray | None] = []
+        for alias, kind in zip(called.aliases, called.outputs, strict=True):
+            shape = [int(d) for d in kind.at(env).shape]  # type: ignore[arg-type]
+            outputs.append(None if alias is not None else self._array(shape, numpy_dtype(kind.dtype), "a result"))
+        places, total = [], 0
+        for sizes in plan.slots:
+            places.append(total)
+            largest = max(_size(s, env) for s in sizes)
+            total += -(-largest // _ALIGNMENT) * _ALIGNMENT
+        if total > self._arena.nbytes:
+            for old in list(self._runs):  # their launches name the old arena
+                self._drop(old)
+            self._arena = self._array((total,), np.dtype(np.uint8), "intermediate values")
+        base = self._arena.address
+        memory: dict[str, Sequence[Any]] = {
+            "input": [own or x for own, x in zip(inputs, given, strict=True)], "output": outputs, "weight": weights.arrays
+        }  # fmt: skip
+
+        def value(argument: Any) -> int:
+            if not isinstance(argument, tuple):
+                return _size(argument, env)
+            kind, number = argument
+            if kind == "arena":
+                return base + places[number]
+            return self._fault.address if kind == FAULT else memory[kind][number].address
+
+        calls = []
+        for step in plan.steps:
+            for launch in self._chosen(step, env).launches:
+                grid = tuple(_size(d, env) for d in launch.grid)
+                if 0 in grid:
+                    continue
+                function = self._function(launch.kernel)
+                assert function is not None
+                if launch.shared > _PLAIN_SHARED:
+                    self._driver.run("cuFuncSetAttribute", function, _MAX_SHARED, launch.shared)
+                values = (ctypes.c_int64 * len(launch.arguments))(*(value(a) for a in launch.arguments))
+                nbytes = ctypes.c_size_t(ctypes.sizeof(values))
+                extra = (ctypes.c_void_p * 5)(
+                    1,
+                    ctypes.cast(values, ctypes.c_void_p),
+                    2,
+                    ctypes.cast(ctypes.pointer(nbytes), ctypes.c_void_p),
+                    None,
+                )
+                calls.append(_Call(function, grid, launch.threads, launch.shared, (values, nbytes), extra))  # type: ignore[arg-type]
+        return _Run(inputs, outputs, calls, self._arena)
+
+    def _chosen(self, step: Sequence[Variant], env: Mapping[str, int]) -> Variant:
+        """The first variant whose bounds hold and whose kernels this module has."""
+        for variant in step:
+            if all(_size(d, env) <= bound for d, bound in variant.at_most) and all(
+                self._function(launch.kernel) is not None for launch in variant.launches
+            ):
+                return variant
+        raise ArtifactError(f"the program has no kernel for {step[0].launches[0].kernel} on this GPU")
+
+    def _function(self, name: str) -> ctypes.c_void_p | None:
+        if name not in self._functions:
+            found = ctypes.c_void_p()
+            status = self._driver.code_of("cuModuleGetFunction", ctypes.byref(found), self._module, name.encode())
+            self._functions[name] = found if status == 0 else None
+        return self._functions[name]
+
+    def _launch(self, run: _Run) -> None:
+        run.used += 1
+        if run.graph is None and run.used > 1 and run.calls:
+            self._driver.run("cuStreamBeginCapture_v2", self._stream, _RELAXED)
+            captured, made = ctypes.c_void_p(), ctypes.c_void_p()
+            try:
+                self._launch_each(run)
+            finally:
+                self._driver.run("cuStreamEndCapture", self._stream, ctypes.byref(captured))
+            self._driver.run("cuGraphInstantiateWithFlags", ctypes.byref(made), captured, ctypes.c_ulonglong(0))
+            self._driver.run("cuGraphDestroy", captured)
+            run.graph = made
+        if run.graph is not None:
+            self._driver.run("cuGraphLaunch", run.graph, self._stream)
+        else:
+            self._launch_each(run)
+
+    def _launch_each(self, run: _Run) -> None:
+        for call in run.calls:
+            x, y, z = call.grid
+            self._driver.run(
+                "cuLaunchKernel",
+                call.function,
+                x,
+                y,
+                z,
+                call.threads,
+                1,
+                1,
+                call.shared,
+                self._stream,
+                None,
+                call.extra,
+            )
+
+
+def _size(value: Any, env: Mapping[str, int]) -> int:
+    return value if isinstance(value, int) else int(substitute(value, env))  # type: ignore[call-overload]
+
+
+def _pinned(driver: Driver, nbytes: int) -> np.ndarray:
+    """Bytes of this machine's memory that the GPU reads and writes at full speed."""
+    pointer = ctypes.c_void_p()
+    driver.run("cuMemHostAlloc", ctypes.byref(pointer), ctypes.c_size_t(nbytes), 0)
+    address = int(pointer.value or 0)
+    view = (ctypes.c_ubyte * nbytes).from_address(address)
+    array = np.frombuffer(view, np.uint8)
+    weakref.finalize(view, _unpin, driver, address)
+    return array
+
+
+def _unpin(driver: Driver, address: int) -> None:
+    driver.code_of("cuCtxSetCurrent", driver.context)
+    driver.code_of("cuMemFreeHost", ctypes.c_void_p(address))
+
+
+def is_device_tensor(value: Any) -> bool:
+    """Whether a value is torch's tensor in a GPU's memory."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(value, torch.Tensor) and value.is_cuda

@@ -1,0 +1,136 @@
+"""From graphs to kernels for NVIDIA GPUs and plans of their launches."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import attrs
+
+from jisu.compiler.entry import Entry
+from jisu.compiler.errors import CompileError
+from jisu.compiler.graph import Graph
+from jisu.compiler.launches import FAULT, Argument, Launch, Plan, Variant
+from jisu.compiler.types import Dim
+from jisu.targets.cpu import generic
+from jisu.targets.cuda.builder import THREADS, DeviceBuilder, Fault, GenericKernel
+from jisu.targets.cuda.device import DeviceKernel
+from jisu.targets.cuda.ptx import entry_name
+from jisu.targets.fusion import Region
+from jisu.targets.lowering import on_pointers
+from jisu.targets.steps import Callee, Choosers, Kernels, KernelUse, Step, Steps
+from jisu.targets.target import Target
+
+
+@attrs.frozen
+class DeviceCall:
+    """A launch of a kernel, as choosers say it. arguments: numbers of the step's tensors (operands, results, scratch memory), or sizes as
+    ("size", dimension)."""
+
+    kernel: DeviceKernel
+    grid: tuple[Dim, Dim, Dim]
+    arguments: tuple[int | tuple[str, Dim], ...]
+
+
+@attrs.frozen
+class DeviceFunction:
+    """What a chooser makes of a node: the first variant of which every (dimension, bound) holds. scratch: bytes of memory that it wants."""
+
+    variants: tuple[tuple[tuple[tuple[Dim, int], ...], tuple[DeviceCall, ...]], ...]
+    scratch: tuple[Dim, ...] = ()
+
+
+@attrs.frozen(eq=False)
+class LoweredDevice:
+    """What `lower` returns.
+
+    written: kernels written for a GPU. functions: generic ones, TIR functions on pointers by name. faults: what kernels may complain of:
+    fault n is number n + 1.
+    """
+
+    written: tuple[DeviceKernel, ...]
+    functions: Mapping[str, Any]
+    entries: Mapping[str, Entry]
+    plans: Mapping[str, Plan]
+    faults: tuple[Fault, ...]
+    kernels: tuple[KernelUse, ...]
+
+
+class _Kernels(Kernels):
+    def __init__(self, target: Target, choosers: Choosers) -> None:
+        super().__init__(target, choosers, {})
+        self.faults: list[Fault] = []
+        self.written: dict[str, DeviceKernel] = {}
+        self.bodies: dict[str, Any] = {}
+
+    def build(self, name: str, region: Region) -> GenericKernel:
+        """The generic kernel of a region, each point of its loops by another thread."""
+        builder = functools.partial(DeviceBuilder, target=self.target, faults=self.faults)
+        made: GenericKernel = generic.kernel(name, region.results, region.leaves, builder)
+        return made
+
+    def adopt(self, function: DeviceFunction | GenericKernel, name: str) -> Callee:
+        """Keep the kernels."""
+        if isinstance(function, GenericKernel):
+            callee, self.bodies[name] = on_pointers(function.function, name, None)
+            return attrs.evolve(callee, code=function, scratch=(function.pool_bytes,) if function.pool != 0 else ())
+        for _, calls in function.variants:
+            for call in calls:
+                self.written[call.kernel.name] = call.kernel
+        return Callee(function, name, scratch=function.scratch)
+
+
+def lower(entries: Mapping[str, Graph], target: Target, *, kernels: Choosers | None = None) -> LoweredDevice:
+    """Kernels and plans for the graphs; equal kernels of all graphs are one.
+
+    Raises CompileError for a graph that can't be lowered, naming the op.
+    """
+    from jisu.targets.cuda.choose import CHOOSERS  # which imports this module
+
+    module = _Kernels(target, CHOOSERS if kernels is None else kernels)
+    made: dict[str, Entry] = {}
+    plans: dict[str, Plan] = {}
+    for name, graph in entries.items():
+        steps = Steps(module, graph)
+        made[name], slots = steps.emit()
+        variants, equal = [], []
+        for step in steps.steps:
+            sizes, must = step.solved()
+            equal += [(a, b, step.callee.name) for a, b in must]
+            variants.append(_launches(step, sizes, target))
+        plans[name] = Plan(tuple(slots), tuple(variants), tuple(equal))
+    return LoweredDevice(
+        tuple(module.written.values()), module.bodies, made, plans, tuple(module.faults), module.uses()
+    )
+
+
+def _launches(step: Step, sizes: Sequence[Dim], target: Target) -> tuple[Variant, ...]:
+    """A step with its arguments as the run time finds them."""
+    given: list[Argument] = [(a[0].kind, a[0].number) if isinstance(a, tuple) else a for a in step.arguments]
+    code = step.callee.code
+    if isinstance(code, DeviceFunction):
+        return tuple(
+            Variant(
+                at_most,
+                tuple(
+                    Launch(
+                        entry_name(call.kernel), call.grid, call.kernel.threads, call.kernel.shared_bytes,
+                        tuple(given[a] if isinstance(a, int) else a[1] for a in call.arguments),
+                    )
+                    for call in calls
+                ),
+            )
+            for at_most, calls in code.variants
+        )  # fmt: skip
+    if not isinstance(code, GenericKernel):
+        raise CompileError(f"{step.callee.name} is no kernel of a GPU")
+    # The pool, if there is one, stands last among the tensors; in the function it comes behind the symbols, as an address.
+    pool: Argument = given.pop() if code.pool != 0 else 0
+    tail = [(FAULT, 0), pool]
+    launches = []
+    for part in range(len(code.parts)):
+        blocks = code.blocks(part, target.cores)
+        arguments = (*given, *tail, part, *sizes)
+        launches.append(Launch(step.callee.name, (blocks, 1, 1), THREADS, 0, arguments))
+    return (Variant((), tuple(launches)),)

@@ -1,0 +1,15 @@
+"""What passes and the driver need to know of a target's kernels, by its kind; nothing here imports TVM."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+from jisu.targets import cpu, cuda
+from jisu.targets.target import Target
+
+_ROOMS = {"cpu": cpu, "cuda": cuda}
+
+
+def of(target: Target) -> ModuleType:
+    """The module with `packing`, `variants`, `sparse_gain` and `sparse_limits` for the target."""
+    return _ROOMS[target.kind]

@@ -1,0 +1,149 @@
+/* NVIDIA's driver, as far as the run time calls it, over an emulated GPU: modules are shared libraries for this CPU, memory is this
+ * machine's, a stream does at once what it is told, and a captured graph is a list of launches.
+ *
+ * Errors that the real driver gives are given here, too: wrong handles, too much shared memory, a launch outside of memory that was
+ * allocated is not found. */
+#include "emulated_gpu.cc"
+
+#include <cstdlib>
+#include <dlfcn.h>
+#include <string>
+#include <unistd.h>
+#include <unordered_map>
+
+namespace {
+
+struct Function { void *code; int shared_limit = 48 << 10; };
+struct Launch { Function *function; int64_t grid[3]; int threads; std::vector<int64_t> arguments; };
+struct Copied { void *to; const void *from; size_t bytes; };
+struct Graph { std::vector<Launch> launches; };
+
+std::unordered_map<void *, size_t> allocations;
+Graph *captured;
+std::string last_failure;
+long launches_run, graphs_run, allocated_bytes;
+
+int run(const Launch &l) {
+    launches_run++;
+    const char *why = emulated_launch(l.function->code, l.arguments.data(), (int)l.arguments.size(), l.grid[0], l.grid[1], l.grid[2], l.threads, 1, 1);
+    if (!why) return 0;
+    last_failure = why;
+    std::fprintf(stderr, "emulated GPU: %s\n", why);
+    return 700;
+}
+
+} // namespace
+
+extern "C" {
+
+long emulated_launches() { return launches_run; }
+long emulated_graphs() { return graphs_run; }
+long emulated_bytes() { return allocated_bytes; }
+
+int cuInit(unsigned);
+int cuInit(unsigned) {
+    /* Modules find here what a CPU lacks. */
+    Dl_info here;
+    if (dladdr((void *)cuInit, &here)) dlopen(here.dli_fname, RTLD_NOW | RTLD_GLOBAL | RTLD_NOLOAD);
+    return std::getenv("JISU_EMULATED_NO_DEVICE") ? 100 : 0;
+}
+int cuDriverGetVersion(int *version) { *version = 12080; return 0; }
+int cuDeviceGetCount(int *count) { *count = 1; return 0; }
+int cuDeviceGet(int *device, int number) { *device = number; return number ? 101 : 0; }
+int cuDeviceGetName(char *name, int size, int) { std::snprintf(name, size, "Emulated GPU"); return 0; }
+int cuDeviceTotalMem_v2(size_t *bytes, int) { *bytes = size_t(8) << 30; return 0; }
+int cuDeviceGetAttribute(int *value, int attribute, int) {
+    /* multiprocessors, compute capability, shared memory that a block may ask for */
+    *value = attribute == 16 ? 4 : attribute == 75 ? 9 : attribute == 76 ? 0 : attribute == 97 ? 227 << 10 : 0;
+    return 0;
+}
+int cuDevicePrimaryCtxRetain(void **context, int) { *context = &captured; return 0; }
+int cuCtxSetCurrent(void *context) { return context ? 0 : 201; }
+
+int cuModuleLoadData(void **module, const void *image) {
+    const char *bytes = (const char *)image;
+    if (std::memcmp(bytes, "\177ELF", 4)) return 209; /* no code for this device */
+    /* The headers say how long the file is: section headers stand last. */
+    uint64_t table;
+    uint16_t size, count;
+    std::memcpy(&table, bytes + 40, 8);
+    std::memcpy(&size, bytes + 58, 2);
+    std::memcpy(&count, bytes + 60, 2);
+    char path[] = "/tmp/jisu-emulated-XXXXXX";
+    int file = mkstemp(path);
+    size_t total = table + size_t(size) * count;
+    bool written = write(file, bytes, total) == (ssize_t)total;
+    close(file);
+    *module = written ? dlopen(path, RTLD_NOW | RTLD_LOCAL) : nullptr;
+    if (!*module) std::fprintf(stderr, "emulated GPU: %s\n", dlerror());
+    unlink(path);
+    return *module ? 0 : 200;
+}
+int cuModuleUnload(void *) { return 0; }
+int cuModuleGetFunction(void **function, void *module, const char *name) {
+    void *code = dlsym(module, name);
+    if (!code) return 500;
+    *function = new Function{code};
+    return 0;
+}
+int cuFuncSetAttribute(void *function, int attribute, int value) {
+    if (attribute != 8 || value > 227 << 10) return 1;
+    ((Function *)function)->shared_limit = value;
+    return 0;
+}
+
+int cuMemAlloc_v2(void **pointer, size_t bytes) {
+    *pointer = std::aligned_alloc(256, (bytes + 511) / 256 * 256);
+    if (!*pointer) return 2;
+    std::memset(*pointer, 0xff, bytes); /* nobody may rely on what was there */
+    allocations[*pointer] = bytes;
+    allocated_bytes += bytes;
+    return 0;
+}
+int cuMemFree_v2(void *pointer) {
+    auto found = allocations.find(pointer);
+    if (found == allocations.end()) return 1;
+    allocated_bytes -= found->second;
+    allocations.erase(found);
+    std::free(pointer);
+    return 0;
+}
+int cuMemHostAlloc(void **pointer, size_t bytes, unsigned) { *pointer = std::aligned_alloc(4096, (bytes + 4095) / 4096 * 4096); return *pointer ? 0 : 2; }
+int cuMemFreeHost(void *pointer) { std::free(pointer); return 0; }
+int cuMemcpyHtoDAsync_v2(void *to, const void *from, size_t bytes, void *) { if (captured) return 900; std::memcpy(to, from, bytes); return 0; }
+int cuMemcpyDtoHAsync_v2(void *to, const void *from, size_t bytes, void *) { if (captured) return 900; std::memcpy(to, from, bytes); return 0; }
+int cuMemcpyDtoDAsync_v2(void *to, const void *from, size_t bytes, void *) { if (captured) return 900; std::memmove(to, from, bytes); return 0; }
+int cuMemsetD8Async(void *to, unsigned char value, size_t bytes, void *) { if (captured) return 900; std::memset(to, value, bytes); return 0; }
+
+int cuStreamCreate(void **stream, unsigned) { *stream = new int; return 0; }
+int cuStreamDestroy_v2(void *stream) { delete (int *)stream; return 0; }
+int cuStreamSynchronize(void *) { return captured ? 900 : 0; }
+int cuStreamBeginCapture_v2(void *, int) { captured = new Graph; return 0; }
+int cuStreamEndCapture(void *, void **graph) { *graph = captured; captured = nullptr; return 0; }
+int cuGraphInstantiateWithFlags(void **made, void *graph, unsigned long long) { *made = new Graph(*(Graph *)graph); return 0; }
+int cuGraphDestroy(void *graph) { delete (Graph *)graph; return 0; }
+int cuGraphExecDestroy(void *graph) { delete (Graph *)graph; return 0; }
+int cuGraphLaunch(void *graph, void *) {
+    graphs_run++;
+    for (const Launch &l : ((Graph *)graph)->launches)
+        if (int error = run(l)) return error;
+    return 0;
+}
+
+int cuLaunchKernel(void *function, unsigned x, unsigned y, unsigned z, unsigned tx, unsigned ty, unsigned tz, unsigned shared, void *, void **parameters,
+                   void **extra) {
+    Function *f = (Function *)function;
+    if (!x || !y || !z || y > 65535 || z > 65535 || tx > 1024 || ty != 1 || tz != 1 || parameters) return 1;
+    if ((int)shared > f->shared_limit) return 1;
+    if (extra[0] != (void *)1 || extra[2] != (void *)2 || extra[4]) return 1;
+    size_t bytes = *(size_t *)extra[3];
+    const int64_t *values = (const int64_t *)extra[1];
+    Launch l{f, {x, y, z}, (int)tx, std::vector<int64_t>(values, values + bytes / 8)};
+    if (captured) {
+        captured->launches.push_back(l);
+        return 0;
+    }
+    return run(l);
+}
+int cuGetErrorString(int error, const char **text) { *text = error == 700 ? last_failure.c_str() : "an error of the emulated driver"; return 0; }
+}
