@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import attrs
 import pytest
 from hypothesis import HealthCheck, settings
 
+from jisu.compiler.gpu import DRIVER
+from jisu.targets.target import Target, host
 from jisu.targets.worker import _BARE_LINKERS, find_linker
 
 settings.register_profile(
@@ -65,11 +69,35 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def emulation(source: str, folder: Path) -> ctypes.CDLL:
-    """A C++ file of this folder as a library in `folder` whose functions kernels in this process find."""
+def built_library(source: str, folder: Path) -> Path:
+    """A C++ file of this folder, compiled to a library in `folder`."""
     if find_linker()[0] in _BARE_LINKERS:
         pytest.skip("this machine has no C++ compiler")
     out = folder / "emulated.so"
     command = [*find_linker(), "-O1", "-std=c++17", "-o", str(out), str(Path(__file__).with_name(source))]
     subprocess.run(command, check=True)
-    return ctypes.CDLL(str(out), mode=ctypes.RTLD_GLOBAL)
+    return out
+
+
+def emulation(source: str, folder: Path) -> ctypes.CDLL:
+    """A C++ file of this folder as a library in `folder` whose functions kernels in this process find."""
+    return ctypes.CDLL(str(built_library(source, folder)), mode=ctypes.RTLD_GLOBAL)
+
+
+@pytest.fixture(scope="session")
+def emulated_driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ctypes.CDLL]:
+    """NVIDIA's driver over an emulated GPU, which the run time then takes for this machine's."""
+    path = built_library("emulated_driver.cc", tmp_path_factory.mktemp("driver"))
+    before = os.environ.get(DRIVER)
+    os.environ[DRIVER] = str(path)
+    yield ctypes.CDLL(str(path))
+    if before is None:
+        del os.environ[DRIVER]
+    else:
+        os.environ[DRIVER] = before
+
+
+@pytest.fixture(scope="session")
+def emulated_gpu(emulated_driver: ctypes.CDLL) -> Target:
+    """A target whose programs run on the emulated GPU."""
+    return attrs.evolve(Target.describe("cuda:sm_90"), name="cuda:emulated", triple=host().triple)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import attrs
 import numpy as np
 import pytest
 from hypothesis import given
@@ -19,9 +20,10 @@ from jisu.compiler.graph import ArrayStorage, Graph, Node, Op, placeholder, weig
 from jisu.compiler.interpret import interpret
 from jisu.compiler.pipeline import relative_error
 from jisu.compiler.types import TensorType, is_float, numpy_dtype, symbol
+from jisu.runtime.cuda import DeviceExecutable
 from jisu.runtime.executable import Executable, zeros
 from jisu.targets.arena import Lifetime, share
-from jisu.targets.compile import compile_graphs
+from jisu.targets.compile import CompiledInfo, compile_graphs
 from jisu.targets.target import Target
 
 CPU = Target.resolve("cpu")
@@ -30,15 +32,31 @@ TOLERANCE = {"float16": 2e-3, "bfloat16": 2e-2, "float32": 2e-5, "float64": 1e-1
 KERNELS = [op for op in ops.OPS.values() if not op.leaf and op is not ops.get and not op.name.startswith("pack")]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("lowering")
+@attrs.frozen
+class Place:
+    """Where programs are compiled, and for which machine: this one, or an emulated GPU."""
+
+    path: Path
+    target: Target
+
+    def compile(self, entries: dict[str, Graph]) -> tuple[CompiledInfo, Any]:
+        """The compiled graphs, and what runs them."""
+        out = self.path / f"out{len(list(self.path.iterdir()))}"
+        info = compile_graphs(entries, self.target, out=out, cache_dir=self.path / "cache")
+        if self.target.kind == "cuda":
+            return info, DeviceExecutable(info.code(), info.entries)
+        return info, Executable.load(info.library, info.entries, num_threads=2)
 
 
-def build(folder: Path, **entries: Graph) -> tuple[Executable, dict[str, dict[str, np.ndarray]]]:
-    info = compile_graphs(entries, CPU, out=folder / f"out{len(list(folder.iterdir()))}", cache_dir=folder / "cache")
+@pytest.fixture(scope="module", params=["cpu", "cuda"])
+def place(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Place:
+    target = CPU if request.param == "cpu" else request.getfixturevalue("emulated_gpu")
+    return Place(tmp_path_factory.mktemp("lowering"), target)
+
+
+def build(place: Place, **entries: Graph) -> tuple[Any, dict[str, dict[str, np.ndarray]]]:
     weights = {k: {n: s.numpy() for n, s in stored(g).items()} for k, g in entries.items()}
-    return Executable.load(info.library, info.entries, num_threads=2), weights
+    return place.compile(entries)[1], weights
 
 
 def check(got: object, want: np.ndarray, dtype: str, what: str) -> None:
@@ -54,7 +72,7 @@ SPECIAL = np.array([np.nan, np.inf, -np.inf, 0.0, -0.0, 1.5, -2.5, 1e-30, 3.0], 
 PAIRS = [(a, b) for a in SPECIAL for b in SPECIAL]
 
 
-def test_special_values(folder: Path) -> None:
+def test_special_values(place: Place) -> None:
     """NaN, infinities and zeros through every elementwise op of floats."""
     t = TensorType((len(PAIRS),), "float32")
     x, y = placeholder("x", t), placeholder("y", t)
@@ -70,7 +88,7 @@ def test_special_values(folder: Path) -> None:
     entries["same"] = Graph(
         (x, y), (ops.eq(x, x), ops.ne(x, x), ops.le(x, x), ops.ge(x, x), ops.lt(x, x), ops.gt(x, x))
     )
-    program, weights = build(folder, **entries)
+    program, weights = build(place, **entries)
     arrays = [np.array(column, np.float32) for column in zip(*PAIRS, strict=True)]
     for name, graph in entries.items():
         want = interpret(graph, arrays)
@@ -79,7 +97,7 @@ def test_special_values(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["int32", "int64", "uint8", "int8"])
-def test_integers_wrap(dtype: str, folder: Path) -> None:
+def test_integers_wrap(dtype: str, place: Place) -> None:
     info = np.iinfo(dtype)
     values = np.array([info.min, info.min + 1, -1 if info.min else 0, 0, 1, 7, info.max - 1, info.max]).astype(dtype)
     a, b = (np.array(v, dtype) for v in zip(*[(p, q) for p in values for q in values], strict=True))
@@ -87,12 +105,12 @@ def test_integers_wrap(dtype: str, folder: Path) -> None:
     x, y = placeholder("x", t), placeholder("y", t)
     outputs = (ops.add(x, y), ops.sub(x, y), ops.mul(x, y), ops.neg(x), ops.abs_(x), ops.sub(x, x), ops.square(x))
     graph = Graph((x, y), outputs)
-    program, _ = build(folder, main=graph)
+    program, _ = build(place, main=graph)
     for got, want in zip(program.call("main", [a, b]), interpret(graph, [a, b]), strict=True):
         np.testing.assert_array_equal(np.asarray(got), want)
 
 
-def test_symbolic_sizes(folder: Path) -> None:
+def test_symbolic_sizes(place: Place) -> None:
     n, m = symbol("n"), symbol("m")
     x = placeholder("x", TensorType((n, m, 4), "float32"))
     flat = ops.reshape(x, shape=(n * m, 4))
@@ -108,7 +126,7 @@ def test_symbolic_sizes(folder: Path) -> None:
     graph = Graph(
         (x,), outputs, {"w": ArrayStorage(np.random.default_rng(0).standard_normal((4, 6)).astype(np.float32))}
     )
-    program, weights = build(folder, main=graph)
+    program, weights = build(place, main=graph)
     for shape in ((1, 1, 4), (3, 5, 4), (17, 2, 4)):
         array = np.random.default_rng(1).standard_normal(shape).astype(np.float32)
         want = interpret(graph, [array])
@@ -116,10 +134,10 @@ def test_symbolic_sizes(folder: Path) -> None:
             check(got, w_, output.dtype, f"{shape} {output}")
 
 
-def test_outputs_share_nothing(folder: Path) -> None:
+def test_outputs_share_nothing(place: Place) -> None:
     x = placeholder("x", TensorType((4,), "float32"))
     same = ops.reshape(x, shape=(2, 2))
-    program, _ = build(folder, main=Graph((x,), (x, same, same, ops.neg(x))))
+    program, _ = build(place, main=Graph((x,), (x, same, same, ops.neg(x))))
     array = np.arange(4, dtype=np.float32)
     outputs = [np.asarray(o) for o in program.call("main", [array])]
     for i, a in enumerate(outputs):
@@ -135,8 +153,8 @@ def indexed(op: Op) -> Graph:
 
 
 @pytest.mark.parametrize("op", [ops.take, ops.gather, ops.scatter], ids=lambda o: o.name)
-def test_an_index_outside_is_an_error(op: Op, folder: Path) -> None:
-    program, _ = build(folder, main=indexed(op))
+def test_an_index_outside_is_an_error(op: Op, place: Place) -> None:
+    program, _ = build(place, main=indexed(op))
     x = np.ones((3, 2), np.float32)
     for wrong in (3, 4, -4, 2**40):
         index = np.zeros((4, 2), np.int64)
@@ -147,15 +165,15 @@ def test_an_index_outside_is_an_error(op: Op, folder: Path) -> None:
     np.testing.assert_allclose(np.asarray(program.call("main", [x, index])[0]), interpret(indexed(op), [x, index])[0])
 
 
-def test_integer_division_by_zero_is_an_error(folder: Path) -> None:
+def test_integer_division_by_zero_is_an_error(place: Place) -> None:
     t = TensorType((2,), "int64")
     x, y = placeholder("x", t), placeholder("y", t)
-    program, _ = build(folder, main=Graph((x, y), (ops.floor_div(x, y),)))
+    program, _ = build(place, main=Graph((x, y), (ops.floor_div(x, y),)))
     with pytest.raises(InputError, match="division by zero"):
         program.call("main", [np.array([1, 2]), np.array([1, 0])])
 
 
-def test_a_failing_compiler_is_an_error_that_names_the_ir(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_compiler_is_an_error_that_names_the_ir(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     x = placeholder("x", TensorType((2,), "float32"))
     monkeypatch.setenv("CXX", "false")
     from jisu.targets.compile import _WORKER
@@ -163,34 +181,33 @@ def test_a_failing_compiler_is_an_error_that_names_the_ir(folder: Path, monkeypa
     _WORKER.stop()  # a new one sees the environment
     try:
         with pytest.raises(CompileError, match="IR in"):
-            build(folder, main=Graph((x,), (ops.exp(ops.exp(x)),)))
+            build(place, main=Graph((x,), (ops.exp(ops.exp(x)),)))
     finally:
         _WORKER.stop()
 
 
-def test_elementwise_chains_are_one_kernel(folder: Path) -> None:
+def test_elementwise_chains_are_one_kernel(place: Place) -> None:
     n = symbol("n")
     x, b = placeholder("x", TensorType((n, 8), "float32")), placeholder("b", TensorType((8,), "float32"))
     gate = ops.tanh(ops.add(x, b))
     chain = ops.where(ops.lt(x, b), ops.mul(gate, x), ops.sub(gate, b))
     total = ops.sum_(ops.square(chain), axes=(1,))
     graph = Graph((x, b), (chain, total, ops.exp(gate)))
-    info = compile_graphs({"main": graph}, CPU, out=folder / "fused", cache_dir=folder / "cache")
+    info, program = place.compile({"main": graph})
     # The chain and the exponential share `gate`: one kernel with two results; the sum pulls the square.
     assert sum(count for _, _, count in info.kernels) == 2
     arrays = [np.random.default_rng(0).standard_normal(s).astype(np.float32) for s in ((5, 8), (8,))]
-    program = Executable.load(info.library, info.entries, num_threads=2)
     for got, want in zip(program.call("main", arrays), interpret(graph, arrays), strict=True):
         check(got, want, "float32", "fused")
 
 
-def test_fusion_never_makes_a_cycle(folder: Path) -> None:
+def test_fusion_never_makes_a_cycle(place: Place) -> None:
     x = placeholder("x", TensorType((4, 4), "float32"))
     a = ops.exp(x)
     peak = ops.reduce_max(a, axes=(1,), keepdims=True)  # reads a, and b reads it: a and b can't be one kernel
     b = ops.add(ops.sub(a, peak), ops.tanh(a))
     graph = Graph((x,), (ops.mul(b, a), ops.softmax(ops.transpose(b, perm=(1, 0)), axis=1)))
-    program, _ = build(folder, main=graph)
+    program, _ = build(place, main=graph)
     array = np.random.default_rng(0).standard_normal((4, 4)).astype(np.float32)
     for got, want in zip(program.call("main", [array]), interpret(graph, [array]), strict=True):
         check(got, want, "float32", "cycle")
@@ -238,7 +255,7 @@ CONSUMERS: dict[str, Callable[[Node], Node]] = {
 
 @pytest.mark.parametrize("rows", [5, SYMBOL], ids=str)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
-def test_every_consumer_of_every_producer(dtype: str, rows: int, folder: Path) -> None:
+def test_every_consumer_of_every_producer(dtype: str, rows: int, place: Place) -> None:
     """What is computed inside its user's kernel equals what the interpreter computes; rows are longer than vectors."""
     x, ids = placeholder("x", TensorType((rows, 37), dtype)), placeholder("ids", TensorType((rows,), "int64"))
     ranges = {"n": (1, 64)} if rows is SYMBOL else {}
@@ -247,7 +264,7 @@ def test_every_consumer_of_every_producer(dtype: str, rows: int, folder: Path) -
         for p, produce in PRODUCERS.items()
         for c, consume in CONSUMERS.items()
     }
-    run, _ = build(folder, **entries)
+    run, _ = build(place, **entries)
     rng = np.random.default_rng(0)
     array = rng.standard_normal((5, 37)).astype(numpy_dtype(dtype))
     given = [array, rng.integers(0, 5, 5)]
@@ -308,13 +325,13 @@ def test_entries_survive_json_and_refuse_nonsense() -> None:
             Entry.from_json({**data, **change})
 
 
-def test_calls_that_do_not_fit(folder: Path) -> None:
+def test_calls_that_do_not_fit(place: Place) -> None:
     m = symbol("m")
     x, y = placeholder("x", TensorType((m, 4), "float32")), placeholder("y", TensorType((m,), "float32"))
     w = weight("w", TensorType((4,), "float32"))
     held = {"w": ArrayStorage(np.ones(4, np.float32))}
     graph = Graph((x, y), (ops.add(ops.mul(x, w), ops.reshape(y, shape=(m, 1))),), held)
-    program, weights = build(folder, main=graph)
+    program, weights = build(place, main=graph)
     good = [np.ones((3, 4), np.float32), np.ones(3, np.float32)]
     np.testing.assert_array_equal(program.call("main", good, weights["main"])[0], np.full((3, 4), 2))
     for wrong, message in (
@@ -338,23 +355,23 @@ def test_calls_that_do_not_fit(folder: Path) -> None:
         np.testing.assert_array_equal(program.call("main", [copied, good[1]], weights["main"])[0], np.full((3, 4), 2))
 
 
-def test_sizes_that_divide_exactly(folder: Path) -> None:
+def test_sizes_that_divide_exactly(place: Place) -> None:
     """A size may be a quotient that is whole only for the lengths that occur."""
     m = symbol("m")
     x = placeholder("x", TensorType((m,), "float32"))
     halves = ops.exp(ops.reshape(x, shape=(5, m / 5)))
     graph = Graph((x,), (ops.sum_(ops.softmax(halves, axis=1), axes=(0,)),))
-    program, _ = build(folder, main=graph)
+    program, _ = build(place, main=graph)
     for n in (5, 35):
         array = np.linspace(-1, 1, n, dtype=np.float32)
         check(program.call("main", [array])[0], interpret(graph, [array])[0], "float32", f"{n}")
 
 
-def test_what_is_updated_in_place_must_be_writeable(folder: Path) -> None:
+def test_what_is_updated_in_place_must_be_writeable(place: Place) -> None:
     cache = placeholder("cache", TensorType((1, 2, 4, 8), "float32"))
     new = placeholder("new", TensorType((1, 1, 2, 8), "float32"))
     at = placeholder("at", TensorType((1,), "int64"))
-    program, _ = build(folder, main=Graph((cache, new, at), (ops.cache_append(cache, new, at, None, ring=False),)))
+    program, _ = build(place, main=Graph((cache, new, at), (ops.cache_append(cache, new, at, None, ring=False),)))
     given = [zeros((1, 2, 4, 8), "float32", "a cache"), np.ones((1, 1, 2, 8), np.float32), np.array([2])]
     given[0].flags.writeable = False
     with pytest.raises(InputError, match="'cache' is updated in place"):
@@ -363,12 +380,12 @@ def test_what_is_updated_in_place_must_be_writeable(folder: Path) -> None:
     assert program.call("main", given)[0] is given[0] and given[0][0, :, 2].all() and given[0].sum() == 16
 
 
-def test_shapes_may_change_from_call_to_call(folder: Path) -> None:
+def test_shapes_may_change_from_call_to_call(place: Place) -> None:
     m = symbol("m")
     x = placeholder("x", TensorType((m, 8), "float32"))
     hidden = ops.softmax(ops.matmul(x, ops.transpose(x, perm=(1, 0))), axis=1)
     graph = Graph((x,), (ops.matmul(hidden, x), ops.sum_(hidden, axes=(0,))))
-    program, _ = build(folder, main=graph)
+    program, _ = build(place, main=graph)
     for rows in (1, 300, 7, 301, 1):
         array = np.random.default_rng(rows).standard_normal((rows, 8)).astype(np.float32)
         for got, want in zip(program.call("main", [array]), interpret(graph, [array]), strict=True):
