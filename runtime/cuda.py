@@ -287,10 +287,11 @@ class DeviceExecutable:
                 self._download(found.ctypes.data, buffer.address, buffer.nbytes)
                 results.append(found)
                 continue
+            assert alias is not None
             source, own = given[alias], run.inputs[alias]
-            if own is not None:
+            if isinstance(source, Held) and own is not None:
                 self._download(source.address, own.address, own.nbytes)
-            results.append(source if own is None else source.array)
+            results.append(source.array if isinstance(source, Held) else source)
         self._download(self._seen.ctypes.data, self._fault.address, 4)
         self._wait()
         self._check()
@@ -446,7 +447,7 @@ def _pinned(driver: Driver, nbytes: int) -> np.ndarray:
     driver.run("cuMemHostAlloc", ctypes.byref(pointer), ctypes.c_size_t(nbytes), 0)
     address = int(pointer.value or 0)
     view = (ctypes.c_ubyte * nbytes).from_address(address)
-    array = np.frombuffer(view, np.uint8)
+    array: np.ndarray = np.ctypeslib.as_array(view)
     weakref.finalize(view, _unpin, driver, address)
     return array
 

@@ -56,6 +56,8 @@ class DeviceBuilder(Builder):
     """A PrimFunc that a GPU's threads run. Loops over independent points become launches of their own, so that one sees what those before
     it wrote; what stands beside them every thread does for itself."""
 
+    points_fail = True
+
     def __init__(self, *args: Any, target: Target, faults: list[Fault]) -> None:
         self.faults = faults
         self.parts: list[Dim] = []

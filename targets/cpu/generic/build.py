@@ -120,8 +120,10 @@ class Builder:
     """A PrimFunc under construction.
 
     Parameters are the buffers of `inputs`, one int64 per symbol that no input's shape gives alone, the buffers of
-    `outputs`.
+    `outputs`. points_fail: whether what is computed point by point may call `require` (on several cores it can't).
     """
+
+    points_fail = False
 
     def __init__(
         self, name: str, inputs: Sequence[TensorType], outputs: Sequence[TensorType], symbols: Iterable[str]

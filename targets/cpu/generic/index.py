@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+import attrs
 from tvm import tirx
 
 from jisu.compiler import ops
@@ -16,17 +17,35 @@ from jisu.targets.cpu.generic.element import Pull
 from jisu.targets.cpu.generic.scalar import HALF, arithmetic, dtype_of, is_nan, maximum, minimum, narrow, widen
 
 
-def check(b: Builder, pull: Pull, indices: Node, size: Dim, wrap: bool = True) -> None:
-    """Fail unless every index lies in -size … size - 1, or, without `wrap`, in 0 … size - 1."""
-    bound = b.dim(size)
-    text = f"index out of range for an axis of size {size}" if isinstance(size, int) else "index out of range"
+@attrs.frozen
+class Table:
+    """An axis that indices look up: of `size`; `wrap`: negative ones count from its end."""
+
+    size: Dim
+    wrap: bool = True
+
+    def inside(self, b: Builder, value: Expr) -> Expr:
+        """Whether an index is one."""
+        bound = b.dim(self.size)
+        return tirx.all(value >= (i64(0) - bound if self.wrap else i64(0)), value < bound)
+
+    def require(self, b: Builder, inside: Expr) -> None:
+        """Fail where an index isn't inside."""
+        size = self.size
+        text = f"index out of range for an axis of size {size}" if isinstance(size, int) else "index out of range"
+        b.require(inside, "IndexError", text)
+
+
+def check(b: Builder, pull: Pull, indices: Node, table: Table) -> None:
+    """Fail unless every index is inside, where what is computed point by point can't."""
+    if b.points_fail:
+        return
     bad = b.scratch(1, "int64")
     b.store(bad, i64(0), i64(0))
     with b.loops([b.dim(d) for d in indices.shape]) as where:
         value = _signed(b, pull.fresh(), indices, list(where))
-        outside = tirx.any(value < (i64(0) - bound if wrap else i64(0)), value >= bound)
-        b.store(bad, i64(0), bad[i64(0)] | tirx.Cast("int64", outside))
-    b.require(tirx.EQ(bad[i64(0)], i64(0)), "IndexError", text)
+        b.store(bad, i64(0), bad[i64(0)] | tirx.Cast("int64", tirx.Not(table.inside(b, value))))
+    table.require(b, tirx.EQ(bad[i64(0)], i64(0)))
 
 
 def _signed(b: Builder, pull: Pull, indices: Node, where: list[Expr]) -> Expr:
@@ -34,9 +53,11 @@ def _signed(b: Builder, pull: Pull, indices: Node, where: list[Expr]) -> Expr:
     return value if dtype_of(value) == "int64" else b.let(tirx.Cast("int64", value), "index")
 
 
-def resolve(b: Builder, pull: Pull, indices: Node, where: list[Expr], size: Expr) -> Expr:
+def resolve(b: Builder, pull: Pull, indices: Node, where: list[Expr], table: Table) -> Expr:
     """A checked index with negative ones counted from the end."""
-    value = _signed(b, pull, indices, where)
+    value, size = _signed(b, pull, indices, where), b.dim(table.size)
+    if b.points_fail:
+        table.require(b, table.inside(b, value))
     value = tirx.Select(value < i64(0), value + size, value)
     return b.let(tirx.max(tirx.min(value, size - i64(1)), i64(0)), "index")
 
@@ -44,46 +65,41 @@ def resolve(b: Builder, pull: Pull, indices: Node, where: list[Expr], size: Expr
 def _take(b: Builder, pull: Pull, node: Node, targets: Sequence[Flat]) -> None:
     x, indices = node.parents
     (target,) = targets
-    check(b, pull, indices, x.shape[node.axis], node.wrap)
-    size = b.dim(x.shape[node.axis])
+    table = Table(x.shape[node.axis], node.wrap)
+    check(b, pull, indices, table)
 
     def element(index: list[Expr], picked: Expr) -> Expr:
         return pull.fresh()(x, [*index[: node.axis], picked, *index[node.axis + indices.rank :]])
 
+    def point(index: list[Expr]) -> None:
+        where = index[node.axis :][: indices.rank]
+        b.store(target, index, element(index, resolve(b, pull.fresh(), indices, where, table)))
+
     def row(outer: list[Expr]) -> None:
-        last_is_index = node.axis + indices.rank == node.rank
-        where = outer[node.axis :][: indices.rank]
-        picked = None if last_is_index else resolve(b, pull.fresh(), indices, where, size)
+        picked = resolve(b, pull.fresh(), indices, outer[node.axis :][: indices.rank], table)
         with b.loop(b.dim(node.shape[-1])) as i:
             index = [*outer, i]
-            at = picked if picked is not None else resolve(b, pull.fresh(), indices, index[node.axis :], size)
-            b.store(target, index, element(index, at))
+            b.store(target, index, element(index, picked))
 
     if node.rank == 0:
-        b.store(target, [], element([], resolve(b, pull, indices, [], size)))
-    elif indices.rank == 0 and node.axis == node.rank:
-        _points(
-            b, node, lambda index: b.store(target, index, element(index, resolve(b, pull.fresh(), indices, [], size)))
-        )
+        b.store(target, [], element([], resolve(b, pull, indices, [], table)))
+    elif node.axis + indices.rank == node.rank or b.points_fail:
+        b.points(node.shape, node.tensor.size * 2, point)
     else:
         b.spread(node.shape[:-1], node.tensor.size, row)
 
 
-def _points(b: Builder, node: Node, body: Callable[[list[Expr]], None]) -> None:
-    b.spread(node.shape, node.tensor.size * 2, body)
-
-
 def _gather(b: Builder, pull: Pull, node: Node, targets: Sequence[Flat]) -> None:
     x, indices = node.parents
-    check(b, pull, indices, x.shape[node.axis])
-    size = b.dim(x.shape[node.axis])
+    table = Table(x.shape[node.axis])
+    check(b, pull, indices, table)
 
     def point(index: list[Expr]) -> None:
         inside = list(index)
-        inside[node.axis] = resolve(b, pull.fresh(), indices, index, size)
+        inside[node.axis] = resolve(b, pull.fresh(), indices, index, table)
         b.store(targets[0], index, pull.fresh()(x, inside))
 
-    _points(b, node, point)
+    b.spread(node.shape, node.tensor.size * 2, point)
 
 
 def _packed_take(b: Builder, pull: Pull, node: Node, targets: Sequence[Flat]) -> None:
@@ -92,10 +108,11 @@ def _packed_take(b: Builder, pull: Pull, node: Node, targets: Sequence[Flat]) ->
     panel = w.shape[2]
     pair = w.shape[3] if w.rank == 4 else 1
     assert isinstance(panel, int) and isinstance(pair, int)
-    check(b, pull, indices, node.rows)
+    table = Table(node.rows)
+    check(b, pull, indices, table)
 
     def row(outer: list[Expr]) -> None:
-        picked = resolve(b, pull.fresh(), indices, outer, i64(node.rows))
+        picked = resolve(b, pull.fresh(), indices, outer, table)
         block, lane = b.let(tirx.floordiv(picked, i64(panel))), b.let(tirx.floormod(picked, i64(panel)))
         with b.loop(node.width) as k:
             if pair > 1:
@@ -112,10 +129,11 @@ def _quantized_take(b: Builder, pull: Pull, node: Node, targets: Sequence[Flat])
     assert codes is not None and indices is not None
     panel, side = (int(codes.shape[i]) for i in (-2, -1))  # type: ignore[call-overload]
     packed, scaled = pull.leaves[codes], Scaled(b, pull, node, scales, zeros, node.width)
-    check(b, pull, indices, node.rows)
+    table = Table(node.rows)
+    check(b, pull, indices, table)
 
     def row(outer: list[Expr]) -> None:
-        picked = resolve(b, pull.fresh(), indices, outer, i64(node.rows))
+        picked = resolve(b, pull.fresh(), indices, outer, table)
         where, lane = [b.let(tirx.floordiv(picked, i64(panel)))], b.let(tirx.floormod(picked, i64(panel)))
         with b.loop(node.width) as k:
             value = scaled.value(where, k, lane, scaled.code(packed, where, k, lane, side))
@@ -128,8 +146,8 @@ def _quantized_take(b: Builder, pull: Pull, node: Node, targets: Sequence[Flat])
 def _scatter(b: Builder, pull: Pull, node: Node, targets: Sequence[Flat]) -> None:
     x, indices, updates = node.parents
     (target,) = targets
-    check(b, pull, indices, x.shape[node.axis])
-    size = b.dim(x.shape[node.axis])
+    table = Table(x.shape[node.axis])
+    check(b, pull, indices, table)
     sizes = [b.dim(d) for d in x.shape]
     # 16-bit sums and products are carried in float32 and rounded once, at the end.
     carried = x.dtype in HALF and node.mode in ("add", "mul")
@@ -145,7 +163,7 @@ def _scatter(b: Builder, pull: Pull, node: Node, targets: Sequence[Flat]) -> Non
         index = list(where)
         here = pull.fresh()
         value = here(updates, index)
-        index[node.axis] = resolve(b, here, indices, list(where), size)
+        index[node.axis] = resolve(b, here, indices, list(where), table)
         position = b.let(Flat(None, sizes, x.dtype).offset(index), "at")
         if node.mode != "set":
             old = b.let(held[position], "old")

@@ -71,7 +71,8 @@ def _rotary(b: Builder, pull: Pull, node: Node, targets: Sequence[Flat]) -> None
     assert isinstance(width, int) and isinstance(total, int)
     half = width // 2
 
-    def row(outer: list[Expr]) -> None:
+    def point(index: list[Expr]) -> None:
+        *outer, k = index
         here = aligned([outer[0], outer[1], i64(0)], cos.shape, (*x.shape[:2], width))
 
         def angle(table: Node, i: Expr) -> Expr:
@@ -82,17 +83,19 @@ def _rotary(b: Builder, pull: Pull, node: Node, targets: Sequence[Flat]) -> None
             second = round_to(b, b.let(turn * angle(sin, i)), x.dtype)
             return narrow(b, first + second, x.dtype)
 
-        with b.loop(half) as k:
-            low, high = (k * i64(2), k * i64(2) + i64(1)) if node.interleaved else (k, k + i64(half))
-            p, q = pull.fresh().wide(x, [*outer, low]), pull.fresh().wide(x, [*outer, high])
-            a, c = b.let(turned(low, p, -q)), b.let(turned(high, q, p))
-            b.store(target, [*outer, low], a)
-            b.store(target, [*outer, high], c)
-        with b.loop(total - width) as k:
-            at = [*outer, k + i64(width)]
-            b.store(target, at, pull.fresh()(x, at))
+        low, high = (k * i64(2), k * i64(2) + i64(1)) if node.interleaved else (k, k + i64(half))
+        p, q = pull.fresh().wide(x, [*outer, low]), pull.fresh().wide(x, [*outer, high])
+        a, c = b.let(turned(low, p, -q)), b.let(turned(high, q, p))
+        b.store(target, [*outer, low], a)
+        b.store(target, [*outer, high], c)
 
-    b.spread(x.shape[:3], x.tensor.size * 4, row)
+    def rest(index: list[Expr]) -> None:
+        at = [*index[:-1], index[-1] + i64(width)]
+        b.store(target, at, pull.fresh()(x, at))
+
+    b.points((*x.shape[:3], half), x.tensor.size * 4, point)
+    if total > width:
+        b.points((*x.shape[:3], total - width), product((*x.shape[:3], total - width)), rest)
 
 
 def at_least_one(size: Dim) -> Dim:
@@ -307,15 +310,13 @@ def _cache_append(b: Builder, pull: Pull, node: Node, targets: Sequence[Flat]) -
     if not node.ring:
         b.require(first + b.dim(c) <= place.capacity, "ValueError", "the new slots are beyond the cache's capacity")
 
-    def row(outer: list[Expr]) -> None:
-        image, group = outer
-        with b.loop(b.dim(c)) as i:
-            base = place.base(image, group, b.let(first + i))
-            with b.loop(b.dim(width)) as d:
-                b.store(place.cache, base + d, pull.fresh()(new, [image, i, group, d]))
+    def point(index: list[Expr]) -> None:
+        image, i, group, d = index
+        base = place.base(image, group, b.let(first + i))
+        b.store(place.cache, base + d, pull.fresh()(new, [image, i, group, d]))
 
     # With a table two sequences may share a page; the order of writes is then that of one core.
-    b.spread((batch, groups), new.tensor.size, row, parallel=table is None)
+    b.points((batch, c, groups, width), new.tensor.size, point, parallel=table is None)
 
 
 def _experts(b: Builder, pull: Pull, node: Node, targets: Sequence[Flat]) -> None:
