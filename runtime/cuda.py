@@ -30,7 +30,7 @@ from jisu.compiler.interpret import bind_types
 from jisu.compiler.launches import CUBIN, FAULT, PLANS, PTX, Plan, Variant
 from jisu.compiler.storage import aligned
 from jisu.compiler.types import numpy_dtype, substitute
-from jisu.runtime.executable import hold
+from jisu.runtime.executable import Held, hold
 
 _STAGING = 16 << 20  # bytes of each of the two pinned buffers through which weights go
 _NOTHING: Mapping[str, np.ndarray] = {}

@@ -171,6 +171,13 @@ uint32_t emulated_blocks_x() { return blocks_x; }
 uint32_t emulated_block_z() __asm__("emulated.read.ptx.sreg.ctaid.z");
 uint32_t emulated_block_z() { return block_z; }
 
+/* What LLVM calls on processors that don't round to bfloat16: the result is in the low half of the register. */
+float rounded_to_bf16(float x) __asm__("__truncsfbf2");
+float rounded_to_bf16(float x) {
+    uint32_t bits = bits_of(x);
+    return of_bits(x != x ? bits >> 16 | 64 : (bits + 32767 + (bits >> 16 & 1)) >> 16);
+}
+
 float emulated_exp2(float x) __asm__("emulated.ex2.approx.ftz.f");
 float emulated_exp2(float x) {
     float y = std::exp2(x);

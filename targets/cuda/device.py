@@ -154,6 +154,18 @@ class Device(Function):
         )
         return [self.op(f"extractvalue {kind} {both.name}, {i}", "i32") for i in range(4)]
 
+    def words(self, four: Val) -> list[Val]:
+        """The i32 of a <4 x i32>."""
+        return [self.op(f"extractelement {four.type} {four.name}, i32 {i}", "i32") for i in range(4)]
+
+    def as_type(self, value: Val, type_: str) -> Val:
+        """The same bits as another type."""
+        return self.op(f"bitcast {value.type} {value.name} to {type_}", type_)
+
+    def twice(self, value: Val) -> Val:
+        """A float32 rounded to bfloat16, as <2 x bfloat>."""
+        return self.as_type(self.pair(value, value), "<2 x bfloat>")
+
     def pair(self, low: Val, high: Val) -> Val:
         """Two float32 rounded to bfloat16 in one i32."""
         both = self.op("insertelement <2 x float> poison, float " + f"{low.name}, i32 0", "<2 x float>")

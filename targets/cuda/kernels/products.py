@@ -1,113 +1,77 @@
-"""Matrix products on NVIDIA GPUs: few rows by streaming weights, many on tensor cores.
-
-Weights are W[N, K] in bfloat16, row by row as checkpoints have them: a row's inputs lie together, which is what both 16-byte loads of one
-output and the tensor core's second operand want.
-"""
+"""Linear layers of many rows on NVIDIA GPUs: tiles on tensor cores, inputs copied while earlier ones are multiplied."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from jisu.compiler.errors import TargetError
+from jisu.compiler.schemes import SCHEMES
 from jisu.targets.cpu.isa import Val
 from jisu.targets.cuda.device import GROUP, WARP, Device, DeviceKernel
+from jisu.targets.cuda.kernels.layers import Layer, decoded, finished, inputs, part_of, scale_and_zero
 from jisu.targets.target import Target
 
 EIGHT = 8
 """bfloat16 in 16 bytes."""
-
-
-def floats(f: Device, words: Val, count: int) -> list[Val]:
-    """The bfloat16 in i32 words, in order, as float32."""
-    found = []
-    for i in range(count):
-        word = f.op(f"extractelement {words.type} {words.name}, i32 {i}", "i32")
-        found += [f.cast("bitcast", part, "float") for part in (word << 16, word & -65536)]
-    return found
-
-
-def matvec(k: int, rows: int, target: Target, *, outputs: int = 4, warps: int = 8) -> DeviceKernel:
-    """y[rows, n] = x[rows, k] W[n, k]^T for few rows, weights streamed once: each warp `outputs` outputs at a time.
-
-    Parameters: x, W, y (bfloat16, at multiples of 16 bytes), n. Sums are float32, in an order that depends on k alone. Grid:
-    `matvec_grid`. Raises TargetError unless k is a multiple of 8.
-    """
-    if k % EIGHT:
-        raise TargetError(f"rows of {k} bfloat16 don't begin at multiples of 16 bytes")
-    parameters = [*(("ptr", p) for p in ("x", "w", "y")), ("i64", "n")]
-    f = Device(f"matvec{rows}", parameters, target, warps * WARP)
-    x, w, y, n = f.params()
-    x, w, y = (f.memory(p) for p in (x, w, y))
-    thread = f.thread()
-    lane, first = thread % WARP, (f.block() * warps + thread / WARP) * outputs
-    places = [
-        f.minimum(first + o, n - 1) for o in range(outputs)
-    ]  # of outputs beyond n the last one, which isn't stored
-
-    def step(i: Val, sums: list[Val]) -> list[Val]:
-        words = [f.load16("<4 x i32>", f.at(w, place * k + i, "bfloat16")) for place in places]
-        xs = [floats(f, f.load16("<4 x i32>", f.at(x, i + m * k, "bfloat16")), 4) for m in range(rows)]
-        result = list(sums)
-        for o, word in enumerate(words):
-            for e, weight in enumerate(floats(f, word, 4)):
-                for m in range(rows):
-                    result[m * outputs + o] = f.fma(xs[m][e], weight, result[m * outputs + o])
-        return result
-
-    *sums, _ = f.loop(lane * EIGHT, k, WARP * EIGHT, [f.const(0.0, "float")] * (rows * outputs), step)
-    totals = [f.sum_of_warp(s) for s in sums]
-
-    def store(o: int) -> None:
-        for m in range(rows):
-            f.store_f32(totals[m * outputs + o], y, n * m + (first + o), "bfloat16")
-
-    def store_all() -> None:
-        for o in range(outputs):
-            f.when(first + o < n, functools.partial(store, o))
-
-    f.when(lane.cmp("eq", 0), store_all)
-    return f.built()
-
-
-def matvec_grid(n: int, *, outputs: int = 4, warps: int = 8) -> tuple[int, int]:
-    """Blocks of `matvec`."""
-    return -(-n // (outputs * warps)), 1
-
-
 ROWS, OUTPUTS = 128, 128
-"""Of the tile of C that a block of `product` or `product_hopper` computes."""
+"""Rows of x and of W in a block's tile. Grid: tiles of rows, then `Layer.tiles(OUTPUTS)`, so that blocks of one matrix tile run together."""
 _STAGES = 4  # steps whose inputs are under way or in shared memory
 
 
 class _Product:
-    """A product in tiles of `ROWS` by `OUTPUTS` under construction: y[m, n] = x[m, k] W[n, k]^T, `inputs` of k per step."""
+    """A layer in tiles of `ROWS` by `OUTPUTS` under construction, `inputs` of k per step."""
 
-    def __init__(self, name: str, k: int, inputs: int, threads: int, target: Target) -> None:
-        if k % inputs:
-            raise TargetError(f"{k} inputs are no multiple of {inputs}")
-        f = Device(name, [*(("ptr", p) for p in ("x", "w", "y")), ("i64", "m"), ("i64", "n")], target, threads)
-        *pointers, self.m, self.n = f.params()
-        self.x, self.w, self.y = (f.memory(p) for p in pointers)
-        self.f, self.k, self.inputs, self.steps, self.chunks = f, k, inputs, k // inputs, inputs // EIGHT
-        self.row0, self.column0 = f.block("y") * ROWS, f.block("x") * OUTPUTS
-        self.held = f.shared(_STAGES * (ROWS + OUTPUTS) * inputs * 2, 1024)
+    def __init__(self, name: str, layer: Layer, inputs: int, threads: int, target: Target) -> None:
+        layer.require()
+        if layer.k % inputs or (layer.group and layer.group % inputs):
+            raise TargetError(f"{layer.name}: inputs or groups are no multiples of {inputs}")
+        f = self.f = Device(f"{name}_{layer.name}", layer.parameters, target, threads)
+        self.layer, self.k, self.inputs, self.steps, self.chunks = (
+            layer,
+            layer.k,
+            inputs,
+            layer.k // inputs,
+            inputs // EIGHT,
+        )
+        given = {name: value for (_, name), value in zip(layer.parameters, f.params(), strict=True)}
+        self.x, self.m = f.memory(given["x"]), given["m"]
+        self.residual = f.memory(given["r"]) if layer.residual else None
+        self.row0 = f.block() * ROWS
+        self.part = part_of(f, layer, f.block("y"), OUTPUTS)
+        self.row_bytes = inputs * 16 // layer.codes_per_chunk  # of W, per step
+        self.stage_bytes = ROWS * inputs * 2 + OUTPUTS * self.row_bytes
+        self.held = f.shared(_STAGES * self.stage_bytes, 1024)
 
     def stage(self, step: Val) -> tuple[Val, Val]:
         """Where a step's rows and weights are in shared memory."""
-        rows = self.f.at(self.held, step % _STAGES * ((ROWS + OUTPUTS) * self.inputs * 2), "i8")
+        rows = self.f.at(self.held, step % _STAGES * self.stage_bytes, "i8")
         return rows, self.f.at(rows, ROWS * self.inputs * 2, "i8")
 
     def fetch(self, step: Val) -> None:
         """Begin to copy a step's inputs; rows beyond the last are copies of it, whose results nobody stores."""
-        f, (rows, weights) = self.f, self.stage(step)
+        f, part, (rows, weights) = self.f, self.part, self.stage(step)
+        first = step * self.inputs
 
-        def copy(to: Val, source: Val, count: int, begin: Val, end: Val) -> None:
-            first = step * self.inputs
-            f.copy_tile(to, source, count, self.chunks, lambda r: f.minimum(begin + r, end - 1) * self.k + first)
+        def row_of_x(r: Val) -> Val:
+            return f.minimum(self.row0 + r, self.m - 1) * self.k + first
 
-        copy(rows, self.x, ROWS, self.row0, self.m)
-        copy(weights, self.w, OUTPUTS, self.column0, self.n)
+        def row_of_w(r: Val) -> Val:
+            return f.minimum(part.first + r, part.rows - 1)
+
+        f.copy_tile(rows, self.x, ROWS, self.chunks, row_of_x)
+        if not self.layer.scheme:
+            f.copy_tile(weights, part.w, OUTPUTS, self.chunks, lambda r: row_of_w(r) * self.k + first)
+            return
+        per_row = self.row_bytes // 16
+        for begin in range(0, OUTPUTS * per_row, f.threads):
+            number = f.thread() + begin
+
+            def copy(number: Val = number) -> None:
+                row, piece = number / per_row, number % per_row * 16
+                source = row_of_w(row) * self.layer.row_bytes + step * self.row_bytes + piece
+                f.copy16(f.at(weights, number * 16, "i8"), f.at(part.w, source, "i8"))
+
+            f.when(number < OUTPUTS * per_row, copy)
 
     def begin(self) -> None:
         """Copies of the first steps are under way."""
@@ -124,48 +88,39 @@ class _Product:
 
     def store(self, row: Val, column: Val, sums: Sequence[Val]) -> None:
         """Four sums of a thread as `mma` and `wgmma` leave them: two neighbouring columns of a row of the tile, and of the eighth row below."""
-        f = self.f
-        for part, value in enumerate(sums):
-            at_row, at_column = self.row0 + row + 8 * (part // 2), self.column0 + column + part % 2
-            inside = f.op(f"and i1 {(at_row < self.m).name}, {(at_column < self.n).name}", "i1")
-            to = at_row * self.n + at_column
-            f.when(inside, functools.partial(f.store_f32, value, self.y, to, "bfloat16"))
+        f, part, layer = self.f, self.part, self.layer
+        for half in (0, 1):
+            at_row, first = self.row0 + row + 8 * half, part.first + column
+            pair = list(sums[2 * half : 2 * half + 2])
+            results = [(first / 2, pair)] if layer.gated else [(first + i, [value]) for i, value in enumerate(pair)]
+            for at_column, own in results:
+
+                def put(at_row: Val = at_row, at_column: Val = at_column, own: list[Val] = own) -> None:
+                    value = finished(f, layer, part, at_row, at_column, own, self.residual)
+                    f.store_f32(value, part.y, at_row * part.n + at_column, layer.dtype)
+
+                inside = f.op(f"and i1 {(at_row < self.m).name}, {(at_column < part.n).name}", "i1")
+                f.when(inside, put)
 
 
 _WARPS = (2, 4)  # warps of `product` along rows and outputs
 _TILE = (64, 32)  # of a warp
 
 
-def product(k: int, target: Target) -> DeviceKernel:
-    """y[m, n] = x[m, k] W[n, k]^T on tensor cores: tiles of `ROWS` by `OUTPUTS`, inputs copied while earlier ones are multiplied.
-
-    Parameters: x, W, y (bfloat16, at multiples of 16 bytes), m, n. Sums are float32. Grid: `product_grid`. Raises TargetError unless k is a
-    multiple of 32.
-    """
-    p = _Product("product", k, 32, _WARPS[0] * _WARPS[1] * WARP, target)
+def product(layer: Layer, target: Target) -> DeviceKernel:
+    """The layer on tensor cores. Parameters: `Layer.parameters`. Raises TargetError for a layer that it can't read."""
+    p = _Product("product", layer, 32, _WARPS[0] * _WARPS[1] * WARP, target)
     f, thread = p.f, p.f.thread()
     lane, warp = thread % WARP, thread / WARP
     tiles_m, tiles_n = _TILE[0] // 16, _TILE[1] // 8
     warp_row, warp_column = warp / _WARPS[1] * _TILE[0], warp % _WARPS[1] * _TILE[1]
-    matrix, line = lane / 8, lane % 8
+    read = _coded(p, lane, warp_row, warp_column) if layer.scheme else _plain(p, lane, warp_row, warp_column)
     p.begin()
 
     def multiply(step: Val, sums: list[Val]) -> list[Val]:
-        f.copies_done(_STAGES - 2)
-        f.barrier()  # all threads' copies have come, and nobody reads the stage that is filled next
-        p.fetch_ahead(step)
-        rows, weights = p.stage(step)
+        halves = read(step)
         result = list(sums)
-        for half in range(p.inputs // 16):
-            left = []
-            for i in range(tiles_m):
-                row, chunk = warp_row + 16 * i + (line + (matrix & 1) * 8), (matrix >> 1) + 2 * half
-                left.append(f.fragments(f.at(rows, f.place(row, chunk, p.chunks), "i8")))
-            right: list[list[Val]] = []
-            for j in range(0, tiles_n, 2):
-                row, chunk = warp_column + 8 * j + (line + (matrix >> 1) * 8), (matrix & 1) + 2 * half
-                four = f.fragments(f.at(weights, f.place(row, chunk, p.chunks), "i8"))
-                right += [four[:2], four[2:]]
+        for left, right in halves():
             for i in range(tiles_m):
                 for j in range(tiles_n):
                     at = 4 * (i * tiles_n + j)
@@ -180,15 +135,94 @@ def product(k: int, target: Target) -> DeviceKernel:
     return f.built()
 
 
-def product_hopper(k: int, target: Target) -> DeviceKernel:
-    """`product` for sm_90a: two warp groups multiply tiles of 64 rows by 128 outputs straight from shared memory.
+_Halves = Callable[[], Iterator[tuple[list[list[Val]], list[list[Val]]]]]
 
-    Parameters: x, W, y (bfloat16, at multiples of 16 bytes), m, n. Sums are float32. Grid: `product_grid`. Raises TargetError unless k is a
-    multiple of 64 and the target is sm_90a.
+
+def _arrived(p: _Product, step: Val) -> tuple[Val, Val]:
+    """A step's rows and weights, which have come; the stage that was read before is filled again."""
+    p.f.copies_done(_STAGES - 2)
+    p.f.barrier()  # all threads' copies have come, and nobody reads the stage that is filled next
+    p.fetch_ahead(step)
+    return p.stage(step)
+
+
+def _plain(p: _Product, lane: Val, warp_row: Val, warp_column: Val) -> Callable[[Val], _Halves]:
+    """Both operands of the two products of a step, from tiles of bfloat16."""
+    f, matrix, line = p.f, lane / 8, lane % 8
+
+    def read(step: Val) -> _Halves:
+        rows, weights = _arrived(p, step)
+
+        def halves() -> Iterator[tuple[list[list[Val]], list[list[Val]]]]:
+            for half in range(p.inputs // 16):
+                left = []
+                for i in range(_TILE[0] // 16):
+                    row, chunk = warp_row + 16 * i + (line + (matrix & 1) * 8), (matrix >> 1) + 2 * half
+                    left.append(f.fragments(f.at(rows, f.place(row, chunk, p.chunks), "i8")))
+                right: list[list[Val]] = []
+                for j in range(0, _TILE[1] // 8, 2):
+                    row, chunk = warp_column + 8 * j + (line + (matrix >> 1) * 8), (matrix & 1) + 2 * half
+                    four = f.fragments(f.at(weights, f.place(row, chunk, p.chunks), "i8"))
+                    right += [four[:2], four[2:]]
+                yield left, right
+
+        return halves
+
+    return read
+
+
+def _coded(p: _Product, lane: Val, warp_row: Val, warp_column: Val) -> Callable[[Val], _Halves]:
+    """The same from a tile of codes: four threads share a row's inputs, eight neighbouring ones each, in whatever order `decoded` gives."""
+    f, layer, line, place = p.f, p.layer, lane / 4, lane % 4
+    slice_bytes = SCHEMES[layer.scheme].bits  # of eight codes
+    outputs = [warp_column + 8 * j + line for j in range(_TILE[1] // 8)]
+
+    def read(step: Val) -> _Halves:
+        # Scales come from the GPU's memory: they are asked for before the wait.
+        scales = [
+            scale_and_zero(
+                f, layer, p.part, f.minimum(p.part.first + output, p.part.rows - 1),
+                step * (p.inputs // layer.codes_per_chunk),
+            )
+            for output in outputs
+        ]  # fmt: skip
+        rows, weights = _arrived(p, step)
+
+        def halves() -> Iterator[tuple[list[list[Val]], list[list[Val]]]]:
+            left, right = [], []
+            for i in range(_TILE[0] // 16):
+                both = []
+                for half in (0, 1):
+                    at = f.at(rows, f.place(warp_row + 16 * i + line + 8 * half, place, p.chunks), "i8")
+                    both.append(
+                        inputs(f, layer, f.words(f.op(f"load <4 x i32>, {at.type} {at.name}, align 16", "<4 x i32>")))
+                    )
+                left.append(both)
+            for output, (scale, zero) in zip(outputs, scales, strict=True):
+                at = f.at(weights, output * p.row_bytes + place * slice_bytes, "i8")
+                words = [f.load("i32", f.at(at, 4 * i, "i8")) for i in range(slice_bytes // 4)]
+                right.append(decoded(f, layer, words, scale, zero))
+            for half in (0, 2):
+                yield (
+                    [[low[half], high[half], low[half + 1], high[half + 1]] for low, high in left],
+                    [pairs[half : half + 2] for pairs in right],
+                )
+
+        return halves
+
+    return read
+
+
+def product_hopper(layer: Layer, target: Target) -> DeviceKernel:
+    """`product` for sm_90a: two warp groups multiply tiles of 64 rows by 128 rows of W straight from shared memory.
+
+    Raises TargetError unless k is a multiple of 64, W is in bfloat16 and the target is sm_90a.
     """
-    if target.mcpu != "sm_90a":
-        raise TargetError(f"warp groups multiply on sm_90a, not on {target.mcpu}")
-    p = _Product("product_hopper", k, 64, ROWS // 64 * GROUP, target)
+    if target.mcpu != "sm_90a" or layer.scheme:
+        raise TargetError(
+            f"warp groups multiply bfloat16 on sm_90a, not {layer.scheme or layer.dtype} on {target.mcpu}"
+        )
+    p = _Product("product_hopper", layer, 64, ROWS // 64 * GROUP, target)
     f, thread = p.f, p.f.thread()
     group = thread / GROUP
     p.begin()
@@ -212,8 +246,3 @@ def product_hopper(k: int, target: Target) -> DeviceKernel:
     for j in range(OUTPUTS // 8):
         p.store(group * 64 + warp * 16 + lane / 4, 8 * j + lane % 4 * 2, sums[4 * j : 4 * j + 4])
     return f.built()
-
-
-def product_grid(m: int, n: int) -> tuple[int, int]:
-    """Blocks of `product` and `product_hopper`."""
-    return -(-n // OUTPUTS), -(-m // ROWS)

@@ -1,0 +1,204 @@
+"""Linear layers on NVIDIA GPUs: which numbers they multiply, and what becomes of the sums.
+
+Weights are W[n, k] row by row (panels of one output): a row's inputs lie together. Of a gated layer W has gates and ups by turns, so that
+neighbouring sums belong to one result. Codes are as `pack_codes` makes them with words of one: of 4 bits, the lower half of a byte first.
+"""
+
+from __future__ import annotations
+
+import attrs
+
+from jisu.compiler.errors import TargetError
+from jisu.compiler.schemes import SCHEMES
+from jisu.targets.cpu.isa import ITEMSIZE, Val
+from jisu.targets.cuda.device import Device
+
+
+@attrs.frozen
+class Layer:
+    """A linear layer, or several of the same input: y = activation(x W^T + bias) + residual, or activation(gates) * ups.
+
+    outputs: results per matrix. dtype: of x, y, bias and residual. scheme, group, scales, zeros: of codes, "" for matrices of `dtype`;
+    group: inputs per scale, 0 for a row; scales: their dtype; zeros: whether there are such, uint8.
+    """
+
+    k: int
+    outputs: tuple[int, ...]
+    dtype: str = "bfloat16"
+    gated: bool = False
+    activation: str = "none"
+    bias: bool = False
+    residual: bool = False
+    scheme: str = ""
+    group: int = 0
+    scales: str = "float16"
+    zeros: bool = False
+
+    @property
+    def parameters(self) -> list[tuple[str, str]]:
+        """Of the kernels: x, the matrices, of codes scales and zeros, biases, residual, results, and the number of rows."""
+        count = range(len(self.outputs))
+        names = ["x", *(f"w{i}" for i in count)]
+        names += [f"s{i}" for i in count] if self.scheme else []
+        names += [f"z{i}" for i in count] if self.zeros else []
+        names += [f"b{i}" for i in count] if self.bias else []
+        names += ["r"] if self.residual else []
+        return [("ptr", name) for name in (*names, *(f"y{i}" for i in count))] + [("i64", "m")]
+
+    @property
+    def per_weight_row(self) -> int:
+        """Rows of W per result."""
+        return 2 if self.gated else 1
+
+    @property
+    def codes_per_chunk(self) -> int:
+        """Weights in 16 bytes of a row."""
+        return 16 * SCHEMES[self.scheme].per_byte if self.scheme else 16 // ITEMSIZE[self.dtype]
+
+    @property
+    def row_bytes(self) -> int:
+        """Of a row of W."""
+        return self.k * 16 // self.codes_per_chunk
+
+    @property
+    def groups(self) -> int:
+        """Scales per row."""
+        return -(-self.k // self.group) if self.group else 1
+
+    @property
+    def name(self) -> str:
+        """What distinguishes its kernels."""
+        form = self.scheme + (str(self.group) if self.group else "") if self.scheme else self.dtype
+        return f"{form}_{self.k}x{'_'.join(map(str, self.outputs))}{'_gated' if self.gated else ''}"
+
+    def tiles(self, rows: int) -> int:
+        """How many tiles of so many rows of W all matrices have."""
+        return sum(-(-n * self.per_weight_row // rows) for n in self.outputs)
+
+    def require(self) -> None:
+        """Raise TargetError unless kernels can read it: rows in whole chunks of 16 bytes, which lie in one group."""
+        chunk = self.codes_per_chunk
+        if self.dtype != "bfloat16" or self.k % max(chunk, 8) or (self.group and self.group % chunk):
+            raise TargetError(f"no kernel for GPUs reads {self.name}")
+        if self.scheme and (not SCHEMES[self.scheme].uniform or SCHEMES[self.scheme].bits not in (4, 8)):
+            raise TargetError(f"no kernel for GPUs decodes {self.scheme}")
+
+
+@attrs.frozen(eq=False)
+class Part:
+    """The matrix that a block works on: its pointers (None where the layer has none), its rows of W, and the block's first one."""
+
+    w: Val
+    s: Val | None
+    z: Val | None
+    b: Val | None
+    y: Val
+    rows: Val
+    first: Val
+    n: Val
+
+
+def part_of(f: Device, layer: Layer, block: Val, rows: int) -> Part:
+    """What block number `block` of tiles of `rows` rows of W works on."""
+    given = {name: value for (_, name), value in zip(layer.parameters, f.params(), strict=True)}
+
+    starts = [0]
+    for count in layer.outputs[:-1]:
+        starts.append(starts[-1] + -(-count * layer.per_weight_row // rows))
+    later = [block.cmp("sge", start) for start in starts[1:]]
+
+    def chosen(values: list[Val]) -> Val:
+        found = values[0]
+        for is_later, value in zip(later, values[1:], strict=True):
+            found = f.select(is_later, value, found)
+        return found
+
+    def pointer(letter: str) -> Val | None:
+        own = [given[f"{letter}{i}"] for i in range(len(layer.outputs)) if f"{letter}{i}" in given]
+        return f.memory(chosen(own)) if own else None
+
+    begin, n = chosen([f.i64(s) for s in starts]), chosen([f.i64(n) for n in layer.outputs])
+    w, y = pointer("w"), pointer("y")
+    assert w is not None and y is not None
+    rows_of_w = n * layer.per_weight_row
+    return Part(w, pointer("s"), pointer("z"), pointer("b"), y, rows_of_w, (block - begin) * rows, n)
+
+
+def finished(f: Device, layer: Layer, part: Part, row: Val, column: Val, sums: list[Val], residual: Val | None) -> Val:
+    """A result from its sum, or the sums of gate and up: each step rounded as the ops' meaning says; float32."""
+    if layer.gated:
+        gate, up = (f.rounded(s, layer.dtype) for s in sums)
+        return f.rounded(f.activate(layer.activation, gate), layer.dtype) * up
+    (value,) = sums
+    if part.b is not None:
+        value = value + f.load_f32(part.b, column, layer.dtype, lanes=1)
+    value = f.rounded(value, layer.dtype)
+    if layer.activation != "none":
+        value = f.rounded(f.activate(layer.activation, value), layer.dtype)
+    if residual is not None:
+        value = value + f.load_f32(residual, row * part.n + column, layer.dtype, lanes=1)
+    return value
+
+
+def decoded(f: Device, layer: Layer, words: list[Val], scale: Val, zero: Val) -> list[Val]:
+    """16 bytes of codes as pairs of bfloat16, i32, in the order that `inputs` gives pairs of x in.
+
+    Codes of 4 bits become 128 + code by their bits alone, the grid's middle is taken off exactly, and a pair is rounded once, by the scale.
+    scale, zero: <2 x bfloat>, zero being 128 more than the grid's zero for 4 bits.
+    """
+    found = []
+    for word in words:
+        if SCHEMES[layer.scheme].bits == 4:
+            for i in range(4):
+                both = ((word >> (4 * i)) & 0x000F000F) | 0x43004300
+                found.append(_scaled(f, f.as_type(both, "<2 x bfloat>"), scale, zero))
+        else:
+            for i in range(2):
+                both = f.op(f"insertelement <2 x float> poison, float {_byte(f, word, i).name}, i32 0", "<2 x float>")
+                other = _byte(f, word, i + 2)
+                both = f.op(f"insertelement <2 x float> {both.name}, float {other.name}, i32 1", "<2 x float>")
+                exact = f.op(f"fptrunc <2 x float> {both.name} to <2 x bfloat>", "<2 x bfloat>")
+                found.append(_scaled(f, exact, scale, zero))
+    return found
+
+
+def _byte(f: Device, word: Val, number: int) -> Val:
+    """A byte of a word, less 128, as a float."""
+    bits = ((word >> (8 * number)) & 0xFF) | 0x4B000000
+    return f.cast("bitcast", bits, "float") - (8388608.0 + 128.0)
+
+
+def _scaled(f: Device, codes: Val, scale: Val, zero: Val) -> Val:
+    less = f.op(f"fsub <2 x bfloat> {codes.name}, {zero.name}", "<2 x bfloat>")
+    return f.as_type(f.op(f"fmul <2 x bfloat> {less.name}, {scale.name}", "<2 x bfloat>"), "i32")
+
+
+def inputs(f: Device, layer: Layer, words: list[Val]) -> list[Val]:
+    """bfloat16 of x that meet a chunk of weights, as i32 words, in pairs in the order of `decoded`: for floats as they lie."""
+    if not layer.scheme:
+        return words
+    found = []
+    step = 4 if SCHEMES[layer.scheme].bits == 4 else 2  # words per word of codes
+    for at in range(0, len(words), step):
+        half = step // 2
+        for i in range(half):
+            low, high = words[at + i], words[at + half + i]
+            found += [(low & 0xFFFF) | (high << 16), (low >> 16) | (high & -65536)]
+    return found
+
+
+def scale_and_zero(f: Device, layer: Layer, part: Part, row: Val, chunk: Val) -> tuple[Val, Val]:
+    """Of a chunk's codes, each twice, as <2 x bfloat>; see `decoded`."""
+    kind = SCHEMES[layer.scheme]
+    group = chunk * layer.codes_per_chunk / layer.group if layer.group else f.i64(0)
+    at = row * layer.groups + group
+    assert part.s is not None
+    scale = f.load_f32(part.s, at, layer.scales, lanes=1)
+    # Bytes are decoded less 128, codes of 4 bits plus 128.
+    offset = 128.0 if kind.bits == 4 else -128.0
+    if part.z is None:
+        zero = f.const(kind.middle + offset, "float")
+    else:
+        stored = f.load("i8", f.at(part.z, at, "uint8"))
+        zero = f.cast("uitofp", stored, "float") + offset
+    return f.twice(scale), f.twice(zero)
