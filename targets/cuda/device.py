@@ -86,6 +86,10 @@ class Device(Function):
         """16 bytes that nobody writes while the kernel runs, in one load from an address that is a multiple of 16."""
         return self.op(f"load {type_}, {address.type} {address.name}, align 16, !invariant.load !0", type_)
 
+    def load_shared16(self, address: Val) -> Val:
+        """16 bytes of shared memory, <4 x i32>, from an address that is a multiple of 16."""
+        return self.op(f"load <4 x i32>, {address.type} {address.name}, align 16", "<4 x i32>")
+
     def copy16(self, to: Val, source: Val) -> None:
         """Begin to copy 16 bytes from the GPU's memory into shared memory; see `copies_done`."""
         self.run(f"{self.prefix}cp.async.cg.shared.global.16", to, source)

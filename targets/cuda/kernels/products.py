@@ -194,9 +194,7 @@ def _coded(p: _Product, lane: Val, warp_row: Val, warp_column: Val) -> Callable[
                 both = []
                 for half in (0, 1):
                     at = f.at(rows, f.place(warp_row + 16 * i + line + 8 * half, place, p.chunks), "i8")
-                    both.append(
-                        inputs(f, layer, f.words(f.op(f"load <4 x i32>, {at.type} {at.name}, align 16", "<4 x i32>")))
-                    )
+                    both.append(inputs(f, layer, f.words(f.load_shared16(at))))
                 left.append(both)
             for output, (scale, zero) in zip(outputs, scales, strict=True):
                 at = f.at(weights, output * p.row_bytes + place * slice_bytes, "i8")

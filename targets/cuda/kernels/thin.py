@@ -1,4 +1,4 @@
-"""Linear layers of few rows on NVIDIA GPUs: weights are streamed once, straight into the registers that tensor cores multiply."""
+"""Linear layers of few rows on NVIDIA GPUs: weights are streamed once, every thread fetching what it multiplies itself."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ OUTPUTS = 16
 WARPS = 8
 ROWS = (8, 16, 32)
 """Rows of x that kernels are made for: up to so many."""
-_TOGETHER = 4  # chunks whose loads are under way at a time
+_STAGES = (
+    5  # chunks of every thread that are under way or being multiplied: enough to hide memory's latency by two blocks
+)
+_STAGE_BYTES = 2 * 16 * WARPS * WARP
 
 
 def thin(layer: Layer, rows: int, target: Target) -> DeviceKernel:
@@ -39,64 +42,75 @@ def thin(layer: Layer, rows: int, target: Target) -> DeviceKernel:
     first_row = f.block("y") * rows
     lines = [f.minimum(first_row + line + 8 * c, m - 1) for c in range(columns)]
 
-    def load(number: Val) -> tuple[list[list[Val]], list[list[Val]]]:
-        """A chunk of both rows of W, and of the rows of x."""
-        weights = [
-            f.words(f.load16("<4 x i32>", f.at(part.w, row * layer.row_bytes + number * 16, "i8"))) for row in places
-        ]
-        given_x = []
-        for row in lines:
-            words: list[Val] = []
-            for piece in range(chunk // 8):
-                at = f.at(x, row * layer.k + number * chunk + 8 * piece, "bfloat16")
-                words += f.words(f.load16("<4 x i32>", at))
-            given_x.append(inputs(f, layer, words))
-        return weights, given_x
+    def source(number: Val, half: int) -> Val:
+        """Where a chunk of one of both rows of W is."""
+        return f.at(part.w, places[half] * layer.row_bytes + number * 16, "i8")
 
-    def multiply(number: Val, loaded: tuple[list[list[Val]], list[list[Val]]], sums: list[Val]) -> list[Val]:
-        weights, given_x = loaded
+    def multiply(number: Val, words: list[Val], sums: list[Val], inside: Val | None = None) -> list[Val]:
+        """Add the products of a chunk; what isn't `inside` counts as zeros."""
+        weights = [words[:4], words[4:]]
         if layer.scheme:
             weights = [
-                decoded(f, layer, words, *scale_and_zero(f, layer, part, row, number))
-                for row, words in zip(places, weights, strict=True)
+                decoded(f, layer, own, *scale_and_zero(f, layer, part, row, number))
+                for row, own in zip(places, weights, strict=True)
             ]
+        if inside is not None:
+            weights = [[f.select(inside, w, 0) for w in own] for own in weights]
         result = list(sums)
-        for i in range(0, chunk // 2, 2):
-            a = [weights[0][i], weights[1][i], weights[0][i + 1], weights[1][i + 1]]
-            for c in range(columns):
-                result[4 * c : 4 * c + 4] = f.mma(a, given_x[c][i : i + 2], result[4 * c : 4 * c + 4])
+        for c, row in enumerate(lines):
+            words_of_x: list[Val] = []
+            for piece in range(chunk // 8):
+                at = f.at(x, row * layer.k + number * chunk + 8 * piece, "bfloat16")
+                words_of_x += f.words(f.load16("<4 x i32>", at))
+            pairs = inputs(f, layer, words_of_x)
+            if inside is not None:
+                pairs = [f.select(inside, p, 0) for p in pairs]
+            for i in range(0, chunk // 2, 2):
+                a = [weights[0][i], weights[1][i], weights[0][i + 1], weights[1][i + 1]]
+                result[4 * c : 4 * c + 4] = f.mma(a, pairs[i : i + 2], result[4 * c : 4 * c + 4])
         return result
-
-    def blank(loaded: tuple[list[list[Val]], list[list[Val]]], inside: Val) -> tuple[list[list[Val]], list[list[Val]]]:
-        """Zeros where a chunk lies behind the end of the rows."""
-        weights, given_x = ([[f.select(inside, w, 0) for w in words] for words in side] for side in loaded)
-        return weights, given_x
 
     step = 4 * WARPS  # chunks of all warps
     begin = warp * 4 + place
+    count = 4 * columns
+    turns = chunks // step  # in which every warp has a chunk for each of its threads
+    sums = [f.const(0.0, "float")] * count
+    held = f.shared(max(WARPS * OUTPUTS * rows * 4, _STAGES * _STAGE_BYTES if turns else 0))
 
-    def several(first: Val, sums: list[Val]) -> list[Val]:
-        loaded = [load(first + i * step) for i in range(_TOGETHER)]
-        for i, one in enumerate(loaded):
-            sums = multiply(first + i * step, one, sums)
-        return sums
+    def slot(turn: Val, half: int) -> Val:
+        """This thread's own place for a chunk under way: nobody else reads it."""
+        return f.at(held, turn % _STAGES * _STAGE_BYTES + (thread * 16 + half * (_STAGE_BYTES // 2)), "i8")
+
+    def fetch(turn: Val) -> None:
+        for half in (0, 1):
+            f.copy16(slot(turn, half), source(begin + turn * step, half))
+
+    def turned(turn: Val, sums: list[Val]) -> list[Val]:
+        f.copies_done(_STAGES - 2)
+        words = [w for half in (0, 1) for w in f.words(f.load_shared16(slot(turn, half)))]
+        later = turn + (_STAGES - 1)
+        f.when(later < turns, lambda: fetch(later))
+        f.commit_copies()
+        return multiply(begin + turn * step, words, sums)
+
+    if turns:
+        for early in range(_STAGES - 1):
+            if early < turns:
+                fetch(f.i64(early))
+            f.commit_copies()
+        *sums, _ = f.loop(0, turns, 1, sums, turned)
+        f.barrier()  # shared memory is used anew
 
     def single(first: Val, sums: list[Val]) -> list[Val]:
         number = first + place
-        inside = number < chunks
-        held = f.minimum(number, chunks - 1)
-        one = load(held) if chunks % 4 == 0 else blank(load(held), inside)
-        return multiply(held, one, sums)
+        at = number if chunks % 4 == 0 else f.minimum(number, chunks - 1)
+        words = [w for half in (0, 1) for w in f.words(f.load16("<4 x i32>", source(at, half)))]
+        return multiply(at, words, sums, None if chunks % 4 == 0 else number < chunks)
 
-    # All threads of a warp must multiply together: bounds are of the warp's first thread.
-    sums = [f.const(0.0, "float")] * (4 * columns)
-    whole = chunks // (step * _TOGETHER) * (step * _TOGETHER)
-    if whole:
-        *sums, _ = f.loop(begin, begin + whole, step * _TOGETHER, sums, several)
-    if chunks > whole:
-        *sums, _ = f.loop(warp * 4 + whole, chunks, step, sums, single)
+    # All threads of a warp must multiply together: bounds are those of its first thread.
+    if chunks > turns * step:
+        *sums, _ = f.loop(warp * 4 + turns * step, chunks, step, sums, single)
 
-    held = f.shared(WARPS * OUTPUTS * rows * 4)
     for c in range(columns):
         for i in range(4):
             output, row = line + 8 * (i // 2), place * 2 + (i % 2 + 8 * c)
