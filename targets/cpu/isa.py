@@ -24,7 +24,7 @@ from jisu.targets.target import Target
 FLOATS = ("float32", "bfloat16", "float16")
 C_CALL = 1
 """TVM's number of a calling convention other than its own."""
-_STORED = {
+STORED = {
     "float32": "float",
     "bfloat16": "i16",
     "float16": "half",
@@ -33,6 +33,7 @@ _STORED = {
     "bool": "i8",
     "uint8": "i8",
 }
+"""As what LLVM type elements of a dtype stand in memory."""
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2, "int64": 8, "int32": 4, "bool": 1, "int8": 1, "uint8": 1}
 
 
@@ -331,7 +332,7 @@ class Function:
 
     def at(self, base: Val, index: Val | int, dtype: str) -> Val:
         """The address of element `index` of an array of `dtype` at `base`."""
-        scalar = _STORED.get(dtype, dtype)
+        scalar = STORED.get(dtype, dtype)
         text = f"getelementptr inbounds {scalar}, {base.type} {base.name}, i64 {self.i64(index).name}"
         return self.op(text, base.type)
 
@@ -369,7 +370,7 @@ class Function:
 
     def load_f32(self, base: Val, index: Val | int, dtype: str, mask: Val | None = None, lanes: int = 0) -> Val:
         """`lanes` (a full vector unless given) floats of `dtype` from base[index], widened to float32."""
-        raw = self.load_raw(_STORED[dtype], self.at(base, index, dtype), mask, lanes)
+        raw = self.load_raw(STORED[dtype], self.at(base, index, dtype), mask, lanes)
         return self.widen(raw, dtype)
 
     def widen(self, raw: Val, dtype: str) -> Val:

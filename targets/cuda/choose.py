@@ -8,8 +8,9 @@ from jisu.compiler import ops
 from jisu.compiler.errors import TargetError
 from jisu.compiler.graph import Node
 from jisu.compiler.types import Dim, product
-from jisu.targets.cpu.isa import require_activation
-from jisu.targets.cuda.kernels import products, thin
+from jisu.targets.cpu.isa import FLOATS, require_activation
+from jisu.targets.cuda.kernels import norm, products, thin
+from jisu.targets.cuda.kernels.attention import QUERIES, Form, attend_token, attend_tokens, merge_parts
 from jisu.targets.cuda.kernels.layers import Layer
 from jisu.targets.cuda.lowering import DeviceCall, DeviceFunction
 from jisu.targets.steps import Argument, Choosers, Kernel
@@ -27,7 +28,7 @@ def _layer(layer: Layer, rows: Dim, operands: tuple[int, ...], target: Target) -
     require_activation(layer.activation)
     numbers: tuple[int | tuple[str, Dim], ...] = tuple(range(len(layer.parameters) - 1))
     arguments = (*numbers, ("size", rows))
-    variants = []
+    variants: list[tuple[tuple[tuple[Dim, int], ...], tuple[DeviceCall, ...]]] = []
     for most in thin.ROWS:
         kernel = thin.thin(layer, most, target)
         call = DeviceCall(kernel, (layer.tiles(thin.OUTPUTS), _ceiling(rows, most), 1), arguments)
@@ -96,7 +97,97 @@ def _quantized(node: Node, target: Target) -> Kernel | None:
     return _layer(layer, product(x.shape[:-1]), (0, 1, 2, *_present(node, 3, 4, 5)), target)
 
 
+_KEYS_PER_PART = 256  # of one token's attention, at least, so that parts are worth their merging
+_PARTS = 32
+_MOST_SHARING = 8  # query heads of a key, whose sums a thread of `attend_token` holds in registers
+
+
+def _form(q: Node, kv_heads: int, width: object, target: Target, **how: object) -> Form | None:
+    """How attention works on these heads, or None where no kernel does it."""
+    heads, head_dim = int(q.shape[2]), int(q.shape[3])  # type: ignore[call-overload]
+    if q.dtype != "bfloat16" or width != head_dim or head_dim not in (64, 128) or heads // kv_heads > _MOST_SHARING:
+        return None
+    return Form(heads, kv_heads, head_dim, **how)  # type: ignore[arg-type]
+
+
+def _attention(node: Node, target: Target) -> Kernel | None:
+    q, k, v, bias, sinks = node.operands
+    assert q is not None and k is not None and v is not None
+    form = _form(
+        q, int(k.shape[2]), v.shape[3], target, scale=node.scale, layout="plain", causal=node.causal, window=node.window,
+        softcap=node.softcap, sinks=sinks is not None,
+    )  # type: ignore[call-overload]  # fmt: skip
+    if form is None or bias is not None:
+        return None
+    batch, rows = q.shape[:2]
+    operands = (0, 1, 2, *_present(node, 4))
+    arguments = (*range(len(operands) + 1), ("size", rows), ("size", k.shape[1]))
+    grid = (_ceiling(rows, QUERIES), form.heads, batch)
+    calls = (DeviceCall(attend_tokens(form, target), grid, arguments),)
+    return Kernel(DeviceFunction((((), calls),)), tuple(Argument(i) for i in operands))
+
+
+def _attention_cached(node: Node, target: Target) -> Kernel | None:
+    q, keys, _, _, _, table, sinks = node.operands
+    assert q is not None and keys is not None
+    contiguous = keys.op is ops.cache_append and not keys.attributes["ring"]
+    layout = "paged" if table is not None else "contiguous" if contiguous else "ring"
+    form = _form(
+        q, int(keys.shape[1]), node.shape[3], target, scale=node.scale, layout=layout,
+        page=int(keys.shape[2]) if table is not None else 0, window=node.window, softcap=node.softcap, sinks=sinks is not None,
+    )  # type: ignore[call-overload]  # fmt: skip
+    if form is None or node.scheme != "none":
+        return None
+    batch, rows = q.shape[:2]
+    cap = keys.shape[2] if table is None else table.shape[1]
+    slots = cap if table is None else cap * keys.shape[2]
+    wanted = min(node.window, slots) if node.window and isinstance(slots, int) else node.window or slots
+    parts = sympy.Min(_ceiling(wanted, _KEYS_PER_PART), _PARTS) if not isinstance(wanted, int) else min(
+        _ceiling(wanted, _KEYS_PER_PART), _PARTS
+    )  # fmt: skip
+    heads, width = form.heads, form.head_dim
+    # Operands: q, keys, values, the table, length, start, sinks; behind them the result, then the parts' states.
+    operands = (0, 1, 2, *_present(node, 5), 4, 3, *_present(node, 6))
+    count = len(operands)
+    result, states = count, count + 1
+    over_keys = tuple(range(count - form.sinks))
+    sink = (count - 1,) if form.sinks else ()
+    one = (
+        DeviceCall(
+            attend_token(form, target), (parts, form.kv_heads, batch),
+            (*over_keys, states, ("size", cap), ("size", parts)),
+        ),
+        DeviceCall(merge_parts(form, target), (batch * heads, 1, 1), (states, *sink, result, ("size", parts))),
+    )  # fmt: skip
+    grid = (_ceiling(rows, QUERIES), heads, batch)
+    many = DeviceCall(attend_tokens(form, target), grid, (*over_keys, *sink, result, ("size", rows), ("size", cap)))
+    scratch = (batch * heads * parts * (width + 2) * 4,)
+    function = DeviceFunction(((((rows, 1),), one), ((), (many,))), scratch)
+    return Kernel(function, tuple(Argument(i) for i in operands))
+
+
+def _norm(node: Node, target: Target) -> Kernel | None:
+    x, *given = node.operands
+    assert x is not None
+    width = x.shape[-1]
+    if not isinstance(width, int) or x.dtype not in FLOATS:
+        return None
+    rms = node.op is ops.rms_norm
+    how = norm.Norm(
+        width, x.dtype, node.eps, rms, given[0] is not None, len(given) > 1 and given[1] is not None,
+        node.offset if rms else 0.0, bool(rms and node.round_first),
+    )  # fmt: skip
+    rows = product(x.shape[:-1])
+    operands = (0, *_present(node, *range(1, len(node.operands))))
+    call = DeviceCall(norm.normed(how, target), (rows, 1, 1), tuple(range(len(operands) + 1)))
+    return Kernel(DeviceFunction((((), (call,)),)), tuple(Argument(i) for i in operands))
+
+
 CHOOSERS: Choosers = {
+    ops.attention: _attention,
+    ops.attention_cached: _attention_cached,
+    ops.rms_norm: _norm,
+    ops.layer_norm: _norm,
     ops.packed_linear: _linear,
     ops.packed_gated_linear: _gated,
     ops.packed_projections: _projections,

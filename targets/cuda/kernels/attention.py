@@ -1,21 +1,86 @@
-"""Attention on NVIDIA GPUs over a contiguous cache: of one token split along its keys, of many tokens on tensor cores."""
+"""Attention on NVIDIA GPUs: of one token split along its keys, of many tokens on tensor cores."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+
+import attrs
 
 from jisu.compiler.errors import TargetError
 from jisu.targets.cpu.isa import Val
 from jisu.targets.cuda.device import WARP, Device, DeviceKernel
-from jisu.targets.cuda.kernels.products import EIGHT, floats
+from jisu.targets.cuda.kernels.products import EIGHT
 from jisu.targets.target import Target
-
-# --- Attention of one token ---------------------------------------------------------------------------------------------
 
 _LOG2_E = 1.4426950408889634
 _LOW = -1e30  # stands for minus infinity, without the NaN of its difference with itself
 _ATTENTION_WARPS = 4
+LAYOUTS = ("contiguous", "ring", "paged", "plain")
+
+
+@attrs.frozen
+class Form:
+    """What is attended to, and how.
+
+    layout: of keys and values: "contiguous" [b, kv_heads, cap, d], "ring" (a slot is the position modulo cap), "paged" [pages, kv_heads,
+    page, d] behind a table int32 [b, cap] of page numbers, or "plain" [b, cap, kv_heads, d] without a cache. causal: always with a cache.
+    window, softcap: 0 for none. sinks: bfloat16 [heads] that join the denominators.
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scale: float
+    layout: str = "contiguous"
+    page: int = 0
+    causal: bool = True
+    window: int = 0
+    softcap: float = 0.0
+    sinks: bool = False
+
+    @property
+    def cached(self) -> bool:
+        """Whether keys come from a cache, to which `start` and `length` belong."""
+        return self.layout != "plain"
+
+    @property
+    def pointers(self) -> list[str]:
+        """Tensors that every kernel over the keys takes, in order."""
+        own = ["table"] if self.layout == "paged" else []
+        return ["q", "k", "v", *own, *(["start", "length"] if self.cached else [])]
+
+    def row(self, f: Device, b: Val, head: Val, cap: Val, table: Val | None) -> Callable[[Val], Val]:
+        """The number of a key's row of `head_dim` elements, by its position."""
+        if self.layout == "plain":
+            return lambda key: (b * cap + key) * self.kv_heads + head
+        if table is not None:
+
+            def paged(key: Val) -> Val:
+                page = f.cast("sext", f.load("i32", f.at(table, b * cap + key / self.page, "i32")), "i64")
+                return (page * self.kv_heads + head) * self.page + key % self.page
+
+            return paged
+        base = (b * self.kv_heads + head) * cap
+        return lambda key: base + (key % cap if self.layout == "ring" else key)
+
+    def softened(self, f: Device, product: Val) -> Val:
+        """A score in powers of two, from the product of a query and a key."""
+        if not self.softcap:
+            return product * (self.scale * _LOG2_E)
+        return f.tanh(product * (self.scale / self.softcap)) * (self.softcap * _LOG2_E)
+
+
+def floats(f: Device, words: Val, count: int) -> list[Val]:
+    """The bfloat16 in i32 words, in order, as float32."""
+    found = []
+    for i in range(count):
+        word = f.op(f"extractelement {words.type} {words.name}, i32 {i}", "i32")
+        found += [f.cast("bitcast", part, "float") for part in (word << 16, word & -65536)]
+    return found
+
+
+# --- Attention of one token ---------------------------------------------------------------------------------------------
 
 
 def _check(heads: int, kv_heads: int, head_dim: int, known: Sequence[int]) -> None:
@@ -25,45 +90,45 @@ def _check(heads: int, kv_heads: int, head_dim: int, known: Sequence[int]) -> No
         raise TargetError(f"heads of {head_dim} channels: attention has kernels for {', '.join(map(str, known))}")
 
 
-def attend_token(
-    heads: int, kv_heads: int, head_dim: int, target: Target, *, scale: float, window: int | None = None
-) -> DeviceKernel:
-    """Attention of one new token per sequence over a contiguous cache, split along the keys, whose parts `merge_parts` joins.
+def attend_token(form: Form, target: Target) -> DeviceKernel:
+    """Attention of one new token per sequence over a cache, split along the keys, whose parts `merge_parts` joins.
 
-    Parameters: q[b, heads, head_dim], k and v[b, kv_heads, cap, head_dim] (bfloat16, at multiples of 16 bytes), start[b] and length[1] (int64:
+    Parameters: q[b, heads, head_dim], k and v (bfloat16, at multiples of 16 bytes), the table of a paged cache, start[b] and length[1] (int64:
     slots of padding, and of keys before the new one, which is in the cache already), states float32 [b, heads, parts, head_dim + 2], cap,
     parts. A block does a part of the keys for all query heads that share them: each key is read once. Grid: (parts, kv_heads, b).
     Source: FlashDecoding (Dao et al., 2023). Raises TargetError for head dimensions other than 64, 128 and 256,
     and unless heads are a multiple of kv_heads.
     """
+    heads, kv_heads, head_dim = form.heads, form.kv_heads, form.head_dim
     _check(heads, kv_heads, head_dim, (64, 128, 256))
     group, lanes = heads // kv_heads, head_dim // EIGHT  # query heads per key; threads that read a key together
     at_once = WARP // lanes  # keys that a warp reads at once
     warps = _ATTENTION_WARPS
-    names = ("q", "k", "v", "start", "length", "states")
+    names = [*form.pointers, "states"]
     f = Device("attend_token", [*(("ptr", p) for p in names), ("i64", "cap"), ("i64", "parts")], target, warps * WARP)
     *pointers, cap, parts = f.params()
-    q, k, v, start, length, states = (f.memory(p) for p in pointers)
+    given = {name: f.memory(p) for name, p in zip(names, pointers, strict=True)}
+    q, k, v, start, length, states = (given[n] for n in ("q", "k", "v", "start", "length", "states"))
     part, kv, b = f.block(), f.block("y"), f.block("z")
     thread = f.thread()
     lane, warp = thread % WARP, thread / WARP
     channel, own_key = lane % lanes * EIGHT, lane / lanes
     total = f.load("i64", length) + 1
     low = f.load("i64", f.at(start, b, "int64"))
-    if window is not None:
-        low = f.maximum(low, total - window)
+    if form.window:
+        low = f.maximum(low, total - form.window)
     share = (total - low + parts - 1) / parts
     begin = low + share * part
     end = f.minimum(total, begin + share)
-    head0, cache = b * heads + kv * group, (b * kv_heads + kv) * cap
+    head0, row_of = b * heads + kv * group, form.row(f, b, kv, cap, given.get("table"))
     queries = []
     for g in range(group):
         words = f.load16("<4 x i32>", f.at(q, (head0 + g) * head_dim + channel, "bfloat16"))
-        queries.append([x * (scale * _LOG2_E) for x in floats(f, words, 4)])
+        queries.append(floats(f, words, 4))
 
     def step(first: Val, carried: list[Val]) -> list[Val]:
         key = first + own_key
-        there, place = key < end, (cache + f.minimum(key, end - 1)) * head_dim + channel
+        there, place = key < end, row_of(f.minimum(key, end - 1)) * head_dim + channel
         keys, values = (floats(f, f.load16("<4 x i32>", f.at(x, place, "bfloat16")), 4) for x in (k, v))
         new = []
         for g in range(group):
@@ -71,7 +136,7 @@ def attend_token(
             dot = f.const(0.0, "float")
             for x, y in zip(queries[g], keys, strict=True):
                 dot = f.fma(x, y, dot)
-            score = f.select(there, f.sum_of_lanes(dot, lanes), _LOW)
+            score = f.select(there, form.softened(f, f.sum_of_lanes(dot, lanes)), _LOW)
             higher = f.maximum(top, score)
             factor, weight = f.exp2(top - higher), f.select(there, f.exp2(score - higher), 0.0)
             new += [higher, f.fma(total_weight, factor, weight)]
@@ -128,21 +193,27 @@ def _joined(f: Device, a: list[Val], b: list[Val]) -> list[Val]:
     return [top, *(f.fma(x, by_a, y * by_b) for x, y in zip(a[1:], b[1:], strict=True))]
 
 
-def merge_parts(head_dim: int, target: Target) -> DeviceKernel:
+def merge_parts(form: Form, target: Target) -> DeviceKernel:
     """out[rows, head_dim] (bfloat16) of the parts that `attend_token` left: states float32 [rows, parts, head_dim + 2].
 
-    Parameters: states, out, parts. Grid: rows.
+    Parameters: states, the sinks if there are any, out, parts. Grid: rows.
     """
-    f = Device("merge_parts", [("ptr", "states"), ("ptr", "out"), ("i64", "parts")], target, head_dim)
+    head_dim = form.head_dim
+    names = ["states", *(["sinks"] if form.sinks else []), "out"]
+    f = Device("merge_parts", [*(("ptr", n) for n in names), ("i64", "parts")], target, head_dim)
     *pointers, parts = f.params()
-    states, out = (f.memory(p) for p in pointers)
+    given = {name: f.memory(p) for name, p in zip(names, pointers, strict=True)}
+    states, out = given["states"], given["out"]
     row, channel, size = f.block(), f.thread(), head_dim + 2
 
     def step(part: Val, carried: list[Val]) -> list[Val]:
         here = f.at(states, (row * parts + part) * size, "float32")
         return _joined(f, carried, [f.load("float", f.at(here, i, "float32")) for i in (0, 1, channel + 2)])
 
-    _, weight, value, _ = f.loop(0, parts, 1, [f.const(x, "float") for x in (_LOW, 0.0, 0.0)], step)
+    top, weight, value, _ = f.loop(0, parts, 1, [f.const(x, "float") for x in (_LOW, 0.0, 0.0)], step)
+    if form.sinks:
+        sink = f.load_f32(given["sinks"], row % form.heads, "bfloat16", lanes=1) * _LOG2_E
+        _, weight, value = _joined(f, [top, weight, value], [sink, f.const(1.0, "float"), f.const(0.0, "float")])
     f.store_f32(value / weight, out, row * head_dim + channel, "bfloat16")
     return f.built()
 
@@ -173,41 +244,44 @@ def _soften(
     sums[:] = [x * factors[i // 2 % 2] for i, x in enumerate(sums)]
 
 
-def attend_tokens(
-    heads: int, kv_heads: int, head_dim: int, target: Target, *, scale: float, window: int | None = None
-) -> DeviceKernel:
-    """Causal attention of many new tokens over a contiguous cache that holds them: a running softmax, both products on tensor cores.
+def attend_tokens(form: Form, target: Target) -> DeviceKernel:
+    """Attention of many tokens over keys of a cache that holds theirs, too, or over keys given: a running softmax, both products on tensor cores.
 
-    Parameters: q and out[b, s, heads, head_dim], k and v[b, kv_heads, cap, head_dim] (bfloat16, at multiples of 16 bytes), start[b] and
-    length[1] (int64: slots of padding, and of keys before the new ones), s, cap. Tiles that no row sees are skipped. A row that sees nothing
-    (padding) becomes zeros. Grid: (ceil(s / `QUERIES`), heads, b). Source: FlashAttention-2 (Dao, 2023). Raises TargetError for head
-    dimensions other than 64 and 128, and unless heads are a multiple of kv_heads.
+    Parameters: q[b, s, heads, head_dim], k and v (bfloat16, at multiples of 16 bytes), the table of a paged cache, with a cache start[b] and
+    length[1] (int64: slots of padding, and of keys before the new ones), the sinks if there are any, out like q, s, cap. Tiles that no row
+    sees are skipped. A row that sees nothing (padding) becomes zeros. Grid: (ceil(s / `QUERIES`), heads, b). Source: FlashAttention-2 (Dao,
+    2023). Raises TargetError for head dimensions other than 64 and 128, and unless heads are a multiple of kv_heads.
     """
+    heads, kv_heads, head_dim, window = form.heads, form.kv_heads, form.head_dim, form.window
     _check(heads, kv_heads, head_dim, (64, 128))
     warps = QUERIES // 16
     threads = warps * WARP
-    names = ("q", "k", "v", "start", "length", "out")
+    names = [*form.pointers, *(["sinks"] if form.sinks else []), "out"]
     f = Device("attend_tokens", [*(("ptr", p) for p in names), ("i64", "s"), ("i64", "cap")], target, threads)
     *pointers, s, cap = f.params()
-    q, k, v, start, length, out = (f.memory(p) for p in pointers)
+    given = {name: f.memory(p) for name, p in zip(names, pointers, strict=True)}
+    q, k, v, out = (given[n] for n in ("q", "k", "v", "out"))
     row0, head, b = f.block() * QUERIES, f.block("y"), f.block("z")
     thread = f.thread()
     lane, warp = thread % WARP, thread / WARP
     matrix, line = lane / 8, lane % 8
-    past, pad = f.load("i64", length), f.load("i64", f.at(start, b, "int64"))
-    total = past + s
-    lowest = pad if window is None else f.maximum(pad, past + row0 - (window - 1))
-    highest = f.minimum(total, past + row0 + QUERIES)
+    if form.cached:
+        past, pad = f.load("i64", given["length"]), f.load("i64", f.at(given["start"], b, "int64"))
+        total = past + s
+    else:
+        past, pad, total = cap - s, f.i64(0), cap
+    lowest = f.maximum(pad, past + row0 - (window - 1)) if window else pad
+    highest = f.minimum(total, past + row0 + QUERIES) if form.causal else total
     chunks, row_bytes = head_dim // EIGHT, 2 * head_dim
     tile_bytes = KEYS * row_bytes
     held_q, held = f.shared(QUERIES * row_bytes), f.shared(4 * tile_bytes)  # keys and values, twice
-    cache = (b * kv_heads + head / (heads // kv_heads)) * cap
+    row_of = form.row(f, b, head / (heads // kv_heads), cap, given.get("table"))
 
     def fetch(first: Val, to: Val) -> None:
         """Begin to copy keys and values from `first` on; beyond the last they are copies of it, which no row sees."""
 
         def key(row: Val) -> Val:
-            return (cache + f.minimum(first + row, total - 1)) * head_dim
+            return row_of(f.minimum(first + row, total - 1)) * head_dim
 
         f.copy_tile(to, k, KEYS, chunks, key)
         f.copy_tile(f.at(to, tile_bytes, "i8"), v, KEYS, chunks, key)
@@ -223,7 +297,8 @@ def attend_tokens(
         for step in range(head_dim // 16)
     ]
     positions = [past + row0 + warp * 16 + lane / 4 + 8 * half for half in (0, 1)]  # of this thread's two rows
-    lows = [pad if window is None else f.maximum(pad, p - (window - 1)) for p in positions]
+    lows = [f.maximum(pad, p - (window - 1)) if window else pad for p in positions]
+    lasts = [f.minimum(p, total - 1) for p in positions] if form.causal else [total - 1, total - 1]
     score_tiles, value_tiles = KEYS // 8, head_dim // 8
     zero = f.const(0.0, "float")
 
@@ -246,9 +321,9 @@ def attend_tokens(
         seen = []
         for i, score in enumerate(scores):
             key, half = first + 8 * (i // 4) + (lane % 4 * 2 + i % 2), i // 2 % 2
-            visible = f.op(f"and i1 {(key <= positions[half]).name}, {(key >= lows[half]).name}", "i1")
+            visible = f.op(f"and i1 {(key <= lasts[half]).name}, {(key >= lows[half]).name}", "i1")
             seen.append(visible)
-            scores[i] = f.select(visible, score * (scale * _LOG2_E), _LOW)
+            scores[i] = f.select(visible, form.softened(f, score), _LOW)
         _soften(f, scores, seen, tops, weights, sums)
         values = f.at(here, tile_bytes, "i8")
         for part in range(KEYS // 16):
@@ -264,9 +339,15 @@ def attend_tokens(
     state = [*[f.const(_LOW, "float")] * 2, zero, zero, *[zero] * (4 * value_tiles)]
     *state, _ = f.loop(begin, highest, KEYS, state, step)
     shares = []
-    for weight in state[2:4]:
+    for top, weight in zip(state[:2], state[2:4], strict=True):
         whole = f.sum_of_lanes(weight, 4)
-        shares.append(f.select(whole > 0.0, 1.0 / whole, 0.0))
+        if form.sinks:
+            sink = f.load_f32(given["sinks"], head, "bfloat16", lanes=1) * _LOG2_E
+            higher = f.maximum(top, sink)
+            kept = f.exp2(top - higher)
+            shares.append(kept / f.fma(whole, kept, f.exp2(sink - higher)))
+        else:
+            shares.append(f.select(whole > 0.0, 1.0 / whole, 0.0))
     for half in (0, 1):
         row = row0 + warp * 16 + lane / 4 + 8 * half
 

@@ -26,114 +26,135 @@ def thin(layer: Layer, rows: int, target: Target) -> DeviceKernel:
     warps meet in shared memory in a fixed order, which depends on k alone. Raises TargetError for a layer that it can't read.
     """
     layer.require()
-    f = Device(f"thin{rows}_{layer.name}", layer.parameters, target, WARPS * WARP)
-    part = part_of(f, layer, f.block(), OUTPUTS)
-    given = {name: value for (_, name), value in zip(layer.parameters, f.params(), strict=True)}
-    x, m = f.memory(given["x"]), given["m"]
-    residual = f.memory(given["r"]) if layer.residual else None
-    thread = f.thread()
-    lane, warp = thread % WARP, thread / WARP
-    line, place = lane / 4, lane % 4
-    columns = rows // 8
-    chunk = layer.codes_per_chunk
-    chunks = layer.k // chunk
-    # Rows beyond the last are copies of it, whose results nobody stores.
-    places = [f.minimum(part.first + line + 8 * half, part.rows - 1) for half in (0, 1)]
-    first_row = f.block("y") * rows
-    lines = [f.minimum(first_row + line + 8 * c, m - 1) for c in range(columns)]
+    t = _Thin(layer, rows, target)
+    t.leave(t.sums())
+    return t.f.built()
 
-    def source(number: Val, half: int) -> Val:
+
+class _Thin:
+    """The kernel under construction."""
+
+    def __init__(self, layer: Layer, rows: int, target: Target) -> None:
+        f = self.f = Device(f"thin{rows}_{layer.name}", layer.parameters, target, WARPS * WARP)
+        self.layer, self.rows = layer, rows
+        given = {name: value for (_, name), value in zip(layer.parameters, f.params(), strict=True)}
+        self.x, self.m = f.memory(given["x"]), given["m"]
+        self.residual = f.memory(given["r"]) if layer.residual else None
+        self.part = part_of(f, layer, f.block(), OUTPUTS)
+        self.thread = f.thread()
+        lane, self.warp = self.thread % WARP, self.thread / WARP
+        self.line, self.place = lane / 4, lane % 4
+        self.columns = rows // 8
+        self.chunk = layer.codes_per_chunk
+        self.chunks = layer.k // self.chunk
+        self.step = 4 * WARPS  # chunks of all warps
+        self.turns = self.chunks // self.step  # in which every thread has a chunk
+        self.begin = self.warp * 4 + self.place
+        self.first_row = f.block("y") * rows
+        # Rows beyond the last are copies of it, whose results nobody stores.
+        self.places = [f.minimum(self.part.first + self.line + 8 * half, self.part.rows - 1) for half in (0, 1)]
+        self.lines = [f.minimum(self.first_row + self.line + 8 * c, self.m - 1) for c in range(self.columns)]
+        self.held = f.shared(max(WARPS * OUTPUTS * rows * 4, _STAGES * _STAGE_BYTES if self.turns else 0))
+
+    def sums(self) -> list[Val]:
+        """The sums of this thread's chunks: per eight rows of x those of `mma`."""
+        f = self.f
+        sums = [f.const(0.0, "float")] * (4 * self.columns)
+        if self.turns:
+            for early in range(_STAGES - 1):
+                if early < self.turns:
+                    self.fetch(f.i64(early))
+                f.commit_copies()
+            *sums, _ = f.loop(0, self.turns, 1, sums, self.turn)
+            f.barrier()  # shared memory is used anew
+        # All threads of a warp must multiply together: bounds are those of its first thread.
+        if self.chunks > self.turns * self.step:
+            *sums, _ = f.loop(self.warp * 4 + self.turns * self.step, self.chunks, self.step, sums, self.single)
+        return sums
+
+    def source(self, number: Val, half: int) -> Val:
         """Where a chunk of one of both rows of W is."""
-        return f.at(part.w, places[half] * layer.row_bytes + number * 16, "i8")
+        return self.f.at(self.part.w, self.places[half] * self.layer.row_bytes + number * 16, "i8")
 
-    def multiply(number: Val, words: list[Val], sums: list[Val], inside: Val | None = None) -> list[Val]:
+    def slot(self, turn: Val, half: int) -> Val:
+        """This thread's own place for a chunk under way: nobody else reads it."""
+        own = self.thread * 16 + half * (_STAGE_BYTES // 2)
+        return self.f.at(self.held, turn % _STAGES * _STAGE_BYTES + own, "i8")
+
+    def fetch(self, turn: Val) -> None:
+        """Begin to copy this thread's chunks of a turn."""
+        for half in (0, 1):
+            self.f.copy16(self.slot(turn, half), self.source(self.begin + turn * self.step, half))
+
+    def turn(self, turn: Val, sums: list[Val]) -> list[Val]:
+        """A turn's products, while later chunks are under way."""
+        f = self.f
+        f.copies_done(_STAGES - 2)
+        words = [w for half in (0, 1) for w in f.words(f.load_shared16(self.slot(turn, half)))]
+        later = turn + (_STAGES - 1)
+        f.when(later < self.turns, lambda: self.fetch(later))
+        f.commit_copies()
+        return self.multiply(self.begin + turn * self.step, words, sums, None)
+
+    def single(self, first: Val, sums: list[Val]) -> list[Val]:
+        """The products of a chunk behind the last whole turn."""
+        f, number, whole = self.f, first + self.place, self.chunks % 4 == 0
+        at = number if whole else f.minimum(number, self.chunks - 1)
+        words = [w for half in (0, 1) for w in f.words(f.load16("<4 x i32>", self.source(at, half)))]
+        return self.multiply(at, words, sums, None if whole else number < self.chunks)
+
+    def multiply(self, number: Val, words: list[Val], sums: list[Val], inside: Val | None) -> list[Val]:
         """Add the products of a chunk; what isn't `inside` counts as zeros."""
-        weights = [words[:4], words[4:]]
+        f, layer, weights = self.f, self.layer, [words[:4], words[4:]]
         if layer.scheme:
             weights = [
-                decoded(f, layer, own, *scale_and_zero(f, layer, part, row, number))
-                for row, own in zip(places, weights, strict=True)
+                decoded(f, layer, own, *scale_and_zero(f, layer, self.part, row, number))
+                for row, own in zip(self.places, weights, strict=True)
             ]
         if inside is not None:
             weights = [[f.select(inside, w, 0) for w in own] for own in weights]
         result = list(sums)
-        for c, row in enumerate(lines):
+        for c, row in enumerate(self.lines):
             words_of_x: list[Val] = []
-            for piece in range(chunk // 8):
-                at = f.at(x, row * layer.k + number * chunk + 8 * piece, "bfloat16")
+            for piece in range(self.chunk // 8):
+                at = f.at(self.x, row * layer.k + number * self.chunk + 8 * piece, "bfloat16")
                 words_of_x += f.words(f.load16("<4 x i32>", at))
             pairs = inputs(f, layer, words_of_x)
             if inside is not None:
                 pairs = [f.select(inside, p, 0) for p in pairs]
-            for i in range(0, chunk // 2, 2):
+            for i in range(0, self.chunk // 2, 2):
                 a = [weights[0][i], weights[1][i], weights[0][i + 1], weights[1][i + 1]]
                 result[4 * c : 4 * c + 4] = f.mma(a, pairs[i : i + 2], result[4 * c : 4 * c + 4])
         return result
 
-    step = 4 * WARPS  # chunks of all warps
-    begin = warp * 4 + place
-    count = 4 * columns
-    turns = chunks // step  # in which every warp has a chunk for each of its threads
-    sums = [f.const(0.0, "float")] * count
-    held = f.shared(max(WARPS * OUTPUTS * rows * 4, _STAGES * _STAGE_BYTES if turns else 0))
+    def leave(self, sums: list[Val]) -> None:
+        """Join the warps' sums, finish and store the results."""
+        f, layer, part = self.f, self.layer, self.part
+        for c in range(self.columns):
+            for i in range(4):
+                output, row = self.line + 8 * (i // 2), self.place * 2 + (i % 2 + 8 * c)
+                at = (self.warp * OUTPUTS + output) * self.rows + row
+                f.store(sums[4 * c + i], f.at(self.held, at, "float32"))
+        f.barrier()
+        per_row = OUTPUTS // layer.per_weight_row
+        for begin in range(0, per_row * self.rows, WARPS * WARP):
+            number = self.thread + begin
+            output, row = number % per_row, number / per_row
+            column, at_row = part.first / layer.per_weight_row + output, self.first_row + row
 
-    def slot(turn: Val, half: int) -> Val:
-        """This thread's own place for a chunk under way: nobody else reads it."""
-        return f.at(held, turn % _STAGES * _STAGE_BYTES + (thread * 16 + half * (_STAGE_BYTES // 2)), "i8")
+            def store(output: Val = output, row: Val = row, at_row: Val = at_row, column: Val = column) -> None:
+                own = [self.total(output * layer.per_weight_row + i, row) for i in range(layer.per_weight_row)]
+                value = finished(f, layer, part, at_row, column, own, self.residual)
+                f.store_f32(value, part.y, at_row * part.n + column, layer.dtype)
 
-    def fetch(turn: Val) -> None:
-        for half in (0, 1):
-            f.copy16(slot(turn, half), source(begin + turn * step, half))
+            valid = [row < self.rows, at_row < self.m, column < part.n]
+            inside = f.op(f"and i1 {valid[0].name}, {valid[1].name}", "i1")
+            f.when(f.op(f"and i1 {inside.name}, {valid[2].name}", "i1"), store)
 
-    def turned(turn: Val, sums: list[Val]) -> list[Val]:
-        f.copies_done(_STAGES - 2)
-        words = [w for half in (0, 1) for w in f.words(f.load_shared16(slot(turn, half)))]
-        later = turn + (_STAGES - 1)
-        f.when(later < turns, lambda: fetch(later))
-        f.commit_copies()
-        return multiply(begin + turn * step, words, sums)
-
-    if turns:
-        for early in range(_STAGES - 1):
-            if early < turns:
-                fetch(f.i64(early))
-            f.commit_copies()
-        *sums, _ = f.loop(0, turns, 1, sums, turned)
-        f.barrier()  # shared memory is used anew
-
-    def single(first: Val, sums: list[Val]) -> list[Val]:
-        number = first + place
-        at = number if chunks % 4 == 0 else f.minimum(number, chunks - 1)
-        words = [w for half in (0, 1) for w in f.words(f.load16("<4 x i32>", source(at, half)))]
-        return multiply(at, words, sums, None if chunks % 4 == 0 else number < chunks)
-
-    # All threads of a warp must multiply together: bounds are those of its first thread.
-    if chunks > turns * step:
-        *sums, _ = f.loop(warp * 4 + turns * step, chunks, step, sums, single)
-
-    for c in range(columns):
-        for i in range(4):
-            output, row = line + 8 * (i // 2), place * 2 + (i % 2 + 8 * c)
-            f.store(sums[4 * c + i], f.at(held, (warp * OUTPUTS + output) * rows + row, "float32"))
-    f.barrier()
-    per_row = OUTPUTS // layer.per_weight_row
-
-    def total(output: Val, row: Val) -> Val:
-        value = f.load("float", f.at(held, output * rows + row, "float32"))
+    def total(self, output: Val, row: Val) -> Val:
+        """The sum of all warps."""
+        f = self.f
+        value = f.load("float", f.at(self.held, output * self.rows + row, "float32"))
         for w in range(1, WARPS):
-            value = value + f.load("float", f.at(held, (output + w * OUTPUTS) * rows + row, "float32"))
+            value = value + f.load("float", f.at(self.held, (output + w * OUTPUTS) * self.rows + row, "float32"))
         return value
-
-    for begin_at in range(0, per_row * rows, WARPS * WARP):
-        number = thread + begin_at
-        output, row = number % per_row, number / per_row
-        column, at_row = part.first / layer.per_weight_row + output, first_row + row
-
-        def store(output: Val = output, row: Val = row, at_row: Val = at_row, column: Val = column) -> None:
-            own = [total(output * layer.per_weight_row + i, row) for i in range(layer.per_weight_row)]
-            value = finished(f, layer, part, at_row, column, own, residual)
-            f.store_f32(value, part.y, at_row * part.n + column, layer.dtype)
-
-        inside = f.op(f"and i1 {(at_row < m).name}, {(column < part.n).name}", "i1")
-        f.when(inside, store)
-    return f.built()
