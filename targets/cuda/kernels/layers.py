@@ -77,11 +77,13 @@ class Layer:
 
     def require(self) -> None:
         """Raise TargetError unless kernels can read it: rows in whole chunks of 16 bytes, which lie in one group."""
-        chunk = self.codes_per_chunk
-        if self.dtype != "bfloat16" or self.k % max(chunk, 8) or (self.group and self.group % chunk):
-            raise TargetError(f"no kernel for GPUs reads {self.name}")
+        if self.dtype != "bfloat16":
+            raise TargetError(f"layers for GPUs compute in bfloat16, not in {self.dtype}")
         if self.scheme and (not SCHEMES[self.scheme].uniform or SCHEMES[self.scheme].bits not in (4, 8)):
             raise TargetError(f"no kernel for GPUs decodes {self.scheme}")
+        chunk = self.codes_per_chunk
+        if self.k % chunk or (self.group and self.group % chunk):
+            raise TargetError(f"{self.name}: rows or groups are no multiples of {chunk} weights")
 
 
 @attrs.frozen(eq=False)
