@@ -137,18 +137,18 @@ class DeviceExecutable:
                 f"this program was compiled for sm_{built_for[0]}{built_for[1]} and newer, and the GPU here ({self.device}) is "
                 f"sm_{here[0]}{here[1]}; compile it for that"
             )
-        fits = here[0] == built_for[0] and CUBIN in code
-        for name in (CUBIN, PTX) if fits else (PTX,):
-            if name not in code:
-                continue
+        fits = here[0] == built_for[0]
+        status = _NO_IMAGE
+        for name in [n for n in ((CUBIN, PTX) if fits else (PTX,)) if n in code]:
             module = ctypes.c_void_p()
             # PTX is text that a zero ends.
             status = self._driver.code_of("cuModuleLoadData", ctypes.byref(module), code[name] + b"\0")
             if status == 0:
                 return module
-            if status != _NO_IMAGE:
-                self._driver.fail("cuModuleLoadData", status)
-        raise ArtifactError(f"the program has no kernels that this GPU ({self.device}, sm_{here[0]}{here[1]}) runs")
+        raise TargetError(
+            f"the GPU here ({self.device}, sm_{here[0]}{here[1]}) can't load this program's kernels, which were compiled for "
+            f"sm_{built_for[0]}{built_for[1]} (error {status}): compile it for this GPU, or update NVIDIA's driver"
+        )
 
     # Memory
 

@@ -79,7 +79,7 @@ class Program:
 
     def __init__(self, parts: Compiled, num_threads: int | None = None, lacks: Sequence[str] = ()) -> None:
         """lacks: what its code needs and this machine doesn't have: such a program can only be saved."""
-        self._parts, self._lacks = parts, tuple(lacks)
+        self._parts, self._lacks = parts, (f"this machine lacks {', '.join(lacks)}",) if lacks else ()
         self._executable, self._num_threads = None, num_threads
         if not self._lacks:
             try:
@@ -147,8 +147,8 @@ class Program:
         """The executable; raises TargetError where this machine can't run it."""
         if self._executable is None:
             raise TargetError(
-                f"this program is for {self._parts.target['name']!r}, and this machine lacks {', '.join(self._lacks)}; save it, and "
-                "load it on such a machine"
+                f"this program is for {self._parts.target['name']!r}, and can't run here: {'; '.join(self._lacks)}; save it, and load it on such a "
+                "machine"
             )
         return self._executable
 

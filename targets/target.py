@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -146,7 +147,7 @@ class Target:
             return host()
         if name in _plain_names():
             return _plainer(host(), name)
-        return _load(MACHINES / (_alias(name).replace(":", "-") + ".json"))
+        return _load(MACHINES / (re.sub("[:/]", "-", _alias(name)) + ".json"))
 
     @property
     def required_features(self) -> frozenset[str]:
@@ -220,9 +221,15 @@ class Target:
 
 def known_targets() -> tuple[str, ...]:
     """All target names that `Target.describe` takes."""
-    files = sorted(p.stem.replace("-", ":", 1) for p in MACHINES.glob("*.json"))
-    by_kind = {kind: [f for f in files if f.startswith(kind)] for kind in ("cpu", "cuda", "tpu")}
-    return ("cpu", *_plain_names(), *by_kind["cpu"], "cuda", *by_kind["cuda"], "tpu", *by_kind["tpu"])
+    files = sorted(_name_of(p) for p in MACHINES.glob("*.json"))
+    by_kind = {kind: [f for f in files if f.startswith(kind)] for kind in ("cpu", "cuda", "nvidia", "tpu")}
+    names = ("cpu", *_plain_names(), *by_kind["cpu"], "cuda", *by_kind["cuda"], *by_kind["nvidia"])
+    return (*names, "tpu", *by_kind["tpu"])
+
+
+def _name_of(path: Path) -> str:
+    """The name of the machine that a file describes: architectures behind a colon, products behind their maker's slash."""
+    return path.stem.replace("-", "/" if path.stem.startswith("nvidia") else ":", 1)
 
 
 def _plain_names() -> tuple[str, ...]:

@@ -91,6 +91,8 @@ def _build_device(
     graphs: Mapping[str, Any], target: Any, out: Path, stage: Callable[[str], None]
 ) -> tuple[Mapping[str, Any], Any, list[str]]:
     """Kernels and plans for a GPU; the names of the files."""
+    import attrs
+
     from jisu.compiler.launches import CUBIN, PLANS, PTX
     from jisu.targets.cuda import emulated, ptx
     from jisu.targets.cuda.lowering import lower
@@ -105,10 +107,14 @@ def _build_device(
         os.replace(library, out / CUBIN)
         files.append(CUBIN)
     else:
-        text = ptx.to_ptx(lowered.written, target, lowered.functions)
+        portable = [k for k in lowered.written if k.portable]
+        later = attrs.evolve(target, mcpu=target.mcpu.rstrip("a"))  # code for sm_90a runs on nothing else
+        text = ptx.to_ptx(portable, later, lowered.functions)
         (out / PTX).write_text(text)
         files.append(PTX)
         stage("assembling")
+        if later != target:
+            text = ptx.to_ptx(lowered.written, target, lowered.functions)
         if (cubin := ptx.assembled(text, target)) is not None:
             (out / CUBIN).write_bytes(cubin)
             files.append(CUBIN)

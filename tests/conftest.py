@@ -100,4 +100,4 @@ def emulated_driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ctypes
 @pytest.fixture(scope="session")
 def emulated_gpu(emulated_driver: ctypes.CDLL) -> Target:
     """A target whose programs run on the emulated GPU."""
-    return attrs.evolve(Target.describe("cuda:sm_90"), name="cuda:emulated", triple=host().triple)
+    return attrs.evolve(Target.describe("cuda:sm_90"), name="cuda:emulated", mcpu="sm_90", triple=host().triple)

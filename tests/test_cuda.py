@@ -282,7 +282,7 @@ def test_inputs_that_do_not_fit_are_refused() -> None:
 
 # --- PTX ----------------------------------------------------------------------------------------------------------------
 
-CODES = {"scheme": "int4", "group": 128}
+CODES: dict[str, Any] = {"scheme": "int4", "group": 128}
 
 
 def of_hot_kernels(target: Target) -> dict[str, device.DeviceKernel]:

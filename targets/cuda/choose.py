@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import sympy
 
 from jisu.compiler import ops
@@ -35,14 +37,10 @@ def _layer(layer: Layer, rows: Dim, operands: tuple[int, ...], target: Target) -
         variants.append((((rows, most),), (call,)))
     largest = variants[-1][1]
     tiles = (_ceiling(rows, products.ROWS), layer.tiles(products.OUTPUTS), 1)
-    for build in (products.product_hopper, products.product):
-        try:
+    for build in (products.product_hopper, products.product):  # the first that is in the code that a GPU loads
+        with contextlib.suppress(TargetError):  # not on this machine, or not for this layer
             variants.append(((), (DeviceCall(build(layer, target), tiles, arguments),)))
-            break
-        except TargetError:  # not on this machine, or not for this layer
-            continue
-    else:
-        variants.append(((), largest))
+    variants.append(((), largest))
     return Kernel(DeviceFunction(tuple(variants)), tuple(Argument(i) for i in operands))
 
 

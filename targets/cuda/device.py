@@ -32,12 +32,14 @@ def prefix(target: Target) -> str:
 
 @attrs.frozen
 class DeviceKernel:
-    """A finished kernel: its function, its parameters ("ptr" or "i64"), threads per block and bytes of shared memory."""
+    """A finished kernel: its function, its parameters ("ptr" or "i64"), threads per block and bytes of shared memory; `portable`: whether
+    later GPUs than the target run it, too."""
 
     micro: Micro
     parameters: tuple[str, ...]
     threads: int
     shared_bytes: int
+    portable: bool = True
 
     @property
     def name(self) -> str:
@@ -51,10 +53,13 @@ class Device(Function):
     def __init__(self, name: str, params: Sequence[tuple[str, str]], target: Target, threads: int) -> None:
         super().__init__(name, params, target)
         self.threads, self.shared_bytes, self.prefix = threads, 0, prefix(target)
+        self.portable = True
 
     def built(self) -> DeviceKernel:
         """The finished kernel."""
-        return DeviceKernel(self.finish(), tuple(t for t, _ in self._params), self.threads, self.shared_bytes)
+        return DeviceKernel(
+            self.finish(), tuple(t for t, _ in self._params), self.threads, self.shared_bytes, self.portable
+        )
 
     # Where this thread is
 
@@ -204,6 +209,7 @@ class Device(Function):
         j, columns 8 j + 2 (t % 4) and the next of row 16 (t / 32) + (t % 32) / 4, then of that row + 8. They may be used after
         `products_done`.
         """
+        self.portable = False
         count = outputs // 2
         kind = "{ " + ", ".join(["float"] * count) + " }"
         given = ", ".join([*(f"float {s.name}" for s in sums), f"i64 {a.name}", f"i64 {b.name}"])

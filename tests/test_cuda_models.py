@@ -1,0 +1,319 @@
+"""Whole models for a GPU, on an emulated one: the same kernels, plans and driver calls, a block of threads at a time on this CPU."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import attrs
+import numpy as np
+import pytest
+import torch
+import transformers as hf
+from decoders import DECODERS
+from test_quantization import coded
+
+import jisu
+from jisu.compiler import ops
+from jisu.compiler.entry import stored
+from jisu.compiler.errors import ArtifactError, IndexOutOfRangeError, InputError, TargetError
+from jisu.compiler.gpu import DRIVER
+from jisu.compiler.graph import ArrayStorage, Graph, Storage, placeholder, weight
+from jisu.compiler.interpret import interpret
+from jisu.compiler.launches import CUBIN, PLANS, PTX, Plan
+from jisu.compiler.pipeline import Pipeline, relative_error
+from jisu.compiler.schemes import SCHEMES
+from jisu.compiler.types import TensorType, numpy_dtype, symbol
+from jisu.passes import layout_passes
+from jisu.runtime.cuda import DeviceExecutable
+from jisu.targets import facts
+from jisu.targets.compile import compile_graphs
+from jisu.targets.target import Target
+
+
+def run_all(graphs: dict[str, Graph], target: Target, folder: Path) -> DeviceExecutable:
+    info = compile_graphs(graphs, target, out=folder / "out", cache_dir=folder / "cache")
+    return DeviceExecutable(info.code(), info.entries)
+
+
+def test_functions_of_a_machine_without_a_c_library(emulated_gpu: Target, tmp_path: Path) -> None:
+    """In float64, far more exactly than float32 wants it, for small, large and special arguments."""
+    count = 400
+    spread = np.concatenate(
+        [np.linspace(-9, 9, count // 2), np.sign(np.linspace(-1, 1, count // 2)) * np.logspace(-12, 9, count // 2)]
+    )
+    x, y = (placeholder(n, TensorType((count,), "float64")) for n in "xy")
+    within = {
+        "acosh": np.abs(spread) + 1,
+        "asin": np.tanh(spread),
+        "acos": np.tanh(spread),
+        "atanh": np.tanh(spread) * 0.99,
+    }
+    positive = {n: np.abs(spread) + 1e-300 for n in ("log", "log2", "log10")} | {"log1p": np.abs(spread) - 0.5}
+    small = {n: np.clip(spread, -700, 700) for n in ("sinh", "cosh", "exp", "expm1", "exp2")}
+    graphs, given = {}, {}
+    for op in ops.OPS.values():
+        if op not in ops.ELEMENTWISE or op.name not in {
+            *within,
+            *positive,
+            *small,
+            "sin",
+            "cos",
+            "tan",
+            "atan",
+            "tanh",
+            "erf",
+        }:
+            continue
+        graphs[op.name] = Graph((x,), (op(x),))
+        given[op.name] = [{**within, **positive, **small}.get(op.name, spread)]
+    graphs |= {
+        "pow": Graph((x, y), (ops.pow_(x, y),)),
+        "atan2": Graph((x, y), (ops.atan2(x, y),)),
+        "fmod": Graph((x, y), (ops.fmod(x, y),)),
+    }
+    other = np.random.default_rng(0).permutation(spread) + 0.5
+    given |= {
+        "pow": [np.abs(np.clip(spread, -50, 50)), np.clip(other, -30, 30)],
+        "atan2": [spread, other],
+        "fmod": [spread, other],
+    }
+    assert len(graphs) > 20
+    run = run_all(graphs, emulated_gpu, tmp_path)
+    for name, graph in graphs.items():
+        (got,), (want,) = run.call(name, given[name]), interpret(graph, given[name])
+        tolerance = 2e-13 if name in ("pow", "tan", "sin", "cos", "acosh") else 2e-15
+        np.testing.assert_allclose(
+            got, want, rtol=tolerance, atol=1e-15 if name in ("sin", "cos", "tan") else 0, err_msg=name
+        )
+
+
+@pytest.mark.parametrize("mcpu", ["sm_90", "sm_90a"])
+def test_layers(mcpu: str, emulated_gpu: Target, tmp_path: Path) -> None:
+    """Linear layers of floats and of codes, with all that follows them, for few rows and for many."""
+    target = attrs.evolve(emulated_gpu, mcpu=mcpu)
+    rng = np.random.default_rng(0)
+    plain: dict[str, Graph] = {}
+
+    def matrix(name: str, shape: tuple[int, ...], held: dict[str, Storage]) -> Any:
+        values = rng.standard_normal(shape) * shape[-1] ** -0.5
+        held[name] = ArrayStorage(values.astype(numpy_dtype("bfloat16")))
+        return weight(name, TensorType(shape, "bfloat16"))
+
+    for k, n in ((64, 70), (160, 130)):
+        held: dict[str, Storage] = {}
+        x = placeholder("x", TensorType((symbol("m"), k), "bfloat16"))
+        w, v, u = (matrix(c, (n, k), held) for c in "wvu")
+        wider, bias = matrix("wider", (n + 30, k), held), matrix("b", (n,), held)
+        outputs: tuple[Any, ...] = (
+            ops.linear(x, w), ops.linear(x, w, bias, ops.linear(x, v), activation="gelu_tanh"),
+            ops.gated_linear(x, u, v, activation="silu"), ops.linear(x, wider),
+        )  # fmt: skip
+        plain[f"floats{k}"] = Graph((x,), outputs, held)
+    for scheme, symmetric, k, group in (
+        ("int4", True, 256, 64),
+        ("int4", False, 384, 128),
+        ("int8", True, 256, 0),
+        ("int8", False, 96, 32),
+    ):
+        held = {}
+        x = placeholder("x", TensorType((symbol("m"), k), "bfloat16"))
+        w, v = (coded(c, SCHEMES[scheme], (70, k), group, symmetric, "bfloat16", held) for c in "wv")
+        bias = matrix("b", (70,), held)
+        outputs: tuple[Any, ...] = (
+            ops.linear(x, w), ops.linear(x, w, bias, ops.linear(x, v), activation="relu"),
+            ops.gated_linear(x, w, v, activation="silu"),
+        )  # fmt: skip
+        plain[f"{scheme}{group}"] = Graph((x,), outputs, held)
+    panel, pair = facts.of(target).packing(target)
+    laid_out = {name: Pipeline(layout_passes(panel, pair)).run(graph)[0] for name, graph in plain.items()}
+    run = run_all(laid_out, target, tmp_path)
+    for name, graph in laid_out.items():
+        weights = {n: s.numpy() for n, s in stored(graph).items()}
+        for m in (1, 12, 30, 130):
+            array = rng.standard_normal((m, int(plain[name].inputs[0].shape[1]))).astype(numpy_dtype("bfloat16"))  # type: ignore[arg-type]
+            for got, want in zip(run.call(name, [array], weights), interpret(plain[name], [array]), strict=True):
+                assert relative_error(np.asarray(got), want) < 2e-2, (name, m)
+
+
+# --- Models -------------------------------------------------------------------------------------------------------------
+
+
+def llama(**how: Any) -> Any:
+    torch.manual_seed(0)
+    config = hf.LlamaConfig(
+        vocab_size=96, hidden_size=128, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4, head_dim=64,
+        num_key_value_heads=2, max_position_embeddings=1024, **how,
+    )  # fmt: skip
+    return hf.LlamaForCausalLM(config).eval()
+
+
+def qwen3() -> Any:
+    torch.manual_seed(1)
+    config = hf.Qwen3Config(
+        vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=2, head_dim=128,
+        num_key_value_heads=1, max_position_embeddings=512, tie_word_embeddings=True,
+    )  # fmt: skip
+    return hf.Qwen3ForCausalLM(config).eval()
+
+
+def gpt2() -> Any:
+    torch.manual_seed(2)
+    return hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=96, n_positions=128, n_embd=128, n_layer=1, n_head=2)).eval()
+
+
+def gemma2() -> Any:
+    torch.manual_seed(3)
+    config = hf.Gemma2Config(
+        vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2, head_dim=64,
+        num_key_value_heads=1, max_position_embeddings=256, sliding_window=24, query_pre_attn_scalar=64,
+    )  # fmt: skip
+    return hf.Gemma2ForCausalLM(config).eval()
+
+
+FAMILIES: dict[str, Callable[[], Any]] = {"llama": llama, "qwen3": qwen3, "gpt2": gpt2, "gemma2": gemma2}
+PROMPT = [[3, 14, 15, 92, 65, 35, 89, 79, 32, 38, 46, 26, 43, 38, 32, 79, 50, 28, 84, 19, 71, 69, 39, 93, 75, 10, 58, 20, 9, 74, 94, 45, 9, 23]]  # fmt: skip
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_decoders_equal_the_model(family: str, dtype: torch.dtype, emulated_gpu: Target) -> None:
+    """Logits of the whole prompt, and the tokens that the CPU's program generates."""
+    model = FAMILIES[family]().to(dtype)
+    program = jisu.compile(model, target=emulated_gpu)
+    ids = torch.tensor(PROMPT)
+    with torch.no_grad():
+        want, exact = model(ids).logits.float(), FAMILIES[family]()(ids).logits
+    got = program(ids).logits.float()
+    tolerance = 2e-5 if dtype is torch.float32 else 2e-2
+    assert (got - want).abs().max() <= tolerance * want.abs().max()
+    assert (got - exact).abs().mean() <= max(1.2 * float((want - exact).abs().mean()), 1e-6)
+    if dtype is torch.float32:
+        on_cpu = jisu.compile(model).generate(PROMPT, max_new_tokens=12)
+        assert program.generate(PROMPT, max_new_tokens=12).sequences == on_cpu.sequences
+
+
+@pytest.mark.parametrize("recipe", ["w4a16", "w8a16", "int4", "int8"])
+def test_compressed_decoders(recipe: str, emulated_gpu: Target) -> None:
+    model = llama().bfloat16()
+    program, on_cpu = (jisu.compile(model, target=t, recipe=recipe) for t in (emulated_gpu, "cpu"))
+    ids = np.array(PROMPT)
+    got, want = (np.asarray(p(ids).logits, np.float32) for p in (program, on_cpu))
+    assert np.abs(got - want).max() <= 3e-2 * np.abs(want).max()
+
+
+def test_experts(emulated_gpu: Target) -> None:
+    torch.manual_seed(5)
+    model = hf.AutoModelForCausalLM.from_config(DECODERS["mixtral"]()).eval()
+    program = jisu.compile(model, target=emulated_gpu)
+    ids = torch.tensor([[1, 5, 7, 2, 9]])
+    with torch.no_grad():
+        want = model(ids).logits
+    assert (program(ids).logits - want).abs().max() <= 1e-4 * want.abs().max()
+
+
+def test_an_encoder(emulated_gpu: Target) -> None:
+    torch.manual_seed(4)
+    config = hf.BertConfig(
+        vocab_size=96, hidden_size=128, num_hidden_layers=2, num_attention_heads=2, intermediate_size=192,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    model = hf.BertModel(config).eval()
+    ids = torch.tensor([list(range(1, 41))])
+    for dtype, tolerance in ((torch.float32, 2e-5), (torch.bfloat16, 3e-2)):
+        own = model.to(dtype)
+        program = jisu.compile(own, target=emulated_gpu, example_inputs=(ids,))
+        with torch.no_grad():
+            want = own(ids).last_hidden_state.float()
+        got = program(ids).last_hidden_state.float()
+        assert (got - want).abs().max() <= tolerance * want.abs().max()
+
+
+def test_batches_padding_and_growing_caches(emulated_gpu: Target, emulated_driver: ctypes.CDLL) -> None:
+    """Sequences of unlike length alone and together, past the slots that a session reserves at first; steps are graphs; memory comes back."""
+    model = llama().bfloat16()
+    program = jisu.compile(model, target=emulated_gpu)
+    before = emulated_driver.emulated_graphs()
+    long = [(7 * i) % 96 for i in range(250)]
+    alone = [program.generate([p], max_new_tokens=10).sequences[0] for p in (long, PROMPT[0])]
+    assert program.generate([long, PROMPT[0]], max_new_tokens=10).sequences == alone
+    assert emulated_driver.emulated_graphs() - before > 20
+    held = emulated_driver.emulated_bytes()
+    for _ in range(3):
+        program.generate(PROMPT, max_new_tokens=3)
+    assert emulated_driver.emulated_bytes() <= held * 1.05
+
+
+@pytest.mark.parametrize("cache", ["page = 16", "ring = true", 'scheme = "int8"'])
+def test_caches(cache: str, emulated_gpu: Target) -> None:
+    recipe = jisu.Recipe.from_toml(f"[cache]\n{cache}\n")
+    model = gemma2() if "ring" in cache else llama()
+    for dtype in (torch.float32, torch.bfloat16):
+        own = model.to(dtype)
+        program = jisu.compile(own, target=emulated_gpu, recipe=recipe)
+        session, on_cpu = (p.session() for p in (program, jisu.compile(own, recipe=recipe)))
+        for part in np.array_split(np.array(PROMPT), 5, axis=1):
+            got, want = (np.asarray(s.append(part), np.float32) for s in (session, on_cpu))
+            assert np.abs(got - want).max() <= (1e-4 if dtype is torch.float32 else 4e-2) * np.abs(want).max()
+
+
+def test_a_program_is_saved_and_loaded(emulated_gpu: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = qwen3().bfloat16()
+    program = jisu.compile(model, target=emulated_gpu)
+    path = tmp_path / "q.jisu"
+    program.save(path)
+    one, other = (p.generate(PROMPT, max_new_tokens=5).sequences for p in (jisu.load(path), program))
+    assert one == other
+    monkeypatch.setenv(DRIVER, str(tmp_path / "libnone.so"))
+    elsewhere = jisu.load(path)  # to look at it
+    assert elsewhere.explain()["kernels"]
+    with pytest.raises(TargetError, match="NVIDIA driver"):
+        elsewhere.generate(PROMPT, max_new_tokens=2)
+
+
+def test_programs_for_machines_that_are_not_here(tmp_path: Path, emulated_driver: ctypes.CDLL) -> None:
+    """Compiled anywhere: PTX and, with an assembler, machine code; what runs says so where it can't."""
+    model = qwen3().bfloat16()
+    for name in ("cuda:sm_80", "cuda:sm_90", "nvidia/h200", "cuda:sm_120"):
+        program = jisu.compile(model, target=name)
+        code = program._parts.code
+        assert {PTX, PLANS} <= set(code) and b".entry" in code[PTX]
+        data = json.loads(code[PLANS])
+        plans = {entry: Plan.from_json(plan) for entry, plan in data["entries"].items()}
+        for step in (step for plan in plans.values() for step in plan.steps):
+            kernels = [[launch.kernel for launch in variant.launches] for variant in step if not variant.at_most]
+            # On a GPU that is newer than the machine code, one of them is there.
+            assert any(all(f".entry {k}(".encode() in code[PTX] for k in own) for own in kernels), kernels
+        if CUBIN in code:
+            assert code[CUBIN][:4] == b"\x7fELF"
+        program.save(tmp_path / f"{name.replace('/', '-')}.jisu")
+    with pytest.raises(TargetError, match="compiled for sm_120 and newer, and the GPU here .* is sm_90"):
+        program.generate(PROMPT, max_new_tokens=1)
+
+
+def test_the_gpu_that_is_present(emulated_driver: ctypes.CDLL, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = Target.resolve("cuda")
+    assert found.cores == 4 and "Emulated GPU" in found.source and found.mcpu.startswith("sm_90")
+    monkeypatch.setenv(DRIVER, str(tmp_path / "libnone.so"))
+    with pytest.raises(TargetError, match="no NVIDIA driver.*'cuda:sm_90'"):
+        Target.resolve("cuda")
+
+
+def test_faults_are_told(emulated_gpu: Target, tmp_path: Path) -> None:
+    """An index outside is an error of the call that met it, and of no other."""
+    n = symbol("n")
+    table, ids = placeholder("table", TensorType((5, 8), "float32")), placeholder("ids", TensorType((n,), "int64"))
+    graph = Graph((table, ids), (ops.take(table, ids, axis=0, wrap=False),))
+    run = run_all({"main": graph}, emulated_gpu, tmp_path)
+    rows = np.arange(40, dtype=np.float32).reshape(5, 8)
+    for _ in range(3):  # the second and third time it is a graph
+        with pytest.raises(IndexOutOfRangeError, match="axis of size 5"):
+            run.call("main", [rows, np.array([1, 5])])
+        np.testing.assert_array_equal(run.call("main", [rows, np.array([4, 0])])[0], rows[[4, 0]])
+    with pytest.raises(InputError, match="expected float32"):
+        run.call("main", [rows.astype(np.float64), np.array([1])])
+    with pytest.raises(ArtifactError, match="plans"):
+        DeviceExecutable({PLANS: b"{}"}, {})
