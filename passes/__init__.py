@@ -18,6 +18,8 @@ def default_passes(fuse: bool = True, max_fold_bytes: int = 1 << 20) -> tuple[Pa
     return tuple(passes)
 
 
-def layout_passes(panel: int, pair: Mapping[str, int], sparse: Mapping[str, float] | None = None) -> tuple[Pass, ...]:
-    """The passes that bring weights into their kernels' order; `panel`, `pair` and `sparse` come from the target."""
-    return (PackWeights(panel, pair, sparse or {}), MergeProjections(), FoldWeights())
+def layout_passes(
+    panel: int, pair: Mapping[str, int], sparse: Mapping[str, float] | None = None, integers: bool = True
+) -> tuple[Pass, ...]:
+    """The passes that bring weights into their kernels' order; the arguments come from the target (see `PackWeights`)."""
+    return (PackWeights(panel, pair, sparse or {}, integers), MergeProjections(), FoldWeights())

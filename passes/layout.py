@@ -28,12 +28,14 @@ class PackWeights:
     panel: outputs per panel. pair: dtype -> consecutive inputs in one word, for the dtypes that kernels pack. A weight
     that is also an embedding stays one tensor: rows are then looked up in the packed form. sparse: dtype, or
     scheme of codes -> the largest share of kept numbers at which a sparse matrix is smaller than a dense one and kernels read it as
-    fast; above, or where there is no entry, it is stored dense with its zeros.
+    fast; above, or where there is no entry, it is stored dense with its zeros. integers: whether kernels multiply rounded activations and
+    codes as integers; else they are multiplied as what they stand for.
     """
 
     panel: int
     pair: Mapping[str, int] = attrs.field(hash=False)
     sparse: Mapping[str, float] = attrs.field(factory=dict, hash=False)
+    integers: bool = True
     name: str = "pack weights"
     exact: bool = True
 
@@ -42,7 +44,7 @@ class PackWeights:
         packs = {n.operands[1] for n in graph.nodes if n.op is ops.linear and self._packs(n.operands[1])}
         # Matrices of codes that linear layers read, and in which form.
         words = {
-            w: WORD if x is not None and _integers(x, w) else 1
+            w: WORD if x is not None and self._integers(x, w) else 1
             for x, w in (n.operands[:2] for n in graph.nodes if n.op is ops.linear)
             if w is not None and self._quantized(w)
         }
@@ -51,7 +53,7 @@ class PackWeights:
         def once(op: Any, *operands: Node) -> Node:
             key = (op, *operands)
             if key not in packed:
-                packed[key] = op(*operands, panel=self.panel, pair=self.pair[operands[0].dtype])
+                packed[key] = self._in_panels(op, *operands)
             return packed[key]
 
         def coded(weights: Sequence[Node], word: int) -> list[Node | None]:
@@ -75,7 +77,7 @@ class PackWeights:
                 "gated": len(weights) > 1,
                 "activation": new.activation,
             }
-            if not _integers(x, first):
+            if not self._integers(x, first):
                 return ops.quantized_linear.make((x, *coded(weights, 1), b, r), attributes, source)
             how = {"group": first.group, "own": x.attributes["group"] > 0}
             key = (x, first.group)
@@ -133,6 +135,14 @@ class PackWeights:
 
         return graph.map(transform)
 
+    def _in_panels(self, op: Any, *matrices: Node) -> Node:
+        """One matrix, or gate and up, in panels."""
+        pair = self.pair[matrices[0].dtype]
+        if op is ops.pack and self.panel == pair == 1:  # it lies so already
+            return ops.reshape(matrices[0], shape=(*matrices[0].shape, 1))
+        made: Node = op(*matrices, panel=self.panel, pair=pair)
+        return made
+
     def _packs(self, node: Node | None, rank: int = 2) -> bool:
         return (
             node is not None
@@ -143,6 +153,13 @@ class PackWeights:
             and node.op is not ops.dequantize
             and is_stored(node)
         )
+
+    def _integers(self, x: Node, w: Node) -> bool:
+        """Whether a product of x and codes is one of integers: both are, and groups end where words do."""
+        if not self.integers or x.op is not ops.fake_quantize or x.attributes["group"] not in (0, w.group):
+            return False
+        kinds = [schemes.scheme(n.scheme) for n in (x, w)]
+        return all(kind.uniform for kind in kinds) and w.group % (WORD * kinds[1].per_byte) == 0
 
     def _quantized(self, *nodes: Node | None) -> bool:
         """Whether all are matrices of codes that kernels read."""
@@ -197,14 +214,6 @@ def _form(w: Node) -> tuple[Any, ...]:
 
 WORD = 4
 """Inputs of an output that lie side by side where products are sums of integers."""
-
-
-def _integers(x: Node, w: Node) -> bool:
-    """Whether a product of x and codes is one of integers: both are, and groups end where words do."""
-    if x.op is not ops.fake_quantize or x.attributes["group"] not in (0, w.group):
-        return False
-    kinds = [schemes.scheme(n.scheme) for n in (x, w)]
-    return all(kind.uniform for kind in kinds) and w.group % (WORD * kinds[1].per_byte) == 0
 
 
 def scaled(w: Node, panel: int, made: dict[tuple[Any, ...], Node]) -> list[Node | None]:

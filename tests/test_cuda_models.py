@@ -123,7 +123,7 @@ def test_layers(mcpu: str, emulated_gpu: Target, tmp_path: Path) -> None:
         x = placeholder("x", TensorType((symbol("m"), k), "bfloat16"))
         w, v = (coded(c, SCHEMES[scheme], (70, k), group, symmetric, "bfloat16", held) for c in "wv")
         bias = matrix("b", (70,), held)
-        outputs: tuple[Any, ...] = (
+        outputs = (
             ops.linear(x, w), ops.linear(x, w, bias, ops.linear(x, v), activation="relu"),
             ops.gated_linear(x, w, v, activation="silu"),
         )  # fmt: skip

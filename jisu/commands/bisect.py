@@ -73,8 +73,12 @@ def _passes(options: Options) -> tuple[Pass, ...]:
 
     recipe = Recipe.resolve(options.recipe)
     machine = Target.resolve(options.target or "cpu")
-    panel, pair = facts.of(machine).packing(machine)
-    return (*default_passes(recipe.fuse, recipe.max_fold_bytes), *layout_passes(panel, pair if recipe.pack else {}))
+    kernels = facts.of(machine)
+    panel, pair = kernels.packing(machine)
+    return (
+        *default_passes(recipe.fuse, recipe.max_fold_bytes),
+        *layout_passes(panel, pair if recipe.pack else {}, integers=kernels.INTEGERS),
+    )
 
 
 def _ids(model: str, prompt: str, decoder: Decoder) -> np.ndarray:

@@ -16,6 +16,9 @@ def packing(target: Target) -> tuple[int, dict[str, int]]:
     return 2 * target.lanes("float32"), {"float32": 1, "bfloat16": 2, "float16": 2}
 
 
+INTEGERS = True
+"""Rounded activations and codes are multiplied as integers."""
+
 _FLOATS = frozenset({ops.packed_linear, ops.packed_gated_linear, ops.packed_projections})
 _CODES = frozenset({ops.quantized_linear, ops.integer_linear, ops.integer_projections})
 

@@ -14,6 +14,10 @@ def packing(target: Target) -> tuple[int, dict[str, int]]:
     return 1, {"float32": 1, "bfloat16": 1, "float16": 1}
 
 
+INTEGERS = False
+"""Rounded activations are multiplied as the bfloat16 that they stand for."""
+
+
 def variants(node: Node, target: Target) -> dict[str, tuple[int, ...]]:
     """No kernel has numbers to tune yet."""
     return {}

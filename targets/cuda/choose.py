@@ -9,9 +9,9 @@ import sympy
 from jisu.compiler import ops
 from jisu.compiler.errors import TargetError
 from jisu.compiler.graph import Node
-from jisu.compiler.types import Dim, product
+from jisu.compiler.types import Dim, dim, product
 from jisu.targets.cpu.isa import FLOATS, require_activation
-from jisu.targets.cuda.kernels import norm, products, thin
+from jisu.targets.cuda.kernels import norm, products, rounding, thin
 from jisu.targets.cuda.kernels.attention import QUERIES, Form, attend_token, attend_tokens, merge_parts
 from jisu.targets.cuda.kernels.layers import Layer
 from jisu.targets.cuda.lowering import DeviceCall, DeviceFunction
@@ -181,7 +181,20 @@ def _norm(node: Node, target: Target) -> Kernel | None:
     return Kernel(DeviceFunction((((), (call,)),)), tuple(Argument(i) for i in operands))
 
 
+def _fake_quantize(node: Node, target: Target) -> Kernel | None:
+    x, scale = node.operands
+    assert x is not None
+    if scale is not None:
+        return None
+    size = int(node.group or x.shape[-1])  # type: ignore[call-overload]
+    kernel = rounding.rounded_rows(size, node.dtype, node.scheme, target)
+    count = dim(sympy.sympify(x.tensor.size) / size)
+    call = DeviceCall(kernel, (_ceiling(count, rounding.WARPS), 1, 1), (0, 1, ("size", count)))
+    return Kernel(DeviceFunction((((), (call,)),)), (Argument(0),))
+
+
 CHOOSERS: Choosers = {
+    ops.fake_quantize: _fake_quantize,
     ops.attention: _attention,
     ops.attention_cached: _attention_cached,
     ops.rms_norm: _norm,
