@@ -571,7 +571,7 @@ def _build(
     shutil.rmtree(out, ignore_errors=True)
     times["kernels_s"] = time.perf_counter() - begin
     begin = time.perf_counter()
-    weights = _materialise(finished, info.entries, tell)
+    weights = _materialise(finished, info.entries, tell, in_place=machine.kind == "cpu")
     times["weights_s"] = time.perf_counter() - begin
     report |= {
         "times": times,
@@ -857,8 +857,13 @@ def _lay_out(graph: Graph, recipe: Recipe, machine: Target, check: str, note: An
 # --- Weights -------------------------------------------------------------------------------------------------------
 
 
-def _materialise(graphs: Mapping[str, Graph], entries: Mapping[str, Entry], tell: Progress) -> dict[str, np.ndarray]:
-    """What the entries take as weights, as aligned arrays: computed one at a time, sources' pages let go, mapped files used as they are."""
+def _materialise(
+    graphs: Mapping[str, Graph], entries: Mapping[str, Entry], tell: Progress, in_place: bool
+) -> dict[str, np.ndarray]:
+    """What the entries take as weights: computed one at a time, sources' pages let go, mapped files used as they are.
+
+    in_place: whether kernels read them where they are, and want them aligned.
+    """
     storages: dict[str, Storage] = {}
     for name, graph in graphs.items():
         known = stored(graph)
@@ -867,7 +872,7 @@ def _materialise(graphs: Mapping[str, Graph], entries: Mapping[str, Entry], tell
     for i, (name, storage) in enumerate(storages.items()):
         array = storage.numpy()
         mapped = hasattr(storage, "release") and not array.flags.writeable
-        if not (mapped and _aligned(array)):
+        if not (mapped and (_aligned(array) or not in_place)):
             array = _aligned_copy(array)
             release = getattr(storage, "release", None)
             if release is not None:

@@ -113,7 +113,7 @@ class PackWeights:
                 return ops.packed_linear.make(
                     (x, once(ops.pack, w), b, r), {"outputs": w.shape[0], "activation": new.activation}, new.source
                 )
-            if new.op is ops.gated_linear and self._packs(old.operands[1]) and self._packs(old.operands[2]):
+            if self.panel > 1 and new.op is ops.gated_linear and all(map(self._packs, old.operands[1:])):
                 x, gate, up = new.operands
                 assert gate is not None and up is not None
                 both = once(ops.pack_gated, gate, up)

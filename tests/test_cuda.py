@@ -292,7 +292,7 @@ def of_hot_kernels(target: Target) -> dict[str, device.DeviceKernel]:
         "few codes": thin.thin(Layer(4096, (4096,), **CODES), 8, target),
         "many": products.product(wide, target),
         "many codes": products.product(Layer(4096, (4096,), **CODES), target),
-        "gated": products.product(Layer(4096, (14336,), gated=True, activation="silu"), target),
+        "gated": products.product(Layer(4096, (14336,), gated=True, apart=True, activation="silu"), target),
         "token": attention.attend_token(form, target),
         "merge": attention.merge_parts(form, target),
         "tokens": attention.attend_tokens(form, target),

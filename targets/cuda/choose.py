@@ -66,12 +66,13 @@ def _linear(node: Node, target: Target) -> Kernel | None:
 
 
 def _gated(node: Node, target: Target) -> Kernel | None:
-    x, w = node.operands[:2]
-    assert x is not None
-    if not _one_output_per_panel(w, 3):
+    x, gate, _ = node.operands
+    assert x is not None and gate is not None
+    outputs, k = gate.shape
+    if not isinstance(outputs, int) or not isinstance(k, int):
         return None
-    layer = Layer(int(x.shape[-1]), (node.outputs,), node.dtype, gated=True, activation=node.activation)
-    return _layer(layer, product(x.shape[:-1]), (0, 1), target)
+    layer = Layer(k, (outputs,), node.dtype, gated=True, apart=True, activation=node.activation)
+    return _layer(layer, product(x.shape[:-1]), (0, 1, 2), target)
 
 
 def _projections(node: Node, target: Target) -> Kernel | None:
@@ -89,7 +90,7 @@ def _quantized(node: Node, target: Target) -> Kernel | None:
     if not _one_output_per_panel(codes, -2):
         return None
     layer = Layer(
-        int(x.shape[-1]), (node.outputs,), node.dtype, node.gated, node.activation, bias is not None, residual is not None,
+        int(x.shape[-1]), (node.outputs,), node.dtype, node.gated, False, node.activation, bias is not None, residual is not None,
         node.scheme, node.group, scales.dtype, zeros is not None,
     )  # fmt: skip
     return _layer(layer, product(x.shape[:-1]), (0, 1, 2, *_present(node, 3, 4, 5)), target)
@@ -200,7 +201,7 @@ CHOOSERS: Choosers = {
     ops.rms_norm: _norm,
     ops.layer_norm: _norm,
     ops.packed_linear: _linear,
-    ops.packed_gated_linear: _gated,
+    ops.gated_linear: _gated,
     ops.packed_projections: _projections,
     ops.quantized_linear: _quantized,
 }

@@ -108,15 +108,13 @@ class Device(Function):
         turned = self.op(f"xor i64 {chunk.name}, {by.name}", "i64")
         return row * (16 * chunks) + turned * 16
 
-    def copy_tile(self, to: Val, source: Val, rows: int, chunks: int, first: Callable[[Val], Val]) -> None:
-        """Begin to copy rows of `chunks` times 16 bytes to their places, by all threads of the block: row r from bfloat16 number first(r) on."""
+    def copy_tile(self, to: Val, rows: int, chunks: int, begin: Callable[[Val], Val]) -> None:
+        """Begin to copy rows of `chunks` times 16 bytes to their places, by all threads of the block: row r from the address begin(r) on."""
         thread = self.thread()
         for part in range(rows * chunks // self.threads):
             number = thread + part * self.threads
             row, chunk = number / chunks, number % chunks
-            self.copy16(
-                self.at(to, self.place(row, chunk, chunks), "i8"), self.at(source, first(row) + chunk * 8, "bfloat16")
-            )
+            self.copy16(self.at(to, self.place(row, chunk, chunks), "i8"), self.at(begin(row), chunk * 16, "i8"))
 
     def commit_copies(self) -> None:
         """The copies begun since the last call are one group."""

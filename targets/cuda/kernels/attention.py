@@ -283,11 +283,15 @@ def attend_tokens(form: Form, target: Target) -> DeviceKernel:
         def key(row: Val) -> Val:
             return row_of(f.minimum(first + row, total - 1)) * head_dim
 
-        f.copy_tile(to, k, KEYS, chunks, key)
-        f.copy_tile(f.at(to, tile_bytes, "i8"), v, KEYS, chunks, key)
+        f.copy_tile(to, KEYS, chunks, lambda r: f.at(k, key(r), "bfloat16"))
+        f.copy_tile(f.at(to, tile_bytes, "i8"), KEYS, chunks, lambda r: f.at(v, key(r), "bfloat16"))
 
     begin = lowest / KEYS * KEYS
-    f.copy_tile(held_q, q, QUERIES, chunks, lambda r: ((b * s + f.minimum(row0 + r, s - 1)) * heads + head) * head_dim)
+
+    def query(row: Val) -> Val:
+        return f.at(q, ((b * s + f.minimum(row0 + row, s - 1)) * heads + head) * head_dim, "bfloat16")
+
+    f.copy_tile(held_q, QUERIES, chunks, query)
     f.when(begin < highest, lambda: fetch(begin, held))
     f.commit_copies()
     f.copies_done(0)

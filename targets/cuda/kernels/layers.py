@@ -1,7 +1,8 @@
 """Linear layers on NVIDIA GPUs: which numbers they multiply, and what becomes of the sums.
 
 Weights are W[n, k] row by row (panels of one output): a row's inputs lie together. Of a gated layer W has gates and ups by turns, so that
-neighbouring sums belong to one result. Codes are as `pack_codes` makes them with words of one: of 4 bits, the lower half of a byte first.
+neighbouring sums belong to one result; in memory they may be two matrices. Codes are as `pack_codes` makes them with words of one: of 4
+bits, the lower half of a byte first.
 """
 
 from __future__ import annotations
@@ -18,14 +19,16 @@ from jisu.targets.cuda.device import Device
 class Layer:
     """A linear layer, or several of the same input: y = activation(x W^T + bias) + residual, or activation(gates) * ups.
 
-    outputs: results per matrix. dtype: of x, y, bias and residual. scheme, group, scales, zeros: of codes, "" for matrices of `dtype`;
-    group: inputs per scale, 0 for a row; scales: their dtype; zeros: whether there are such, uint8.
+    outputs: results per matrix. apart: whether gates and ups are two matrices. dtype: of x, y, bias and residual. scheme, group, scales,
+    zeros: of codes, "" for matrices of `dtype`; group: inputs per scale, 0 for a row; scales: their dtype; zeros: whether there are such,
+    uint8.
     """
 
     k: int
     outputs: tuple[int, ...]
     dtype: str = "bfloat16"
     gated: bool = False
+    apart: bool = False
     activation: str = "none"
     bias: bool = False
     residual: bool = False
@@ -38,7 +41,7 @@ class Layer:
     def parameters(self) -> list[tuple[str, str]]:
         """Of the kernels: x, the matrices, of codes scales and zeros, biases, residual, results, and the number of rows."""
         count = range(len(self.outputs))
-        names = ["x", *(f"w{i}" for i in count)]
+        names = ["x", *(f"w{i}" for i in count), *(["v0"] if self.apart else [])]
         names += [f"s{i}" for i in count] if self.scheme else []
         names += [f"z{i}" for i in count] if self.zeros else []
         names += [f"b{i}" for i in count] if self.bias else []
@@ -88,9 +91,11 @@ class Layer:
 
 @attrs.frozen(eq=False)
 class Part:
-    """The matrix that a block works on: its pointers (None where the layer has none), its rows of W, and the block's first one."""
+    """The matrix that a block works on: its pointers (None where the layer has none; v: of ups that lie apart), its rows of W, the block's
+    first one, and its results."""
 
     w: Val
+    v: Val | None
     s: Val | None
     z: Val | None
     b: Val | None
@@ -123,7 +128,14 @@ def part_of(f: Device, layer: Layer, block: Val, rows: int) -> Part:
     w, y = pointer("w"), pointer("y")
     assert w is not None and y is not None
     rows_of_w = n * layer.per_weight_row
-    return Part(w, pointer("s"), pointer("z"), pointer("b"), y, rows_of_w, (block - begin) * rows, n)
+    return Part(w, pointer("v"), pointer("s"), pointer("z"), pointer("b"), y, rows_of_w, (block - begin) * rows, n)
+
+
+def row_address(f: Device, layer: Layer, part: Part, row: Val) -> Val:
+    """Where a row of W begins."""
+    if part.v is None:
+        return f.at(part.w, row * layer.row_bytes, "i8")
+    return f.at(f.select((row & 1).cmp("eq", 1), part.v, part.w), row / 2 * layer.row_bytes, "i8")
 
 
 def finished(f: Device, layer: Layer, part: Part, row: Val, column: Val, sums: list[Val], residual: Val | None) -> Val:

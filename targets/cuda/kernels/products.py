@@ -8,7 +8,7 @@ from jisu.compiler.errors import TargetError
 from jisu.compiler.schemes import SCHEMES
 from jisu.targets.cpu.isa import Val
 from jisu.targets.cuda.device import GROUP, WARP, Device, DeviceKernel
-from jisu.targets.cuda.kernels.layers import Layer, decoded, finished, inputs, part_of, scale_and_zero
+from jisu.targets.cuda.kernels.layers import Layer, decoded, finished, inputs, part_of, row_address, scale_and_zero
 from jisu.targets.target import Target
 
 EIGHT = 8
@@ -53,23 +53,23 @@ class _Product:
         first = step * self.inputs
 
         def row_of_x(r: Val) -> Val:
-            return f.minimum(self.row0 + r, self.m - 1) * self.k + first
+            return f.at(self.x, f.minimum(self.row0 + r, self.m - 1) * self.k + first, "bfloat16")
 
         def row_of_w(r: Val) -> Val:
-            return f.minimum(part.first + r, part.rows - 1)
+            row = f.minimum(part.first + r, part.rows - 1)
+            return f.at(row_address(f, self.layer, part, row), step * self.row_bytes, "i8")
 
-        f.copy_tile(rows, self.x, ROWS, self.chunks, row_of_x)
+        f.copy_tile(rows, ROWS, self.chunks, row_of_x)
         if not self.layer.scheme:
-            f.copy_tile(weights, part.w, OUTPUTS, self.chunks, lambda r: row_of_w(r) * self.k + first)
+            f.copy_tile(weights, OUTPUTS, self.chunks, row_of_w)
             return
         per_row = self.row_bytes // 16
         for begin in range(0, OUTPUTS * per_row, f.threads):
             number = f.thread() + begin
 
             def copy(number: Val = number) -> None:
-                row, piece = number / per_row, number % per_row * 16
-                source = row_of_w(row) * self.layer.row_bytes + step * self.row_bytes + piece
-                f.copy16(f.at(weights, number * 16, "i8"), f.at(part.w, source, "i8"))
+                source = f.at(row_of_w(number / per_row), number % per_row * 16, "i8")
+                f.copy16(f.at(weights, number * 16, "i8"), source)
 
             f.when(number < OUTPUTS * per_row, copy)
 

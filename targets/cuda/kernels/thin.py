@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from jisu.targets.cpu.isa import Val
 from jisu.targets.cuda.device import WARP, Device, DeviceKernel
-from jisu.targets.cuda.kernels.layers import Layer, decoded, finished, inputs, part_of, scale_and_zero
+from jisu.targets.cuda.kernels.layers import Layer, decoded, finished, inputs, part_of, row_address, scale_and_zero
 from jisu.targets.target import Target
 
 OUTPUTS = 16
@@ -74,7 +74,7 @@ class _Thin:
 
     def source(self, number: Val, half: int) -> Val:
         """Where a chunk of one of both rows of W is."""
-        return self.f.at(self.part.w, self.places[half] * self.layer.row_bytes + number * 16, "i8")
+        return self.f.at(row_address(self.f, self.layer, self.part, self.places[half]), number * 16, "i8")
 
     def slot(self, turn: Val, half: int) -> Val:
         """This thread's own place for a chunk under way: nobody else reads it."""
