@@ -82,6 +82,14 @@ class _Call:
     extra: Any
 
 
+@attrs.frozen(eq=False)
+class _Buffer:
+    """Memory on the GPU, and pinned memory here through which its contents come and go."""
+
+    array: DeviceArray
+    host: np.ndarray
+
+
 @attrs.define(eq=False)
 class _Run:
     """An entry on given shapes and given memory: its launches and, from the second time on, its graph.
@@ -89,8 +97,8 @@ class _Run:
     inputs, outputs: buffers of its own, None for what the caller gives.
     """
 
-    inputs: list[DeviceArray | None]
-    outputs: list[DeviceArray | None]
+    inputs: list[_Buffer | None]
+    outputs: list[_Buffer | None]
     calls: list[_Call]
     arena: DeviceArray
     graph: ctypes.c_void_p | None = None
@@ -119,6 +127,7 @@ class DeviceExecutable:
         self._arena = self._array((1,), np.dtype(np.uint8), "intermediate values")
         self._fault = self.hold(np.zeros(1, np.int32))
         self._seen = _pinned(self._driver, 4)
+        self._seen[:] = 0
         self._weights: dict[str, tuple[Any, DeviceArray]] = {}
         self._runs: dict[tuple[Any, ...], _Run] = {}
         self._turn = 0
@@ -155,6 +164,10 @@ class DeviceExecutable:
     def _array(self, shape: Sequence[int], dtype: np.dtype, what: str) -> DeviceArray:
         nbytes = math.prod(shape) * dtype.itemsize
         return DeviceArray(self._driver, self._driver.allocate(nbytes, what), shape, dtype)
+
+    def _buffer(self, shape: Sequence[int], dtype: np.dtype, what: str) -> _Buffer:
+        made = self._array(shape, dtype, what)
+        return _Buffer(made, _pinned(self._driver, max(made.nbytes, 1)))
 
     def zeros(self, shape: Sequence[int], dtype: str, what: str) -> DeviceArray:
         """A tensor of zeros on the GPU; raises TensorMemoryError naming `what` where there is no room."""
@@ -260,10 +273,75 @@ class DeviceExecutable:
         was given for it. Raises IndexOutOfRangeError for an index outside its table, InputError for arguments that don't fit,
         TensorMemoryError where memory is short.
         """
+        called, given, run = self._started(entry, inputs, weights, self._stream)
+        results: list[Any] = []
+        for alias, buffer in zip(called.aliases, run.outputs, strict=True):
+            if buffer is not None:
+                self._download(buffer.host.ctypes.data, buffer.array.address, buffer.array.nbytes)
+                results.append(buffer)
+                continue
+            assert alias is not None
+            source, own = given[alias], run.inputs[alias]
+            if isinstance(source, Held) and own is not None:
+                self._download(source.address, own.array.address, own.array.nbytes)
+            results.append(source.array if isinstance(source, Held) else source)
+        self._download(self._seen.ctypes.data, self._fault.address, 4)
+        self._wait()
+        self._check()
+        return tuple([_copied(r) if isinstance(r, _Buffer) else r for r in results])
+
+    def call_tensors(
+        self, entry: str, inputs: Sequence[Any], weights: Uploaded | Mapping[str, np.ndarray] = _NOTHING
+    ) -> tuple[Any, ...]:
+        """`call` for torch's tensors on the GPU (arrays may stand among them), on torch's current stream, without waiting for it.
+
+        Returns torch tensors on the GPU. A fault of a kernel is told by the next call.
+        """
+        torch: Any = sys.modules["torch"]
+        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+        borrowed = [self._borrowed(x) if is_device_tensor(x) else x for x in inputs]
+        called, given, run = self._started(entry, borrowed, weights, stream)
+        results = []
+        for alias, buffer in zip(called.aliases, run.outputs, strict=True):
+            if buffer is None:
+                assert alias is not None
+                results.append(getattr(given[alias], "owner", given[alias]))
+                continue
+            kind = buffer.array.dtype.name
+            made = torch.empty(buffer.array.shape, dtype=getattr(torch, kind), device="cuda")
+            self._copy(made.data_ptr(), buffer.array, stream)
+            results.append(made)
+        self._driver.run(
+            "cuMemcpyDtoHAsync_v2", ctypes.c_void_p(self._seen.ctypes.data), ctypes.c_void_p(self._fault.address),
+            ctypes.c_size_t(4), stream,
+        )  # fmt: skip
+        return tuple(results)
+
+    def _borrowed(self, tensor: Any) -> DeviceArray:
+        """torch's tensor as one of ours, without a copy where it is contiguous."""
+        whole = tensor.detach().contiguous()
+        kind = numpy_dtype(str(whole.dtype).removeprefix("torch."))
+        return DeviceArray(self._driver, whole.data_ptr(), tuple(whole.shape), kind, whole)
+
+    def _copy(self, to: int, source: DeviceArray, stream: ctypes.c_void_p) -> None:
+        if source.nbytes:
+            self._driver.run(
+                "cuMemcpyDtoDAsync_v2",
+                ctypes.c_void_p(to),
+                ctypes.c_void_p(source.address),
+                ctypes.c_size_t(source.nbytes),
+                stream,
+            )
+
+    def _started(
+        self, entry: str, inputs: Sequence[Any], weights: Uploaded | Mapping[str, np.ndarray], stream: ctypes.c_void_p
+    ) -> tuple[Entry, list[Any], _Run]:
+        """Check the inputs, bring them to the GPU and launch the entry; what was given, and the buffers of the results."""
         called = self._entries.get(entry)
         if called is None:
             raise InputError(f"the program has no entry {entry!r}")
         self._driver.enter()
+        self._check()
         if not isinstance(weights, Uploaded):
             weights = self.prepare(entry, weights)
         given = [x if isinstance(x, DeviceArray) else hold(x) for x in inputs]
@@ -271,36 +349,30 @@ class DeviceExecutable:
         for held, (name, kind) in zip(given, called.inputs, strict=True):
             if held.dtype != numpy_dtype(kind.dtype):
                 raise InputError(f"input {name!r}: expected {kind.dtype}, got {held.dtype}")
-        written = [a for a in called.aliases if a is not None]
-        for i in written:
+        for i in (a for a in called.aliases if a is not None):
             if not given[i].writeable:
                 raise InputError(f"input {called.inputs[i][0]!r} is updated in place, but its array is read-only")
         run = self._run(entry, called, given, env, weights)
         for held, buffer in zip(given, run.inputs, strict=True):
-            if buffer is not None:
-                self._upload(buffer.address, held.address, buffer.nbytes)
-        self._launch(run)
-        results: list[Any] = []
-        for alias, buffer in zip(called.aliases, run.outputs, strict=True):
-            if buffer is not None:
-                found = aligned(buffer.shape, buffer.dtype)
-                self._download(found.ctypes.data, buffer.address, buffer.nbytes)
-                results.append(found)
+            if buffer is None:
                 continue
-            assert alias is not None
-            source, own = given[alias], run.inputs[alias]
-            if isinstance(source, Held) and own is not None:
-                self._download(source.address, own.address, own.nbytes)
-            results.append(source.array if isinstance(source, Held) else source)
-        self._download(self._seen.ctypes.data, self._fault.address, 4)
-        self._wait()
-        self._check()
-        return tuple(results)
+            if isinstance(held, DeviceArray):
+                self._copy(buffer.array.address, held, stream)
+            else:
+                flat = held.array.reshape(-1).view(np.uint8) if held.array.size else held.array
+                buffer.host[: flat.size] = flat
+                self._driver.run(
+                    "cuMemcpyHtoDAsync_v2", ctypes.c_void_p(buffer.array.address), ctypes.c_void_p(buffer.host.ctypes.data),
+                    ctypes.c_size_t(buffer.array.nbytes), stream,
+                )  # fmt: skip
+        self._launch(run, stream)
+        return called, given, run
 
     def _check(self) -> None:
         """Raise the first fault that a kernel noted."""
         number = int(self._seen[:4].view(np.int32)[0])
         if number:
+            self._seen[:] = 0
             self._driver.run(
                 "cuMemsetD8Async",
                 ctypes.c_void_p(self._fault.address),
@@ -313,9 +385,8 @@ class DeviceExecutable:
 
     def _run(self, entry: str, called: Entry, given: Sequence[Any], env: Mapping[str, int], weights: Uploaded) -> _Run:
         """The buffers and launches for these shapes and this memory, kept for the next call."""
-        key = (
-            entry, weights, tuple((x.shape, x.address if isinstance(x, DeviceArray) else 0) for x in given),
-        )  # fmt: skip
+        places = tuple((x.shape, x.address if _in_place(i, x, called) else 0) for i, x in enumerate(given))
+        key = (entry, weights, places)
         found = self._runs.pop(key, None)
         if found is None:
             found = self._bound(entry, called, given, env, weights)
@@ -336,11 +407,14 @@ class DeviceExecutable:
         for one, other, who in plan.equal:
             if substitute(one, env) != substitute(other, env):
                 raise InputError(f"{who}: dimensions {one} and {other} must be equal")
-        inputs = [None if isinstance(x, DeviceArray) else self._array(x.shape, x.dtype, "an input") for x in given]
-        outputs: list[DeviceArray | None] = []
+        # What is small is copied to where a graph finds it, so that the next call can be the same graph.
+        inputs = [
+            None if _in_place(i, x, called) else self._buffer(x.shape, x.dtype, "an input") for i, x in enumerate(given)
+        ]
+        outputs: list[_Buffer | None] = []
         for alias, kind in zip(called.aliases, called.outputs, strict=True):
             shape = [int(d) for d in kind.at(env).shape]  # type: ignore[arg-type]
-            outputs.append(None if alias is not None else self._array(shape, numpy_dtype(kind.dtype), "a result"))
+            outputs.append(None if alias is not None else self._buffer(shape, numpy_dtype(kind.dtype), "a result"))
         places, total = [], 0
         for sizes in plan.slots:
             places.append(total)
@@ -352,7 +426,8 @@ class DeviceExecutable:
             self._arena = self._array((total,), np.dtype(np.uint8), "intermediate values")
         base = self._arena.address
         memory: dict[str, Sequence[Any]] = {
-            "input": [own or x for own, x in zip(inputs, given, strict=True)], "output": outputs, "weight": weights.arrays
+            "input": [x if own is None else own.array for own, x in zip(inputs, given, strict=True)],
+            "output": [None if own is None else own.array for own in outputs], "weight": weights.arrays,
         }  # fmt: skip
 
         def value(argument: Any) -> int:
@@ -401,24 +476,24 @@ class DeviceExecutable:
             self._functions[name] = found if status == 0 else None
         return self._functions[name]
 
-    def _launch(self, run: _Run) -> None:
+    def _launch(self, run: _Run, stream: ctypes.c_void_p) -> None:
         run.used += 1
         if run.graph is None and run.used > 1 and run.calls:
             self._driver.run("cuStreamBeginCapture_v2", self._stream, _RELAXED)
             captured, made = ctypes.c_void_p(), ctypes.c_void_p()
             try:
-                self._launch_each(run)
+                self._launch_each(run, self._stream)
             finally:
                 self._driver.run("cuStreamEndCapture", self._stream, ctypes.byref(captured))
             self._driver.run("cuGraphInstantiateWithFlags", ctypes.byref(made), captured, ctypes.c_ulonglong(0))
             self._driver.run("cuGraphDestroy", captured)
             run.graph = made
         if run.graph is not None:
-            self._driver.run("cuGraphLaunch", run.graph, self._stream)
+            self._driver.run("cuGraphLaunch", run.graph, stream)
         else:
-            self._launch_each(run)
+            self._launch_each(run, stream)
 
-    def _launch_each(self, run: _Run) -> None:
+    def _launch_each(self, run: _Run, stream: ctypes.c_void_p) -> None:
         for call in run.calls:
             x, y, z = call.grid
             self._driver.run(
@@ -435,6 +510,23 @@ class DeviceExecutable:
                 None,
                 call.extra,
             )
+
+
+_READ_IN_PLACE = 1 << 20
+"""Bytes from which on an input that is on the GPU already is read where it is."""
+
+
+def _in_place(number: int, given: Any, called: Entry) -> bool:
+    """Whether an input on the GPU is used where it is: what the entry updates, and what is large."""
+    return isinstance(given, DeviceArray) and (number in called.aliases or given.nbytes >= _READ_IN_PLACE)
+
+
+def _copied(buffer: _Buffer) -> np.ndarray:
+    """What came through pinned memory, in memory of its own."""
+    found = aligned(buffer.array.shape, buffer.array.dtype)
+    if found.size:
+        found.reshape(-1).view(np.uint8)[:] = buffer.host[: found.nbytes]
+    return found
 
 
 def _size(value: Any, env: Mapping[str, int]) -> int:

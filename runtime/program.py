@@ -33,7 +33,7 @@ from jisu.compiler.storage import write_safetensors
 from jisu.compiler.text import parse, parse_type
 from jisu.compiler.types import TensorType, dtype_name, numpy_dtype
 from jisu.runtime import artifact
-from jisu.runtime.cuda import DeviceExecutable
+from jisu.runtime.cuda import DeviceExecutable, is_device_tensor
 from jisu.runtime.executable import Executable
 from jisu.runtime.generate import Chunk, Generation, GenerationConfig, Tokenizer, generate
 from jisu.runtime.session import MAIN, DecoderInfo, Session
@@ -106,12 +106,15 @@ class Program:
         signature = self._parts.signature
         leaves = signature.flatten_call(args, kwargs)
         assert self._checker is not None
+        on_device = isinstance(self._executable, DeviceExecutable)
         arrays = [
-            _as_array(leaf, node.name, node.tensor) for leaf, node in zip(leaves, self._checker.inputs, strict=True)
+            leaf if on_device and is_device_tensor(leaf) else _as_array(leaf, node.name, node.tensor)
+            for leaf, node in zip(leaves, self._checker.inputs, strict=True)
         ]
-        sizes = bind_symbols(self._checker, [a.shape for a in arrays])
+        sizes = bind_symbols(self._checker, [tuple(a.shape) for a in arrays])
         for position, size, wraps in self._looked_up:
-            _check_indices(arrays[position], self._checker.inputs[position].name, size, wraps)
+            if isinstance(arrays[position], np.ndarray):
+                _check_indices(arrays[position], self._checker.inputs[position].name, size, wraps)
         try:
             outputs = self._run(MAIN, arrays)
         except TensorMemoryError as error:
@@ -119,7 +122,7 @@ class Program:
         except IndexOutOfRangeError as error:
             raise IndexOutOfRangeError(self._index_at_fault(arrays) or str(error)) from None
         as_torch = any(_is_torch(leaf) for leaf in leaves) or (not leaves and "torch" in sys.modules)
-        values = [_to_torch(o) if as_torch else np.asarray(o) for o in outputs]
+        values = [o if _is_torch(o) else _to_torch(o) if as_torch else np.asarray(o) for o in outputs]
         for position, index in signature.mutations:
             _write_back(leaves[index], values[position])
         return signature.unflatten(values)
@@ -141,7 +144,8 @@ class Program:
             executable = self._runs_here()
             if entry not in self._weights:
                 self._weights[entry] = executable.prepare(entry, self._parts.weights)
-            return executable.call(entry, arrays, self._weights[entry])
+            there = any(map(is_device_tensor, arrays))
+            return (executable.call_tensors if there else executable.call)(entry, arrays, self._weights[entry])
 
     def _runs_here(self) -> Any:
         """The executable; raises TargetError where this machine can't run it."""
@@ -457,7 +461,7 @@ def _dtype(array: np.ndarray) -> str:
 def _from_torch(tensor: Any) -> np.ndarray:
     tensor = tensor.detach().resolve_conj().resolve_neg()
     if tensor.device.type != "cpu":
-        raise InputError(f"expected a tensor on the CPU, got one on {tensor.device}; this program runs on the CPU")
+        raise InputError(f"expected a tensor on the CPU, got one on {tensor.device}, where this program doesn't run")
     import torch
 
     if tensor.dtype == torch.bfloat16:
