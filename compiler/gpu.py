@@ -26,9 +26,7 @@ class Driver:
         try:
             self._library = ctypes.CDLL(path)
         except OSError as error:
-            raise TargetError(
-                f"this machine has no NVIDIA driver ({error}); a program for CUDA runs where there is one"
-            ) from None
+            raise TargetError(f"this machine has no NVIDIA driver ({error})") from None
         code = self._library.cuInit(0)
         if code:
             raise TargetError(f"NVIDIA's driver finds no GPU here (cuInit: error {code})")

@@ -147,11 +147,16 @@ class Program:
             there = any(map(is_device_tensor, arrays))
             return (executable.call_tensors if there else executable.call)(entry, arrays, self._weights[entry])
 
+    @property
+    def lacks(self) -> str:
+        """Why the program can't run on this machine; "" where it can."""
+        return "; ".join(self._lacks)
+
     def _runs_here(self) -> Any:
         """The executable; raises TargetError where this machine can't run it."""
         if self._executable is None:
             raise TargetError(
-                f"this program is for {self._parts.target['name']!r}, and can't run here: {'; '.join(self._lacks)}; save it, and load it on such a "
+                f"this program is for {self._parts.target['name']!r}, and can't run here: {self.lacks}; save it, and load it on such a "
                 "machine"
             )
         return self._executable

@@ -45,6 +45,7 @@ def run(shell: Shell) -> None:
         _system,
         _packages,
         _compiler,
+        _gpu,
         _folders,
         _environment,
         _self_test,
@@ -135,6 +136,25 @@ def _compiler() -> Iterator[Check]:
         yield Check(
             "linker", "problem", str(error), "apt install gcc (or your system's equivalent), or set CC to a compiler"
         )
+
+
+def _gpu() -> Iterator[Check]:
+    """Whether programs for CUDA run here, and whether machine code can be made for them."""
+    from jisu.compiler.errors import TargetError
+    from jisu.targets.target import Target
+
+    try:
+        yield Check("GPU", "ok", Target.resolve("cuda").source)
+    except TargetError as error:
+        detail = str(error).partition(": ")[2].partition("; use target")[0]
+        yield Check("GPU", "ok", f"none ({detail}); programs for CUDA can be compiled here, not run")
+    paths = [shutil.which("ptxas"), *map(str, Path(sys.prefix).glob("lib/python*/site-packages/nvidia/*/bin/ptxas"))]
+    found = next((p for p in paths if p), None)
+    if found:
+        yield Check("ptxas", "ok", found)
+    else:
+        remedy = "programs for CUDA hold PTX alone, which a GPU's driver compiles when they are loaded; for machine code: pip install nvidia-cuda-nvcc"
+        yield Check("ptxas", "ok", f"none; {remedy}")
 
 
 def _folders() -> Iterator[Check]:

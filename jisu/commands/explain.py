@@ -29,7 +29,13 @@ def run(shell: Shell, path: str, options: Options) -> None:
     measured = _measure(program)
     if measured is not None and passes:
         passes[-1]["measured_s"] = measured["step_s"]
-    report |= {"passes": passes, "measured": measured, "target": program.target, "recipe": program.recipe}
+    report |= {
+        "passes": passes,
+        "measured": measured,
+        "not_run": program.lacks,
+        "target": program.target,
+        "recipe": program.recipe,
+    }
 
     def show(console: Console) -> None:
         _show(console, path, report, program)
@@ -40,7 +46,7 @@ def run(shell: Shell, path: str, options: Options) -> None:
 def _measure(program: Program) -> dict[str, Any] | None:
     """Median seconds of reading _TOKENS tokens (what the passes' predicted_s is about) and of writing one more."""
     info = program.decoder
-    if info is None or info.reason:
+    if info is None or info.reason or program.lacks:
         return None
     tokens = min(_TOKENS, info.max_positions // 2)
     session = program.session(min(_SLOTS, info.max_positions))
@@ -95,6 +101,8 @@ def _show(console: Console, path: str, report: Mapping[str, Any], program: Progr
             f"measured: {units.seconds(measured['step_s'])} for {measured['tokens']} tokens at once, "
             f"{units.seconds(measured['decode_s'])} for one after them ({program.num_threads} threads)"
         )
+    if program.lacks:
+        console.print(f"not measured: {program.lacks}")
 
 
 def _gain(gain: float | None) -> str:

@@ -1,0 +1,222 @@
+"""jisu on an NVIDIA GPU beside torch.compile on the same random weights, or, without a GPU, what the cost model predicts.
+
+    python benchmarks/cuda/compare.py --shape llama-3-8b --forms bfloat16,int4 --json out.json
+
+Decode: seconds per token behind a context, batch 1, 32 and 128; prefill: seconds of a prompt. jisu and the peer take turns; a ratio is the
+median over rounds of the peer's time to jisu's of the same round. The peer is transformers' model with its static cache under
+`torch.compile(mode="max-autotune")`. The GPU's copy bandwidth is measured in the same run. Predicted figures say so: the longer of a
+node's arithmetic at the peak and its bytes at the bandwidth of the target's description, added up; no launch costs anything.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from common import machine, versions  # noqa: E402
+
+import jisu  # noqa: E402
+from jisu.compiler.cost import graph_cost  # noqa: E402
+from jisu.compiler.errors import TargetError  # noqa: E402
+from jisu.compiler.text import parse  # noqa: E402
+from jisu.targets.target import Target  # noqa: E402
+
+_HEADS = {"num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256}
+SHAPES: dict[str, dict[str, Any]] = {
+    "tiny": {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2,
+             "num_key_value_heads": 1, "vocab_size": 512},
+    "llama-3.2-1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, **_HEADS},
+    "llama-3-8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, **_HEADS},
+}  # fmt: skip
+RECIPES = {"bfloat16": None, "int4": "w4a16", "int8": "w8a16"}
+CONTEXT, PROMPT, BATCHES = 512, 2048, (1, 32, 128)
+
+
+def checkpoint(shape: str, folder: Path) -> Path:
+    """A folder with random bfloat16 weights of the shape, written once, piece by piece."""
+    import torch
+    import transformers as hf
+    from safetensors.torch import save_file
+
+    if (folder / "model.safetensors").exists():
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    config = hf.LlamaConfig(**SHAPES[shape], max_position_embeddings=8192, rope_theta=500000.0, dtype="bfloat16")
+    config.architectures = ["LlamaForCausalLM"]
+    with torch.device("meta"):
+        model = hf.LlamaForCausalLM(config)
+    random = torch.randn(1 << 24, generator=torch.Generator().manual_seed(0)).bfloat16()
+    tensors = {}
+    for name, t in model.state_dict().items():
+        if name.endswith("norm.weight"):
+            tensors[name] = torch.ones(t.shape, dtype=torch.bfloat16)
+        else:
+            flat = random.repeat(-(-t.numel() // random.numel()))[: t.numel()].reshape(t.shape)
+            tensors[name] = (flat * 0.02).contiguous()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config.save_pretrained(folder)
+    return folder
+
+
+def predicted(program: Any, target: Target) -> dict[str, float]:
+    """Seconds of a decode step per batch, and of a prompt, by the cost model."""
+    step = parse(program.ir("append_last"))
+    found = {}
+    for batch in BATCHES:
+        env = {"batch": batch, "sequence": 1, "capacity": CONTEXT + 1}
+        found[f"decode_{batch}_s"] = graph_cost(step, env, target).seconds
+    env = {"batch": 1, "sequence": PROMPT, "capacity": PROMPT}
+    return {**found, "prefill_s": graph_cost(step, env, target).seconds}
+
+
+def timed(call: Callable[[], Any], repeat: int) -> float:
+    """Median seconds of a call that has finished on the GPU when it returns."""
+    times = []
+    for _ in range(repeat):
+        begin = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times)
+
+
+def ours(program: Any, batch: int, vocabulary: int) -> dict[str, Callable[[], Any]]:
+    """A decode step behind the context, and (batch 1) a prompt."""
+    rng = np.random.default_rng(0)
+    session = program.session(CONTEXT + 256)
+    session.append(rng.integers(0, vocabulary, (batch, CONTEXT)), last_only=True)
+    token = rng.integers(0, vocabulary, (batch, 1))
+
+    def decode() -> None:
+        session.append(token, last_only=True)
+        session.length -= 1  # every step stands behind the same context
+
+    found: dict[str, Callable[[], Any]] = {f"decode_{batch}_s": decode}
+    if batch == 1:
+        reader = program.session(PROMPT)
+
+        def prefill() -> None:
+            reader.reset()
+            reader.append(rng.integers(0, vocabulary, (1, PROMPT)), last_only=True)
+
+        found["prefill_s"] = prefill
+    return found
+
+
+def peer(folder: Path, batch: int, vocabulary: int) -> dict[str, Callable[[], Any]]:
+    """The same of torch.compile, on the GPU that torch sees."""
+    import torch
+    import transformers as hf
+
+    model = hf.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).cuda().eval()
+    cache = hf.StaticCache(config=model.config, max_cache_len=CONTEXT + 256)
+    forward = torch.compile(model.forward, mode="max-autotune", fullgraph=True)
+    ids = torch.randint(vocabulary, (batch, CONTEXT), device="cuda")
+    token, place = ids[:, :1].clone(), torch.tensor([CONTEXT], device="cuda")
+    with torch.no_grad():
+        model(ids, past_key_values=cache, cache_position=torch.arange(CONTEXT, device="cuda"))
+
+    @torch.no_grad()
+    def decode() -> None:
+        forward(token, past_key_values=cache, cache_position=place, logits_to_keep=1).logits.argmax(-1).cpu()
+
+    found: dict[str, Callable[[], Any]] = {f"decode_{batch}_s": decode}
+    if batch == 1:
+        whole = torch.compile(model.forward, mode="max-autotune-no-cudagraphs")
+
+        @torch.no_grad()
+        def prefill() -> None:
+            prompt = torch.randint(vocabulary, (1, PROMPT), device="cuda")
+            whole(prompt, use_cache=False, logits_to_keep=1).logits.argmax(-1).cpu()
+
+        found["prefill_s"] = prefill
+    return found
+
+
+def copy_bandwidth() -> float:
+    """Bytes per second that a copy on the GPU reads and writes, the best of ten of 2 GiB."""
+    import torch
+
+    source = torch.empty(1 << 30, dtype=torch.int16, device="cuda")
+    target = torch.empty_like(source)
+    best = float("inf")
+    for _ in range(10):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        target.copy_(source)
+        end.record()
+        torch.cuda.synchronize()
+        best = min(best, begin.elapsed_time(end) * 1e-3)
+    return 2 * source.numel() * 2 / best
+
+
+def measured(program: Any, folder: Path, form: str, vocabulary: int, rounds: int) -> dict[str, Any]:
+    """Both sides by turns; the peer is in bfloat16 whatever the form."""
+    found: dict[str, Any] = {}
+    for batch in BATCHES:
+        sides = {"jisu": ours(program, batch, vocabulary), "torch.compile": peer(folder, batch, vocabulary)}
+        for cell in sides["jisu"]:
+            for side in sides.values():
+                for _ in range(3):
+                    side[cell]()
+            times: dict[str, list[float]] = {name: [] for name in sides}
+            for r in range(rounds):
+                for name in list(sides)[:: 1 if r % 2 else -1]:
+                    times[name].append(timed(sides[name][cell], 20 if "decode" in cell else 3))
+            ratios = [b / a for a, b in zip(times["jisu"], times["torch.compile"], strict=True)]
+            found[cell] = {**times, "ratio": statistics.median(ratios), "spread": [min(ratios), max(ratios)]}
+            print(
+                f"{form:9} {cell:14} {statistics.median(times['jisu']) * 1e3:9.3f} ms, ratio {found[cell]['ratio']:.2f}"
+            )
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=SHAPES, default="llama-3-8b")
+    parser.add_argument("--forms", default="bfloat16,int4")
+    parser.add_argument("--target", default="nvidia/h200", help="what is predicted where there is no GPU")
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "jisu-cuda")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    try:
+        target, reason = Target.resolve("cuda"), ""
+    except TargetError as error:
+        target, reason = Target.resolve(options.target), str(error)
+    folder = checkpoint(options.shape, options.folder / options.shape)
+    result: dict[str, Any] = {
+        "date": datetime.date.today().isoformat(), "machine": machine(), "versions": versions(), "shape": options.shape,
+        "target": target.name, "not_run": reason, "forms": {}, "context": CONTEXT, "prompt": PROMPT,
+    }  # fmt: skip
+    if reason:
+        print(f"not run: {reason}\npredicted for {target.name}:")
+    else:
+        result["copy_bandwidth"] = copy_bandwidth()
+    for form in options.forms.split(","):
+        begin = time.perf_counter()
+        program = jisu.compile(str(folder), target=target, recipe=RECIPES[form])
+        cells: dict[str, Any] = {"compile_s": time.perf_counter() - begin, "weights": program.weights_bytes}
+        cells["predicted"] = predicted(program, target)
+        if not reason:
+            cells["measured"] = measured(program, folder, form, SHAPES[options.shape]["vocab_size"], options.rounds)
+        result["forms"][form] = cells
+        told = ", ".join(f"{k.removesuffix('_s')} {v * 1e3:.2f} ms" for k, v in cells["predicted"].items())
+        print(f"{form:9} compiled in {cells['compile_s']:.0f} s; predicted: {told}")
+        del program
+    if options.json is not None:
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,40 @@
+"""What tests/test_cuda_models.py and tests/test_lowering.py say of programs for GPUs, on a real one.
+
+python -m pytest tests/gpu
+compute-sanitizer --tool memcheck python -m pytest tests/gpu
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from test_cuda_models import (  # noqa: F401
+    PROMPT,
+    llama,
+    test_a_program_is_saved_and_loaded,
+    test_an_encoder,
+    test_caches,
+    test_compressed_decoders,
+    test_decoders_equal_the_model,
+    test_experts,
+    test_faults_are_told,
+    test_functions_of_a_machine_without_a_c_library,
+    test_layers,
+)
+
+import jisu
+from jisu.targets.target import Target
+
+
+def test_tensors_of_torch_stay_on_the_gpu(emulated_gpu: Target) -> None:
+    """What comes from the GPU goes there, on torch's stream, and equals what goes by way of this machine's memory."""
+    if not torch.cuda.is_available():
+        pytest.skip("this torch has no CUDA")
+    layer = torch.nn.Sequential(torch.nn.Linear(64, 96), torch.nn.GELU()).bfloat16()
+    x = torch.randn(7, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    program = jisu.compile(layer, target=emulated_gpu, example_inputs=(x,))
+    with torch.cuda.stream(torch.cuda.Stream()):
+        got = program(x.cuda())
+        assert got.is_cuda
+        np.testing.assert_array_equal(got.float().cpu().numpy(), program(x).float().numpy())
