@@ -6,6 +6,7 @@ import ctypes
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import attrs
@@ -28,6 +29,8 @@ from jisu.compiler.pipeline import Pipeline, relative_error
 from jisu.compiler.schemes import SCHEMES
 from jisu.compiler.types import TensorType, numpy_dtype, symbol
 from jisu.passes import layout_passes
+from jisu.runtime import cuda
+from jisu.runtime import program as program_module
 from jisu.runtime.cuda import DeviceExecutable
 from jisu.targets import facts
 from jisu.targets.compile import compile_graphs
@@ -300,6 +303,29 @@ def test_the_gpu_that_is_present(emulated_driver: ctypes.CDLL, tmp_path: Path, m
     monkeypatch.setenv(DRIVER, str(tmp_path / "libnone.so"))
     with pytest.raises(TargetError, match="no NVIDIA driver.*'cuda:sm_90'"):
         Target.resolve("cuda")
+
+
+def test_tensors_of_torch_on_the_gpu(emulated_gpu: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here the emulated GPU's memory is this machine's, so that any tensor may count as one there."""
+    layer = torch.nn.Sequential(torch.nn.Linear(64, 96), torch.nn.GELU())
+    table = torch.nn.Embedding(5, 64)
+    x = torch.randn(7, 64, generator=torch.Generator().manual_seed(0))
+    program = jisu.compile(layer, target=emulated_gpu, example_inputs=(x,))
+    looked_up = jisu.compile(table, target=emulated_gpu, example_inputs=(torch.tensor([1, 2]),))
+    want = program(x)
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, device=None, **k: empty(*a, **k))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
+    for module in (cuda, program_module):
+        monkeypatch.setattr(module, "is_device_tensor", lambda v: isinstance(v, torch.Tensor))
+    for _ in range(3):
+        np.testing.assert_array_equal(program(x).detach().numpy(), want.detach().numpy())
+    strided = torch.cat([x, x], 1)[:, ::2][:, :64]
+    np.testing.assert_allclose(program(strided).detach(), layer(strided).detach(), rtol=1e-4, atol=1e-5)
+    looked_up(torch.tensor([1, 5]))  # nobody waits for it
+    with pytest.raises(IndexOutOfRangeError):
+        looked_up(torch.tensor([1, 2]))
+    np.testing.assert_array_equal(looked_up(torch.tensor([1, 2])).detach(), table(torch.tensor([1, 2])).detach())
 
 
 def test_faults_are_told(emulated_gpu: Target, tmp_path: Path) -> None:

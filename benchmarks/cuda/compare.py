@@ -43,29 +43,42 @@ RECIPES = {"bfloat16": None, "int4": "w4a16", "int8": "w8a16"}
 CONTEXT, PROMPT, BATCHES = 512, 2048, (1, 32, 128)
 
 
-def checkpoint(shape: str, folder: Path) -> Path:
-    """A folder with random bfloat16 weights of the shape, written once, piece by piece."""
+def checkpoint(shape: str, folder: Path, filled: bool) -> Path:
+    """A folder with bfloat16 weights of the shape, written once, tensor by tensor: random ones, or, to compile only, a sparse file of zeros."""
     import torch
     import transformers as hf
-    from safetensors.torch import save_file
 
-    if (folder / "model.safetensors").exists():
+    folder = folder / (shape if filled else f"{shape}-empty")
+    file = folder / "model.safetensors"
+    if file.exists():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
     config = hf.LlamaConfig(**SHAPES[shape], max_position_embeddings=8192, rope_theta=500000.0, dtype="bfloat16")
     config.architectures = ["LlamaForCausalLM"]
-    with torch.device("meta"):
-        model = hf.LlamaForCausalLM(config)
-    random = torch.randn(1 << 24, generator=torch.Generator().manual_seed(0)).bfloat16()
-    tensors = {}
-    for name, t in model.state_dict().items():
-        if name.endswith("norm.weight"):
-            tensors[name] = torch.ones(t.shape, dtype=torch.bfloat16)
-        else:
-            flat = random.repeat(-(-t.numel() // random.numel()))[: t.numel()].reshape(t.shape)
-            tensors[name] = (flat * 0.02).contiguous()
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     config.save_pretrained(folder)
+    with torch.device("meta"):
+        shapes = {name: tuple(t.shape) for name, t in hf.LlamaForCausalLM(config).state_dict().items()}
+    header: dict[str, Any] = {}
+    end = 0
+    for name, size in shapes.items():
+        begin, end = end, end + 2 * int(np.prod(size))
+        header[name] = {"dtype": "BF16", "shape": size, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    random = (np.random.default_rng(0).standard_normal(1 << 22, np.float32) * 0.02).view(np.uint32) >> 16
+    block = random.astype(np.uint16)
+    whole = file.with_suffix(".part")
+    with open(whole, "wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        first = out.tell()
+        for name, size in shapes.items() if filled else ():
+            count = int(np.prod(size))
+            out.seek(first + header[name]["data_offsets"][0])
+            for piece in range(0, count, block.size):
+                part = block[: min(block.size, count - piece)]
+                out.write((np.full_like(part, 0x3F80) if name.endswith("norm.weight") else part).tobytes())
+        out.truncate(first + end)
+    whole.rename(file)
     return folder
 
 
@@ -194,7 +207,7 @@ def main() -> None:
         target, reason = Target.resolve("cuda"), ""
     except TargetError as error:
         target, reason = Target.resolve(options.target), str(error)
-    folder = checkpoint(options.shape, options.folder / options.shape)
+    folder = checkpoint(options.shape, options.folder, filled=not reason)
     result: dict[str, Any] = {
         "date": datetime.date.today().isoformat(), "machine": machine(), "versions": versions(), "shape": options.shape,
         "target": target.name, "not_run": reason, "forms": {}, "context": CONTEXT, "prompt": PROMPT,

@@ -24,7 +24,17 @@ from test_cuda_models import (  # noqa: F401
 )
 
 import jisu
+from jisu.compiler.errors import TargetError
 from jisu.targets.target import Target
+
+
+@pytest.fixture(scope="session")
+def emulated_gpu() -> Target:
+    """In place of the emulated one: this machine's."""
+    try:
+        return Target.resolve("cuda")
+    except TargetError as error:
+        pytest.skip(f"no GPU to run on: {error}")
 
 
 def test_tensors_of_torch_stay_on_the_gpu(emulated_gpu: Target) -> None:
