@@ -95,6 +95,12 @@ float of_bf16(uint32_t bits) {
     return f;
 }
 
+float of_f16(uint32_t bits) {
+    int exponent = bits >> 10 & 31, mantissa = bits & 1023;
+    float size = exponent == 31 ? (mantissa ? NAN : INFINITY) : exponent ? std::ldexp(1024.0f + mantissa, exponent - 25) : std::ldexp((float)mantissa, -24);
+    return bits & 0x8000 ? -size : size;
+}
+
 float of_bits(uint32_t bits) {
     float f;
     std::memcpy(&f, &bits, 4);
@@ -235,7 +241,7 @@ void emulated_wgmma_wait(int64_t but) {
 }
 
 /* A row's element of a tile that a descriptor names: rows of 128 bytes in blocks of eight, with the swizzle of 128 bytes. */
-static float tile_element(uint64_t descriptor, int row, int k) {
+static float tile_element(uint64_t descriptor, int row, int k, bool half) {
     if (descriptor >> 62 != 1) fail("a tile with another swizzle than that of 128 bytes");
     uint64_t stride = ((descriptor >> 32) & 0x3fff) << 4;
     uint64_t at = ((descriptor & 0x3fff) << 4) + row / 8 * stride + row % 8 * 128 + 2 * k;
@@ -243,11 +249,11 @@ static float tile_element(uint64_t descriptor, int row, int k) {
     if (at >= SHARED_BYTES) fail("a tile outside of shared memory");
     uint16_t bits;
     std::memcpy(&bits, jisu_shared + at, 2);
-    return of_bf16(bits);
+    return half ? of_f16(bits) : of_bf16(bits);
 }
 
-void emulated_wgmma(float *sums, uint64_t a, uint64_t b, int32_t outputs) __asm__("emulated.wgmma");
-void emulated_wgmma(float *sums, uint64_t a, uint64_t b, int32_t outputs) {
+void emulated_wgmma(float *sums, uint64_t a, uint64_t b, int32_t outputs, int32_t half) __asm__("emulated.wgmma");
+void emulated_wgmma(float *sums, uint64_t a, uint64_t b, int32_t outputs, int32_t half) {
     Meeting &g = warp_groups[current / 128];
     if (!g.arrived) g.tile_a = a, g.tile_b = b;
     if (a != g.tile_a || b != g.tile_b) fail("threads of a warp group name different tiles");
@@ -259,7 +265,7 @@ void emulated_wgmma(float *sums, uint64_t a, uint64_t b, int32_t outputs) {
     for (int j = 0; j < outputs / 8; j++)
         for (int part = 0; part < 4; part++)
             for (int k = 0; k < 16; k++)
-                sums[4 * j + part] += tile_element(a, line + 8 * (part / 2), k) * tile_element(b, 8 * j + thread % 4 * 2 + part % 2, k);
+                sums[4 * j + part] += tile_element(a, line + 8 * (part / 2), k, half) * tile_element(b, 8 * j + thread % 4 * 2 + part % 2, k, half);
 }
 
 /* Results of several registers come back through memory. */
@@ -292,18 +298,16 @@ void emulated_ldmatrix_trans(uint32_t *result, const uint8_t *row) {
     std::memcpy(result, w.out[lane()], 16);
 }
 
-void emulated_mma(uint32_t *result, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1, float c0, float c1, float c2,
-                  float c3) {
+static void multiply(uint32_t *result, const uint32_t *mine, float (*number)(uint32_t)) {
     Meeting &w = warp();
-    uint32_t mine[] = {a0, a1, a2, a3, b0, b1, bits_of(c0), bits_of(c1), bits_of(c2), bits_of(c3)};
-    std::memcpy(w.in[lane()], mine, sizeof mine);
+    std::memcpy(w.in[lane()], mine, 10 * sizeof *mine);
     meet(w, 4, 32, [&] {
         float a[16][16], b[16][8];
         for (int i = 0; i < 32; i++)
             for (int h = 0; h < 2; h++)
                 for (int r = 0; r < 4; r++) {
-                    a[i / 4 + 8 * (r & 1)][2 * (i % 4) + h + 8 * (r >> 1)] = of_bf16((w.in[i][r] >> (16 * h)) & 0xffff);
-                    if (r < 2) b[2 * (i % 4) + h + 8 * r][i / 4] = of_bf16((w.in[i][4 + r] >> (16 * h)) & 0xffff);
+                    a[i / 4 + 8 * (r & 1)][2 * (i % 4) + h + 8 * (r >> 1)] = number((w.in[i][r] >> (16 * h)) & 0xffff);
+                    if (r < 2) b[2 * (i % 4) + h + 8 * r][i / 4] = number((w.in[i][4 + r] >> (16 * h)) & 0xffff);
                 }
         for (int i = 0; i < 32; i++)
             for (int r = 0; r < 4; r++) {
@@ -313,5 +317,17 @@ void emulated_mma(uint32_t *result, uint32_t a0, uint32_t a1, uint32_t a2, uint3
             }
     });
     std::memcpy(result, w.out[lane()], 16);
+}
+
+void emulated_mma(uint32_t *result, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1, float c0, float c1, float c2,
+                  float c3) {
+    uint32_t mine[] = {a0, a1, a2, a3, b0, b1, bits_of(c0), bits_of(c1), bits_of(c2), bits_of(c3)};
+    multiply(result, mine, of_bf16);
+}
+
+void emulated_mma_f16(uint32_t *result, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1, float c0, float c1,
+                      float c2, float c3) {
+    uint32_t mine[] = {a0, a1, a2, a3, b0, b1, bits_of(c0), bits_of(c1), bits_of(c2), bits_of(c3)};
+    multiply(result, mine, of_f16);
 }
 }

@@ -15,6 +15,7 @@ import pytest
 from conftest import emulation
 
 from jisu.compiler.errors import TargetError
+from jisu.compiler.types import numpy_dtype
 from jisu.targets.cuda import device, emulated, ptx
 from jisu.targets.cuda.kernels import attention, norm, products, thin
 from jisu.targets.cuda.kernels.attention import Form
@@ -62,12 +63,12 @@ def launch(emulator: Any, tmp_path: Path) -> Launch:
     return run
 
 
-def drawn(seed: int, *shape: int) -> np.ndarray:
-    """bfloat16 at a multiple of 128 bytes."""
-    values = np.random.default_rng(seed).standard_normal(shape).astype(ml_dtypes.bfloat16)
+def drawn(seed: int, *shape: int, dtype: str = "bfloat16") -> np.ndarray:
+    """16-bit numbers at a multiple of 128 bytes."""
+    values = np.random.default_rng(seed).standard_normal(shape).astype(numpy_dtype(dtype))
     raw = np.empty(values.nbytes + 128, np.uint8)
     begin = -raw.ctypes.data % 128
-    out = raw[begin : begin + values.nbytes].view(ml_dtypes.bfloat16).reshape(shape)
+    out = raw[begin : begin + values.nbytes].view(values.dtype).reshape(shape)
     out[...] = values
     return out
 
@@ -81,7 +82,8 @@ def multiplied(
     launch: Launch, kernel: device.DeviceKernel, grid: tuple[int, ...], m: int, n: int, k: int, **how: Any
 ) -> None:
     """Run a plain layer; nothing is written beyond its results."""
-    x, w, y = drawn(0, m, k), drawn(1, n, k), drawn(2, m + 1, n)
+    dtype = "float16" if "float16" in kernel.name and "bfloat16" not in kernel.name else "bfloat16"
+    x, w, y = (drawn(i, *shape, dtype=dtype) for i, shape in enumerate(((m, k), (n, k), (m + 1, n))))
     guard = y[-1].copy()
     launch(kernel, grid, x, w, y, m, **how)
     close(y[:m], x, w)
@@ -95,7 +97,7 @@ def tiles(layer: Layer, m: int) -> tuple[int, int]:
 @pytest.mark.parametrize(("rows", "m", "n", "k"), [(8, 1, 70, 512), (8, 1, 33, 8), (8, 3, 64, 1288), (16, 11, 5, 1024), (32, 70, 40, 6144)])  # fmt: skip
 @RACES
 def test_few_rows(rows: int, m: int, n: int, k: int, late: bool, order: int, launch: Launch) -> None:
-    layer = Layer(k, (n,))
+    layer = Layer(k, (n,), "bfloat16" if late else "float16")
     grid = (layer.tiles(thin.OUTPUTS), -(-m // rows))
     multiplied(launch, thin.thin(layer, rows, GPU), grid, m, n, k, late=late, order=order)
 
@@ -104,14 +106,14 @@ def test_few_rows(rows: int, m: int, n: int, k: int, late: bool, order: int, lau
 @RACES
 def test_many_rows(m: int, n: int, k: int, late: bool, order: int, launch: Launch) -> None:
     """Edge tiles too; copies that come late or at once, threads in either order: no race."""
-    layer = Layer(k, (n,))
+    layer = Layer(k, (n,), "bfloat16" if late else "float16")
     multiplied(launch, products.product(layer, GPU), tiles(layer, m), m, n, k, late=late, order=order)
 
 
 @pytest.mark.parametrize(("m", "n", "k"), [(128, 128, 64), (1, 5, 64), (130, 70, 320)])
 @RACES
 def test_many_rows_on_hopper(m: int, n: int, k: int, late: bool, order: int, launch: Launch) -> None:
-    layer = Layer(k, (n,))
+    layer = Layer(k, (n,), "bfloat16" if late else "float16")
     multiplied(launch, products.product_hopper(layer, HOPPER), tiles(layer, m), m, n, k, late=late, order=order)
 
 
@@ -154,7 +156,7 @@ def rows_of(form: Form, keys: np.ndarray, cap: int, table: np.ndarray | None) ->
     if form.layout == "plain":
         return keys
     shape = (b * cap, heads, form.page, d) if table is not None else (b, heads, cap, d)
-    held = drawn(9, *shape)
+    held = drawn(9, *shape, dtype=form.dtype)
     held[...] = np.nan
     for i in range(b):
         for key in range(t):
@@ -174,12 +176,12 @@ def attended(form: Form, launch: Launch, past: int, s: int, parts: int = 0, **ho
         "paged": -(-total // max(form.page, 1)) + 1,
         "ring": form.window + s,
     }[form.layout]
-    q, out = drawn(0, b, s, form.heads, form.head_dim), drawn(3, b, s + 1, form.heads, form.head_dim)
-    keys, values = (drawn(i, b, total, form.kv_heads, form.head_dim) for i in (1, 2))
+    q, out = (drawn(i, b, n, form.heads, form.head_dim, dtype=form.dtype) for i, n in ((0, s), (3, s + 1)))
+    keys, values = (drawn(i, b, total, form.kv_heads, form.head_dim, dtype=form.dtype) for i in (1, 2))
     table = np.random.default_rng(5).permutation(b * cap).astype(np.int32).reshape(b, cap) if form.page else None
     k, v = (rows_of(form, x, cap, table) for x in (keys, values))
     start = np.array([0, past // 2 if form.cached else 0], np.int64)
-    sinks = drawn(4, form.heads)
+    sinks = drawn(4, form.heads, dtype=form.dtype)
     guard = out.reshape(-1, form.heads, form.head_dim)[b * s :].copy()
     given = [
         q,
@@ -221,6 +223,7 @@ def attended(form: Form, launch: Launch, past: int, s: int, parts: int = 0, **ho
         (Form(6, 2, 128, 0.09, window=33), 200, 5),
         (Form(4, 2, 64, 0.125, "ring", window=20, sinks=True), 77, 2),
         (Form(4, 2, 64, 0.125, "paged", 16, sinks=True), 50, 2),
+        (Form(4, 2, 64, 0.125, sinks=True, dtype="float16"), 50, 2),
     ],
 )
 def test_attention_of_a_token(form: Form, past: int, parts: int, launch: Launch) -> None:
@@ -240,6 +243,7 @@ def test_attention_of_a_token(form: Form, past: int, parts: int, launch: Launch)
         (Form(2, 1, 64, 0.125, "plain"), 0, 70),
         (Form(2, 1, 64, 0.125, "plain", causal=False, sinks=True), 0, 130),
         (Form(2, 1, 64, 0.125, "plain"), 20, 30),
+        (Form(2, 1, 64, 0.125, sinks=True, dtype="float16"), 20, 70),
     ],
 )
 @RACES

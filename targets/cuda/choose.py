@@ -11,6 +11,7 @@ from jisu.compiler.errors import TargetError
 from jisu.compiler.graph import Node
 from jisu.compiler.types import Dim, dim, product
 from jisu.targets.cpu.isa import FLOATS, require_activation
+from jisu.targets.cuda.device import PAIRS
 from jisu.targets.cuda.kernels import norm, products, rounding, thin
 from jisu.targets.cuda.kernels.attention import QUERIES, Form, attend_token, attend_tokens, merge_parts
 from jisu.targets.cuda.kernels.layers import Layer
@@ -104,9 +105,9 @@ _MOST_SHARING = 8  # query heads of a key, whose sums a thread of `attend_token`
 def _form(q: Node, kv_heads: int, width: object, target: Target, **how: object) -> Form | None:
     """How attention works on these heads, or None where no kernel does it."""
     heads, head_dim = int(q.shape[2]), int(q.shape[3])  # type: ignore[call-overload]
-    if q.dtype != "bfloat16" or width != head_dim or head_dim not in (64, 128) or heads // kv_heads > _MOST_SHARING:
+    if q.dtype not in PAIRS or width != head_dim or head_dim not in (64, 128) or heads // kv_heads > _MOST_SHARING:
         return None
-    return Form(heads, kv_heads, head_dim, **how)  # type: ignore[arg-type]
+    return Form(heads, kv_heads, head_dim, dtype=q.dtype, **how)  # type: ignore[arg-type]
 
 
 def _attention(node: Node, target: Target) -> Kernel | None:

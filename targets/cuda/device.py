@@ -21,6 +21,8 @@ WARP = 32
 _REAL, _EMULATED = "llvm.nvvm.", "emulated."
 GROUP = 4 * WARP
 """Threads of a warp group, which multiplies together on Hopper."""
+PAIRS = {"bfloat16": "<2 x bfloat>", "float16": "<2 x half>"}
+"""LLVM's vectors of two 16-bit floats."""
 GLOBAL, SHARED = "ptr addrspace(1)", "ptr addrspace(3)"
 _SHARED_NAME = "jisu_shared"
 
@@ -169,21 +171,25 @@ class Device(Function):
         """The same bits as another type."""
         return self.op(f"bitcast {value.type} {value.name} to {type_}", type_)
 
-    def twice(self, value: Val) -> Val:
-        """A float32 rounded to bfloat16, as <2 x bfloat>."""
-        return self.as_type(self.pair(value, value), "<2 x bfloat>")
+    def twice(self, value: Val, dtype: str) -> Val:
+        """A float32 rounded to a 16-bit dtype, twice, as LLVM's vector of two."""
+        return self.as_type(self.pair(value, value, dtype), PAIRS[dtype])
 
-    def pair(self, low: Val, high: Val) -> Val:
-        """Two float32 rounded to bfloat16 in one i32."""
+    def pair(self, low: Val, high: Val, dtype: str) -> Val:
+        """Two float32 rounded to a 16-bit dtype in one i32."""
         both = self.op("insertelement <2 x float> poison, float " + f"{low.name}, i32 0", "<2 x float>")
         both = self.op(f"insertelement <2 x float> {both.name}, float {high.name}, i32 1", "<2 x float>")
-        rounded = self.op(f"fptrunc <2 x float> {both.name} to <2 x bfloat>", "<2 x bfloat>")
-        return self.op(f"bitcast <2 x bfloat> {rounded.name} to i32", "i32")
+        rounded = self.op(f"fptrunc <2 x float> {both.name} to {PAIRS[dtype]}", PAIRS[dtype])
+        return self.as_type(rounded, "i32")
 
-    def mma(self, a: Sequence[Val], b: Sequence[Val], sums: Sequence[Val]) -> list[Val]:
-        """sums[16, 8] + a[16, 16] b[16, 8] in bfloat16 on the tensor cores, by the warp: a i32 [4], b i32 [2], sums float [4] per thread."""
+    def mma(self, a: Sequence[Val], b: Sequence[Val], sums: Sequence[Val], dtype: str) -> list[Val]:
+        """sums[16, 8] + a[16, 16] b[16, 8] in a 16-bit dtype on the tensor cores, by the warp: a i32 [4], b i32 [2], sums float [4] per thread."""
         kind = "{ float, float, float, float }"
-        found = self.call(kind, f"{self.prefix}mma.m16n8k16.row.col.bf16", *a, *b, *sums)
+        if dtype == "bfloat16":
+            found = self.call(kind, f"{self.prefix}mma.m16n8k16.row.col.bf16", *a, *b, *sums)
+        else:
+            halves = [self.as_type(x, PAIRS[dtype]) for x in (*a, *b)]
+            found = self.call(kind, f"{self.prefix}mma.m16n8k16.row.col.f32.f32", *halves, *sums)
         return [self.op(f"extractvalue {kind} {found.name}, {i}", "float") for i in range(4)]
 
     # Hopper: products of a warp group, straight from shared memory
@@ -200,8 +206,8 @@ class Device(Function):
         self._special("fence.proxy.async.shared::cta")
         self.run(f"{self.prefix}wgmma.fence.sync.aligned")
 
-    def multiply_group(self, a: Val, b: Val, sums: Sequence[Val], outputs: int) -> list[Val]:
-        """Begin sums[64, outputs] += a[64, 16] b[outputs, 16]^T in bfloat16, by the warp group.
+    def multiply_group(self, a: Val, b: Val, sums: Sequence[Val], outputs: int, dtype: str) -> list[Val]:
+        """Begin sums[64, outputs] += a[64, 16] b[outputs, 16]^T in a 16-bit dtype, by the warp group.
 
         a, b: descriptors, advanced by 2 for each 16 inputs of a row. sums: float [outputs / 2] of this thread; thread t has, for each 8 outputs
         j, columns 8 j + 2 (t % 4) and the next of row 16 (t / 32) + (t % 32) / 4, then of that row + 8. They may be used after
@@ -212,19 +218,21 @@ class Device(Function):
         kind = "{ " + ", ".join(["float"] * count) + " }"
         given = ", ".join([*(f"float {s.name}" for s in sums), f"i64 {a.name}", f"i64 {b.name}"])
         if self.prefix != _REAL:
-            return self._multiply_elsewhere(a, b, sums, outputs)
+            return self._multiply_elsewhere(a, b, sums, outputs, dtype)
         registers = ",".join(f"${i}" for i in range(count))
-        text = f"wgmma.mma_async.sync.aligned.m64n{outputs}k16.f32.bf16.bf16 {{{registers}}}, ${2 * count}, ${2 * count + 1}, 1, 1, 1, 0, 0;"
+        short = {"bfloat16": "bf16", "float16": "f16"}[dtype]
+        text = f"wgmma.mma_async.sync.aligned.m64n{outputs}k16.f32.{short}.{short} {{{registers}}}, ${2 * count}, ${2 * count + 1}, 1, 1, 1, 0, 0;"
         constraints = ",".join(["=f"] * count + [str(i) for i in range(count)] + ["l", "l"])
         both = self.op(f'call {kind} asm sideeffect "{text}", "{constraints}"({given})', kind)
         return [self.op(f"extractvalue {kind} {both.name}, {i}", "float") for i in range(count)]
 
-    def _multiply_elsewhere(self, a: Val, b: Val, sums: Sequence[Val], outputs: int) -> list[Val]:
+    def _multiply_elsewhere(self, a: Val, b: Val, sums: Sequence[Val], outputs: int, dtype: str) -> list[Val]:
         """The same through memory, for an emulation."""
         held = self.op(f"alloca [{len(sums)} x float], align 16", "ptr")
         for i, s in enumerate(sums):
             self.store(s, self.at(held, i, "float32"))
-        self.run(f"{self.prefix}wgmma", held, a, b, self.const(outputs, "i32"))
+        how = [self.const(n, "i32") for n in (outputs, dtype == "float16")]
+        self.run(f"{self.prefix}wgmma", held, a, b, *how)
         return [self.load("float", self.at(held, i, "float32")) for i in range(len(sums))]
 
     def commit_products(self) -> None:

@@ -24,6 +24,7 @@ _WRAPPED = {
     f"{_FRAGMENTS}.b16.p3": ("i32", ("ptr addrspace(3)",), "emulated_ldmatrix"),
     f"{_FRAGMENTS}.trans.b16.p3": ("i32", ("ptr addrspace(3)",), "emulated_ldmatrix_trans"),
     "mma.m16n8k16.row.col.bf16": ("float", ("i32",) * 6 + ("float",) * 4, "emulated_mma"),
+    "mma.m16n8k16.row.col.f32.f32": ("float", ("<2 x half>",) * 6 + ("float",) * 4, "emulated_mma_f16"),
 }
 
 
@@ -61,14 +62,18 @@ def _wrapped(micro: Any) -> Any:
 
 
 def _wrapper(name: str, result: str, types: Sequence[str], to: str) -> str:
-    shared = types[0].endswith("addrspace(3)")
+    plain = {"ptr addrspace(3)": ("ptr", "addrspacecast"), "<2 x half>": ("i32", "bitcast")}
     given = [f"{t} %a{i}" for i, t in enumerate(types)]
-    passed = ["ptr %flat"] if shared else given
+    changes, passed = [], []
+    for i, t in enumerate(types):
+        if t in plain:
+            changes.append(f"  %c{i} = {plain[t][1]} {t} %a{i} to {plain[t][0]}")
+        passed.append(f"{plain[t][0]} %c{i}" if t in plain else given[i])
     return "\n".join([
-        f"declare void @{to}(ptr, {', '.join('ptr' if 'ptr' in t else t for t in types)})",
+        f"declare void @{to}(ptr, {', '.join(p.partition(' ')[0] for p in passed)})",
         f"define {result} @emulated.{name}({', '.join(given)}) {{",
         "  %out = alloca [4 x i32]",
-        *(["  %flat = addrspacecast ptr addrspace(3) %a0 to ptr"] if shared else []),
+        *changes,
         f"  call void @{to}(ptr %out, {', '.join(passed)})",
         f"  %found = load {result}, ptr %out, align 4",
         f"  ret {result} %found",

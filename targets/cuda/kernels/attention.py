@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import attrs
 
 from jisu.compiler.errors import TargetError
-from jisu.targets.cpu.isa import Val
+from jisu.targets.cpu.isa import STORED, Val
 from jisu.targets.cuda.device import WARP, Device, DeviceKernel
 from jisu.targets.cuda.kernels.products import EIGHT
 from jisu.targets.target import Target
@@ -25,7 +25,8 @@ class Form:
 
     layout: of keys and values: "contiguous" [b, kv_heads, cap, d], "ring" (a slot is the position modulo cap), "paged" [pages, kv_heads,
     page, d] behind a table int32 [b, cap] of page numbers, or "plain" [b, cap, kv_heads, d] without a cache. causal: always with a cache.
-    window, softcap: 0 for none. sinks: bfloat16 [heads] that join the denominators.
+    window, softcap: 0 for none. sinks: [heads] that join the denominators. dtype: of all tensors, bfloat16 or
+    float16.
     """
 
     heads: int
@@ -38,6 +39,7 @@ class Form:
     window: int = 0
     softcap: float = 0.0
     sinks: bool = False
+    dtype: str = "bfloat16"
 
     @property
     def cached(self) -> bool:
@@ -71,13 +73,12 @@ class Form:
         return f.tanh(product * (self.scale / self.softcap)) * (self.softcap * _LOG2_E)
 
 
-def floats(f: Device, words: Val, count: int) -> list[Val]:
-    """The bfloat16 in i32 words, in order, as float32."""
-    found = []
-    for i in range(count):
-        word = f.op(f"extractelement {words.type} {words.name}, i32 {i}", "i32")
-        found += [f.cast("bitcast", part, "float") for part in (word << 16, word & -65536)]
-    return found
+def floats(f: Device, words: Val, dtype: str) -> list[Val]:
+    """The 16-bit numbers in <4 x i32>, in order, as float32."""
+    type_ = f"<8 x {STORED[dtype]}>"
+    eight = f.as_type(words, type_)
+    parts = [f.op(f"extractelement {type_} {eight.name}, i32 {i}", STORED[dtype]) for i in range(8)]
+    return [f.widen(p, dtype) for p in parts]
 
 
 # --- Attention of one token ---------------------------------------------------------------------------------------------
@@ -93,7 +94,7 @@ def _check(heads: int, kv_heads: int, head_dim: int, known: Sequence[int]) -> No
 def attend_token(form: Form, target: Target) -> DeviceKernel:
     """Attention of one new token per sequence over a cache, split along the keys, whose parts `merge_parts` joins.
 
-    Parameters: q[b, heads, head_dim], k and v (bfloat16, at multiples of 16 bytes), the table of a paged cache, start[b] and length[1] (int64:
+    Parameters: q[b, heads, head_dim], k and v (at multiples of 16 bytes), the table of a paged cache, start[b] and length[1] (int64:
     slots of padding, and of keys before the new one, which is in the cache already), states float32 [b, heads, parts, head_dim + 2], cap,
     parts. A block does a part of the keys for all query heads that share them: each key is read once. Grid: (parts, kv_heads, b).
     Source: FlashDecoding (Dao et al., 2023). Raises TargetError for head dimensions other than 64, 128 and 256,
@@ -123,13 +124,13 @@ def attend_token(form: Form, target: Target) -> DeviceKernel:
     head0, row_of = b * heads + kv * group, form.row(f, b, kv, cap, given.get("table"))
     queries = []
     for g in range(group):
-        words = f.load16("<4 x i32>", f.at(q, (head0 + g) * head_dim + channel, "bfloat16"))
-        queries.append(floats(f, words, 4))
+        words = f.load16("<4 x i32>", f.at(q, (head0 + g) * head_dim + channel, form.dtype))
+        queries.append(floats(f, words, form.dtype))
 
     def step(first: Val, carried: list[Val]) -> list[Val]:
         key = first + own_key
         there, place = key < end, row_of(f.minimum(key, end - 1)) * head_dim + channel
-        keys, values = (floats(f, f.load16("<4 x i32>", f.at(x, place, "bfloat16")), 4) for x in (k, v))
+        keys, values = (floats(f, f.load16("<4 x i32>", f.at(x, place, form.dtype)), form.dtype) for x in (k, v))
         new = []
         for g in range(group):
             top, total_weight, *sums = carried[g * 10 : g * 10 + 10]
@@ -194,7 +195,7 @@ def _joined(f: Device, a: list[Val], b: list[Val]) -> list[Val]:
 
 
 def merge_parts(form: Form, target: Target) -> DeviceKernel:
-    """out[rows, head_dim] (bfloat16) of the parts that `attend_token` left: states float32 [rows, parts, head_dim + 2].
+    """out[rows, head_dim] of the parts that `attend_token` left: states float32 [rows, parts, head_dim + 2].
 
     Parameters: states, the sinks if there are any, out, parts. Grid: rows.
     """
@@ -212,9 +213,9 @@ def merge_parts(form: Form, target: Target) -> DeviceKernel:
 
     top, weight, value, _ = f.loop(0, parts, 1, [f.const(x, "float") for x in (_LOW, 0.0, 0.0)], step)
     if form.sinks:
-        sink = f.load_f32(given["sinks"], row % form.heads, "bfloat16", lanes=1) * _LOG2_E
+        sink = f.load_f32(given["sinks"], row % form.heads, form.dtype, lanes=1) * _LOG2_E
         _, weight, value = _joined(f, [top, weight, value], [sink, f.const(1.0, "float"), f.const(0.0, "float")])
-    f.store_f32(value / weight, out, row * head_dim + channel, "bfloat16")
+    f.store_f32(value / weight, out, row * head_dim + channel, form.dtype)
     return f.built()
 
 
@@ -247,7 +248,7 @@ def _soften(
 def attend_tokens(form: Form, target: Target) -> DeviceKernel:
     """Attention of many tokens over keys of a cache that holds theirs, too, or over keys given: a running softmax, both products on tensor cores.
 
-    Parameters: q[b, s, heads, head_dim], k and v (bfloat16, at multiples of 16 bytes), the table of a paged cache, with a cache start[b] and
+    Parameters: q[b, s, heads, head_dim], k and v (at multiples of 16 bytes), the table of a paged cache, with a cache start[b] and
     length[1] (int64: slots of padding, and of keys before the new ones), the sinks if there are any, out like q, s, cap. Tiles that no row
     sees are skipped. A row that sees nothing (padding) becomes zeros. Grid: (ceil(s / `QUERIES`), heads, b). Source: FlashAttention-2 (Dao,
     2023). Raises TargetError for head dimensions other than 64 and 128, and unless heads are a multiple of kv_heads.
@@ -283,13 +284,13 @@ def attend_tokens(form: Form, target: Target) -> DeviceKernel:
         def key(row: Val) -> Val:
             return row_of(f.minimum(first + row, total - 1)) * head_dim
 
-        f.copy_tile(to, KEYS, chunks, lambda r: f.at(k, key(r), "bfloat16"))
-        f.copy_tile(f.at(to, tile_bytes, "i8"), KEYS, chunks, lambda r: f.at(v, key(r), "bfloat16"))
+        f.copy_tile(to, KEYS, chunks, lambda r: f.at(k, key(r), form.dtype))
+        f.copy_tile(f.at(to, tile_bytes, "i8"), KEYS, chunks, lambda r: f.at(v, key(r), form.dtype))
 
     begin = lowest / KEYS * KEYS
 
     def query(row: Val) -> Val:
-        return f.at(q, ((b * s + f.minimum(row0 + row, s - 1)) * heads + head) * head_dim, "bfloat16")
+        return f.at(q, ((b * s + f.minimum(row0 + row, s - 1)) * heads + head) * head_dim, form.dtype)
 
     f.copy_tile(held_q, QUERIES, chunks, query)
     f.when(begin < highest, lambda: fetch(begin, held))
@@ -321,7 +322,7 @@ def attend_tokens(form: Form, target: Target) -> DeviceKernel:
                 four = f.fragments(f.at(here, f.place(row, chunk, chunks), "i8"))
                 for n, keys in enumerate((four[:2], four[2:])):
                     at = 4 * (j + n)
-                    scores[at : at + 4] = f.mma(queries[part], keys, scores[at : at + 4])
+                    scores[at : at + 4] = f.mma(queries[part], keys, scores[at : at + 4], form.dtype)
         seen = []
         for i, score in enumerate(scores):
             key, half = first + 8 * (i // 4) + (lane % 4 * 2 + i % 2), i // 2 % 2
@@ -331,13 +332,13 @@ def attend_tokens(form: Form, target: Target) -> DeviceKernel:
         _soften(f, scores, seen, tops, weights, sums)
         values = f.at(here, tile_bytes, "i8")
         for part in range(KEYS // 16):
-            left = [f.pair(*scores[i : i + 2]) for i in range(8 * part, 8 * part + 8, 2)]
+            left = [f.pair(scores[i], scores[i + 1], form.dtype) for i in range(8 * part, 8 * part + 8, 2)]
             for j in range(0, value_tiles, 2):
                 row, chunk = 16 * part + line + (matrix & 1) * 8, (matrix >> 1) + j
                 four = f.fragments(f.at(values, f.place(row, chunk, chunks), "i8"), turned=True)
                 for n, right in enumerate((four[:2], four[2:])):
                     at = 4 * (j + n)
-                    sums[at : at + 4] = f.mma(left, right, sums[at : at + 4])
+                    sums[at : at + 4] = f.mma(left, right, sums[at : at + 4], form.dtype)
         return [*tops, *weights, *sums]
 
     state = [*[f.const(_LOW, "float")] * 2, zero, zero, *[zero] * (4 * value_tiles)]
@@ -346,7 +347,7 @@ def attend_tokens(form: Form, target: Target) -> DeviceKernel:
     for top, weight in zip(state[:2], state[2:4], strict=True):
         whole = f.sum_of_lanes(weight, 4)
         if form.sinks:
-            sink = f.load_f32(given["sinks"], head, "bfloat16", lanes=1) * _LOG2_E
+            sink = f.load_f32(given["sinks"], head, form.dtype, lanes=1) * _LOG2_E
             higher = f.maximum(top, sink)
             kept = f.exp2(top - higher)
             shares.append(kept / f.fma(whole, kept, f.exp2(sink - higher)))
@@ -359,7 +360,7 @@ def attend_tokens(form: Form, target: Target) -> DeviceKernel:
             line_at = ((b * s + row) * heads + head) * head_dim + lane % 4 * 2
             for j in range(value_tiles):
                 low, high = (state[4 + 4 * j + 2 * half + i] * shares[half] for i in (0, 1))
-                f.store(f.pair(low, high), f.at(out, line_at + 8 * j, "bfloat16"))
+                f.store(f.pair(low, high, form.dtype), f.at(out, line_at + 8 * j, form.dtype))
 
         f.when(row < s, store)
     return f.built()

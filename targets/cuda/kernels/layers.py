@@ -12,7 +12,7 @@ import attrs
 from jisu.compiler.errors import TargetError
 from jisu.compiler.schemes import SCHEMES
 from jisu.targets.cpu.isa import ITEMSIZE, Val
-from jisu.targets.cuda.device import Device
+from jisu.targets.cuda.device import PAIRS, Device
 
 
 @attrs.frozen
@@ -80,8 +80,8 @@ class Layer:
 
     def require(self) -> None:
         """Raise TargetError unless kernels can read it: rows in whole chunks of 16 bytes, which lie in one group."""
-        if self.dtype != "bfloat16":
-            raise TargetError(f"layers for GPUs compute in bfloat16, not in {self.dtype}")
+        if self.dtype not in PAIRS:
+            raise TargetError(f"layers for GPUs compute in {' and '.join(PAIRS)}, not in {self.dtype}")
         if self.scheme and (not SCHEMES[self.scheme].uniform or SCHEMES[self.scheme].bits not in (4, 8)):
             raise TargetError(f"no kernel for GPUs decodes {self.scheme}")
         chunk = self.codes_per_chunk
@@ -154,25 +154,30 @@ def finished(f: Device, layer: Layer, part: Part, row: Val, column: Val, sums: l
     return value
 
 
-def decoded(f: Device, layer: Layer, words: list[Val], scale: Val, zero: Val) -> list[Val]:
-    """16 bytes of codes as pairs of bfloat16, i32, in the order that `inputs` gives pairs of x in.
+# Bits of a number in whose lowest bits a code stands as an integer above it, and that number.
+_ABOVE = {"bfloat16": (0x43004300, 128.0), "float16": (0x64006400, 1024.0)}
 
-    Codes of 4 bits become 128 + code by their bits alone, the grid's middle is taken off exactly, and a pair is rounded once, by the scale.
-    scale, zero: <2 x bfloat>, zero being 128 more than the grid's zero for 4 bits.
+
+def decoded(f: Device, layer: Layer, words: list[Val], scale: Val, zero: Val) -> list[Val]:
+    """16 bytes of codes as pairs of the layer's dtype, i32, in the order that `inputs` gives pairs of x in.
+
+    Codes of 4 bits become a power of two plus the code by their bits alone, the grid's middle is taken off exactly, and a pair is rounded
+    once, by the scale. scale, zero: see `scale_and_zero`.
     """
+    pair = PAIRS[layer.dtype]
+
+    def scaled(codes: Val) -> Val:
+        less = f.op(f"fsub {pair} {codes.name}, {zero.name}", pair)
+        return f.as_type(f.op(f"fmul {pair} {less.name}, {scale.name}", pair), "i32")
+
     found = []
     for word in words:
         if SCHEMES[layer.scheme].bits == 4:
-            for i in range(4):
-                both = ((word >> (4 * i)) & 0x000F000F) | 0x43004300
-                found.append(_scaled(f, f.as_type(both, "<2 x bfloat>"), scale, zero))
+            above = _ABOVE[layer.dtype][0]
+            found += [scaled(f.as_type(((word >> (4 * i)) & 0x000F000F) | above, pair)) for i in range(4)]
         else:
-            for i in range(2):
-                both = f.op(f"insertelement <2 x float> poison, float {_byte(f, word, i).name}, i32 0", "<2 x float>")
-                other = _byte(f, word, i + 2)
-                both = f.op(f"insertelement <2 x float> {both.name}, float {other.name}, i32 1", "<2 x float>")
-                exact = f.op(f"fptrunc <2 x float> {both.name} to <2 x bfloat>", "<2 x bfloat>")
-                found.append(_scaled(f, exact, scale, zero))
+            both = [f.pair(_byte(f, word, i), _byte(f, word, i + 2), layer.dtype) for i in range(2)]
+            found += [scaled(f.as_type(b, pair)) for b in both]
     return found
 
 
@@ -182,13 +187,8 @@ def _byte(f: Device, word: Val, number: int) -> Val:
     return f.cast("bitcast", bits, "float") - (8388608.0 + 128.0)
 
 
-def _scaled(f: Device, codes: Val, scale: Val, zero: Val) -> Val:
-    less = f.op(f"fsub <2 x bfloat> {codes.name}, {zero.name}", "<2 x bfloat>")
-    return f.as_type(f.op(f"fmul <2 x bfloat> {less.name}, {scale.name}", "<2 x bfloat>"), "i32")
-
-
 def inputs(f: Device, layer: Layer, words: list[Val]) -> list[Val]:
-    """bfloat16 of x that meet a chunk of weights, as i32 words, in pairs in the order of `decoded`: for floats as they lie."""
+    """Numbers of x that meet a chunk of weights, as i32 words, in pairs in the order of `decoded`: for floats as they lie."""
     if not layer.scheme:
         return words
     found = []
@@ -202,17 +202,16 @@ def inputs(f: Device, layer: Layer, words: list[Val]) -> list[Val]:
 
 
 def scale_and_zero(f: Device, layer: Layer, part: Part, row: Val, chunk: Val) -> tuple[Val, Val]:
-    """Of a chunk's codes, each twice, as <2 x bfloat>; see `decoded`."""
+    """Of a chunk's codes, each twice, in the layer's dtype; the zero is that of codes as `decoded` makes numbers of them."""
     kind = SCHEMES[layer.scheme]
     group = chunk * layer.codes_per_chunk / layer.group if layer.group else f.i64(0)
     at = row * layer.groups + group
     assert part.s is not None
     scale = f.load_f32(part.s, at, layer.scales, lanes=1)
-    # Bytes are decoded less 128, codes of 4 bits plus 128.
-    offset = 128.0 if kind.bits == 4 else -128.0
+    offset = _ABOVE[layer.dtype][1] if kind.bits == 4 else -128.0
     if part.z is None:
         zero = f.const(kind.middle + offset, "float")
     else:
         stored = f.load("i8", f.at(part.z, at, "uint8"))
         zero = f.cast("uitofp", stored, "float") + offset
-    return f.twice(scale), f.twice(zero)
+    return f.twice(scale, layer.dtype), f.twice(zero, layer.dtype)

@@ -12,7 +12,7 @@ from jisu.targets.cuda.kernels.layers import Layer, decoded, finished, inputs, p
 from jisu.targets.target import Target
 
 EIGHT = 8
-"""bfloat16 in 16 bytes."""
+"""Numbers of 16 bits in 16 bytes."""
 ROWS, OUTPUTS = 128, 128
 """Rows of x and of W in a block's tile. Grid: tiles of rows, then `Layer.tiles(OUTPUTS)`, so that blocks of one matrix tile run together."""
 _STAGES = 4  # steps whose inputs are under way or in shared memory
@@ -53,7 +53,7 @@ class _Product:
         first = step * self.inputs
 
         def row_of_x(r: Val) -> Val:
-            return f.at(self.x, f.minimum(self.row0 + r, self.m - 1) * self.k + first, "bfloat16")
+            return f.at(self.x, f.minimum(self.row0 + r, self.m - 1) * self.k + first, self.layer.dtype)
 
         def row_of_w(r: Val) -> Val:
             row = f.minimum(part.first + r, part.rows - 1)
@@ -124,7 +124,7 @@ def product(layer: Layer, target: Target) -> DeviceKernel:
             for i in range(tiles_m):
                 for j in range(tiles_n):
                     at = 4 * (i * tiles_n + j)
-                    result[at : at + 4] = f.mma(left[i], right[j], result[at : at + 4])
+                    result[at : at + 4] = f.mma(left[i], right[j], result[at : at + 4], layer.dtype)
         return result
 
     *sums, _ = f.loop(0, p.steps, 1, [f.const(0.0, "float")] * (4 * tiles_m * tiles_n), multiply)
@@ -147,7 +147,7 @@ def _arrived(p: _Product, step: Val) -> tuple[Val, Val]:
 
 
 def _plain(p: _Product, lane: Val, warp_row: Val, warp_column: Val) -> Callable[[Val], _Halves]:
-    """Both operands of the two products of a step, from tiles of bfloat16."""
+    """Both operands of the two products of a step, from tiles of floats."""
     f, matrix, line = p.f, lane / 8, lane % 8
 
     def read(step: Val) -> _Halves:
@@ -214,12 +214,10 @@ def _coded(p: _Product, lane: Val, warp_row: Val, warp_column: Val) -> Callable[
 def product_hopper(layer: Layer, target: Target) -> DeviceKernel:
     """`product` for sm_90a: two warp groups multiply tiles of 64 rows by 128 rows of W straight from shared memory.
 
-    Raises TargetError unless k is a multiple of 64, W is in bfloat16 and the target is sm_90a.
+    Raises TargetError unless k is a multiple of 64, W is no matrix of codes and the target is sm_90a.
     """
     if target.mcpu != "sm_90a" or layer.scheme:
-        raise TargetError(
-            f"warp groups multiply bfloat16 on sm_90a, not {layer.scheme or layer.dtype} on {target.mcpu}"
-        )
+        raise TargetError(f"warp groups multiply floats on sm_90a, not {layer.scheme or layer.dtype} on {target.mcpu}")
     p = _Product("product_hopper", layer, 64, ROWS // 64 * GROUP, target)
     f, thread = p.f, p.f.thread()
     group = thread / GROUP
@@ -233,7 +231,7 @@ def product_hopper(layer: Layer, target: Target) -> DeviceKernel:
         a, b = f.tile_address(f.at(rows, group * (64 * p.inputs * 2), "i8")), f.tile_address(weights)
         result = list(sums)
         for part in range(p.inputs // 16):
-            result = f.multiply_group(a + 2 * part, b + 2 * part, result, OUTPUTS)
+            result = f.multiply_group(a + 2 * part, b + 2 * part, result, OUTPUTS, layer.dtype)
         f.commit_products()
         p.fetch_ahead(step)
         f.products_done(0)

@@ -117,14 +117,14 @@ class _Thin:
         for c, row in enumerate(self.lines):
             words_of_x: list[Val] = []
             for piece in range(self.chunk // 8):
-                at = f.at(self.x, row * layer.k + number * self.chunk + 8 * piece, "bfloat16")
+                at = f.at(self.x, row * layer.k + number * self.chunk + 8 * piece, layer.dtype)
                 words_of_x += f.words(f.load16("<4 x i32>", at))
             pairs = inputs(f, layer, words_of_x)
             if inside is not None:
                 pairs = [f.select(inside, p, 0) for p in pairs]
             for i in range(0, self.chunk // 2, 2):
                 a = [weights[0][i], weights[1][i], weights[0][i + 1], weights[1][i + 1]]
-                result[4 * c : 4 * c + 4] = f.mma(a, pairs[i : i + 2], result[4 * c : 4 * c + 4])
+                result[4 * c : 4 * c + 4] = f.mma(a, pairs[i : i + 2], result[4 * c : 4 * c + 4], layer.dtype)
         return result
 
     def leave(self, sums: list[Val]) -> None:
