@@ -575,7 +575,8 @@ def _build(
     times["weights_s"] = time.perf_counter() - begin
     report |= {
         "times": times,
-        "kernels": [{"name": n, "op": op, "count": k} for n, op, k in info.kernels],
+        "kernels": [{"name": n, "op": op, "count": k, "choices": list(c)} for n, op, k, c in info.kernels],
+        "predicted": {name: _op_report(graph, env, machine) for name, graph in finished.items()},
         "sparse": [
             {**m, "predicted_gain": facts.of(machine).sparse_gain(m["form"], m["kept"], machine)}
             for m in sparse_matrices(next(iter(finished.values())))
@@ -949,6 +950,23 @@ def _layer_report(graph: Graph, env: Mapping[str, int], machine: Any) -> list[di
         {"layer": k, "flops": c.flops, "bytes": c.bytes, "launches": c.launches, "predicted_s": c.seconds}
         for k, c in found.items()
     ]
+
+
+def _op_report(graph: Graph, env: Mapping[str, int], machine: Any) -> list[dict[str, Any]]:
+    """What each kind of op costs, the dearest first."""
+    from jisu.compiler.cost import Cost, node_cost
+
+    sizes = _complete(graph, env)
+    found: dict[str, Cost] = {}
+    for node in graph.nodes:
+        if not node.op.leaf:
+            found[node.op.name] = found.get(node.op.name, Cost()) + node_cost(node, sizes, machine)
+    told = [
+        {"op": name, "count": c.launches, "flops": c.flops, "bytes": c.bytes, "predicted_s": c.seconds}
+        for name, c in found.items()
+        if c.launches
+    ]
+    return sorted(told, key=lambda c: -float(c["predicted_s"]))  # type: ignore[arg-type]
 
 
 def _producers() -> dict[str, str]:

@@ -50,13 +50,13 @@ class CompiledInfo:
     """Compiled graphs.
 
     folder: where the files lie that run: a library, or a GPU's kernels and plans. entries: how each entry is called. kernels: (name, ops,
-    calls). seconds: how long this call took; cached: whether the files came from the cache.
+    calls, what does it where the shapes of a call decide). seconds: how long this call took; cached: whether the files came from the cache.
     """
 
     folder: Path
     files: tuple[str, ...]
     entries: Mapping[str, Entry]
-    kernels: tuple[tuple[str, str, int], ...]
+    kernels: tuple[tuple[str, str, int, tuple[str, ...]], ...]
     seconds: float
     cached: bool
 
@@ -104,7 +104,7 @@ def _info(info: Mapping[str, Any], out: Path, begin: float, cached: bool) -> Com
         folder=out,
         files=tuple(info["files"]),
         entries={name: Entry.from_json(entry) for name, entry in info["entries"].items()},
-        kernels=tuple((name, op, count) for name, op, count in info["kernels"]),
+        kernels=tuple((name, op, count, tuple(choices)) for name, op, count, choices in info["kernels"]),
         seconds=time.perf_counter() - begin,
         cached=cached,
     )

@@ -58,11 +58,13 @@ Choosers = Mapping[Op, Callable[[Node, Target], Kernel | None]]
 
 @attrs.frozen
 class KernelUse:
-    """A kernel in the module: its name, the ops it computes, and at how many places it is called."""
+    """A kernel in the module: its name, the ops it computes, at how many places it is called, and, where the shapes of a call decide, what
+    does it ("thin8 where batch*sequence <= 8")."""
 
     name: str
     op: str
     count: int
+    choices: tuple[str, ...] = ()
 
 
 @attrs.frozen(eq=False)
@@ -144,7 +146,11 @@ class Kernels:
 
     def uses(self) -> tuple[KernelUse, ...]:
         """Every kernel with the number of its calls, most used first."""
-        return tuple(KernelUse(name, op, count) for (name, op), count in self.counts.most_common())
+        return tuple(KernelUse(name, op, count, self.choices(name)) for (name, op), count in self.counts.most_common())
+
+    def choices(self, name: str) -> tuple[str, ...]:
+        """What a kernel consists of where the shapes of a call decide."""
+        return ()
 
 
 @attrs.define(eq=False)

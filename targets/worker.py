@@ -81,7 +81,7 @@ def _build(request: Mapping[str, Any], stage: Callable[[str], None]) -> dict[str
             _build_library(lowered.module, tvm_target(target), out / LIBRARY, stage)
     return {
         "entries": {name: entry.to_json() for name, entry in entries.items()},
-        "kernels": [[k.name, k.op, k.count] for k in kernels],
+        "kernels": [[k.name, k.op, k.count, list(k.choices)] for k in kernels],
         "files": files,
         "seconds": time.perf_counter() - begin,
     }

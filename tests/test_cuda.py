@@ -224,6 +224,7 @@ def attended(form: Form, launch: Launch, past: int, s: int, parts: int = 0, **ho
         (Form(4, 2, 64, 0.125, "ring", window=20, sinks=True), 77, 2),
         (Form(4, 2, 64, 0.125, "paged", 16, sinks=True), 50, 2),
         (Form(4, 2, 64, 0.125, sinks=True, dtype="float16"), 50, 2),
+        (Form(6, 2, 32, 0.2), 50, 2),
     ],
 )
 def test_attention_of_a_token(form: Form, past: int, parts: int, launch: Launch) -> None:
@@ -244,6 +245,7 @@ def test_attention_of_a_token(form: Form, past: int, parts: int, launch: Launch)
         (Form(2, 1, 64, 0.125, "plain", causal=False, sinks=True), 0, 130),
         (Form(2, 1, 64, 0.125, "plain"), 20, 30),
         (Form(2, 1, 64, 0.125, sinks=True, dtype="float16"), 20, 70),
+        (Form(6, 2, 32, 0.2), 20, 70),
     ],
 )
 @RACES

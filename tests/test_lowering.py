@@ -195,7 +195,7 @@ def test_elementwise_chains_are_one_kernel(place: Place) -> None:
     graph = Graph((x, b), (chain, total, ops.exp(gate)))
     info, program = place.compile({"main": graph})
     # The chain and the exponential share `gate`: one kernel with two results; the sum pulls the square.
-    assert sum(count for _, _, count in info.kernels) == 2
+    assert sum(count for _, _, count, _ in info.kernels) == 2
     arrays = [np.random.default_rng(0).standard_normal(s).astype(np.float32) for s in ((5, 8), (8,))]
     for got, want in zip(program.call("main", arrays), interpret(graph, arrays), strict=True):
         check(got, want, "float32", "fused")

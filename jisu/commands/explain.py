@@ -77,8 +77,11 @@ def _show(console: Console, path: str, report: Mapping[str, Any], program: Progr
         for e in report.get("layers", ())
     ]
     console.print(table("Layers", ("<layer", "flops", "bytes", "launches", "predicted"), layers))
-    kernels = [[k["name"], k["op"], str(k["count"])] for k in report.get("kernels", ())]
-    console.print(table("Kernels", ("<kernel", "<op", "calls"), kernels))
+    kernels = [[k["name"], k["op"], str(k["count"]), "\n".join(k["choices"])] for k in report.get("kernels", ())]
+    if any(k[-1] for k in kernels):
+        console.print(table("Kernels", ("<kernel", "<op", "calls", "<by"), kernels))
+    else:
+        console.print(table("Kernels", ("<kernel", "<op", "calls"), [k[:-1] for k in kernels]))
     sparse = [
         [m["name"], m["form"], f"{m['kept']:.0%}", m["stored"], _gain(m["predicted_gain"])]
         for m in report.get("sparse", ())

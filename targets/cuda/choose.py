@@ -36,12 +36,12 @@ def _layer(layer: Layer, rows: Dim, operands: tuple[int, ...], target: Target) -
         kernel = thin.thin(layer, most, target)
         call = DeviceCall(kernel, (layer.tiles(thin.OUTPUTS), _ceiling(rows, most), 1), arguments)
         variants.append((((rows, most),), (call,)))
-    largest = variants[-1][1]
     tiles = (_ceiling(rows, products.ROWS), layer.tiles(products.OUTPUTS), 1)
     for build in (products.product_hopper, products.product):  # the first that is in the code that a GPU loads
         with contextlib.suppress(TargetError):  # not on this machine, or not for this layer
             variants.append(((), (DeviceCall(build(layer, target), tiles, arguments),)))
-    variants.append(((), largest))
+    if variants[-1][0]:  # no product reads the layer: few rows at a time
+        variants.append(((), variants[-1][1]))
     return Kernel(DeviceFunction(tuple(variants)), tuple(Argument(i) for i in operands))
 
 
@@ -105,7 +105,7 @@ _MOST_SHARING = 8  # query heads of a key, whose sums a thread of `attend_token`
 def _form(q: Node, kv_heads: int, width: object, target: Target, **how: object) -> Form | None:
     """How attention works on these heads, or None where no kernel does it."""
     heads, head_dim = int(q.shape[2]), int(q.shape[3])  # type: ignore[call-overload]
-    if q.dtype not in PAIRS or width != head_dim or head_dim not in (64, 128) or heads // kv_heads > _MOST_SHARING:
+    if q.dtype not in PAIRS or width != head_dim or head_dim not in (32, 64, 128) or heads // kv_heads > _MOST_SHARING:
         return None
     return Form(heads, kv_heads, head_dim, dtype=q.dtype, **how)  # type: ignore[arg-type]
 

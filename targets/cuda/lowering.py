@@ -63,6 +63,7 @@ class _Kernels(Kernels):
         self.faults: list[Fault] = []
         self.written: dict[str, DeviceKernel] = {}
         self.bodies: dict[str, Any] = {}
+        self.chosen_of: dict[str, tuple[Any, ...]] = {}
 
     def build(self, name: str, region: Region) -> GenericKernel:
         """The generic kernel of a region, each point of its loops by another thread."""
@@ -70,15 +71,30 @@ class _Kernels(Kernels):
         made: GenericKernel = generic.kernel(name, region.results, region.leaves, builder)
         return made
 
+    def choices(self, name: str) -> tuple[str, ...]:
+        """The kernels of a name, each with the sizes that it is for."""
+        found = []
+        for at_most, calls in self.chosen_of.get(name, ()):
+            where = " and ".join(f"{size} <= {bound}" for size, bound in at_most)
+            kernels = " + ".join(_short(call.kernel) for call in calls)
+            found.append(f"{kernels} where {where}" if where else kernels)
+        return tuple(found) or ("generic",)
+
     def adopt(self, function: DeviceFunction | GenericKernel, name: str) -> Callee:
         """Keep the kernels."""
         if isinstance(function, GenericKernel):
             callee, self.bodies[name] = on_pointers(function.function, name, None)
             return attrs.evolve(callee, code=function, scratch=(function.pool_bytes,) if function.pool != 0 else ())
+        self.chosen_of[name] = function.variants
         for _, calls in function.variants:
             for call in calls:
                 self.written[call.kernel.name] = call.kernel
         return Callee(function, name, scratch=function.scratch)
+
+
+def _short(kernel: DeviceKernel) -> str:
+    """A kernel's name without what makes it unique."""
+    return kernel.name.removeprefix("jisu_").rpartition("_")[0]
 
 
 def lower(entries: Mapping[str, Graph], target: Target, *, kernels: Choosers | None = None) -> LoweredDevice:

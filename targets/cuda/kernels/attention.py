@@ -97,11 +97,11 @@ def attend_token(form: Form, target: Target) -> DeviceKernel:
     Parameters: q[b, heads, head_dim], k and v (at multiples of 16 bytes), the table of a paged cache, start[b] and length[1] (int64:
     slots of padding, and of keys before the new one, which is in the cache already), states float32 [b, heads, parts, head_dim + 2], cap,
     parts. A block does a part of the keys for all query heads that share them: each key is read once. Grid: (parts, kv_heads, b).
-    Source: FlashDecoding (Dao et al., 2023). Raises TargetError for head dimensions other than 64, 128 and 256,
+    Source: FlashDecoding (Dao et al., 2023). Raises TargetError for head dimensions other than 32, 64, 128 and 256,
     and unless heads are a multiple of kv_heads.
     """
     heads, kv_heads, head_dim = form.heads, form.kv_heads, form.head_dim
-    _check(heads, kv_heads, head_dim, (64, 128, 256))
+    _check(heads, kv_heads, head_dim, (32, 64, 128, 256))
     group, lanes = heads // kv_heads, head_dim // EIGHT  # query heads per key; threads that read a key together
     at_once = WARP // lanes  # keys that a warp reads at once
     warps = _ATTENTION_WARPS
@@ -251,10 +251,10 @@ def attend_tokens(form: Form, target: Target) -> DeviceKernel:
     Parameters: q[b, s, heads, head_dim], k and v (at multiples of 16 bytes), the table of a paged cache, with a cache start[b] and
     length[1] (int64: slots of padding, and of keys before the new ones), the sinks if there are any, out like q, s, cap. Tiles that no row
     sees are skipped. A row that sees nothing (padding) becomes zeros. Grid: (ceil(s / `QUERIES`), heads, b). Source: FlashAttention-2 (Dao,
-    2023). Raises TargetError for head dimensions other than 64 and 128, and unless heads are a multiple of kv_heads.
+    2023). Raises TargetError for head dimensions other than 32, 64 and 128, and unless heads are a multiple of kv_heads.
     """
     heads, kv_heads, head_dim, window = form.heads, form.kv_heads, form.head_dim, form.window
-    _check(heads, kv_heads, head_dim, (64, 128))
+    _check(heads, kv_heads, head_dim, (32, 64, 128))
     warps = QUERIES // 16
     threads = warps * WARP
     names = [*form.pointers, *(["sinks"] if form.sinks else []), "out"]
