@@ -34,7 +34,9 @@ from jisu.runtime.executable import Held, hold
 
 _STAGING = 16 << 20  # bytes of each of the two pinned buffers through which weights go
 _NOTHING: Mapping[str, np.ndarray] = {}
-_KEPT_RUNS = 64  # combinations of shapes and memory that an entry remembers
+_KEPT_RUNS = 64  # combinations of shapes and memory that are remembered, as long as
+_KEPT_BYTES = 256 << 20  # their buffers take no more than so much
+_PINNED = 16 << 20  # bytes up to which a buffer has pinned memory beside it
 _ALIGNMENT = 256
 _PLAIN_SHARED = 48 << 10  # bytes of shared memory that a kernel gets without asking
 _MAX_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
@@ -84,10 +86,10 @@ class _Call:
 
 @attrs.frozen(eq=False)
 class _Buffer:
-    """Memory on the GPU, and pinned memory here through which its contents come and go."""
+    """Memory on the GPU and, unless it is large, pinned memory here through which its contents come and go."""
 
     array: DeviceArray
-    host: np.ndarray
+    host: np.ndarray | None
 
 
 @attrs.define(eq=False)
@@ -103,6 +105,11 @@ class _Run:
     arena: DeviceArray
     graph: ctypes.c_void_p | None = None
     used: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Of its buffers."""
+        return sum(b.array.nbytes for b in (*self.inputs, *self.outputs) if b is not None)
 
 
 class DeviceExecutable:
@@ -130,8 +137,10 @@ class DeviceExecutable:
         self._seen[:] = 0
         self._weights: dict[str, tuple[Any, DeviceArray]] = {}
         self._runs: dict[tuple[Any, ...], _Run] = {}
+        self._pending: ctypes.c_void_p | None = None  # the stream of a call that nobody waited for
         self._turn = 0
         self._staging: list[tuple[Any, ctypes.c_void_p]] = []
+        weakref.finalize(self, _release, self._driver, self._module, (self._stream,), self._runs)
 
     @property
     def device(self) -> str:
@@ -167,7 +176,7 @@ class DeviceExecutable:
 
     def _buffer(self, shape: Sequence[int], dtype: np.dtype, what: str) -> _Buffer:
         made = self._array(shape, dtype, what)
-        return _Buffer(made, _pinned(self._driver, max(made.nbytes, 1)))
+        return _Buffer(made, _pinned(self._driver, max(made.nbytes, 1)) if made.nbytes <= _PINNED else None)
 
     def zeros(self, shape: Sequence[int], dtype: str, what: str) -> DeviceArray:
         """A tensor of zeros on the GPU; raises TensorMemoryError naming `what` where there is no room."""
@@ -242,6 +251,8 @@ class DeviceExecutable:
             found.append(self._weights[name][1])
         for _, stream in self._staging:
             self._driver.run("cuStreamSynchronize", stream)
+            self._driver.run("cuStreamDestroy_v2", stream)
+        self._staging = []
         return Uploaded(tuple(found))
 
     def _staged(self, array: np.ndarray, name: str) -> DeviceArray:
@@ -277,8 +288,10 @@ class DeviceExecutable:
         results: list[Any] = []
         for alias, buffer in zip(called.aliases, run.outputs, strict=True):
             if buffer is not None:
-                self._download(buffer.host.ctypes.data, buffer.array.address, buffer.array.nbytes)
-                results.append(buffer)
+                found = aligned(buffer.array.shape, buffer.array.dtype)
+                through = found if buffer.host is None else buffer.host
+                self._download(through.ctypes.data, buffer.array.address, buffer.array.nbytes)
+                results.append(found)
                 continue
             assert alias is not None
             source, own = given[alias], run.inputs[alias]
@@ -288,7 +301,10 @@ class DeviceExecutable:
         self._download(self._seen.ctypes.data, self._fault.address, 4)
         self._wait()
         self._check()
-        return tuple([_copied(r) if isinstance(r, _Buffer) else r for r in results])
+        for result, buffer in zip(results, run.outputs, strict=True):
+            if buffer is not None and buffer.host is not None and result.size:
+                result.reshape(-1).view(np.uint8)[:] = buffer.host[: result.nbytes]
+        return tuple(results)
 
     def call_tensors(
         self, entry: str, inputs: Sequence[Any], weights: Uploaded | Mapping[str, np.ndarray] = _NOTHING
@@ -315,6 +331,7 @@ class DeviceExecutable:
             "cuMemcpyDtoHAsync_v2", ctypes.c_void_p(self._seen.ctypes.data), ctypes.c_void_p(self._fault.address),
             ctypes.c_size_t(4), stream,
         )  # fmt: skip
+        self._pending = stream
         return tuple(results)
 
     def _borrowed(self, tensor: Any) -> DeviceArray:
@@ -341,6 +358,9 @@ class DeviceExecutable:
         if called is None:
             raise InputError(f"the program has no entry {entry!r}")
         self._driver.enter()
+        if self._pending is not None and (self._pending.value != stream.value or not all(map(_is_there, inputs))):
+            self._driver.run("cuStreamSynchronize", self._pending)  # buffers are used again
+        self._pending = None
         self._check()
         if not isinstance(weights, Uploaded):
             weights = self.prepare(entry, weights)
@@ -358,11 +378,14 @@ class DeviceExecutable:
                 continue
             if isinstance(held, DeviceArray):
                 self._copy(buffer.array.address, held, stream)
-            else:
-                flat = held.array.reshape(-1).view(np.uint8) if held.array.size else held.array
-                buffer.host[: flat.size] = flat
+                continue
+            source = held.address
+            if buffer.host is not None and held.array.size:
+                buffer.host[: held.nbytes] = held.array.reshape(-1).view(np.uint8)
+                source = buffer.host.ctypes.data
+            if buffer.array.nbytes:
                 self._driver.run(
-                    "cuMemcpyHtoDAsync_v2", ctypes.c_void_p(buffer.array.address), ctypes.c_void_p(buffer.host.ctypes.data),
+                    "cuMemcpyHtoDAsync_v2", ctypes.c_void_p(buffer.array.address), ctypes.c_void_p(source),
                     ctypes.c_size_t(buffer.array.nbytes), stream,
                 )  # fmt: skip
         self._launch(run, stream)
@@ -390,10 +413,14 @@ class DeviceExecutable:
         found = self._runs.pop(key, None)
         if found is None:
             found = self._bound(entry, called, given, env, weights)
-            while len(self._runs) >= _KEPT_RUNS:
+            # What was used last stands last; a run with large buffers pushes others out, and goes with the next one.
+            while self._runs and (len(self._runs) >= _KEPT_RUNS or self._kept_bytes() + found.nbytes > _KEPT_BYTES):
                 self._drop(next(iter(self._runs)))
-        self._runs[key] = found  # the last one used stands last
+        self._runs[key] = found
         return found
+
+    def _kept_bytes(self) -> int:
+        return sum(run.nbytes for run in self._runs.values())
 
     def _drop(self, key: tuple[Any, ...]) -> None:
         run = self._runs.pop(key)
@@ -521,14 +548,6 @@ def _in_place(number: int, given: Any, called: Entry) -> bool:
     return isinstance(given, DeviceArray) and (number in called.aliases or given.nbytes >= _READ_IN_PLACE)
 
 
-def _copied(buffer: _Buffer) -> np.ndarray:
-    """What came through pinned memory, in memory of its own."""
-    found = aligned(buffer.array.shape, buffer.array.dtype)
-    if found.size:
-        found.reshape(-1).view(np.uint8)[:] = buffer.host[: found.nbytes]
-    return found
-
-
 def _size(value: Any, env: Mapping[str, int]) -> int:
     return value if isinstance(value, int) else int(substitute(value, env))  # type: ignore[call-overload]
 
@@ -547,6 +566,24 @@ def _pinned(driver: Driver, nbytes: int) -> np.ndarray:
 def _unpin(driver: Driver, address: int) -> None:
     driver.code_of("cuCtxSetCurrent", driver.context)
     driver.code_of("cuMemFreeHost", ctypes.c_void_p(address))
+
+
+def _is_there(value: Any) -> bool:
+    """Whether an input is on the GPU."""
+    return isinstance(value, DeviceArray)
+
+
+def _release(
+    driver: Driver, module: ctypes.c_void_p, streams: Sequence[ctypes.c_void_p], runs: Mapping[Any, _Run]
+) -> None:
+    """Give back what a program had of the driver."""
+    driver.code_of("cuCtxSetCurrent", driver.context)
+    for run in runs.values():
+        if run.graph is not None:
+            driver.code_of("cuGraphExecDestroy", run.graph)
+    for stream in streams:
+        driver.code_of("cuStreamDestroy_v2", stream)
+    driver.code_of("cuModuleUnload", module)
 
 
 def is_device_tensor(value: Any) -> bool:

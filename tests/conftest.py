@@ -85,19 +85,24 @@ def emulation(source: str, folder: Path) -> ctypes.CDLL:
 
 
 @pytest.fixture(scope="session")
-def emulated_driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ctypes.CDLL]:
-    """NVIDIA's driver over an emulated GPU, which the run time then takes for this machine's."""
-    path = built_library("emulated_driver.cc", tmp_path_factory.mktemp("driver"))
+def driver_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """NVIDIA's driver over an emulated GPU."""
+    return built_library("emulated_driver.cc", tmp_path_factory.mktemp("driver"))
+
+
+@pytest.fixture(scope="module")
+def emulated_driver(driver_library: Path) -> Iterator[ctypes.CDLL]:
+    """The same, which the run time takes for this machine's while a module's tests run."""
     before = os.environ.get(DRIVER)
-    os.environ[DRIVER] = str(path)
-    yield ctypes.CDLL(str(path))
+    os.environ[DRIVER] = str(driver_library)
+    yield ctypes.CDLL(str(driver_library))
     if before is None:
         del os.environ[DRIVER]
     else:
         os.environ[DRIVER] = before
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def emulated_gpu(emulated_driver: ctypes.CDLL) -> Target:
     """A target whose programs run on the emulated GPU."""
     return attrs.evolve(Target.describe("cuda:sm_90"), name="cuda:emulated", mcpu="sm_90", triple=host().triple)

@@ -18,6 +18,7 @@ from decoders import make
 from torch import nn
 
 import jisu
+from jisu.compiler.gpu import DRIVER
 from jisu.compiler.text import parse
 
 B = torch.export.Dim("b", min=2, max=8)
@@ -79,7 +80,8 @@ def test_target_unknown() -> None:
         jisu.compile(nn.Linear(2, 2), target="cudaa", example_inputs=(torch.ones(1, 2),))
 
 
-def test_target_absent() -> None:
+def test_target_absent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(DRIVER, "libnone.so")
     with pytest.raises(jisu.TargetError, match="target='cpu'"):
         jisu.compile(nn.Linear(2, 2), target="cuda", example_inputs=(torch.ones(1, 2),))
 

@@ -126,6 +126,11 @@ def _launches(step: Step, sizes: Sequence[Dim], target: Target) -> tuple[Variant
     given: list[Argument] = [(a[0].kind, a[0].number) if isinstance(a, tuple) else a for a in step.arguments]
     code = step.callee.code
     if isinstance(code, DeviceFunction):
+        for _, calls in code.variants:
+            for call in calls:
+                kinds = tuple("ptr" if isinstance(a, int) else "i64" for a in call.arguments)
+                if kinds != call.kernel.parameters:
+                    raise CompileError(f"{call.kernel.name} takes {call.kernel.parameters}, not {kinds}")
         return tuple(
             Variant(
                 at_most,
