@@ -12,7 +12,7 @@ from jisu.compiler.types import product
 from jisu.targets.cpu.generic.build import Builder, Expr, Flat, i64, literal
 from jisu.targets.cpu.generic.contract import Scaled, bit_of, byte, epilogue, gate_up, kept_elements, load, multiply_add
 from jisu.targets.cpu.generic.element import Pull
-from jisu.targets.cpu.generic.index import check, resolve
+from jisu.targets.cpu.generic.index import Table, check, resolve
 from jisu.targets.cpu.generic.scalar import compute_dtype, narrow
 
 ZERO = i64(0)
@@ -108,10 +108,11 @@ def _sparse_take(b: Builder, pull: Pull, node: Node, target: Flat) -> None:
     assert indices is not None
     packed = _Packed(b, pull, node, scales, zeros, node.width)
     dtype = compute_dtype(node.dtype)
-    check(b, pull, indices, node.rows)
+    table = Table(node.rows)
+    check(b, pull, indices, table)
 
     def row(outer: list[Expr]) -> None:
-        picked = resolve(b, pull.fresh(), indices, outer, i64(node.rows))
+        picked = resolve(b, pull.fresh(), indices, outer, table)
         p, lane = b.let(tirx.floordiv(picked, i64(packed.panel))), b.let(tirx.floormod(picked, i64(packed.panel)))
         own = [b.let(packed.bit(lane, i64(within)), "own") for within in (0, 1)]
         position = b.scratch(1, "int64")
