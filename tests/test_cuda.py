@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 from conftest import emulation
 
+from jisu.compiler import rows
 from jisu.compiler.errors import TargetError
 from jisu.compiler.types import numpy_dtype
 from jisu.targets.cuda import device, emulated, ptx
-from jisu.targets.cuda.kernels import attention, norm, products, thin
+from jisu.targets.cuda.kernels import attention, norm, products, records, thin
 from jisu.targets.cuda.kernels.attention import Form
 from jisu.targets.cuda.kernels.layers import Layer
 from jisu.targets.target import Target, host
@@ -158,6 +159,9 @@ def rows_of(form: Form, keys: np.ndarray, cap: int, table: np.ndarray | None) ->
     shape = (b * cap, heads, form.page, d) if table is not None else (b, heads, cap, d)
     held = drawn(9, *shape, dtype=form.dtype)
     held[...] = np.nan
+    if form.scheme != "none":
+        keys = rows.encode(keys.astype(np.float32), form.scheme)
+        held = np.full((*shape[:-1], keys.shape[-1]), 255, np.uint8)
     for i in range(b):
         for key in range(t):
             if table is not None:
@@ -180,6 +184,10 @@ def attended(form: Form, launch: Launch, past: int, s: int, parts: int = 0, **ho
     keys, values = (drawn(i, b, total, form.kv_heads, form.head_dim, dtype=form.dtype) for i in (1, 2))
     table = np.random.default_rng(5).permutation(b * cap).astype(np.int32).reshape(b, cap) if form.page else None
     k, v = (rows_of(form, x, cap, table) for x in (keys, values))
+    if form.scheme != "none":
+        keys, values = (
+            rows.decode(rows.encode(x.astype(np.float32), form.scheme), form.scheme) for x in (keys, values)
+        )
     start = np.array([0, past // 2 if form.cached else 0], np.int64)
     sinks = drawn(4, form.heads, dtype=form.dtype)
     guard = out.reshape(-1, form.heads, form.head_dim)[b * s :].copy()
@@ -225,6 +233,9 @@ def attended(form: Form, launch: Launch, past: int, s: int, parts: int = 0, **ho
         (Form(4, 2, 64, 0.125, "paged", 16, sinks=True), 50, 2),
         (Form(4, 2, 64, 0.125, sinks=True, dtype="float16"), 50, 2),
         (Form(6, 2, 32, 0.2), 50, 2),
+        (Form(4, 2, 64, 0.125, scheme="int8"), 70, 3),
+        (Form(4, 2, 128, 0.09, "paged", 16, scheme="int4", dtype="float16"), 70, 2),
+        (Form(2, 2, 32, 0.2, "ring", window=20, scheme="int4"), 70, 2),
     ],
 )
 def test_attention_of_a_token(form: Form, past: int, parts: int, launch: Launch) -> None:
@@ -246,11 +257,27 @@ def test_attention_of_a_token(form: Form, past: int, parts: int, launch: Launch)
         (Form(2, 1, 64, 0.125, "plain"), 20, 30),
         (Form(2, 1, 64, 0.125, sinks=True, dtype="float16"), 20, 70),
         (Form(6, 2, 32, 0.2), 20, 70),
+        (Form(2, 1, 64, 0.125, scheme="int8"), 70, 70),
+        (Form(2, 1, 128, 0.09, "paged", 16, scheme="int4", dtype="float16"), 20, 70),
+        (Form(2, 1, 32, 0.2, "ring", window=30, scheme="int4"), 90, 20),
     ],
 )
 @RACES
 def test_attention_of_many_tokens(form: Form, past: int, s: int, late: bool, order: int, launch: Launch) -> None:
     attended(form, launch, past, s, late=late, order=order)
+
+
+@pytest.mark.parametrize(("k", "scheme"), [(32, "int8"), (64, "int4"), (128, "int8"), (128, "int4")])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_records(k: int, scheme: str, dtype: str, launch: Launch) -> None:
+    """Bit by bit, but for rows without sense, which decode to NaN."""
+    x = drawn(0, 7, k, dtype=dtype)
+    x[1], x[2, 3], x[3, 5] = 0.5, np.nan, np.inf
+    got = np.zeros((8, rows.record_bytes(scheme, k)), np.uint8)
+    launch(records.encoded_rows(k, dtype, scheme, GPU), (2,), x, got, 7)
+    sound = [0, 1, 4, 5, 6]
+    np.testing.assert_array_equal(got[sound], rows.encode(x[sound].astype(np.float32), scheme))
+    assert np.isnan(rows.decode(got[[2, 3]], scheme)).all() and not got[7].any()
 
 
 @pytest.mark.parametrize("width", [64, 72, 75, 1000, 4096])
@@ -303,6 +330,9 @@ def of_hot_kernels(target: Target) -> dict[str, device.DeviceKernel]:
         "merge": attention.merge_parts(form, target),
         "tokens": attention.attend_tokens(form, target),
         "norm": norm.normed(norm.Norm(4096, "bfloat16", 1e-5, True, True, False), target),
+        "records": records.encoded_rows(128, "bfloat16", "int8", target),
+        "token of records": attention.attend_token(attrs.evolve(form, scheme="int8"), target),
+        "tokens of records": attention.attend_tokens(attrs.evolve(form, scheme="int4"), target),
     }
     if target.mcpu == "sm_90a":
         made["hopper"] = products.product_hopper(wide, target)

@@ -12,7 +12,7 @@ from jisu.compiler.graph import Node
 from jisu.compiler.types import Dim, dim, product
 from jisu.targets.cpu.isa import FLOATS, require_activation
 from jisu.targets.cuda.device import PAIRS
-from jisu.targets.cuda.kernels import norm, products, rounding, thin
+from jisu.targets.cuda.kernels import norm, products, records, rounding, thin
 from jisu.targets.cuda.kernels.attention import QUERIES, Form, attend_token, attend_tokens, merge_parts
 from jisu.targets.cuda.kernels.layers import Layer
 from jisu.targets.cuda.lowering import DeviceCall, DeviceFunction
@@ -135,8 +135,9 @@ def _attention_cached(node: Node, target: Target) -> Kernel | None:
     form = _form(
         q, int(keys.shape[1]), node.shape[3], target, scale=node.scale, layout=layout,
         page=int(keys.shape[2]) if table is not None else 0, window=node.window, softcap=node.softcap, sinks=sinks is not None,
+        scheme=node.scheme,
     )  # type: ignore[call-overload]  # fmt: skip
-    if form is None or node.scheme != "none":
+    if form is None:
         return None
     batch, rows = q.shape[:2]
     cap = keys.shape[2] if table is None else table.shape[1]
@@ -195,7 +196,19 @@ def _fake_quantize(node: Node, target: Target) -> Kernel | None:
     return Kernel(DeviceFunction((((), (call,)),)), (Argument(0),))
 
 
+def _encode_rows(node: Node, target: Target) -> Kernel | None:
+    x, feedback = node.operands
+    assert x is not None
+    if feedback is not None:
+        return None
+    kernel = records.encoded_rows(int(x.shape[-1]), x.dtype, node.scheme, target)  # type: ignore[call-overload]
+    count = product(x.shape[:-1])
+    call = DeviceCall(kernel, (_ceiling(count, rounding.WARPS), 1, 1), (0, 1, ("size", count)))
+    return Kernel(DeviceFunction((((), (call,)),)), (Argument(0),))
+
+
 CHOOSERS: Choosers = {
+    ops.encode_rows: _encode_rows,
     ops.fake_quantize: _fake_quantize,
     ops.attention: _attention,
     ops.attention_cached: _attention_cached,

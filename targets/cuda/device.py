@@ -9,7 +9,7 @@ Source: LLVM's User Guide for NVPTX Back-end; NVIDIA's PTX ISA.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import attrs
 
@@ -112,11 +112,26 @@ class Device(Function):
 
     def copy_tile(self, to: Val, rows: int, chunks: int, begin: Callable[[Val], Val]) -> None:
         """Begin to copy rows of `chunks` times 16 bytes to their places, by all threads of the block: row r from the address begin(r) on."""
+        for row, chunk in self._chunks(rows, chunks):
+            self.copy16(self.at(to, self.place(row, chunk, chunks), "i8"), self.at(begin(row), chunk * 16, "i8"))
+
+    def fill_tile(self, to: Val, rows: int, chunks: int, eight: Callable[[Val, Val], list[Val]], dtype: str) -> None:
+        """As `copy_tile`, but of numbers that are computed: eight(row, chunk) float32, rounded to a 16-bit dtype; they are there after a barrier."""
+        for row, chunk in self._chunks(rows, chunks):
+            values = eight(row, chunk)
+            words = Val(self, "poison", "<4 x i32>")
+            for i in range(4):
+                pair = self.pair(values[2 * i], values[2 * i + 1], dtype)
+                words = self.op(f"insertelement <4 x i32> {words.name}, i32 {pair.name}, i32 {i}", "<4 x i32>")
+            address = self.at(to, self.place(row, chunk, chunks), "i8")
+            self.emit(f"store <4 x i32> {words.name}, {address.type} {address.name}, align 16")
+
+    def _chunks(self, rows: int, chunks: int) -> Iterator[tuple[Val, Val]]:
+        """This thread's share of a tile's chunks, as row and chunk."""
         thread = self.thread()
         for part in range(rows * chunks // self.threads):
             number = thread + part * self.threads
-            row, chunk = number / chunks, number % chunks
-            self.copy16(self.at(to, self.place(row, chunk, chunks), "i8"), self.at(begin(row), chunk * 16, "i8"))
+            yield number / chunks, number % chunks
 
     def commit_copies(self) -> None:
         """The copies begun since the last call are one group."""

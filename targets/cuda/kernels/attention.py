@@ -11,6 +11,7 @@ from jisu.compiler.errors import TargetError
 from jisu.targets.cpu.isa import STORED, Val
 from jisu.targets.cuda.device import WARP, Device, DeviceKernel
 from jisu.targets.cuda.kernels.products import EIGHT
+from jisu.targets.cuda.kernels.records import eight_of_record
 from jisu.targets.target import Target
 
 _LOG2_E = 1.4426950408889634
@@ -26,7 +27,7 @@ class Form:
     layout: of keys and values: "contiguous" [b, kv_heads, cap, d], "ring" (a slot is the position modulo cap), "paged" [pages, kv_heads,
     page, d] behind a table int32 [b, cap] of page numbers, or "plain" [b, cap, kv_heads, d] without a cache. causal: always with a cache.
     window, softcap: 0 for none. sinks: [heads] that join the denominators. dtype: of all tensors, bfloat16 or
-    float16.
+    float16, but for a cache with a scheme, whose rows are records of `jisu.compiler.rows`.
     """
 
     heads: int
@@ -40,6 +41,12 @@ class Form:
     softcap: float = 0.0
     sinks: bool = False
     dtype: str = "bfloat16"
+    scheme: str = "none"
+
+    @property
+    def suffix(self) -> str:
+        """What is told of it in kernels' names."""
+        return "" if self.scheme == "none" else f"_{self.scheme}"
 
     @property
     def cached(self) -> bool:
@@ -65,6 +72,12 @@ class Form:
             return paged
         base = (b * self.kv_heads + head) * cap
         return lambda key: base + (key % cap if self.layout == "ring" else key)
+
+    def eight(self, f: Device, base: Val, row: Val, channel: Val) -> list[Val]:
+        """Eight channels of a key or value, float32."""
+        if self.scheme != "none":
+            return eight_of_record(f, base, row, channel, self.head_dim, self.scheme)
+        return floats(f, f.load16("<4 x i32>", f.at(base, row * self.head_dim + channel, self.dtype)), self.dtype)
 
     def softened(self, f: Device, product: Val) -> Val:
         """A score in powers of two, from the product of a query and a key."""
@@ -106,7 +119,12 @@ def attend_token(form: Form, target: Target) -> DeviceKernel:
     at_once = WARP // lanes  # keys that a warp reads at once
     warps = _ATTENTION_WARPS
     names = [*form.pointers, "states"]
-    f = Device("attend_token", [*(("ptr", p) for p in names), ("i64", "cap"), ("i64", "parts")], target, warps * WARP)
+    f = Device(
+        f"attend_token{form.suffix}",
+        [*(("ptr", p) for p in names), ("i64", "cap"), ("i64", "parts")],
+        target,
+        warps * WARP,
+    )
     *pointers, cap, parts = f.params()
     given = {name: f.memory(p) for name, p in zip(names, pointers, strict=True)}
     q, k, v, start, length, states = (given[n] for n in ("q", "k", "v", "start", "length", "states"))
@@ -129,8 +147,8 @@ def attend_token(form: Form, target: Target) -> DeviceKernel:
 
     def step(first: Val, carried: list[Val]) -> list[Val]:
         key = first + own_key
-        there, place = key < end, row_of(f.minimum(key, end - 1)) * head_dim + channel
-        keys, values = (floats(f, f.load16("<4 x i32>", f.at(x, place, form.dtype)), form.dtype) for x in (k, v))
+        there, row = key < end, row_of(f.minimum(key, end - 1))
+        keys, values = (form.eight(f, x, row, channel) for x in (k, v))
         new = []
         for g in range(group):
             top, total_weight, *sums = carried[g * 10 : g * 10 + 10]
@@ -258,7 +276,9 @@ def attend_tokens(form: Form, target: Target) -> DeviceKernel:
     warps = QUERIES // 16
     threads = warps * WARP
     names = [*form.pointers, *(["sinks"] if form.sinks else []), "out"]
-    f = Device("attend_tokens", [*(("ptr", p) for p in names), ("i64", "s"), ("i64", "cap")], target, threads)
+    f = Device(
+        f"attend_tokens{form.suffix}", [*(("ptr", p) for p in names), ("i64", "s"), ("i64", "cap")], target, threads
+    )
     *pointers, s, cap = f.params()
     given = {name: f.memory(p) for name, p in zip(names, pointers, strict=True)}
     q, k, v, out = (given[n] for n in ("q", "k", "v", "out"))
@@ -279,13 +299,20 @@ def attend_tokens(form: Form, target: Target) -> DeviceKernel:
     row_of = form.row(f, b, head / (heads // kv_heads), cap, given.get("table"))
 
     def fetch(first: Val, to: Val) -> None:
-        """Begin to copy keys and values from `first` on; beyond the last they are copies of it, which no row sees."""
+        """Begin to copy keys and values from `first` on; beyond the last they are copies of it, which no row sees. Records become numbers
+        on their way."""
 
         def key(row: Val) -> Val:
-            return row_of(f.minimum(first + row, total - 1)) * head_dim
+            return row_of(f.minimum(first + row, total - 1))
 
-        f.copy_tile(to, KEYS, chunks, lambda r: f.at(k, key(r), form.dtype))
-        f.copy_tile(f.at(to, tile_bytes, "i8"), KEYS, chunks, lambda r: f.at(v, key(r), form.dtype))
+        for number, base in enumerate((k, v)):
+            tile = f.at(to, number * tile_bytes, "i8")
+            if form.scheme == "none":
+                f.copy_tile(tile, KEYS, chunks, lambda r, base=base: f.at(base, key(r) * head_dim, form.dtype))
+            else:
+                f.fill_tile(
+                    tile, KEYS, chunks, lambda r, c, base=base: form.eight(f, base, key(r), c * EIGHT), form.dtype
+                )
 
     begin = lowest / KEYS * KEYS
 

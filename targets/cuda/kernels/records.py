@@ -1,0 +1,89 @@
+"""Rows in few bits (`jisu.compiler.rows`) on NVIDIA GPUs: keys and values of a cache, written a warp per row, read eight numbers at a time."""
+
+from __future__ import annotations
+
+import functools
+
+from jisu.compiler.errors import TargetError
+from jisu.compiler.rows import ROW_BITS, record_bytes
+from jisu.targets.cpu.isa import FLOATS, Val
+from jisu.targets.cuda.device import WARP, Device, DeviceKernel
+from jisu.targets.cuda.kernels.rounding import WARPS
+from jisu.targets.target import Target
+
+
+def eight_of_record(f: Device, records: Val, number: Val, first: Val, k: int, scheme: str) -> list[Val]:
+    """Numbers `first` (a multiple of 8) to `first + 7` of record `number` of rows of k numbers, float32.
+
+    A record's bytes are a multiple of four (k is one of eight), so that codes come four at a time, and scale and offset together.
+    """
+    size = record_bytes(scheme, k)
+    codes, byte = size - 4, first
+    if ROW_BITS[scheme] == 4:
+        byte = first % (k // 2)
+        upper = first.cmp("sge", k // 2)
+    begin = number * size
+    tail = f.load("i32", f.at(records, begin + codes, "i8"))
+    scale, offset = f.cast("bitcast", tail << 16, "float"), f.cast("bitcast", tail & -65536, "float")
+    found = []
+    for part in (0, 4):
+        word = f.load("i32", f.at(records, begin + byte + part, "i8"))
+        if ROW_BITS[scheme] == 4:
+            word = f.select(upper, word >> 4, word)
+        for i in range(4):
+            # A code as the lowest bits of 2^23 is 2^23 plus the code.
+            bits = ((word >> (8 * i)) & (0xFF if ROW_BITS[scheme] == 8 else 0xF)) | 0x4B000000
+            found.append(f.fma(f.cast("bitcast", bits, "float") - 8388608.0, scale, offset))
+    return found
+
+
+def encoded_rows(k: int, dtype: str, scheme: str, target: Target) -> DeviceKernel:
+    """`encode_rows` without feedback: records of rows of k numbers (a multiple of 32, for 4 bits of 64), one behind the other.
+
+    Parameters: x, the records, the number of rows. Grid: ceil(rows / `WARPS`). A row that holds NaN or an infinity becomes one that
+    decodes to NaN. Raises TargetError for other rows.
+    """
+    if k % (WARP * 8 // ROW_BITS[scheme]) or dtype not in FLOATS:
+        raise TargetError(f"no kernel for GPUs makes records of {k} numbers of {dtype}")
+    size, top = record_bytes(scheme, k), float(2 ** ROW_BITS[scheme] - 1)
+    f = Device(f"records_{scheme}_{k}_{dtype}", [("ptr", "x"), ("ptr", "y"), ("i64", "count")], target, WARPS * WARP)
+    x, y, count = f.params()
+    x, y = f.memory(x), f.memory(y)
+    thread = f.thread()
+    lane, wanted = thread % WARP, f.block() * WARPS + thread / WARP
+    row = f.minimum(wanted, count - 1)  # all threads of a warp act together
+    values = [f.load_f32(x, row * k + (lane + i), dtype, lanes=1) for i in range(0, k, WARP)]
+    # A comparison drops NaN: 0 x makes NaN of it and of infinities, and a sum keeps that.
+    unsound = functools.reduce(lambda a, b: a + b, [v * 0.0 for v in values])
+    low = functools.reduce(f.minimum, values)
+    high = functools.reduce(f.maximum, values)
+    for distance in (16, 8, 4, 2, 1):
+        low, high = f.minimum(low, f.other(low, distance)), f.maximum(high, f.other(high, distance))
+    unsound = f.sum_of_warp(unsound)
+    offset = f.rounded(low, "bfloat16")
+    scale = f.rounded((high - offset) / top, "bfloat16")
+    offset, scale = offset + unsound, scale + unsound
+    step = f.select(scale.cmp("oeq", 0.0), f.const(1.0, "float"), scale)
+
+    def code(value: Val) -> Val:
+        level = f.call("float", "llvm.rint.f32", (value - offset) / step)
+        level = f.select(level.cmp("olt", 0.0), f.const(0.0, "float"), level)
+        level = f.select(level.cmp("ogt", top), f.const(top, "float"), level)
+        sound = level.cmp("oeq", level)
+        return f.cast("fptoui", f.select(sound, level, 0.0), "i32")
+
+    codes = [code(v) for v in values]
+    begin = row * size
+
+    def write() -> None:
+        whole = codes
+        if ROW_BITS[scheme] == 4:
+            half = len(codes) // 2
+            whole = [low | (high << 4) for low, high in zip(codes[:half], codes[half:], strict=True)]
+        for i, byte in enumerate(whole):
+            f.store(f.cast("trunc", byte, "i8"), f.at(y, begin + (lane + i * WARP), "i8"))
+        tail = f.pair(scale, offset, "bfloat16")
+        f.when(lane.cmp("eq", 0), lambda: f.store(tail, f.at(y, begin + (size - 4), "i8")))
+
+    f.when(wanted < count, write)
+    return f.built()
