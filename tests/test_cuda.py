@@ -307,8 +307,6 @@ def test_inputs_that_do_not_fit_are_refused() -> None:
             build()
     with pytest.raises(TargetError, match="float64"):
         thin.thin(Layer(64, (8,), "float64"), 8, GPU)
-    with pytest.raises(TargetError, match="nf4"):
-        thin.thin(Layer(64, (8,), scheme="nf4", group=64), 8, GPU)
     with pytest.raises(TargetError, match="sm_90a"):
         products.product_hopper(Layer(4096, (8,)), GPU)
 
@@ -325,6 +323,9 @@ def of_hot_kernels(target: Target) -> dict[str, device.DeviceKernel]:
         "few codes": thin.thin(Layer(4096, (4096,), **CODES), 8, target),
         "many": products.product(wide, target),
         "many codes": products.product(Layer(4096, (4096,), **CODES), target),
+        "few small floats": thin.thin(Layer(4096, (4096,), scheme="fp8"), 8, target),
+        "many small floats": products.product(Layer(4096, (4096,), scheme="mxfp4", group=32), target),
+        "few of a table": thin.thin(Layer(4096, (4096,), scheme="nf4", group=64), 8, target),
         "gated": products.product(Layer(4096, (14336,), gated=True, apart=True, activation="silu"), target),
         "token": attention.attend_token(form, target),
         "merge": attention.merge_parts(form, target),
@@ -351,7 +352,16 @@ WORDS = {
     "hopper": ("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16", "wgmma.fence", "wgmma.commit_group",
                "wgmma.wait_group", "fence.proxy.async", "cp.async.cg.shared.global"),
 }  # fmt: skip
-MOST_REGISTERS = {"few": 64, "few codes": 80, "many": 128, "gated": 128, "many codes": 168, "hopper": 168}
+MOST_REGISTERS = {
+    "few": 64,
+    "few codes": 80,
+    "few small floats": 80,
+    "few of a table": 80,
+    "many": 128,
+    "gated": 128,
+    "many codes": 168,
+    "hopper": 168,
+}
 
 
 @pytest.mark.parametrize("mcpu", ["sm_80", "sm_90a"])

@@ -121,6 +121,12 @@ def test_layers(mcpu: str, dtype: str, emulated_gpu: Target, tmp_path: Path) -> 
         ("int4", False, 384, 128),
         ("int8", True, 256, 0),
         ("int8", False, 96, 32),
+        ("int3", False, 256, 128),
+        ("int6", True, 256, 128),
+        ("fp8", True, 256, 0),
+        ("mxfp4", True, 256, 32),
+        ("nvfp4", True, 256, 32),
+        ("nf4", True, 256, 64),
     ):
         held = {}
         x = placeholder("x", TensorType((symbol("m"), k), dtype))

@@ -1,8 +1,8 @@
 """Linear layers on NVIDIA GPUs: which numbers they multiply, and what becomes of the sums.
 
 Weights are W[n, k] row by row (panels of one output): a row's inputs lie together. Of a gated layer W has gates and ups by turns, so that
-neighbouring sums belong to one result; in memory they may be two matrices. Codes are as `pack_codes` makes them with words of one: of 4
-bits, the lower half of a byte first.
+neighbouring sums belong to one result; in memory they may be two matrices. Codes are as `pack_codes` makes them with words of one: of up to
+4 bits two in a byte, the lower half first, of more one.
 """
 
 from __future__ import annotations
@@ -82,8 +82,6 @@ class Layer:
         """Raise TargetError unless kernels can read it: rows in whole chunks of 16 bytes, which lie in one group."""
         if self.dtype not in PAIRS:
             raise TargetError(f"layers for GPUs compute in {' and '.join(PAIRS)}, not in {self.dtype}")
-        if self.scheme and (not SCHEMES[self.scheme].uniform or SCHEMES[self.scheme].bits not in (4, 8)):
-            raise TargetError(f"no kernel for GPUs decodes {self.scheme}")
         chunk = self.codes_per_chunk
         if self.k % chunk or (self.group and self.group % chunk):
             raise TargetError(f"{self.name}: rows or groups are no multiples of {chunk} weights")
@@ -92,7 +90,7 @@ class Layer:
 @attrs.frozen(eq=False)
 class Part:
     """The matrix that a block works on: its pointers (None where the layer has none; v: of ups that lie apart), its rows of W, the block's
-    first one, and its results."""
+    first one, and its results. table: of levels, if the scheme is one."""
 
     w: Val
     v: Val | None
@@ -103,6 +101,7 @@ class Part:
     rows: Val
     first: Val
     n: Val
+    table: Val | None
 
 
 def part_of(f: Device, layer: Layer, block: Val, rows: int) -> Part:
@@ -128,7 +127,18 @@ def part_of(f: Device, layer: Layer, block: Val, rows: int) -> Part:
     w, y = pointer("w"), pointer("y")
     assert w is not None and y is not None
     rows_of_w = n * layer.per_weight_row
-    return Part(w, pointer("v"), pointer("s"), pointer("z"), pointer("b"), y, rows_of_w, (block - begin) * rows, n)
+    return Part(
+        w,
+        pointer("v"),
+        pointer("s"),
+        pointer("z"),
+        pointer("b"),
+        y,
+        rows_of_w,
+        (block - begin) * rows,
+        n,
+        _table(f, layer),
+    )
 
 
 def row_address(f: Device, layer: Layer, part: Part, row: Val) -> Val:
@@ -156,28 +166,47 @@ def finished(f: Device, layer: Layer, part: Part, row: Val, column: Val, sums: l
 
 # Bits of a number in whose lowest bits a code stands as an integer above it, and that number.
 _ABOVE = {"bfloat16": (0x43004300, 128.0), "float16": (0x64006400, 1024.0)}
+_MANTISSA = {"bfloat16": (7, 127), "float16": (10, 15)}
+"""Mantissa bits, and the exponent's bias."""
 
 
-def decoded(f: Device, layer: Layer, words: list[Val], scale: Val, zero: Val) -> list[Val]:
+def decoded(f: Device, layer: Layer, part: Part, words: list[Val], scale: Val, zero: Val) -> list[Val]:
     """16 bytes of codes as pairs of the layer's dtype, i32, in the order that `inputs` gives pairs of x in.
 
-    Codes of 4 bits become a power of two plus the code by their bits alone, the grid's middle is taken off exactly, and a pair is rounded
-    once, by the scale. scale, zero: see `scale_and_zero`.
+    Codes of up to 4 bits become a power of two plus the code by their bits alone, the grid's middle is taken off exactly, and a pair is
+    rounded once, by the scale. Small floats become numbers by moving their bits. Levels of a table are looked up in shared memory. scale,
+    zero: see `scale_and_zero`.
     """
-    pair = PAIRS[layer.dtype]
+    kind, pair = SCHEMES[layer.scheme], PAIRS[layer.dtype]
+    lowest, halves = (0x000F000F, 4) if kind.per_byte == 2 else (0x00FF00FF, 2)
 
     def scaled(codes: Val) -> Val:
         less = f.op(f"fsub {pair} {codes.name}, {zero.name}", pair)
         return f.as_type(f.op(f"fmul {pair} {less.name}, {scale.name}", pair), "i32")
 
+    def number(codes: Val) -> Val:
+        """Two codes, in the lowest bits of halves, in the dtype, scaled."""
+        if part.table is not None:
+            own = (f.cast("zext", code, "i64") for code in (codes & 0xFFFF, codes >> 16))
+            both = (f.load("float", f.at(part.table, code, "float32")) for code in own)
+            return f.pair(*(level * scale for level in both), layer.dtype)
+        if not kind.mantissa:
+            return scaled(f.as_type(codes | _ABOVE[layer.dtype][0], pair))
+        mantissa, bias = _MANTISSA[layer.dtype]
+        signs = (codes & ((1 << (kind.bits - 1)) * 0x10001)) << (16 - kind.bits)
+        sizes = (codes & (((1 << (kind.bits - 1)) - 1) * 0x10001)) << (mantissa - kind.mantissa)
+        # The exponent's bias is made up for exactly, subnormal numbers included, before the scale rounds.
+        power = f.twice(f.const(2.0 ** (bias - kind.bias), "float"), layer.dtype)
+        whole = f.op(f"fmul {pair} {f.as_type(signs | sizes, pair).name}, {power.name}", pair)
+        return f.as_type(f.op(f"fmul {pair} {whole.name}, {scale.name}", pair), "i32")
+
     found = []
     for word in words:
-        if SCHEMES[layer.scheme].bits == 4:
-            above = _ABOVE[layer.dtype][0]
-            found += [scaled(f.as_type(((word >> (4 * i)) & 0x000F000F) | above, pair)) for i in range(4)]
-        else:
+        if kind.uniform and kind.per_byte == 1:
             both = [f.pair(_byte(f, word, i), _byte(f, word, i + 2), layer.dtype) for i in range(2)]
             found += [scaled(f.as_type(b, pair)) for b in both]
+        else:
+            found += [number((word >> (16 // halves * i)) & lowest) for i in range(halves)]
     return found
 
 
@@ -187,12 +216,30 @@ def _byte(f: Device, word: Val, number: int) -> Val:
     return f.cast("bitcast", bits, "float") - (8388608.0 + 128.0)
 
 
+def _table(f: Device, layer: Layer) -> Val | None:
+    """The levels of a scheme that is a table, float32 in shared memory; a barrier is behind them."""
+    if not layer.scheme or SCHEMES[layer.scheme].computes:
+        return None
+    levels = [float(level) for level in SCHEMES[layer.scheme].levels]
+    held, thread = f.shared(4 * len(levels)), f.thread()
+
+    def fill() -> None:
+        level = f.const(levels[0], "float")
+        for number, value in enumerate(levels[1:], 1):
+            level = f.select(thread.cmp("eq", number), f.const(value, "float"), level)
+        f.store(level, f.at(held, thread, "float32"))
+
+    f.when(thread < len(levels), fill)
+    f.barrier()
+    return held
+
+
 def inputs(f: Device, layer: Layer, words: list[Val]) -> list[Val]:
     """Numbers of x that meet a chunk of weights, as i32 words, in pairs in the order of `decoded`: for floats as they lie."""
     if not layer.scheme:
         return words
     found = []
-    step = 4 if SCHEMES[layer.scheme].bits == 4 else 2  # words per word of codes
+    step = 2 * SCHEMES[layer.scheme].per_byte  # words per word of codes
     for at in range(0, len(words), step):
         half = step // 2
         for i in range(half):
@@ -202,13 +249,16 @@ def inputs(f: Device, layer: Layer, words: list[Val]) -> list[Val]:
 
 
 def scale_and_zero(f: Device, layer: Layer, part: Part, row: Val, chunk: Val) -> tuple[Val, Val]:
-    """Of a chunk's codes, each twice, in the layer's dtype; the zero is that of codes as `decoded` makes numbers of them."""
+    """Of a chunk's codes, each twice, in the layer's dtype; the zero is that of codes as `decoded` makes numbers of them. For a table the
+    scale is float32."""
     kind = SCHEMES[layer.scheme]
     group = chunk * layer.codes_per_chunk / layer.group if layer.group else f.i64(0)
     at = row * layer.groups + group
     assert part.s is not None
     scale = f.load_f32(part.s, at, layer.scales, lanes=1)
-    offset = _ABOVE[layer.dtype][1] if kind.bits == 4 else -128.0
+    if part.table is not None:
+        return scale, scale
+    offset = _ABOVE[layer.dtype][1] if kind.per_byte == 2 else -128.0
     if part.z is None:
         zero = f.const(kind.middle + offset, "float")
     else:

@@ -174,7 +174,7 @@ def _plain(p: _Product, lane: Val, warp_row: Val, warp_column: Val) -> Callable[
 def _coded(p: _Product, lane: Val, warp_row: Val, warp_column: Val) -> Callable[[Val], _Halves]:
     """The same from a tile of codes: four threads share a row's inputs, eight neighbouring ones each, in whatever order `decoded` gives."""
     f, layer, line, place = p.f, p.layer, lane / 4, lane % 4
-    slice_bytes = SCHEMES[layer.scheme].bits  # of eight codes
+    slice_bytes = 8 // SCHEMES[layer.scheme].per_byte  # of eight codes
     outputs = [warp_column + 8 * j + line for j in range(_TILE[1] // 8)]
 
     def read(step: Val) -> _Halves:
@@ -199,7 +199,7 @@ def _coded(p: _Product, lane: Val, warp_row: Val, warp_column: Val) -> Callable[
             for output, (scale, zero) in zip(outputs, scales, strict=True):
                 at = f.at(weights, output * p.row_bytes + place * slice_bytes, "i8")
                 words = [f.load("i32", f.at(at, 4 * i, "i8")) for i in range(slice_bytes // 4)]
-                right.append(decoded(f, layer, words, scale, zero))
+                right.append(decoded(f, layer, p.part, words, scale, zero))
             for half in (0, 2):
                 yield (
                     [[low[half], high[half], low[half + 1], high[half + 1]] for low, high in left],

@@ -108,7 +108,7 @@ class _Thin:
         f, layer, weights = self.f, self.layer, [words[:4], words[4:]]
         if layer.scheme:
             weights = [
-                decoded(f, layer, own, *scale_and_zero(f, layer, self.part, row, number))
+                decoded(f, layer, self.part, own, *scale_and_zero(f, layer, self.part, row, number))
                 for row, own in zip(self.places, weights, strict=True)
             ]
         if inside is not None:
