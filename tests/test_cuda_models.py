@@ -125,7 +125,7 @@ def test_layers(mcpu: str, dtype: str, emulated_gpu: Target, tmp_path: Path) -> 
         ("int6", True, 256, 128),
         ("fp8", True, 256, 0),
         ("mxfp4", True, 256, 32),
-        ("nvfp4", True, 256, 32),
+        ("nvfp4", True, 256, 16),
         ("nf4", True, 256, 64),
     ):
         held = {}

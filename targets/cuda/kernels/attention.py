@@ -79,6 +79,18 @@ class Form:
             return eight_of_record(f, base, row, channel, self.head_dim, self.scheme)
         return floats(f, f.load16("<4 x i32>", f.at(base, row * self.head_dim + channel, self.dtype)), self.dtype)
 
+    def copy(self, f: Device, to: Val, base: Val, row: Callable[[Val], Val]) -> None:
+        """Begin to copy a tile of `KEYS` keys or values, key r of which is row(r); records become numbers on their way."""
+        chunks = self.head_dim // EIGHT
+
+        def eight(r: Val, chunk: Val) -> list[Val]:
+            return self.eight(f, base, row(r), chunk * EIGHT)
+
+        if self.scheme == "none":
+            f.copy_tile(to, KEYS, chunks, lambda r: f.at(base, row(r) * self.head_dim, self.dtype))
+        else:
+            f.fill_tile(to, KEYS, chunks, eight, self.dtype)
+
     def softened(self, f: Device, product: Val) -> Val:
         """A score in powers of two, from the product of a query and a key."""
         if not self.softcap:
@@ -299,20 +311,13 @@ def attend_tokens(form: Form, target: Target) -> DeviceKernel:
     row_of = form.row(f, b, head / (heads // kv_heads), cap, given.get("table"))
 
     def fetch(first: Val, to: Val) -> None:
-        """Begin to copy keys and values from `first` on; beyond the last they are copies of it, which no row sees. Records become numbers
-        on their way."""
+        """Begin to copy keys and values from `first` on; beyond the last they are copies of it, which no row sees."""
 
         def key(row: Val) -> Val:
             return row_of(f.minimum(first + row, total - 1))
 
         for number, base in enumerate((k, v)):
-            tile = f.at(to, number * tile_bytes, "i8")
-            if form.scheme == "none":
-                f.copy_tile(tile, KEYS, chunks, lambda r, base=base: f.at(base, key(r) * head_dim, form.dtype))
-            else:
-                f.fill_tile(
-                    tile, KEYS, chunks, lambda r, c, base=base: form.eight(f, base, key(r), c * EIGHT), form.dtype
-                )
+            form.copy(f, f.at(to, number * tile_bytes, "i8"), base, key)
 
     begin = lowest / KEYS * KEYS
 

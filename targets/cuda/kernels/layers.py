@@ -59,6 +59,11 @@ class Layer:
         return 16 * SCHEMES[self.scheme].per_byte if self.scheme else 16 // ITEMSIZE[self.dtype]
 
     @property
+    def per_word(self) -> int:
+        """Codes in 4 bytes."""
+        return self.codes_per_chunk // 4
+
+    @property
     def row_bytes(self) -> int:
         """Of a row of W."""
         return self.k * 16 // self.codes_per_chunk
@@ -83,8 +88,11 @@ class Layer:
         if self.dtype not in PAIRS:
             raise TargetError(f"layers for GPUs compute in {' and '.join(PAIRS)}, not in {self.dtype}")
         chunk = self.codes_per_chunk
-        if self.k % chunk or (self.group and self.group % chunk):
-            raise TargetError(f"{self.name}: rows or groups are no multiples of {chunk} weights")
+        shared = self.group and (
+            self.group % chunk if self.group > chunk else chunk % self.group or self.group % self.per_word
+        )
+        if self.k % chunk or shared:
+            raise TargetError(f"{self.name}: rows or groups don't go into chunks of {chunk} weights")
 
 
 @attrs.frozen(eq=False)
@@ -170,28 +178,28 @@ _MANTISSA = {"bfloat16": (7, 127), "float16": (10, 15)}
 """Mantissa bits, and the exponent's bias."""
 
 
-def decoded(f: Device, layer: Layer, part: Part, words: list[Val], scale: Val, zero: Val) -> list[Val]:
-    """16 bytes of codes as pairs of the layer's dtype, i32, in the order that `inputs` gives pairs of x in.
+def decoded(f: Device, layer: Layer, part: Part, words: list[Val], scales: list[tuple[Val, Val]]) -> list[Val]:
+    """Words of codes as pairs of the layer's dtype, i32, in the order that `inputs` gives pairs of x in.
 
     Codes of up to 4 bits become a power of two plus the code by their bits alone, the grid's middle is taken off exactly, and a pair is
-    rounded once, by the scale. Small floats become numbers by moving their bits. Levels of a table are looked up in shared memory. scale,
-    zero: see `scale_and_zero`.
+    rounded once, by the scale. Small floats become numbers by moving their bits. Levels of a table are looked up in shared memory. scales:
+    per word, see `scale_and_zero`.
     """
     kind, pair = SCHEMES[layer.scheme], PAIRS[layer.dtype]
     lowest, halves = (0x000F000F, 4) if kind.per_byte == 2 else (0x00FF00FF, 2)
 
-    def scaled(codes: Val) -> Val:
+    def scaled(codes: Val, scale: Val, zero: Val) -> Val:
         less = f.op(f"fsub {pair} {codes.name}, {zero.name}", pair)
         return f.as_type(f.op(f"fmul {pair} {less.name}, {scale.name}", pair), "i32")
 
-    def number(codes: Val) -> Val:
+    def number(codes: Val, scale: Val, zero: Val) -> Val:
         """Two codes, in the lowest bits of halves, in the dtype, scaled."""
         if part.table is not None:
             own = (f.cast("zext", code, "i64") for code in (codes & 0xFFFF, codes >> 16))
-            both = (f.load("float", f.at(part.table, code, "float32")) for code in own)
-            return f.pair(*(level * scale for level in both), layer.dtype)
+            low, high = (f.load("float", f.at(part.table, code, "float32")) * scale for code in own)
+            return f.pair(low, high, layer.dtype)
         if not kind.mantissa:
-            return scaled(f.as_type(codes | _ABOVE[layer.dtype][0], pair))
+            return scaled(f.as_type(codes | _ABOVE[layer.dtype][0], pair), scale, zero)
         mantissa, bias = _MANTISSA[layer.dtype]
         signs = (codes & ((1 << (kind.bits - 1)) * 0x10001)) << (16 - kind.bits)
         sizes = (codes & (((1 << (kind.bits - 1)) - 1) * 0x10001)) << (mantissa - kind.mantissa)
@@ -201,12 +209,12 @@ def decoded(f: Device, layer: Layer, part: Part, words: list[Val], scale: Val, z
         return f.as_type(f.op(f"fmul {pair} {whole.name}, {scale.name}", pair), "i32")
 
     found = []
-    for word in words:
+    for word, how in zip(words, scales, strict=True):
         if kind.uniform and kind.per_byte == 1:
             both = [f.pair(_byte(f, word, i), _byte(f, word, i + 2), layer.dtype) for i in range(2)]
-            found += [scaled(f.as_type(b, pair)) for b in both]
+            found += [scaled(f.as_type(b, pair), *how) for b in both]
         else:
-            found += [number((word >> (16 // halves * i)) & lowest) for i in range(halves)]
+            found += [number((word >> (16 // halves * i)) & lowest, *how) for i in range(halves)]
     return found
 
 
@@ -248,11 +256,11 @@ def inputs(f: Device, layer: Layer, words: list[Val]) -> list[Val]:
     return found
 
 
-def scale_and_zero(f: Device, layer: Layer, part: Part, row: Val, chunk: Val) -> tuple[Val, Val]:
-    """Of a chunk's codes, each twice, in the layer's dtype; the zero is that of codes as `decoded` makes numbers of them. For a table the
-    scale is float32."""
+def scale_and_zero(f: Device, layer: Layer, part: Part, row: Val, first: Val) -> tuple[Val, Val]:
+    """Of the codes from a row's number `first` on, each twice, in the layer's dtype; the zero is that of codes as `decoded` makes numbers of them. For a
+    table the scale is float32."""
     kind = SCHEMES[layer.scheme]
-    group = chunk * layer.codes_per_chunk / layer.group if layer.group else f.i64(0)
+    group = first / layer.group if layer.group else f.i64(0)
     at = row * layer.groups + group
     assert part.s is not None
     scale = f.load_f32(part.s, at, layer.scales, lanes=1)

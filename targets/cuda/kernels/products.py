@@ -23,8 +23,8 @@ class _Product:
 
     def __init__(self, name: str, layer: Layer, inputs: int, threads: int, target: Target) -> None:
         layer.require()
-        if layer.k % inputs or (layer.group and layer.group % inputs):
-            raise TargetError(f"{layer.name}: inputs or groups are no multiples of {inputs}")
+        if layer.k % inputs or (layer.group and layer.group % EIGHT):
+            raise TargetError(f"{layer.name}: inputs are no multiple of {inputs}, or groups none of {EIGHT}")
         f = self.f = Device(f"{name}_{layer.name}", layer.parameters, target, threads)
         self.layer, self.k, self.inputs, self.steps, self.chunks = (
             layer,
@@ -182,7 +182,7 @@ def _coded(p: _Product, lane: Val, warp_row: Val, warp_column: Val) -> Callable[
         scales = [
             scale_and_zero(
                 f, layer, p.part, f.minimum(p.part.first + output, p.part.rows - 1),
-                step * (p.inputs // layer.codes_per_chunk),
+                step * p.inputs + place * EIGHT,
             )
             for output in outputs
         ]  # fmt: skip
@@ -199,7 +199,7 @@ def _coded(p: _Product, lane: Val, warp_row: Val, warp_column: Val) -> Callable[
             for output, (scale, zero) in zip(outputs, scales, strict=True):
                 at = f.at(weights, output * p.row_bytes + place * slice_bytes, "i8")
                 words = [f.load("i32", f.at(at, 4 * i, "i8")) for i in range(slice_bytes // 4)]
-                right.append(decoded(f, layer, p.part, words, scale, zero))
+                right.append(decoded(f, layer, p.part, words, [(scale, zero)] * len(words)))
             for half in (0, 2):
                 yield (
                     [[low[half], high[half], low[half + 1], high[half + 1]] for low, high in left],

@@ -108,7 +108,7 @@ class _Thin:
         f, layer, weights = self.f, self.layer, [words[:4], words[4:]]
         if layer.scheme:
             weights = [
-                decoded(f, layer, self.part, own, *scale_and_zero(f, layer, self.part, row, number))
+                decoded(f, layer, self.part, own, self.scales(row, number))
                 for row, own in zip(self.places, weights, strict=True)
             ]
         if inside is not None:
@@ -126,6 +126,14 @@ class _Thin:
                 a = [weights[0][i], weights[1][i], weights[0][i + 1], weights[1][i + 1]]
                 result[4 * c : 4 * c + 4] = f.mma(a, pairs[i : i + 2], result[4 * c : 4 * c + 4], layer.dtype)
         return result
+
+    def scales(self, row: Val, number: Val) -> list[tuple[Val, Val]]:
+        """Scale and zero of each word of a chunk."""
+        layer, first = self.layer, number * self.chunk
+        apart = self.chunk // layer.group if layer.group and layer.group < self.chunk else 1
+        step = self.chunk // apart
+        found = [scale_and_zero(self.f, layer, self.part, row, first + i * step) for i in range(apart)]
+        return [found[i * apart // 4] for i in range(4)]
 
     def leave(self, sums: list[Val]) -> None:
         """Join the warps' sums, finish and store the results."""
