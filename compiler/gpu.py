@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from jisu.compiler.errors import JisuError, TargetError, TensorMemoryError
@@ -74,9 +76,14 @@ class Driver:
         """The error code of a function of the driver."""
         return int(getattr(self._library, name)(*args))
 
-    def enter(self) -> None:
-        """Make the GPU's context that of this thread."""
-        self.run("cuCtxSetCurrent", self.context)
+    @contextmanager
+    def current(self) -> Iterator[None]:
+        """The GPU's context is this thread's meanwhile; after that the one that was before is again."""
+        self.run("cuCtxPushCurrent_v2", self.context)
+        try:
+            yield
+        finally:
+            self.code_of("cuCtxPopCurrent_v2", ctypes.byref(ctypes.c_void_p()))
 
     def allocate(self, nbytes: int, what: str) -> int:
         """The address of memory on the GPU."""

@@ -8,12 +8,13 @@ one launch of a CUDA graph.
 from __future__ import annotations
 
 import ctypes
+import functools
 import json
 import math
 import sys
 import weakref
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar, cast
 
 import attrs
 import numpy as np
@@ -38,6 +39,7 @@ _KEPT_RUNS = 64  # combinations of shapes and memory that are remembered, as lon
 _KEPT_BYTES = 256 << 20  # their buffers take no more than so much
 _PINNED = 16 << 20  # bytes up to which a buffer has pinned memory beside it
 _ALIGNMENT = 256
+_LOADED = 16  # bytes that kernels load at once, from a multiple of so many
 _PLAIN_SHARED = 48 << 10  # bytes of shared memory that a kernel gets without asking
 _MAX_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _NO_IMAGE = 209
@@ -61,8 +63,22 @@ class DeviceArray:
 
 
 def _free(driver: Driver, address: int) -> None:
-    driver.code_of("cuCtxSetCurrent", driver.context)
-    driver.code_of("cuMemFree_v2", ctypes.c_void_p(address))
+    with driver.current():
+        driver.code_of("cuMemFree_v2", ctypes.c_void_p(address))
+
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def _there(method: Method) -> Method:
+    """A method in the GPU's context."""
+
+    @functools.wraps(method)
+    def run(self: DeviceExecutable, *args: Any, **how: Any) -> Any:
+        with self._driver.current():
+            return method(self, *args, **how)
+
+    return cast(Method, run)
 
 
 @attrs.frozen(eq=False)
@@ -84,12 +100,18 @@ class _Call:
     extra: Any
 
 
-@attrs.frozen(eq=False)
+@attrs.define(eq=False)
 class _Buffer:
-    """Memory on the GPU and, unless it is large, pinned memory here through which its contents come and go."""
+    """Memory on the GPU and, unless it is large, pinned memory here through which its contents come and go, from the first time on."""
 
     array: DeviceArray
-    host: np.ndarray | None
+    pinned: np.ndarray | None = None
+
+    def host(self, driver: Driver) -> np.ndarray | None:
+        """The pinned memory, if it has such."""
+        if self.pinned is None and self.array.nbytes <= _PINNED:
+            self.pinned = _pinned(driver, max(self.array.nbytes, 1))
+        return self.pinned
 
 
 @attrs.define(eq=False)
@@ -119,7 +141,6 @@ class DeviceExecutable:
 
     def __init__(self, code: Mapping[str, bytes], entries: Mapping[str, Entry]) -> None:
         self._driver = Driver.open()
-        self._driver.enter()
         try:
             data = json.loads(code[PLANS])
             self._plans = {name: Plan.from_json(plan) for name, plan in data["entries"].items()}
@@ -128,6 +149,10 @@ class DeviceExecutable:
         except (KeyError, TypeError, ValueError) as error:
             raise ArtifactError(f"the plans of the compiled kernels can't be read: {error}") from error
         self._entries = dict(entries)
+        self._open(code, built_for)
+
+    @_there
+    def _open(self, code: Mapping[str, bytes], built_for: tuple[int, int]) -> None:
         self._module = self._loaded(code, built_for)
         self._functions: dict[str, ctypes.c_void_p | None] = {}
         self._stream = self._driver.stream()
@@ -175,12 +200,11 @@ class DeviceExecutable:
         return DeviceArray(self._driver, self._driver.allocate(nbytes, what), shape, dtype)
 
     def _buffer(self, shape: Sequence[int], dtype: np.dtype, what: str) -> _Buffer:
-        made = self._array(shape, dtype, what)
-        return _Buffer(made, _pinned(self._driver, max(made.nbytes, 1)) if made.nbytes <= _PINNED else None)
+        return _Buffer(self._array(shape, dtype, what))
 
+    @_there
     def zeros(self, shape: Sequence[int], dtype: str, what: str) -> DeviceArray:
         """A tensor of zeros on the GPU; raises TensorMemoryError naming `what` where there is no room."""
-        self._driver.enter()
         made = self._array(shape, numpy_dtype(dtype), what)
         self._driver.run(
             "cuMemsetD8Async",
@@ -189,20 +213,21 @@ class DeviceExecutable:
             ctypes.c_size_t(made.nbytes),
             self._stream,
         )
+        self._wait()  # calls may be on other streams
         return made
 
+    @_there
     def hold(self, value: Any) -> DeviceArray:
         """A copy of an array on the GPU."""
-        self._driver.enter()
         source = hold(value)
         made = self._array(source.shape, source.dtype, "a tensor")
         self._upload(made.address, source.address, made.nbytes)
         self._wait()
         return made
 
+    @_there
     def read(self, array: DeviceArray) -> np.ndarray:
         """A copy of a tensor in this machine's memory."""
-        self._driver.enter()
         found: np.ndarray = aligned(array.shape, array.dtype)
         self._download(found.ctypes.data, array.address, array.nbytes)
         self._wait()
@@ -233,12 +258,12 @@ class DeviceExecutable:
 
     # Weights
 
+    @_there
     def prepare(self, entry: str, weights: Mapping[str, np.ndarray]) -> Uploaded:
         """The weights that an entry takes on the GPU, uploaded once for all entries.
 
         Raises ArtifactError for a weight that is missing or of another type.
         """
-        self._driver.enter()
         found = []
         for name, kind in self._entries[entry].weights:
             if name not in weights:
@@ -275,6 +300,7 @@ class DeviceExecutable:
 
     # Calls
 
+    @_there
     def call(
         self, entry: str, inputs: Sequence[Any], weights: Uploaded | Mapping[str, np.ndarray] = _NOTHING
     ) -> tuple[Any, ...]:
@@ -289,7 +315,8 @@ class DeviceExecutable:
         for alias, buffer in zip(called.aliases, run.outputs, strict=True):
             if buffer is not None:
                 found = aligned(buffer.array.shape, buffer.array.dtype)
-                through = found if buffer.host is None else buffer.host
+                host = buffer.host(self._driver)
+                through = found if host is None else host
                 self._download(through.ctypes.data, buffer.array.address, buffer.array.nbytes)
                 results.append(found)
                 continue
@@ -300,12 +327,14 @@ class DeviceExecutable:
             results.append(source.array if isinstance(source, Held) else source)
         self._download(self._seen.ctypes.data, self._fault.address, 4)
         self._wait()
+        self._pending = None
         self._check()
         for result, buffer in zip(results, run.outputs, strict=True):
-            if buffer is not None and buffer.host is not None and result.size:
-                result.reshape(-1).view(np.uint8)[:] = buffer.host[: result.nbytes]
+            if buffer is not None and buffer.pinned is not None and result.size:
+                result.reshape(-1).view(np.uint8)[:] = buffer.pinned[: result.nbytes]
         return tuple(results)
 
+    @_there
     def call_tensors(
         self, entry: str, inputs: Sequence[Any], weights: Uploaded | Mapping[str, np.ndarray] = _NOTHING
     ) -> tuple[Any, ...]:
@@ -314,29 +343,35 @@ class DeviceExecutable:
         Returns torch tensors on the GPU. A fault of a kernel is told by the next call.
         """
         torch: Any = sys.modules["torch"]
-        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+        number = self._driver.device
+        for x in inputs:
+            if is_device_tensor(x) and x.device.index not in (None, number):
+                raise InputError(f"the program runs on cuda:{number} ({self.device}), got a tensor on {x.device}")
+        stream = ctypes.c_void_p(torch.cuda.current_stream(number).cuda_stream)
         borrowed = [self._borrowed(x) if is_device_tensor(x) else x for x in inputs]
         called, given, run = self._started(entry, borrowed, weights, stream)
         results = []
         for alias, buffer in zip(called.aliases, run.outputs, strict=True):
             if buffer is None:
                 assert alias is not None
-                results.append(getattr(given[alias], "owner", given[alias]))
-                continue
+                buffer = run.inputs[alias]
+                if buffer is None:  # it was updated where it is
+                    results.append(given[alias] if given[alias].owner is None else given[alias].owner)
+                    continue
             kind = buffer.array.dtype.name
-            made = torch.empty(buffer.array.shape, dtype=getattr(torch, kind), device="cuda")
+            made = torch.empty(buffer.array.shape, dtype=getattr(torch, kind), device=f"cuda:{number}")
             self._copy(made.data_ptr(), buffer.array, stream)
             results.append(made)
         self._driver.run(
             "cuMemcpyDtoHAsync_v2", ctypes.c_void_p(self._seen.ctypes.data), ctypes.c_void_p(self._fault.address),
             ctypes.c_size_t(4), stream,
         )  # fmt: skip
-        self._pending = stream
         return tuple(results)
 
     def _borrowed(self, tensor: Any) -> DeviceArray:
-        """torch's tensor as one of ours, without a copy where it is contiguous."""
+        """torch's tensor as one of ours, without a copy where it is contiguous and where kernels may read 16 bytes at a time."""
         whole = tensor.detach().contiguous()
+        whole = whole.clone() if whole.data_ptr() % _LOADED else whole
         kind = numpy_dtype(str(whole.dtype).removeprefix("torch."))
         return DeviceArray(self._driver, whole.data_ptr(), tuple(whole.shape), kind, whole)
 
@@ -357,10 +392,8 @@ class DeviceExecutable:
         called = self._entries.get(entry)
         if called is None:
             raise InputError(f"the program has no entry {entry!r}")
-        self._driver.enter()
         if self._pending is not None and (self._pending.value != stream.value or not all(map(_is_there, inputs))):
-            self._driver.run("cuStreamSynchronize", self._pending)  # buffers are used again
-        self._pending = None
+            self._settle()  # buffers are used again
         self._check()
         if not isinstance(weights, Uploaded):
             weights = self.prepare(entry, weights)
@@ -373,16 +406,17 @@ class DeviceExecutable:
             if not given[i].writeable:
                 raise InputError(f"input {called.inputs[i][0]!r} is updated in place, but its array is read-only")
         run = self._run(entry, called, given, env, weights)
+        self._pending = stream
         for held, buffer in zip(given, run.inputs, strict=True):
             if buffer is None:
                 continue
             if isinstance(held, DeviceArray):
                 self._copy(buffer.array.address, held, stream)
                 continue
-            source = held.address
-            if buffer.host is not None and held.array.size:
-                buffer.host[: held.nbytes] = held.array.reshape(-1).view(np.uint8)
-                source = buffer.host.ctypes.data
+            source, host = held.address, buffer.host(self._driver)
+            if host is not None and held.array.size:
+                host[: held.nbytes] = held.array.reshape(-1).view(np.uint8)
+                source = host.ctypes.data
             if buffer.array.nbytes:
                 self._driver.run(
                     "cuMemcpyHtoDAsync_v2", ctypes.c_void_p(buffer.array.address), ctypes.c_void_p(source),
@@ -391,10 +425,17 @@ class DeviceExecutable:
         self._launch(run, stream)
         return called, given, run
 
+    def _settle(self) -> None:
+        """Wait for a call that nobody waited for."""
+        if self._pending is not None:
+            self._driver.run("cuStreamSynchronize", self._pending)
+            self._pending = None
+
     def _check(self) -> None:
-        """Raise the first fault that a kernel noted."""
+        """Raise the first fault that a kernel noted; work that is under way may note it, too, so it ends first."""
         number = int(self._seen[:4].view(np.int32)[0])
         if number:
+            self._settle()
             self._seen[:] = 0
             self._driver.run(
                 "cuMemsetD8Async",
@@ -403,6 +444,7 @@ class DeviceExecutable:
                 ctypes.c_size_t(4),
                 self._stream,
             )
+            self._wait()
             kind, message = self._faults[number - 1] if number <= len(self._faults) else ("ValueError", "unknown fault")
             raise IndexOutOfRangeError(message) if kind == "IndexError" else InputError(message)
 
@@ -423,6 +465,7 @@ class DeviceExecutable:
         return sum(run.nbytes for run in self._runs.values())
 
     def _drop(self, key: tuple[Any, ...]) -> None:
+        self._settle()
         run = self._runs.pop(key)
         if run.graph is not None:
             self._driver.run("cuGraphExecDestroy", run.graph)
@@ -448,6 +491,7 @@ class DeviceExecutable:
             largest = max(_size(s, env) for s in sizes)
             total += -(-largest // _ALIGNMENT) * _ALIGNMENT
         if total > self._arena.nbytes:
+            self._settle()
             for old in list(self._runs):  # their launches name the old arena
                 self._drop(old)
             self._arena = self._array((total,), np.dtype(np.uint8), "intermediate values")
@@ -510,10 +554,15 @@ class DeviceExecutable:
             captured, made = ctypes.c_void_p(), ctypes.c_void_p()
             try:
                 self._launch_each(run, self._stream)
-            finally:
                 self._driver.run("cuStreamEndCapture", self._stream, ctypes.byref(captured))
-            self._driver.run("cuGraphInstantiateWithFlags", ctypes.byref(made), captured, ctypes.c_ulonglong(0))
-            self._driver.run("cuGraphDestroy", captured)
+                self._driver.run("cuGraphInstantiateWithFlags", ctypes.byref(made), captured, ctypes.c_ulonglong(0))
+            except BaseException:
+                if not captured:  # the stream stays unusable until its capture ends
+                    self._driver.code_of("cuStreamEndCapture", self._stream, ctypes.byref(captured))
+                raise
+            finally:
+                if captured:
+                    self._driver.code_of("cuGraphDestroy", captured)
             run.graph = made
         if run.graph is not None:
             self._driver.run("cuGraphLaunch", run.graph, stream)
@@ -533,14 +582,14 @@ class DeviceExecutable:
                 1,
                 1,
                 call.shared,
-                self._stream,
+                stream,
                 None,
                 call.extra,
             )
 
 
-_READ_IN_PLACE = 1 << 20
-"""Bytes from which on an input that is on the GPU already is read where it is."""
+_READ_IN_PLACE = 64 << 20
+"""Bytes from which on an input that is on the GPU already is read where it is: below, a copy costs less than another graph for each address."""
 
 
 def _in_place(number: int, given: Any, called: Entry) -> bool:
@@ -564,8 +613,8 @@ def _pinned(driver: Driver, nbytes: int) -> np.ndarray:
 
 
 def _unpin(driver: Driver, address: int) -> None:
-    driver.code_of("cuCtxSetCurrent", driver.context)
-    driver.code_of("cuMemFreeHost", ctypes.c_void_p(address))
+    with driver.current():
+        driver.code_of("cuMemFreeHost", ctypes.c_void_p(address))
 
 
 def _is_there(value: Any) -> bool:
@@ -577,13 +626,15 @@ def _release(
     driver: Driver, module: ctypes.c_void_p, streams: Sequence[ctypes.c_void_p], runs: Mapping[Any, _Run]
 ) -> None:
     """Give back what a program had of the driver."""
-    driver.code_of("cuCtxSetCurrent", driver.context)
-    for run in runs.values():
-        if run.graph is not None:
-            driver.code_of("cuGraphExecDestroy", run.graph)
-    for stream in streams:
-        driver.code_of("cuStreamDestroy_v2", stream)
-    driver.code_of("cuModuleUnload", module)
+    with driver.current():
+        for stream in streams:
+            driver.code_of("cuStreamSynchronize", stream)
+        for run in runs.values():
+            if run.graph is not None:
+                driver.code_of("cuGraphExecDestroy", run.graph)
+        for stream in streams:
+            driver.code_of("cuStreamDestroy_v2", stream)
+        driver.code_of("cuModuleUnload", module)
 
 
 def is_device_tensor(value: Any) -> bool:

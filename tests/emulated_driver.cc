@@ -1,12 +1,16 @@
 /* NVIDIA's driver, as far as the run time calls it, over an emulated GPU: modules are shared libraries for this CPU, memory is this
- * machine's, a stream does at once what it is told, and a captured graph is a list of launches.
+ * machine's, and a captured graph is a list of launches. A stream does what it is told only when somebody waits for it, so that whoever
+ * doesn't wait, or waits for another stream, finds nothing done.
  *
- * Errors that the real driver gives are given here, too: wrong handles, too much shared memory, a launch outside of memory that was
- * allocated is not found. */
+ * Errors that the real driver gives are given here, too: wrong handles, too much shared memory, calls outside of the context; a launch
+ * outside of memory that was allocated is not found. */
 #include "emulated_gpu.cc"
 
 #include <cstdlib>
+#include <deque>
 #include <dlfcn.h>
+#include <functional>
+#include <map>
 #include <string>
 #include <unistd.h>
 #include <unordered_map>
@@ -15,11 +19,14 @@ namespace {
 
 struct Function { void *code; int shared_limit = 48 << 10; };
 struct Launch { Function *function; int64_t grid[3]; int threads; std::vector<int64_t> arguments; };
-struct Copied { void *to; const void *from; size_t bytes; };
 struct Graph { std::vector<Launch> launches; };
 
 std::unordered_map<void *, size_t> allocations;
+std::map<void *, size_t> pinned;
+std::map<void *, std::deque<std::function<int()>>> streams; /* what each has yet to do */
+std::vector<void *> contexts;                              /* of the one thread that calls */
 Graph *captured;
+void *capturing;
 std::string last_failure;
 long launches_run, graphs_run, allocated_bytes;
 
@@ -30,6 +37,34 @@ int run(const Launch &l) {
     last_failure = why;
     std::fprintf(stderr, "emulated GPU: %s\n", why);
     return 700;
+}
+
+int wait(void *stream) {
+    auto &queue = streams[stream];
+    while (!queue.empty()) {
+        auto next = queue.front();
+        queue.pop_front();
+        if (int error = next()) return error;
+    }
+    return 0;
+}
+
+int wait_for_all() {
+    for (auto &stream : streams)
+        if (int error = wait(stream.first)) return error;
+    return 0;
+}
+
+bool is_pinned(const void *address) {
+    auto after = pinned.upper_bound(const_cast<void *>(address));
+    return after != pinned.begin() && (const char *)address < (const char *)std::prev(after)->first + std::prev(after)->second;
+}
+
+int later(void *stream, std::function<int()> work) {
+    if (contexts.empty()) return 201;
+    if (captured) return 900;
+    streams[stream].push_back(work);
+    return 0;
 }
 
 } // namespace
@@ -58,7 +93,13 @@ int cuDeviceGetAttribute(int *value, int attribute, int) {
     return 0;
 }
 int cuDevicePrimaryCtxRetain(void **context, int) { *context = &captured; return 0; }
-int cuCtxSetCurrent(void *context) { return context ? 0 : 201; }
+int cuCtxPushCurrent_v2(void *context) { contexts.push_back(context); return context ? 0 : 201; }
+int cuCtxPopCurrent_v2(void **context) {
+    if (contexts.empty()) return 201;
+    *context = contexts.back();
+    contexts.pop_back();
+    return 0;
+}
 
 int cuModuleLoadData(void **module, const void *image) {
     const char *bytes = (const char *)image;
@@ -101,6 +142,7 @@ int cuMemAlloc_v2(void **pointer, size_t bytes) {
     return 0;
 }
 int cuMemFree_v2(void *pointer) {
+    if (int error = wait_for_all()) return error;
     auto found = allocations.find(pointer);
     if (found == allocations.end()) return 1;
     allocated_bytes -= found->second;
@@ -108,29 +150,55 @@ int cuMemFree_v2(void *pointer) {
     std::free(pointer);
     return 0;
 }
-int cuMemHostAlloc(void **pointer, size_t bytes, unsigned) { *pointer = std::aligned_alloc(4096, (bytes + 4095) / 4096 * 4096); return *pointer ? 0 : 2; }
-int cuMemFreeHost(void *pointer) { std::free(pointer); return 0; }
-int cuMemcpyHtoDAsync_v2(void *to, const void *from, size_t bytes, void *) { if (captured) return 900; std::memcpy(to, from, bytes); return 0; }
-int cuMemcpyDtoHAsync_v2(void *to, const void *from, size_t bytes, void *) { if (captured) return 900; std::memcpy(to, from, bytes); return 0; }
-int cuMemcpyDtoDAsync_v2(void *to, const void *from, size_t bytes, void *) { if (captured) return 900; std::memmove(to, from, bytes); return 0; }
-int cuMemsetD8Async(void *to, unsigned char value, size_t bytes, void *) { if (captured) return 900; std::memset(to, value, bytes); return 0; }
+int cuMemHostAlloc(void **pointer, size_t bytes, unsigned) {
+    *pointer = std::aligned_alloc(4096, (bytes + 4095) / 4096 * 4096);
+    if (*pointer) pinned[*pointer] = bytes;
+    return *pointer ? 0 : 2;
+}
+int cuMemFreeHost(void *pointer) {
+    if (int error = wait_for_all()) return error;
+    pinned.erase(pointer);
+    std::free(pointer);
+    return 0;
+}
+int cuMemcpyHtoDAsync_v2(void *to, const void *from, size_t bytes, void *stream) {
+    if (is_pinned(from)) return later(stream, [=] { std::memcpy(to, from, bytes); return 0; });
+    std::vector<char> taken((const char *)from, (const char *)from + bytes);
+    return later(stream, [=] { std::memcpy(to, taken.data(), bytes); return 0; });
+}
+int cuMemcpyDtoHAsync_v2(void *to, const void *from, size_t bytes, void *stream) {
+    int error = later(stream, [=] { std::memcpy(to, from, bytes); return 0; });
+    return error || is_pinned(to) ? error : wait(stream);
+}
+int cuMemcpyDtoDAsync_v2(void *to, const void *from, size_t bytes, void *stream) {
+    return later(stream, [=] { std::memmove(to, from, bytes); return 0; });
+}
+int cuMemsetD8Async(void *to, unsigned char value, size_t bytes, void *stream) {
+    return later(stream, [=] { std::memset(to, value, bytes); return 0; });
+}
 
 int cuStreamCreate(void **stream, unsigned) { *stream = new int; return 0; }
-int cuStreamDestroy_v2(void *stream) { delete (int *)stream; return 0; }
-int cuStreamSynchronize(void *) { return captured ? 900 : 0; }
-int cuStreamBeginCapture_v2(void *, int) { captured = new Graph; return 0; }
+int cuStreamDestroy_v2(void *stream) { int error = wait(stream); streams.erase(stream); delete (int *)stream; return error; }
+int cuStreamSynchronize(void *stream) { return captured ? 900 : wait(stream); }
+int cuStreamBeginCapture_v2(void *stream, int) { captured = new Graph; capturing = stream; return 0; }
 int cuStreamEndCapture(void *, void **graph) { *graph = captured; captured = nullptr; return 0; }
 int cuGraphInstantiateWithFlags(void **made, void *graph, unsigned long long) { *made = new Graph(*(Graph *)graph); return 0; }
 int cuGraphDestroy(void *graph) { delete (Graph *)graph; return 0; }
-int cuGraphExecDestroy(void *graph) { delete (Graph *)graph; return 0; }
-int cuGraphLaunch(void *graph, void *) {
+int cuGraphExecDestroy(void *graph) {
+    int error = wait_for_all();
+    delete (Graph *)graph;
+    return error;
+}
+int cuGraphLaunch(void *graph, void *stream) {
     graphs_run++;
-    for (const Launch &l : ((Graph *)graph)->launches)
-        if (int error = run(l)) return error;
-    return 0;
+    return later(stream, [=] {
+        for (const Launch &l : ((Graph *)graph)->launches)
+            if (int error = run(l)) return error;
+        return 0;
+    });
 }
 
-int cuLaunchKernel(void *function, unsigned x, unsigned y, unsigned z, unsigned tx, unsigned ty, unsigned tz, unsigned shared, void *, void **parameters,
+int cuLaunchKernel(void *function, unsigned x, unsigned y, unsigned z, unsigned tx, unsigned ty, unsigned tz, unsigned shared, void *stream, void **parameters,
                    void **extra) {
     Function *f = (Function *)function;
     if (!x || !y || !z || y > 65535 || z > 65535 || tx > 1024 || ty != 1 || tz != 1 || parameters) return 1;
@@ -140,10 +208,11 @@ int cuLaunchKernel(void *function, unsigned x, unsigned y, unsigned z, unsigned 
     const int64_t *values = (const int64_t *)extra[1];
     Launch l{f, {x, y, z}, (int)tx, std::vector<int64_t>(values, values + bytes / 8)};
     if (captured) {
+        if (stream != capturing) return 901;
         captured->launches.push_back(l);
         return 0;
     }
-    return run(l);
+    return later(stream, [=] { return run(l); });
 }
 int cuGetErrorString(int error, const char **text) { *text = error == 700 ? last_failure.c_str() : "an error of the emulated driver"; return 0; }
 }

@@ -311,27 +311,44 @@ def test_the_gpu_that_is_present(emulated_driver: ctypes.CDLL, tmp_path: Path, m
         Target.resolve("cuda")
 
 
-def test_tensors_of_torch_on_the_gpu(emulated_gpu: Target, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Here the emulated GPU's memory is this machine's, so that any tensor may count as one there."""
+def test_tensors_of_torch_on_the_gpu(
+    emulated_gpu: Target, emulated_driver: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here the emulated GPU's memory is this machine's, so that any tensor may count as one there. Nothing is done before torch's stream is
+    waited for, and then all of it."""
     layer = torch.nn.Sequential(torch.nn.Linear(64, 96), torch.nn.GELU())
     table = torch.nn.Embedding(5, 64)
     x = torch.randn(7, 64, generator=torch.Generator().manual_seed(0))
     program = jisu.compile(layer, target=emulated_gpu, example_inputs=(x,))
     looked_up = jisu.compile(table, target=emulated_gpu, example_inputs=(torch.tensor([1, 2]),))
     want = program(x)
-    empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *a, device=None, **k: empty(*a, **k))
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
+
+    def waited(result: Any) -> np.ndarray:
+        assert emulated_driver.cuStreamSynchronize(None) == 0
+        return np.asarray(result.detach().numpy())
+
+    kept, borrowed = [], DeviceExecutable._borrowed
+
+    def borrow(self: DeviceExecutable, tensor: torch.Tensor) -> Any:
+        kept.append(borrowed(self, tensor))  # a GPU's allocator gives memory to later work of the same stream only
+        return kept[-1]
+
+    monkeypatch.setattr(DeviceExecutable, "_borrowed", borrow)
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "empty", lambda *a, device=None, **k: zeros(*a, **k))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=0))
     for module in (cuda, program_module):
         monkeypatch.setattr(module, "is_device_tensor", lambda v: isinstance(v, torch.Tensor))
     for _ in range(3):
-        np.testing.assert_array_equal(program(x).detach().numpy(), want.detach().numpy())
-    strided = torch.cat([x, x], 1)[:, ::2][:, :64]
-    np.testing.assert_allclose(program(strided).detach(), layer(strided).detach(), rtol=1e-4, atol=1e-5)
-    looked_up(torch.tensor([1, 5]))  # nobody waits for it
+        found = program(x)
+        assert not found.detach().any()
+        np.testing.assert_array_equal(waited(found), want.detach().numpy())
+    for strided in (torch.cat([x, x], 1)[:, ::2][:, :64], torch.cat([x[0, :1], x.flatten()])[1:].view(7, 64)):
+        np.testing.assert_allclose(waited(program(strided)), layer(strided).detach(), rtol=1e-4, atol=1e-5)
+    waited(looked_up(torch.tensor([1, 5])))
     with pytest.raises(IndexOutOfRangeError):
         looked_up(torch.tensor([1, 2]))
-    np.testing.assert_array_equal(looked_up(torch.tensor([1, 2])).detach(), table(torch.tensor([1, 2])).detach())
+    np.testing.assert_array_equal(waited(looked_up(torch.tensor([1, 2]))), table(torch.tensor([1, 2])).detach())
 
 
 def test_faults_are_told(emulated_gpu: Target, tmp_path: Path) -> None:
