@@ -13,8 +13,9 @@ import attrs
 from jisu.compiler.text import parse_dim
 from jisu.compiler.types import Dim
 
-CUBIN, PTX, PLANS = "kernels.cubin", "kernels.ptx", "plans.json"
-"""Files of a program for a GPU: machine code (where CUDA's assembler was at hand), PTX, and per entry its plan."""
+CUBIN, OWN_PTX, PTX, PLANS = "kernels.cubin", "kernels.own.ptx", "kernels.ptx", "plans.json"
+"""Files of a program for a GPU: machine code (where CUDA's assembler was at hand), PTX with what only that GPU has (where there is such),
+PTX for it and later ones, and per entry its plan."""
 
 FAULT = "fault"
 """The address of the number of the first fault that a kernel met (int32, 0 for none; see `Plan.faults`)."""

@@ -43,7 +43,7 @@ import numpy as np
 import numpy.typing as npt
 
 from jisu.compiler.errors import ArtifactError, InputError
-from jisu.compiler.launches import CUBIN, PLANS, PTX
+from jisu.compiler.launches import CUBIN, OWN_PTX, PLANS, PTX
 from jisu.compiler.storage import LazyTensor, cache_folder, map_descriptor, open_safetensors, parse_json
 
 FORMAT = 3
@@ -52,7 +52,7 @@ PAGE = 4096
 PIECE = 1 << 24
 MANIFEST = "manifest.json"
 LIBRARY = "library.so"
-CODE = (LIBRARY, CUBIN, PTX, PLANS)
+CODE = (LIBRARY, CUBIN, OWN_PTX, PTX, PLANS)
 """What runs: a CPU's library, or a GPU's kernels and plans."""
 NAMES = frozenset(
     {

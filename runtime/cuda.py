@@ -28,7 +28,7 @@ from jisu.compiler.errors import (
 )
 from jisu.compiler.gpu import Driver
 from jisu.compiler.interpret import bind_types
-from jisu.compiler.launches import CUBIN, FAULT, PLANS, PTX, Plan, Variant
+from jisu.compiler.launches import CUBIN, FAULT, OWN_PTX, PLANS, PTX, Plan, Variant
 from jisu.compiler.storage import aligned
 from jisu.compiler.types import numpy_dtype, substitute
 from jisu.runtime.executable import Held, hold
@@ -180,9 +180,11 @@ class DeviceExecutable:
                 f"this program was compiled for sm_{built_for[0]}{built_for[1]} and newer, and the GPU here ({self.device}) is "
                 f"sm_{here[0]}{here[1]}; compile it for that"
             )
-        fits = here[0] == built_for[0]
+        # Machine code is for later GPUs of one generation, too; what only one GPU has isn't.
+        fits, same = here[0] == built_for[0], here == built_for
         status = _NO_IMAGE
-        for name in [n for n in ((CUBIN, PTX) if fits else (PTX,)) if n in code]:
+        wanted = (*((CUBIN,) if fits and (same or OWN_PTX not in code) else ()), *((OWN_PTX,) if same else ()), PTX)
+        for name in [n for n in wanted if n in code]:
             module = ctypes.c_void_p()
             # PTX is text that a zero ends.
             status = self._driver.code_of("cuModuleLoadData", ctypes.byref(module), code[name] + b"\0")

@@ -93,7 +93,7 @@ def _build_device(
     """Kernels and plans for a GPU; the names of the files."""
     import attrs
 
-    from jisu.compiler.launches import CUBIN, PLANS, PTX
+    from jisu.compiler.launches import CUBIN, OWN_PTX, PLANS, PTX
     from jisu.targets.cuda import emulated, ptx
     from jisu.targets.cuda.lowering import lower
 
@@ -115,6 +115,8 @@ def _build_device(
         stage("assembling")
         if later != target:
             text = ptx.to_ptx(lowered.written, target, lowered.functions)
+            (out / OWN_PTX).write_text(text)
+            files.append(OWN_PTX)
         if (cubin := ptx.assembled(text, target)) is not None:
             (out / CUBIN).write_bytes(cubin)
             files.append(CUBIN)

@@ -199,19 +199,21 @@ def attended(form: Form, launch: Launch, past: int, s: int, parts: int = 0, **ho
         *([start, np.array([past], np.int64)] if form.cached else []),
     ]
     sink = [sinks] if form.sinks else []
+    sizes = [cap] if table is None else [cap, b * cap]
     if parts:
         states = np.full((b, form.heads, parts, form.head_dim + 2), np.nan, np.float32)
-        launch(attention.attend_token(form, GPU), (parts, form.kv_heads, b), *given, states, cap, parts, **how)
+        own = form.heads // attention.sharing(form)
+        launch(attention.attend_token(form, GPU), (parts * b, own), *given, states, *sizes, parts, **how)
         launch(attention.merge_parts(form, GPU), (b * form.heads,), states, *sink, out, parts, **how)
     else:
-        grid = (-(-s // attention.QUERIES), form.heads, b)
-        launch(attention.attend_tokens(form, GPU), grid, *given, *sink, out, s, cap, **how)
+        grid = (-(-s // attention.QUERIES) * b, form.heads)
+        launch(attention.attend_tokens(form, GPU), grid, *given, *sink, out, s, *sizes, **how)
     np.testing.assert_array_equal(out.reshape(-1, form.heads, form.head_dim)[b * s :], guard)  # nothing beyond
     out = out.reshape(-1, form.heads, form.head_dim)[: b * s].reshape(b, s, form.heads, form.head_dim)
     for i in range(b):
         for h in range(form.heads):
-            own, weighed = (x[i, :, h // (form.heads // form.kv_heads)].astype(np.float64) for x in (keys, values))
-            scores = q[i, :, h].astype(np.float64) @ own.T * form.scale
+            ours, weighed = (x[i, :, h // (form.heads // form.kv_heads)].astype(np.float64) for x in (keys, values))
+            scores = q[i, :, h].astype(np.float64) @ ours.T * form.scale
             if form.softcap:
                 scores = form.softcap * np.tanh(scores / form.softcap)
             key, row = np.arange(total), past + np.arange(s)[:, None]
@@ -233,6 +235,8 @@ def attended(form: Form, launch: Launch, past: int, s: int, parts: int = 0, **ho
         (Form(4, 2, 64, 0.125, "paged", 16, sinks=True), 50, 2),
         (Form(4, 2, 64, 0.125, sinks=True, dtype="float16"), 50, 2),
         (Form(6, 2, 32, 0.2), 50, 2),
+        (Form(20, 2, 80, 0.1), 50, 2),
+        (Form(3, 1, 96, 0.1, "paged", 16), 50, 2),
         (Form(4, 2, 64, 0.125, scheme="int8"), 70, 3),
         (Form(4, 2, 128, 0.09, "paged", 16, scheme="int4", dtype="float16"), 70, 2),
         (Form(2, 2, 32, 0.2, "ring", window=20, scheme="int4"), 70, 2),
@@ -257,6 +261,9 @@ def test_attention_of_a_token(form: Form, past: int, parts: int, launch: Launch)
         (Form(2, 1, 64, 0.125, "plain"), 20, 30),
         (Form(2, 1, 64, 0.125, sinks=True, dtype="float16"), 20, 70),
         (Form(6, 2, 32, 0.2), 20, 70),
+        (Form(2, 1, 80, 0.1), 20, 70),
+        (Form(2, 1, 256, 0.06, window=40), 50, 70),
+        (Form(12, 1, 96, 0.1, "plain"), 20, 30),
         (Form(2, 1, 64, 0.125, scheme="int8"), 70, 70),
         (Form(2, 1, 128, 0.09, "paged", 16, scheme="int4", dtype="float16"), 20, 70),
         (Form(2, 1, 32, 0.2, "ring", window=30, scheme="int4"), 90, 20),
@@ -300,8 +307,8 @@ def test_norms(width: int, rms: bool, dtype: str, launch: Launch) -> None:
 def test_inputs_that_do_not_fit_are_refused() -> None:
     with pytest.raises(TargetError, match="6 query heads can't share 4 key heads"):
         attention.attend_tokens(Form(6, 4, 64, 1.0), GPU)
-    with pytest.raises(TargetError, match="96 channels"):
-        attention.attend_token(Form(4, 4, 96, 1.0), GPU)
+    with pytest.raises(TargetError, match="72 channels"):
+        attention.attend_token(Form(4, 4, 72, 1.0), GPU)
     for build in (lambda: thin.thin(Layer(12, (8,)), 8, GPU), lambda: products.product(Layer(48, (8,)), GPU)):
         with pytest.raises(TargetError, match="12|48"):
             build()
@@ -333,6 +340,9 @@ def of_hot_kernels(target: Target) -> dict[str, device.DeviceKernel]:
         "norm": norm.normed(norm.Norm(4096, "bfloat16", 1e-5, True, True, False), target),
         "records": records.encoded_rows(128, "bfloat16", "int8", target),
         "token of records": attention.attend_token(attrs.evolve(form, scheme="int8"), target),
+        "token of 256": attention.attend_token(Form(16, 8, 256, 0.1), target),
+        "tokens of 80": attention.attend_tokens(Form(32, 32, 80, 0.1), target),
+        "tokens of 256": attention.attend_tokens(Form(16, 8, 256, 0.1), target),
         "tokens of records": attention.attend_tokens(attrs.evolve(form, scheme="int4"), target),
     }
     if target.mcpu == "sm_90a":

@@ -13,7 +13,7 @@ from jisu.compiler.types import Dim, dim, product
 from jisu.targets.cpu.isa import FLOATS, require_activation
 from jisu.targets.cuda.device import PAIRS
 from jisu.targets.cuda.kernels import norm, products, records, rounding, thin
-from jisu.targets.cuda.kernels.attention import QUERIES, Form, attend_token, attend_tokens, merge_parts
+from jisu.targets.cuda.kernels.attention import QUERIES, Form, attend_token, attend_tokens, merge_parts, sharing
 from jisu.targets.cuda.kernels.layers import Layer
 from jisu.targets.cuda.lowering import DeviceCall, DeviceFunction
 from jisu.targets.steps import Argument, Choosers, Kernel
@@ -23,6 +23,10 @@ from jisu.targets.target import Target
 def _ceiling(value: Dim, step: int) -> Dim:
     """value / step, rounded up."""
     return -(-value // step) if isinstance(value, int) else sympy.ceiling(value / step)
+
+
+def _least(a: Dim, b: int) -> Dim:
+    return min(a, b) if isinstance(a, int) else sympy.Min(a, b)
 
 
 def _layer(layer: Layer, rows: Dim, operands: tuple[int, ...], target: Target) -> Kernel:
@@ -98,14 +102,13 @@ def _quantized(node: Node, target: Target) -> Kernel | None:
 
 
 _KEYS_PER_PART = 256  # of one token's attention, at least, so that parts are worth their merging
-_PARTS = 32
-_MOST_SHARING = 8  # query heads of a key, whose sums a thread of `attend_token` holds in registers
+_BLOCKS = 4  # of one token's attention, per multiprocessor, so that enough reads are under way
 
 
 def _form(q: Node, kv_heads: int, width: object, target: Target, **how: object) -> Form | None:
     """How attention works on these heads, or None where no kernel does it."""
     heads, head_dim = int(q.shape[2]), int(q.shape[3])  # type: ignore[call-overload]
-    if q.dtype not in PAIRS or width != head_dim or head_dim not in (32, 64, 128) or heads // kv_heads > _MOST_SHARING:
+    if q.dtype not in PAIRS or width != head_dim:
         return None
     return Form(heads, kv_heads, head_dim, dtype=q.dtype, **how)  # type: ignore[arg-type]
 
@@ -122,7 +125,7 @@ def _attention(node: Node, target: Target) -> Kernel | None:
     batch, rows = q.shape[:2]
     operands = (0, 1, 2, *_present(node, 4))
     arguments = (*range(len(operands) + 1), ("size", rows), ("size", k.shape[1]))
-    grid = (_ceiling(rows, QUERIES), form.heads, batch)
+    grid = (_ceiling(rows, QUERIES) * batch, form.heads, 1)
     calls = (DeviceCall(attend_tokens(form, target), grid, arguments),)
     return Kernel(DeviceFunction((((), calls),)), tuple(Argument(i) for i in operands))
 
@@ -143,9 +146,8 @@ def _attention_cached(node: Node, target: Target) -> Kernel | None:
     cap = keys.shape[2] if table is None else table.shape[1]
     slots = cap if table is None else cap * keys.shape[2]
     wanted = min(node.window, slots) if node.window and isinstance(slots, int) else node.window or slots
-    parts = sympy.Min(_ceiling(wanted, _KEYS_PER_PART), _PARTS) if not isinstance(wanted, int) else min(
-        _ceiling(wanted, _KEYS_PER_PART), _PARTS
-    )  # fmt: skip
+    own = form.heads // sharing(form)
+    parts = _least(_ceiling(wanted, _KEYS_PER_PART), _ceiling(_BLOCKS * target.cores, own))
     heads, width = form.heads, form.head_dim
     # Operands: q, keys, values, the table, length, start, sinks; behind them the result, then the parts' states.
     operands = (0, 1, 2, *_present(node, 5), 4, 3, *_present(node, 6))
@@ -153,17 +155,19 @@ def _attention_cached(node: Node, target: Target) -> Kernel | None:
     result, states = count, count + 1
     over_keys = tuple(range(count - form.sinks))
     sink = (count - 1,) if form.sinks else ()
+    sizes = (("size", cap), *((("size", keys.shape[0]),) if table is not None else ()))
     one = (
         DeviceCall(
-            attend_token(form, target), (parts, form.kv_heads, batch),
-            (*over_keys, states, ("size", cap), ("size", parts)),
+            attend_token(form, target), (parts * batch, own, 1), (*over_keys, states, *sizes, ("size", parts)),
         ),
         DeviceCall(merge_parts(form, target), (batch * heads, 1, 1), (states, *sink, result, ("size", parts))),
     )  # fmt: skip
-    grid = (_ceiling(rows, QUERIES), heads, batch)
-    many = DeviceCall(attend_tokens(form, target), grid, (*over_keys, *sink, result, ("size", rows), ("size", cap)))
+    variants: list[tuple[tuple[tuple[Dim, int], ...], tuple[DeviceCall, ...]]] = [(((rows, 1),), one)]
+    grid = (_ceiling(rows, QUERIES) * batch, heads, 1)
+    many = DeviceCall(attend_tokens(form, target), grid, (*over_keys, *sink, result, ("size", rows), *sizes))
+    variants.append(((), (many,)))
     scratch = (batch * heads * parts * (width + 2) * 4,)
-    function = DeviceFunction(((((rows, 1),), one), ((), (many,))), scratch)
+    function = DeviceFunction(tuple(variants), scratch)
     return Kernel(function, tuple(Argument(i) for i in operands))
 
 

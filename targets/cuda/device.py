@@ -110,12 +110,19 @@ class Device(Function):
         turned = self.op(f"xor i64 {chunk.name}, {by.name}", "i64")
         return row * (16 * chunks) + turned * 16
 
-    def copy_tile(self, to: Val, rows: int, chunks: int, begin: Callable[[Val], Val]) -> None:
-        """Begin to copy rows of `chunks` times 16 bytes to their places, by all threads of the block: row r from the address begin(r) on."""
-        for row, chunk in self._chunks(rows, chunks):
-            self.copy16(self.at(to, self.place(row, chunk, chunks), "i8"), self.at(begin(row), chunk * 16, "i8"))
+    def copy_tile(self, to: Val, rows: int, chunks: int, begin: Callable[[Val], Val], pitch: int = 0) -> None:
+        """Begin to copy rows of `chunks` times 16 bytes to their places, by all threads of the block: row r from the address begin(r) on.
 
-    def fill_tile(self, to: Val, rows: int, chunks: int, eight: Callable[[Val, Val], list[Val]], dtype: str) -> None:
+        pitch: chunks of a row in shared memory, a power of two; `chunks` unless given.
+        """
+        for row, chunk in self._chunks(rows, chunks):
+            self.copy16(
+                self.at(to, self.place(row, chunk, pitch or chunks), "i8"), self.at(begin(row), chunk * 16, "i8")
+            )
+
+    def fill_tile(
+        self, to: Val, rows: int, chunks: int, eight: Callable[[Val, Val], list[Val]], dtype: str, pitch: int
+    ) -> None:
         """As `copy_tile`, but of numbers that are computed: eight(row, chunk) float32, rounded to a 16-bit dtype; they are there after a barrier."""
         for row, chunk in self._chunks(rows, chunks):
             values = eight(row, chunk)
@@ -123,7 +130,7 @@ class Device(Function):
             for i in range(4):
                 pair = self.pair(values[2 * i], values[2 * i + 1], dtype)
                 words = self.op(f"insertelement <4 x i32> {words.name}, i32 {pair.name}, i32 {i}", "<4 x i32>")
-            address = self.at(to, self.place(row, chunk, chunks), "i8")
+            address = self.at(to, self.place(row, chunk, pitch), "i8")
             self.emit(f"store <4 x i32> {words.name}, {address.type} {address.name}, align 16")
 
     def _chunks(self, rows: int, chunks: int) -> Iterator[tuple[Val, Val]]:
@@ -238,7 +245,7 @@ class Device(Function):
         short = {"bfloat16": "bf16", "float16": "f16"}[dtype]
         text = f"wgmma.mma_async.sync.aligned.m64n{outputs}k16.f32.{short}.{short} {{{registers}}}, ${2 * count}, ${2 * count + 1}, 1, 1, 1, 0, 0;"
         constraints = ",".join(["=f"] * count + [str(i) for i in range(count)] + ["l", "l"])
-        both = self.op(f'call {kind} asm sideeffect "{text}", "{constraints}"({given})', kind)
+        both = self.op(f'call {kind} asm sideeffect "{text}", "{constraints}"({given}) convergent', kind)
         return [self.op(f"extractvalue {kind} {both.name}, {i}", "float") for i in range(count)]
 
     def _multiply_elsewhere(self, a: Val, b: Val, sums: Sequence[Val], outputs: int, dtype: str) -> list[Val]:
@@ -261,6 +268,6 @@ class Device(Function):
     def _special(self, name: str) -> None:
         """An instruction without operands that LLVM has no function for."""
         if self.prefix == _REAL:
-            self.emit(f'call void asm sideeffect "{name};", "~{{memory}}"()')
+            self.emit(f'call void asm sideeffect "{name};", "~{{memory}}"() convergent')
         else:
             self.run(self.prefix + name.replace("::", "."))

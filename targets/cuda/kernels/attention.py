@@ -11,7 +11,7 @@ from jisu.compiler.errors import TargetError
 from jisu.targets.cpu.isa import STORED, Val
 from jisu.targets.cuda.device import WARP, Device, DeviceKernel
 from jisu.targets.cuda.kernels.products import EIGHT
-from jisu.targets.cuda.kernels.records import eight_of_record
+from jisu.targets.cuda.kernels.records import numbers_of_record, words_of_record
 from jisu.targets.target import Target
 
 _LOG2_E = 1.4426950408889634
@@ -44,6 +44,11 @@ class Form:
     scheme: str = "none"
 
     @property
+    def keys(self) -> int:
+        """Keys per step of `attend_tokens`."""
+        return 64 if self.head_dim <= 128 else 16
+
+    @property
     def suffix(self) -> str:
         """What is told of it in kernels' names."""
         return "" if self.scheme == "none" else f"_{self.scheme}"
@@ -59,37 +64,60 @@ class Form:
         own = ["table"] if self.layout == "paged" else []
         return ["q", "k", "v", *own, *(["start", "length"] if self.cached else [])]
 
-    def row(self, f: Device, b: Val, head: Val, cap: Val, table: Val | None) -> Callable[[Val], Val]:
+    @property
+    def sizes(self) -> list[str]:
+        """Numbers that every kernel over the keys takes behind the tensors: slots (of a paged cache pages per sequence), and how many pages
+        there are."""
+        return ["cap", "pages"] if self.layout == "paged" else ["cap"]
+
+    def reach(self, f: Device, total: Val, cap: Val) -> Val:
+        """So many keys as there is room for: a cache that is too small is a fault that has been noted by now, and no reason to read beyond it."""
+        if self.layout == "contiguous":
+            return f.minimum(total, cap)
+        return f.minimum(total, cap * self.page) if self.layout == "paged" else total
+
+    def row(
+        self, f: Device, b: Val, head: Val, cap: Val, table: Val | None, pages: Val | None = None
+    ) -> Callable[[Val], Val]:
         """The number of a key's row of `head_dim` elements, by its position."""
         if self.layout == "plain":
             return lambda key: (b * cap + key) * self.kv_heads + head
-        if table is not None:
+        if table is not None and pages is not None:
 
             def paged(key: Val) -> Val:
                 page = f.cast("sext", f.load("i32", f.at(table, b * cap + key / self.page, "i32")), "i64")
+                page = f.maximum(f.minimum(page, pages - 1), 0)  # others are a fault that has been noted
                 return (page * self.kv_heads + head) * self.page + key % self.page
 
             return paged
         base = (b * self.kv_heads + head) * cap
         return lambda key: base + (key % cap if self.layout == "ring" else key)
 
-    def eight(self, f: Device, base: Val, row: Val, channel: Val) -> list[Val]:
-        """Eight channels of a key or value, float32."""
+    def words(self, f: Device, base: Val, row: Val, channel: Val) -> list[Val]:
+        """What is read for eight channels of a key or value."""
         if self.scheme != "none":
-            return eight_of_record(f, base, row, channel, self.head_dim, self.scheme)
-        return floats(f, f.load16("<4 x i32>", f.at(base, row * self.head_dim + channel, self.dtype)), self.dtype)
+            return words_of_record(f, base, row, channel, self.head_dim, self.scheme)
+        return [f.load16("<4 x i32>", f.at(base, row * self.head_dim + channel, self.dtype))]
+
+    def numbers(self, f: Device, words: list[Val], channel: Val) -> list[Val]:
+        """The channels, float32, of what `words` read."""
+        if self.scheme != "none":
+            return numbers_of_record(f, words, channel, self.head_dim, self.scheme)
+        return floats(f, words[0], self.dtype)
 
     def copy(self, f: Device, to: Val, base: Val, row: Callable[[Val], Val]) -> None:
-        """Begin to copy a tile of `KEYS` keys or values, key r of which is row(r); records become numbers on their way."""
+        """Begin to copy a tile of `keys` keys or values, key r of which is row(r); records become numbers on their way."""
         chunks = self.head_dim // EIGHT
 
         def eight(r: Val, chunk: Val) -> list[Val]:
-            return self.eight(f, base, row(r), chunk * EIGHT)
+            return self.numbers(f, self.words(f, base, row(r), chunk * EIGHT), chunk * EIGHT)
 
         if self.scheme == "none":
-            f.copy_tile(to, KEYS, chunks, lambda r: f.at(base, row(r) * self.head_dim, self.dtype))
+            f.copy_tile(
+                to, self.keys, chunks, lambda r: f.at(base, row(r) * self.head_dim, self.dtype), _power_of_two(chunks)
+            )
         else:
-            f.fill_tile(to, KEYS, chunks, eight, self.dtype)
+            f.fill_tile(to, self.keys, chunks, eight, self.dtype, _power_of_two(chunks))
 
     def softened(self, f: Device, product: Val) -> Val:
         """A score in powers of two, from the product of a query and a key."""
@@ -109,58 +137,80 @@ def floats(f: Device, words: Val, dtype: str) -> list[Val]:
 # --- Attention of one token ---------------------------------------------------------------------------------------------
 
 
-def _check(heads: int, kv_heads: int, head_dim: int, known: Sequence[int]) -> None:
-    if kv_heads < 1 or heads % kv_heads:
-        raise TargetError(f"{heads} query heads can't share {kv_heads} key heads evenly")
-    if head_dim not in known:
-        raise TargetError(f"heads of {head_dim} channels: attention has kernels for {', '.join(map(str, known))}")
+_MOST_SHARING = 8  # query heads of a key whose sums a thread of `attend_token` holds in registers
+
+
+def sharing(form: Form) -> int:
+    """How many query heads of a key a block of `attend_token` works on."""
+    group = form.heads // form.kv_heads
+    return max(n for n in range(1, _MOST_SHARING + 1) if group % n == 0)
+
+
+def _power_of_two(count: int) -> int:
+    """The least one that isn't smaller."""
+    return 1 << (count - 1).bit_length()
+
+
+def _check(form: Form, most: int) -> None:
+    if form.kv_heads < 1 or form.heads % form.kv_heads:
+        raise TargetError(f"{form.heads} query heads can't share {form.kv_heads} key heads evenly")
+    if form.head_dim % 16 or not 16 < form.head_dim <= most:
+        raise TargetError(f"heads of {form.head_dim} channels: attention has kernels for 32 to {most}, in steps of 16")
 
 
 def attend_token(form: Form, target: Target) -> DeviceKernel:
     """Attention of one new token per sequence over a cache, split along the keys, whose parts `merge_parts` joins.
 
     Parameters: q[b, heads, head_dim], k and v (at multiples of 16 bytes), the table of a paged cache, start[b] and length[1] (int64:
-    slots of padding, and of keys before the new one, which is in the cache already), states float32 [b, heads, parts, head_dim + 2], cap,
-    parts. A block does a part of the keys for all query heads that share them: each key is read once. Grid: (parts, kv_heads, b).
-    Source: FlashDecoding (Dao et al., 2023). Raises TargetError for head dimensions other than 32, 64, 128 and 256,
+    slots of padding, and of keys before the new one, which is in the cache already), states float32 [b, heads, parts, head_dim + 2],
+    `Form.sizes`, parts. A block does a part of the keys for `sharing` query heads that share them. Grid: (b * parts, heads / sharing).
+    Source: FlashDecoding (Dao et al., 2023). Raises TargetError for head dimensions that are no multiples of 16 up to 256,
     and unless heads are a multiple of kv_heads.
     """
-    heads, kv_heads, head_dim = form.heads, form.kv_heads, form.head_dim
-    _check(heads, kv_heads, head_dim, (32, 64, 128, 256))
-    group, lanes = heads // kv_heads, head_dim // EIGHT  # query heads per key; threads that read a key together
+    heads, head_dim = form.heads, form.head_dim
+    _check(form, 256)
+    group = sharing(form)
+    reading = head_dim // EIGHT  # threads that read a key together, among `lanes`
+    lanes = _power_of_two(reading)
     at_once = WARP // lanes  # keys that a warp reads at once
     warps = _ATTENTION_WARPS
     names = [*form.pointers, "states"]
-    f = Device(
-        f"attend_token{form.suffix}",
-        [*(("ptr", p) for p in names), ("i64", "cap"), ("i64", "parts")],
-        target,
-        warps * WARP,
-    )
-    *pointers, cap, parts = f.params()
+    numbers = [("i64", n) for n in (*form.sizes, "parts")]
+    f = Device(f"attend_token{form.suffix}", [*(("ptr", p) for p in names), *numbers], target, warps * WARP)
+    pointers, (cap, *pages, parts) = f.params()[: len(names)], f.params()[len(names) :]
     given = {name: f.memory(p) for name, p in zip(names, pointers, strict=True)}
     q, k, v, start, length, states = (given[n] for n in ("q", "k", "v", "start", "length", "states"))
-    part, kv, b = f.block(), f.block("y"), f.block("z")
+    part, own, b = f.block() % parts, f.block("y"), f.block() / parts
+    kv = own * group / (heads // form.kv_heads)
     thread = f.thread()
     lane, warp = thread % WARP, thread / WARP
     channel, own_key = lane % lanes * EIGHT, lane / lanes
-    total = f.load("i64", length) + 1
+    reads = None if reading == lanes else channel < head_dim  # those that don't add zeros
+    place = channel if reads is None else f.minimum(channel, head_dim - EIGHT)
+    total = form.reach(f, f.load("i64", length) + 1, cap)
     low = f.load("i64", f.at(start, b, "int64"))
     if form.window:
         low = f.maximum(low, total - form.window)
     share = (total - low + parts - 1) / parts
     begin = low + share * part
     end = f.minimum(total, begin + share)
-    head0, row_of = b * heads + kv * group, form.row(f, b, kv, cap, given.get("table"))
+    head0, row_of = b * heads + own * group, form.row(f, b, kv, cap, given.get("table"), *pages)
     queries = []
     for g in range(group):
-        words = f.load16("<4 x i32>", f.at(q, (head0 + g) * head_dim + channel, form.dtype))
-        queries.append(floats(f, words, form.dtype))
+        words = f.load16("<4 x i32>", f.at(q, (head0 + g) * head_dim + place, form.dtype))
+        numbers_of = floats(f, words, form.dtype)
+        queries.append(numbers_of if reads is None else [f.select(reads, x, 0.0) for x in numbers_of])
+
+    def fetch(first: Val) -> list[Val]:
+        """The words of the key and the value that this thread has of those from `first` on."""
+        row = row_of(f.minimum(first + own_key, end - 1))
+        return [word for x in (k, v) for word in form.words(f, x, row, place)]
 
     def step(first: Val, carried: list[Val]) -> list[Val]:
-        key = first + own_key
-        there, row = key < end, row_of(f.minimum(key, end - 1))
-        keys, values = (form.eight(f, x, row, channel) for x in (k, v))
+        carried, here = carried[:-held_words], carried[-held_words:]
+        there = first + own_key < end
+        ahead = fetch(f.minimum(first + warps * at_once, end - 1))  # while these are multiplied
+        keys, values = (form.numbers(f, words, place) for words in (here[: held_words // 2], here[held_words // 2 :]))
         new = []
         for g in range(group):
             top, total_weight, *sums = carried[g * 10 : g * 10 + 10]
@@ -172,10 +222,13 @@ def attend_token(form: Form, target: Target) -> DeviceKernel:
             factor, weight = f.exp2(top - higher), f.select(there, f.exp2(score - higher), 0.0)
             new += [higher, f.fma(total_weight, factor, weight)]
             new += [f.fma(s, factor, weight * y) for s, y in zip(sums, values, strict=True)]
-        return new
+        return [*new, *ahead]
 
     empty = [f.const(_LOW, "float"), *[f.const(0.0, "float")] * 9] * group
-    *state, _ = f.loop(begin + warp * at_once, end, warps * at_once, empty, step)
+    first = begin + warp * at_once
+    here = fetch(f.maximum(f.minimum(first, end - 1), 0))
+    held_words = len(here)
+    *state, _ = f.loop(first, end, warps * at_once, [*empty, *here], step)
     for g in range(group):  # the warp's threads that read different keys, then the warps by way of shared memory
         distance = lanes
         while distance < WARP:
@@ -192,7 +245,8 @@ def attend_token(form: Form, target: Target) -> DeviceKernel:
             f.when(channel.cmp("eq", 0), functools.partial(_store_all, f, state[g * 10 : g * 10 + 2], held, here))
             _store_all(f, state[g * 10 + 2 : g * 10 + 10], held, here + 2 + channel)
 
-    f.when(lane < lanes, leave)
+    writes = lane < lanes
+    f.when(writes if reads is None else f.op(f"and i1 {writes.name}, {reads.name}", "i1"), leave)
     f.barrier()
     for g in range(group):
 
@@ -251,8 +305,8 @@ def merge_parts(form: Form, target: Target) -> DeviceKernel:
 
 # --- Attention of many tokens -------------------------------------------------------------------------------------------
 
-QUERIES, KEYS = 64, 64
-"""Rows of a block of `attend_tokens`, and keys per step."""
+QUERIES = 64
+"""Rows of a block of `attend_tokens`."""
 
 
 def _soften(
@@ -279,36 +333,38 @@ def attend_tokens(form: Form, target: Target) -> DeviceKernel:
     """Attention of many tokens over keys of a cache that holds theirs, too, or over keys given: a running softmax, both products on tensor cores.
 
     Parameters: q[b, s, heads, head_dim], k and v (at multiples of 16 bytes), the table of a paged cache, with a cache start[b] and
-    length[1] (int64: slots of padding, and of keys before the new ones), the sinks if there are any, out like q, s, cap. Tiles that no row
-    sees are skipped. A row that sees nothing (padding) becomes zeros. Grid: (ceil(s / `QUERIES`), heads, b). Source: FlashAttention-2 (Dao,
-    2023). Raises TargetError for head dimensions other than 32, 64 and 128, and unless heads are a multiple of kv_heads.
+    length[1] (int64: slots of padding, and of keys before the new ones), the sinks if there are any, out like q, s, `Form.sizes`. Tiles that no row
+    sees are skipped. A row that sees nothing (padding) becomes zeros. Grid: (b * ceil(s / `QUERIES`), heads). Source: FlashAttention-2 (Dao,
+    2023). Raises TargetError for head dimensions that are no multiples of 16 up to 256, and unless heads are a multiple of kv_heads.
     """
     heads, kv_heads, head_dim, window = form.heads, form.kv_heads, form.head_dim, form.window
-    _check(heads, kv_heads, head_dim, (32, 64, 128))
-    warps = QUERIES // 16
+    _check(form, 256)
+    warps, at_once = QUERIES // 16, form.keys
     threads = warps * WARP
     names = [*form.pointers, *(["sinks"] if form.sinks else []), "out"]
-    f = Device(
-        f"attend_tokens{form.suffix}", [*(("ptr", p) for p in names), ("i64", "s"), ("i64", "cap")], target, threads
-    )
-    *pointers, s, cap = f.params()
+    numbers = [("i64", n) for n in ("s", *form.sizes)]
+    f = Device(f"attend_tokens{form.suffix}", [*(("ptr", p) for p in names), *numbers], target, threads)
+    pointers, (s, cap, *pages) = f.params()[: len(names)], f.params()[len(names) :]
     given = {name: f.memory(p) for name, p in zip(names, pointers, strict=True)}
     q, k, v, out = (given[n] for n in ("q", "k", "v", "out"))
-    row0, head, b = f.block() * QUERIES, f.block("y"), f.block("z")
+    tiles = (s + (QUERIES - 1)) / QUERIES
+    row0, head, b = f.block() % tiles * QUERIES, f.block("y"), f.block() / tiles
     thread = f.thread()
     lane, warp = thread % WARP, thread / WARP
     matrix, line = lane / 8, lane % 8
     if form.cached:
         past, pad = f.load("i64", given["length"]), f.load("i64", f.at(given["start"], b, "int64"))
-        total = past + s
+        total = form.reach(f, past + s, cap)
     else:
         past, pad, total = cap - s, f.i64(0), cap
     lowest = f.maximum(pad, past + row0 - (window - 1)) if window else pad
     highest = f.minimum(total, past + row0 + QUERIES) if form.causal else total
-    chunks, row_bytes = head_dim // EIGHT, 2 * head_dim
-    tile_bytes = KEYS * row_bytes
+    chunks = head_dim // EIGHT
+    pitch = _power_of_two(chunks)  # chunks of a row in shared memory
+    row_bytes = 16 * pitch
+    tile_bytes = at_once * row_bytes
     held_q, held = f.shared(QUERIES * row_bytes), f.shared(4 * tile_bytes)  # keys and values, twice
-    row_of = form.row(f, b, head / (heads // kv_heads), cap, given.get("table"))
+    row_of = form.row(f, b, head / (heads // kv_heads), cap, given.get("table"), *pages)
 
     def fetch(first: Val, to: Val) -> None:
         """Begin to copy keys and values from `first` on; beyond the last they are copies of it, which no row sees."""
@@ -319,42 +375,47 @@ def attend_tokens(form: Form, target: Target) -> DeviceKernel:
         for number, base in enumerate((k, v)):
             form.copy(f, f.at(to, number * tile_bytes, "i8"), base, key)
 
-    begin = lowest / KEYS * KEYS
+    begin = lowest / at_once * at_once
 
-    def query(row: Val) -> Val:
+    def row_of_q(row: Val) -> Val:
         return f.at(q, ((b * s + f.minimum(row0 + row, s - 1)) * heads + head) * head_dim, form.dtype)
 
-    f.copy_tile(held_q, QUERIES, chunks, query)
+    f.copy_tile(held_q, QUERIES, chunks, row_of_q, pitch)
     f.when(begin < highest, lambda: fetch(begin, held))
     f.commit_copies()
     f.copies_done(0)
     f.barrier()
-    queries = [
-        f.fragments(f.at(held_q, f.place(warp * 16 + line + (matrix & 1) * 8, (matrix >> 1) + 2 * step, chunks), "i8"))
-        for step in range(head_dim // 16)
-    ]
+
+    def query_of(part: int) -> list[Val]:
+        place = f.place(warp * 16 + line + (matrix & 1) * 8, (matrix >> 1) + 2 * part, pitch)
+        return f.fragments(f.at(held_q, place, "i8"))
+
+    # Wide heads, and records on their way, leave no registers for them.
+    in_registers = head_dim <= 128 and form.scheme == "none"
+    queries = [query_of(part) for part in range(head_dim // 16)] if in_registers else []
     positions = [past + row0 + warp * 16 + lane / 4 + 8 * half for half in (0, 1)]  # of this thread's two rows
     lows = [f.maximum(pad, p - (window - 1)) if window else pad for p in positions]
     lasts = [f.minimum(p, total - 1) for p in positions] if form.causal else [total - 1, total - 1]
-    score_tiles, value_tiles = KEYS // 8, head_dim // 8
+    score_tiles, value_tiles = at_once // 8, head_dim // 8
     zero = f.const(0.0, "float")
 
     def step(first: Val, carried: list[Val]) -> list[Val]:
         tops, weights, sums = carried[:2], carried[2:4], carried[4:]
-        odd = (first - begin) / KEYS % 2
+        odd = (first - begin) / at_once % 2
         here, there = (f.at(held, which * (2 * tile_bytes), "i8") for which in (odd, 1 - odd))
         f.copies_done(0)
         f.barrier()  # the tile has come, and nobody reads the other one any more
-        f.when(first + KEYS < highest, lambda: fetch(first + KEYS, there))
+        f.when(first + at_once < highest, lambda: fetch(first + at_once, there))
         f.commit_copies()
         scores = [zero] * (4 * score_tiles)
         for part in range(head_dim // 16):
+            query = queries[part] if queries else query_of(part)
             for j in range(0, score_tiles, 2):
                 row, chunk = 8 * j + line + (matrix >> 1) * 8, (matrix & 1) + 2 * part
-                four = f.fragments(f.at(here, f.place(row, chunk, chunks), "i8"))
+                four = f.fragments(f.at(here, f.place(row, chunk, pitch), "i8"))
                 for n, keys in enumerate((four[:2], four[2:])):
                     at = 4 * (j + n)
-                    scores[at : at + 4] = f.mma(queries[part], keys, scores[at : at + 4], form.dtype)
+                    scores[at : at + 4] = f.mma(query, keys, scores[at : at + 4], form.dtype)
         seen = []
         for i, score in enumerate(scores):
             key, half = first + 8 * (i // 4) + (lane % 4 * 2 + i % 2), i // 2 % 2
@@ -363,18 +424,18 @@ def attend_tokens(form: Form, target: Target) -> DeviceKernel:
             scores[i] = f.select(visible, form.softened(f, score), _LOW)
         _soften(f, scores, seen, tops, weights, sums)
         values = f.at(here, tile_bytes, "i8")
-        for part in range(KEYS // 16):
+        for part in range(at_once // 16):
             left = [f.pair(scores[i], scores[i + 1], form.dtype) for i in range(8 * part, 8 * part + 8, 2)]
             for j in range(0, value_tiles, 2):
                 row, chunk = 16 * part + line + (matrix & 1) * 8, (matrix >> 1) + j
-                four = f.fragments(f.at(values, f.place(row, chunk, chunks), "i8"), turned=True)
+                four = f.fragments(f.at(values, f.place(row, chunk, pitch), "i8"), turned=True)
                 for n, right in enumerate((four[:2], four[2:])):
                     at = 4 * (j + n)
                     sums[at : at + 4] = f.mma(left, right, sums[at : at + 4], form.dtype)
         return [*tops, *weights, *sums]
 
     state = [*[f.const(_LOW, "float")] * 2, zero, zero, *[zero] * (4 * value_tiles)]
-    *state, _ = f.loop(begin, highest, KEYS, state, step)
+    *state, _ = f.loop(begin, highest, at_once, state, step)
     shares = []
     for top, weight in zip(state[:2], state[2:4], strict=True):
         whole = f.sum_of_lanes(weight, 4)

@@ -12,24 +12,25 @@ from jisu.targets.cuda.kernels.rounding import WARPS
 from jisu.targets.target import Target
 
 
-def eight_of_record(f: Device, records: Val, number: Val, first: Val, k: int, scheme: str) -> list[Val]:
-    """Numbers `first` (a multiple of 8) to `first + 7` of record `number` of rows of k numbers, float32.
+def words_of_record(f: Device, records: Val, number: Val, first: Val, k: int, scheme: str) -> list[Val]:
+    """What is read of record `number` of rows of k numbers for its numbers `first` (a multiple of 8) to `first + 7`: i32 [3].
 
     A record's bytes are a multiple of four (k is one of eight), so that codes come four at a time, and scale and offset together.
     """
     size = record_bytes(scheme, k)
-    codes, byte = size - 4, first
-    if ROW_BITS[scheme] == 4:
-        byte = first % (k // 2)
-        upper = first.cmp("sge", k // 2)
     begin = number * size
-    tail = f.load("i32", f.at(records, begin + codes, "i8"))
+    byte = begin + (first % (k // 2) if ROW_BITS[scheme] == 4 else first)
+    return [f.load("i32", f.at(records, at, "i8")) for at in (begin + (size - 4), byte, byte + 4)]
+
+
+def numbers_of_record(f: Device, words: list[Val], first: Val, k: int, scheme: str) -> list[Val]:
+    """The eight numbers, float32, of what `words_of_record` read."""
+    tail, *codes = words
     scale, offset = f.cast("bitcast", tail << 16, "float"), f.cast("bitcast", tail & -65536, "float")
     found = []
-    for part in (0, 4):
-        word = f.load("i32", f.at(records, begin + byte + part, "i8"))
+    for word in codes:
         if ROW_BITS[scheme] == 4:
-            word = f.select(upper, word >> 4, word)
+            word = f.select(first.cmp("sge", k // 2), word >> 4, word)
         for i in range(4):
             # A code as the lowest bits of 2^23 is 2^23 plus the code.
             bits = ((word >> (8 * i)) & (0xFF if ROW_BITS[scheme] == 8 else 0xF)) | 0x4B000000
