@@ -541,7 +541,7 @@ def _build(
         report["ledger"] = _ledger(
             source, seen, measured_on, lambda done: tell("measuring what it costs", 0.38 + 0.02 * done)
         )
-    entries, decoder = _entries(source, graph, recipe, report)
+    entries, decoder = _entries(source, graph, recipe, report, facts.of(machine).FETCHED)
     finished: dict[str, Graph] = {}
     for entry, step in entries.items():
         told = note if entry == next(iter(entries)) else None
@@ -818,10 +818,12 @@ def _calibration_tokens(source: Source, recipe: Recipe, calibration: Any) -> np.
     return tokens.astype(np.int64)
 
 
-def _entries(source: Source, graph: Graph, recipe: Recipe, report: dict[str, Any]) -> tuple[dict[str, Graph], Any]:
-    """The entry functions: `main` for a module, the derived steps for a causal language model."""
+def _entries(
+    source: Source, graph: Graph, recipe: Recipe, report: dict[str, Any], fetched: bool
+) -> tuple[dict[str, Graph], Any]:
+    """The entry functions: `main` for a module, the derived steps for a causal language model; `fetched`: also a step whose results are few."""
     from jisu.passes.cache import CacheLayout, NotCausal, derive_step, keep_last_token
-    from jisu.runtime.session import APPEND, APPEND_LAST, MAIN, DecoderInfo
+    from jisu.runtime.session import APPEND, APPEND_LAST, APPEND_LEADING, LEADING, MAIN, DecoderInfo
 
     if source.sequence is None:
         return {MAIN: graph}, None
@@ -839,7 +841,20 @@ def _entries(source: Source, graph: Graph, recipe: Recipe, report: dict[str, Any
         return {MAIN: graph}, DecoderInfo(page=0, state=(), reason=str(reason), **facts)
     last = keep_last_token(step, source.sequence)
     state = tuple((s.name, s.type, s.window, s.ring) for s in step.state)
-    return {APPEND: step.graph, APPEND_LAST: last.graph}, DecoderInfo(page=recipe.cache.page, state=state, **facts)
+    entries = {APPEND: step.graph, APPEND_LAST: last.graph}
+    if fetched:
+        facts["leading"] = min(LEADING, source.vocabulary or LEADING)
+        entries[APPEND_LEADING] = _leading(last.graph, facts["leading"])
+    return entries, DecoderInfo(page=recipe.cache.page, state=state, **facts)
+
+
+def _leading(graph: Graph, count: int) -> Graph:
+    """A step that gives the highest logits and their tokens instead of all logits."""
+    from jisu.compiler import ops
+
+    logits, *state = graph.outputs
+    both = ops.sort(logits, axis=logits.tensor.rank - 1, descending=True, first=count)
+    return graph.replace(outputs=(ops.get(both, index=0), ops.get(both, index=1), *state))
 
 
 def _lay_out(graph: Graph, recipe: Recipe, machine: Target, check: str, note: Any, dump: Path | None) -> Graph:

@@ -12,7 +12,7 @@ import operator
 import time
 import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
-from typing import Any, Literal, Protocol, cast, overload
+from typing import Any, Literal, Protocol, cast, overload, runtime_checkable
 
 import attrs
 import numpy as np
@@ -567,6 +567,17 @@ class _Row:
         self._rng = np.random.default_rng(np.random.SeedSequence(config.seed, spawn_key=(number,)))
         self._seen = np.array(sorted(set(prompt)), dtype=np.int64)
 
+    def choose_of(self, scores: Logits, tokens: Ids) -> int | None:
+        """The next token for the highest scores of all, float32 [K] from the highest on, and their tokens; None where others may count."""
+        config = self._config
+        if not config.do_sample:
+            return int(tokens[0])
+        if np.isfinite(scores[0]) and not scores[config.top_k - 1] > scores[-1]:
+            return None  # others may be equal to the last one of top-k
+        order = np.argsort(tokens)  # as if they stood among all
+        ids, weights = candidates(scores[order], config)
+        return draw(tokens[order][ids], weights, self._rng)
+
     def choose(self, scores: Logits) -> int:
         """The next token for scores float32 [V]."""
         config = self._config
@@ -700,19 +711,19 @@ def _run(
 
     rows = [_Row(number, prompt, config, text_stream()) for number, prompt in enumerate(prompts)]
     begin = time.perf_counter()
-    logits = _prefill(session, prompts, config.prefill_chunk)
+    choose = _chooser(session, config)
+    ids, start = _padded(prompts)
+    chunk = config.prefill_chunk
+    for position in range(0, ids.shape[1] - chunk, chunk):
+        session.append(ids[:, position : position + chunk], start=None if position else start, last_only=True)
+    left = (ids.shape[1] - 1) // chunk * chunk
+    chosen = choose(rows, ids[:, left:], None if left else start)
     prefill_s, decode_s = time.perf_counter() - begin, 0.0
-    greedy = not config.do_sample and config.repetition_penalty == 1.0 and not config.min_new_tokens
     for step in range(limit):
         begin = time.perf_counter()
         if step:
             tokens = [row.tokens[-1] if row.reason is None else 0 for row in rows]
-            logits = session.append(np.array(tokens, dtype=np.int64)[:, None], last_only=True)
-        scores = logits[:, -1]
-        if greedy:
-            chosen = scores.argmax(-1).tolist()
-        else:
-            chosen = [row.choose(scores[row.number]) if row.reason is None else 0 for row in rows]
+            chosen = choose(rows, np.array(tokens, dtype=np.int64)[:, None], None)
         alive = [row for row in rows if row.reason is None]
         chunks = [row.push(chosen[row.number], step + 1 == limit) for row in alive]
         decode_s += time.perf_counter() - begin
@@ -733,14 +744,54 @@ def _run(
     )
 
 
-def _prefill(session: Session, prompts: list[list[int]], chunk: int) -> Logits:
-    """Feed the prompts, padded on the left to one length; the logits [B, 1, V] of their last tokens."""
+_Chooser = Callable[[Sequence[_Row], Ids, "Ids | None"], list[int]]
+
+
+def _chooser(session: Session, config: GenerationConfig) -> _Chooser:
+    """A function of rows, new tokens [B, C] and padding that gives each row's next token."""
+    plain = config.repetition_penalty == 1.0 and not config.min_new_tokens
+    greedy = plain and not config.do_sample
+
+    def of_all(rows: Sequence[_Row], ids: Ids, start: Ids | None) -> list[int]:
+        scores = session.append(ids, start=start, last_only=True)[:, -1]
+        if greedy:
+            return cast("list[int]", scores.argmax(-1).tolist())
+        return [row.choose(scores[row.number]) if row.reason is None else 0 for row in rows]
+
+    def of_leading(rows: Sequence[_Row], ids: Ids, start: Ids | None) -> list[int]:
+        assert isinstance(session, _Leading)
+        scores, tokens = session.append_leading(ids, start=start)
+        chosen: list[int] = []
+        everything: Logits | None = None
+        for row in rows:
+            found = row.choose_of(scores[row.number, -1], tokens[row.number, -1]) if row.reason is None else 0
+            if found is None:
+                everything = session.logits() if everything is None else everything
+                found = row.choose(everything[row.number, -1])
+            chosen.append(found)
+        return chosen
+
+    # Of a GPU's step only the likeliest tokens are fetched, where no others can be chosen.
+    few = getattr(session, "leading", 0)
+    return of_leading if plain and few and (greedy or 0 < config.top_k <= few // 2) else of_all
+
+
+@runtime_checkable
+class _Leading(Protocol):
+    """A session that can give the highest logits alone."""
+
+    leading: int
+
+    def append_leading(self, token_ids: Ids, *, start: Ids | None = None) -> tuple[Logits, Ids]: ...
+
+    def logits(self) -> Logits: ...
+
+
+def _padded(prompts: list[list[int]]) -> tuple[Ids, Ids | None]:
+    """The prompts, padded on the left to one length, and by how much, if at all."""
     width = max(map(len, prompts))
     start = np.array([width - len(prompt) for prompt in prompts], dtype=np.int64)
     ids = np.zeros((len(prompts), width), dtype=np.int64)
     for row, prompt in enumerate(prompts):
         ids[row, start[row] :] = prompt
-    logits = session.append(ids[:, :chunk], start=start if start.any() else None, last_only=True)
-    for position in range(chunk, width, chunk):
-        logits = session.append(ids[:, position : position + chunk], last_only=True)
-    return logits
+    return ids, start if start.any() else None

@@ -11,8 +11,11 @@ import numpy as np
 from jisu.compiler.errors import IndexOutOfRangeError, InputError
 from jisu.compiler.types import TensorType, numpy_dtype
 
-APPEND, APPEND_LAST = "append", "append_last"
-"""Entries of a decoder: logits of every new token, and of the chunk's last one only."""
+APPEND, APPEND_LAST, APPEND_LEADING = "append", "append_last", "append_leading"
+"""Entries of a decoder: logits of every new token, of the chunk's last one only, and of that one the highest with their tokens."""
+
+LEADING = 128
+"""How many logits `APPEND_LEADING` gives."""
 
 MAIN = "main"
 """The entry of a program without state."""
@@ -24,7 +27,8 @@ class DecoderInfo:
 
     vocabulary: size of the logits' last axis. max_positions: the longest sequence. page: slots per page of a paged cache,
     else 0. state: (name, type with symbols, window, ring) per state tensor. batch: the symbol of the batch.
-    prefill_chunk: tokens read at a time. inputs: names of the stateless graph's inputs. reason: why there is no cache, where `state` is empty.
+    prefill_chunk: tokens read at a time. leading: how many logits `APPEND_LEADING` gives, 0 where there is no such
+    entry. inputs: names of the stateless graph's inputs. reason: why there is no cache, where `state` is empty.
     """
 
     vocabulary: int
@@ -35,6 +39,7 @@ class DecoderInfo:
     state: tuple[tuple[str, TensorType, int, bool], ...]
     inputs: tuple[str, ...] = attrs.field(default=(), converter=tuple)
     reason: str = ""
+    leading: int = 0
 
     @property
     def slot_bytes(self) -> int:
@@ -81,6 +86,7 @@ class Session:
         self._table: np.ndarray | None = None
         self._reserved = 0
         self._start = np.zeros(0, np.int64)
+        self._read_last = np.zeros((0, 0), np.int64)
         self.length = 0
 
     @property
@@ -109,6 +115,42 @@ class Session:
         start: int64 [b], padding slots in front of each sequence, given with the first tokens after a reset. Raises
         IndexOutOfRangeError for an id outside the vocabulary, InputError for a wrong shape or a full cache.
         """
+        ids = self._begun(token_ids, start)
+        if not self._info.state:
+            return self._recompute(ids, last_only)
+        chunks = self._chunks(ids)
+        entry = APPEND_LAST if last_only else APPEND
+        results = [self._step(c, entry, final=i == len(chunks) - 1)[0] for i, c in enumerate(chunks)]
+        if last_only or len(results) == 1:
+            return np.asarray(results[-1])
+        return np.concatenate(results, 1)
+
+    @property
+    def leading(self) -> int:
+        """How many logits `append_leading` gives; 0 where it isn't worth having."""
+        return self._info.leading
+
+    def append_leading(self, token_ids: Any, *, start: Any = None) -> tuple[np.ndarray, np.ndarray]:
+        """As `append` with last_only, but of the logits only the highest, float32 [b, 1, leading], from the highest on, and their tokens, int64.
+
+        `logits` has the rest. Raises InputError where `leading` is 0.
+        """
+        if not self.leading:
+            raise InputError("this program gives all logits; use append")
+        ids = self._begun(token_ids, start)
+        chunks = self._chunks(ids)
+        for chunk in chunks[:-1]:
+            self._step(chunk, APPEND_LEADING, final=False)
+        scores, tokens = self._step(chunks[-1], APPEND_LEADING, final=True)
+        return scores, tokens
+
+    def logits(self) -> np.ndarray:
+        """All logits float32 [b, 1, vocabulary] behind what `append_leading` read: its last chunk is read again, to the same effect."""
+        self.length -= self._read_last.shape[1]
+        return np.asarray(self._step(self._read_last, APPEND_LAST, final=True)[0])
+
+    def _begun(self, token_ids: Any, start: Any) -> np.ndarray:
+        """The tokens, for which there is room then."""
         ids = self._checked(token_ids)
         if self.length == 0:
             self._begin(ids.shape[0], start)
@@ -118,15 +160,13 @@ class Session:
             raise InputError(f"the session holds {len(self._start)} sequences, got tokens for {ids.shape[0]}")
         if self.length + ids.shape[1] > self.capacity:
             raise InputError(f"{self.length} + {ids.shape[1]} tokens exceed the session's capacity of {self.capacity}")
-        if not self._info.state:
-            return self._recompute(ids, last_only)
-        self._reserve(self.length + ids.shape[1])
+        if self._info.state:
+            self._reserve(self.length + ids.shape[1])
+        return ids
+
+    def _chunks(self, ids: np.ndarray) -> list[np.ndarray]:
         step = self._info.prefill_chunk
-        chunks = [ids[:, i : i + step] for i in range(0, ids.shape[1], step)]
-        results = [self._step(c, last_only, final=i == len(chunks) - 1) for i, c in enumerate(chunks)]
-        if last_only or len(results) == 1:
-            return results[-1]
-        return np.concatenate(results, 1)
+        return [ids[:, i : i + step] for i in range(0, ids.shape[1], step)]
 
     def _checked(self, token_ids: Any) -> np.ndarray:
         ids = np.asarray(token_ids)
@@ -198,14 +238,16 @@ class Session:
             kept = np.arange(max(0, self.length - old.shape[2]), self.length)
             new[:, :, kept % new.shape[2]] = old[:, :, kept % old.shape[2]]
 
-    def _step(self, ids: np.ndarray, last_only: bool, final: bool) -> np.ndarray:
-        entry = APPEND_LAST if last_only else APPEND
+    def _step(self, ids: np.ndarray, entry: str, final: bool) -> tuple[np.ndarray, ...]:
+        """What an entry gives beside the state; of other steps than the final one only `APPEND` gives anything."""
         arrays = [np.ascontiguousarray(ids), np.array([self.length], np.int64), self._start]
         if self._table is not None:
             arrays.append(self._table)
-        logits, *_ = self._call(entry, [*arrays, *self._state])
+        results = self._call(entry, [*arrays, *self._state])
         self.length += ids.shape[1]
-        return np.asarray(logits) if final or not last_only else np.empty(0)
+        self._read_last = ids
+        own = results[: len(results) - len(self._state)]
+        return tuple(np.asarray(r) if final or entry == APPEND else np.empty(0) for r in own)
 
     def _recompute(self, ids: np.ndarray, last_only: bool) -> np.ndarray:
         """Without a cache: run the whole sequences again (equal lengths only, as padding would be read)."""

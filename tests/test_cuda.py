@@ -14,11 +14,13 @@ import numpy as np
 import pytest
 from conftest import emulation
 
-from jisu.compiler import rows
+from jisu.compiler import ops, rows
 from jisu.compiler.errors import TargetError
-from jisu.compiler.types import numpy_dtype
+from jisu.compiler.graph import Graph, placeholder
+from jisu.compiler.interpret import interpret
+from jisu.compiler.types import TensorType, numpy_dtype
 from jisu.targets.cuda import device, emulated, ptx
-from jisu.targets.cuda.kernels import attention, norm, products, records, thin
+from jisu.targets.cuda.kernels import attention, norm, products, records, thin, top
 from jisu.targets.cuda.kernels.attention import Form
 from jisu.targets.cuda.kernels.layers import Layer
 from jisu.targets.target import Target, host
@@ -287,6 +289,31 @@ def test_records(k: int, scheme: str, dtype: str, launch: Launch) -> None:
     assert np.isnan(rows.decode(got[[2, 3]], scheme)).all() and not got[7].any()
 
 
+@pytest.mark.parametrize(("size", "first"), [(1, 1), (96, 50), (3000, 128)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("order", [1, -1])
+def test_the_largest_of_a_row(size: int, first: int, dtype: str, order: int, launch: Launch) -> None:
+    """Equal numbers in their order, zeros of both signs among them, NaN in front."""
+    x = drawn(0, 2, size, dtype="bfloat16").astype(numpy_dtype(dtype))
+    if size > 5:
+        x[0, [3, 5]], x[1, 4], x[1, 2:4], x[1, 7] = np.nan, np.inf, (0.0, -0.0), -np.inf
+        x[1, 8] = np.copysign(np.nan, -1)
+    values, positions = np.zeros((2, first), x.dtype), np.zeros((2, first), np.int64)
+    parts = -(-size // top.part_of(size, first))
+    if parts == 1:
+        launch(top.largest(size, first, dtype, False, True, GPU), (2,), x, values, positions, 1, order=order)
+    else:
+        count = parts * top.kept(first)
+        keys = np.zeros((2, count), np.int64)
+        launch(top.largest(size, first, dtype, False, False, GPU), (2 * parts,), x, keys, parts, order=order)
+        launch(top.largest(count, first, dtype, True, True, GPU), (2,), keys, values, positions, 1, order=order)
+    given = placeholder("x", TensorType(x.shape, dtype))
+    both = ops.sort(given, axis=1, descending=True, first=first)
+    want = interpret(Graph((given,), (ops.get(both, index=0), ops.get(both, index=1))), [x])
+    np.testing.assert_array_equal(values.astype(np.float32), want[0].astype(np.float32))
+    np.testing.assert_array_equal(positions, want[1])
+
+
 @pytest.mark.parametrize("width", [64, 72, 75, 1000, 4096])
 @pytest.mark.parametrize("rms", [True, False])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -337,6 +364,7 @@ def of_hot_kernels(target: Target) -> dict[str, device.DeviceKernel]:
         "token": attention.attend_token(form, target),
         "merge": attention.merge_parts(form, target),
         "tokens": attention.attend_tokens(form, target),
+        "largest": top.largest(128256, 128, "float32", False, False, target),
         "norm": norm.normed(norm.Norm(4096, "bfloat16", 1e-5, True, True, False), target),
         "records": records.encoded_rows(128, "bfloat16", "int8", target),
         "token of records": attention.attend_token(attrs.evolve(form, scheme="int8"), target),

@@ -203,6 +203,16 @@ def test_decoders_equal_the_model(family: str, dtype: torch.dtype, emulated_gpu:
     if dtype is torch.float32:
         on_cpu = jisu.compile(model).generate(PROMPT, max_new_tokens=12)
         assert program.generate(PROMPT, max_new_tokens=12).sequences == on_cpu.sequences
+        assert "largest" in str(program.explain()["kernels"])
+        how: dict[str, Any] = {
+            "do_sample": True,
+            "top_k": 20,
+            "top_p": 0.9,
+            "temperature": 0.8,
+            "seed": 3,
+            "max_new_tokens": 12,
+        }
+        assert program.generate(PROMPT, **how).sequences == jisu.compile(model).generate(PROMPT, **how).sequences
 
 
 @pytest.mark.parametrize("recipe", ["w4a16", "w8a16", "int4", "int8"])

@@ -69,6 +69,22 @@ class BigramSession:
         self.length = 0
 
 
+class LeadingSession(BigramSession):
+    """Gives the eight highest logits, as a program for a GPU does, and tells how often all were asked for."""
+
+    leading = 8
+    whole = 0
+
+    def append_leading(self, token_ids: Ids, *, start: Ids | None = None) -> tuple[Logits, Ids]:
+        self._all = self.append(token_ids, start=start, last_only=True)
+        order = np.argsort(-self._all, -1, kind="stable")[..., :8]
+        return np.take_along_axis(self._all, order, -1), order
+
+    def logits(self) -> Logits:
+        self.whole += 1
+        return self._all
+
+
 class TorchSession:
     """A transformers model with its own cache as a session."""
 
@@ -272,6 +288,24 @@ def test_sampling_refuses_what_is_no_distribution() -> None:
         make = functools.partial(BigramSession, table=np.full((VOCAB, VOCAB), value, np.float32))
         with pytest.raises(InputError, match="can't sample"):
             generate(make, [1], {"do_sample": True, "seed": 0})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"do_sample": True, "top_k": 4, "top_p": 0.9}, {"do_sample": True, "top_k": 3, "min_p": 0.1, "temperature": 2.0},
+     {"do_sample": True, "top_k": 0}, {"do_sample": True, "top_k": 4, "repetition_penalty": 1.2}],
+)  # fmt: skip
+@pytest.mark.parametrize("ties", [False, True])
+def test_the_highest_logits_alone_give_the_same_tokens(options: dict[str, Any], ties: bool) -> None:
+    """All of them are asked for only where others may be equal to the last one that counts."""
+    table = BigramSession().table
+    table = (np.round(table / 6) * 6).astype(np.float32) if ties else table
+    leading = LeadingSession(table=table)
+    sessions = [BigramSession(table=table), leading]
+    config = {"max_new_tokens": 40, "seed": 5, **options}
+    found = [generate(functools.partial(lambda s: s, s), [[1, 2], [3, 4]], config) for s in sessions]
+    assert found[0].sequences == found[1].sequences
+    assert (leading.whole > 0) == (ties and options.get("top_k", 0) in (3, 4) and "repetition_penalty" not in options)
 
 
 def test_ties_go_to_the_lowest_token() -> None:

@@ -14,6 +14,9 @@ def packing(target: Target) -> tuple[int, dict[str, int]]:
     return 1, {"float32": 1, "bfloat16": 1, "float16": 1}
 
 
+FETCHED = True
+"""Results come from the GPU's memory."""
+
 INTEGERS = False
 """Rounded activations are multiplied as the bfloat16 that they stand for."""
 

@@ -12,7 +12,7 @@ from jisu.compiler.graph import Node
 from jisu.compiler.types import Dim, dim, product
 from jisu.targets.cpu.isa import FLOATS, require_activation
 from jisu.targets.cuda.device import PAIRS
-from jisu.targets.cuda.kernels import norm, products, records, rounding, thin
+from jisu.targets.cuda.kernels import norm, products, records, rounding, thin, top
 from jisu.targets.cuda.kernels.attention import QUERIES, Form, attend_token, attend_tokens, merge_parts, sharing
 from jisu.targets.cuda.kernels.layers import Layer
 from jisu.targets.cuda.lowering import DeviceCall, DeviceFunction
@@ -211,7 +211,28 @@ def _encode_rows(node: Node, target: Target) -> Kernel | None:
     return Kernel(DeviceFunction((((), (call,)),)), (Argument(0),))
 
 
+def _sort(node: Node, target: Target) -> Kernel | None:
+    (x,) = node.parents
+    size, first = x.shape[-1], int(node.first)
+    if node.axis != x.tensor.rank - 1 or not node.descending or not 0 < first <= top.MOST or not isinstance(size, int):
+        return None
+    rows = product(x.shape[:-1])
+    calls: list[DeviceCall] = []
+    scratch: list[Dim] = []
+    source = 0
+    while True:
+        parts = -(-size // top.part_of(size, first))
+        kernel = top.largest(size, first, x.dtype, bool(calls), parts == 1, target)
+        to = (1, 2) if parts == 1 else (3 + len(scratch),)
+        calls.append(DeviceCall(kernel, (rows * parts, 1, 1), (source, *to, ("size", parts))))
+        if parts == 1:
+            return Kernel(DeviceFunction((((), tuple(calls)),), tuple(scratch)), (Argument(0),))
+        size, source = parts * top.kept(first), to[0]
+        scratch.append(rows * size * 8)
+
+
 CHOOSERS: Choosers = {
+    ops.sort: _sort,
     ops.encode_rows: _encode_rows,
     ops.fake_quantize: _fake_quantize,
     ops.attention: _attention,
