@@ -93,8 +93,8 @@ def multiplied(
     np.testing.assert_array_equal(y[-1], guard)
 
 
-def tiles(layer: Layer, m: int) -> tuple[int, int]:
-    return -(-m // products.ROWS), layer.tiles(products.OUTPUTS)
+def tiles(layer: Layer, m: int, tile: products.Tile = products.LARGE) -> tuple[int, int]:
+    return -(-m // tile.rows), layer.tiles(tile.outputs)
 
 
 @pytest.mark.parametrize(("rows", "m", "n", "k"), [(8, 1, 70, 512), (8, 1, 33, 8), (8, 3, 64, 1288), (16, 11, 5, 1024), (32, 70, 40, 6144)])  # fmt: skip
@@ -110,7 +110,9 @@ def test_few_rows(rows: int, m: int, n: int, k: int, late: bool, order: int, lau
 def test_many_rows(m: int, n: int, k: int, late: bool, order: int, launch: Launch) -> None:
     """Edge tiles too; copies that come late or at once, threads in either order: no race."""
     layer = Layer(k, (n,), "bfloat16" if late else "float16")
-    multiplied(launch, products.product(layer, GPU), tiles(layer, m), m, n, k, late=late, order=order)
+    for tile in (products.LARGE, products.SMALL):
+        kernel = products.product(layer, tile, GPU)
+        multiplied(launch, kernel, tiles(layer, m, tile), m, n, k, late=late, order=order)
 
 
 @pytest.mark.parametrize(("m", "n", "k"), [(128, 128, 64), (1, 5, 64), (130, 70, 320)])
@@ -134,7 +136,7 @@ def test_what_is_missing_shows(missing: str, few: bool, launch: Launch, monkeypa
     monkeypatch.setattr(device.Device, missing, lambda self, *_: None)
     k = 2048 if few else 256
     layer = Layer(k, (128,))
-    kernel = thin.thin(layer, 8, GPU) if few else products.product(layer, GPU)
+    kernel = thin.thin(layer, 8, GPU) if few else products.product(layer, products.LARGE, GPU)
     m, grid = (8, (8, 1)) if few else (128, (1, 1))
     with pytest.raises(RuntimeError if missing != "barrier" else AssertionError):
         multiplied(launch, kernel, grid, m, 128, k, order=-1)
@@ -336,7 +338,10 @@ def test_inputs_that_do_not_fit_are_refused() -> None:
         attention.attend_tokens(Form(6, 4, 64, 1.0), GPU)
     with pytest.raises(TargetError, match="72 channels"):
         attention.attend_token(Form(4, 4, 72, 1.0), GPU)
-    for build in (lambda: thin.thin(Layer(12, (8,)), 8, GPU), lambda: products.product(Layer(48, (8,)), GPU)):
+    for build in (
+        lambda: thin.thin(Layer(12, (8,)), 8, GPU),
+        lambda: products.product(Layer(48, (8,)), products.LARGE, GPU),
+    ):
         with pytest.raises(TargetError, match="12|48"):
             build()
     with pytest.raises(TargetError, match="float64"):
@@ -355,12 +360,16 @@ def of_hot_kernels(target: Target) -> dict[str, device.DeviceKernel]:
     made = {
         "few": thin.thin(wide, 8, target),
         "few codes": thin.thin(Layer(4096, (4096,), **CODES), 8, target),
-        "many": products.product(wide, target),
-        "many codes": products.product(Layer(4096, (4096,), **CODES), target),
+        "many": products.product(wide, products.LARGE, target),
+        "some": products.product(wide, products.SMALL, target),
+        "some codes": products.product(Layer(4096, (4096,), **CODES), products.SMALL, target),
+        "many codes": products.product(Layer(4096, (4096,), **CODES), products.LARGE, target),
         "few small floats": thin.thin(Layer(4096, (4096,), scheme="fp8"), 8, target),
-        "many small floats": products.product(Layer(4096, (4096,), scheme="mxfp4", group=32), target),
+        "many small floats": products.product(Layer(4096, (4096,), scheme="mxfp4", group=32), products.LARGE, target),
         "few of a table": thin.thin(Layer(4096, (4096,), scheme="nf4", group=64), 8, target),
-        "gated": products.product(Layer(4096, (14336,), gated=True, apart=True, activation="silu"), target),
+        "gated": products.product(
+            Layer(4096, (14336,), gated=True, apart=True, activation="silu"), products.LARGE, target
+        ),
         "token": attention.attend_token(form, target),
         "merge": attention.merge_parts(form, target),
         "tokens": attention.attend_tokens(form, target),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 
 import sympy
 
@@ -11,7 +12,7 @@ from jisu.compiler.errors import TargetError
 from jisu.compiler.graph import Node
 from jisu.compiler.types import Dim, dim, product
 from jisu.targets.cpu.isa import FLOATS, require_activation
-from jisu.targets.cuda.device import PAIRS
+from jisu.targets.cuda.device import PAIRS, DeviceKernel
 from jisu.targets.cuda.kernels import norm, products, records, rounding, thin, top
 from jisu.targets.cuda.kernels.attention import QUERIES, Form, attend_token, attend_tokens, merge_parts, sharing
 from jisu.targets.cuda.kernels.layers import Layer
@@ -40,13 +41,26 @@ def _layer(layer: Layer, rows: Dim, operands: tuple[int, ...], target: Target) -
         kernel = thin.thin(layer, most, target)
         call = DeviceCall(kernel, (layer.tiles(thin.OUTPUTS), _ceiling(rows, most), 1), arguments)
         variants.append((((rows, most),), (call,)))
-    tiles = (_ceiling(rows, products.ROWS), layer.tiles(products.OUTPUTS), 1)
-    for build in (products.product_hopper, products.product):  # the first that is in the code that a GPU loads
-        with contextlib.suppress(TargetError):  # not on this machine, or not for this layer
-            variants.append(((), (DeviceCall(build(layer, target), tiles, arguments),)))
+    for kernel, tile, most in _products(layer, target):
+        grid = (_ceiling(rows, tile.rows), layer.tiles(tile.outputs), 1)
+        variants.append((((rows, most),) if most else (), (DeviceCall(kernel, grid, arguments),)))
     if variants[-1][0]:  # no product reads the layer: few rows at a time
         variants.append(((), variants[-1][1]))
     return Kernel(DeviceFunction(tuple(variants)), tuple(Argument(i) for i in operands))
+
+
+def _products(layer: Layer, target: Target) -> Iterator[tuple[DeviceKernel, products.Tile, int]]:
+    """The products that can read the layer, each with the rows up to which it is taken (0 for any): the first that is in the code that a GPU
+    loads is."""
+    large, small = products.LARGE, products.SMALL
+    # So many large tiles as there are multiprocessors keep all of them busy.
+    few = target.cores // max(1, layer.tiles(large.outputs)) * large.rows
+    with contextlib.suppress(TargetError):  # not for this layer
+        if few >= small.rows:
+            yield products.product(layer, small, target), small, few
+        with contextlib.suppress(TargetError):  # nor on this machine
+            yield products.product_hopper(layer, target), large, 0
+        yield products.product(layer, large, target), large, 0
 
 
 def _present(node: Node, *indices: int) -> tuple[int, ...]:

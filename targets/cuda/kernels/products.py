@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
+import attrs
+
 from jisu.compiler.errors import TargetError
 from jisu.compiler.schemes import SCHEMES
 from jisu.targets.cpu.isa import Val
@@ -13,39 +15,51 @@ from jisu.targets.target import Target
 
 EIGHT = 8
 """Numbers of 16 bits in 16 bytes."""
-ROWS, OUTPUTS = 128, 128
-"""Rows of x and of W in a block's tile. Grid: tiles of rows, then `Layer.tiles(OUTPUTS)`, so that blocks of one matrix tile run together."""
 _STAGES = 4  # steps whose inputs are under way or in shared memory
 
 
-class _Product:
-    """A layer in tiles of `ROWS` by `OUTPUTS` under construction, `inputs` of k per step."""
+@attrs.frozen
+class Tile:
+    """Rows of x and of W that a block multiplies, and its warps along both. Grid: tiles of rows, then `Layer.tiles(outputs)`, so that blocks of
+    one matrix tile run together."""
 
-    def __init__(self, name: str, layer: Layer, inputs: int, threads: int, target: Target) -> None:
+    rows: int
+    outputs: int
+    warps: tuple[int, int]
+
+    @property
+    def of_warp(self) -> tuple[int, int]:
+        """Rows and outputs of a warp."""
+        return self.rows // self.warps[0], self.outputs // self.warps[1]
+
+
+LARGE, SMALL = Tile(128, 128, (2, 4)), Tile(64, 64, (2, 2))
+"""Where there are rows enough for blocks on all multiprocessors, and where there aren't."""
+
+
+class _Product:
+    """A layer in tiles under construction, `inputs` of k per step."""
+
+    def __init__(self, name: str, layer: Layer, tile: Tile, inputs: int, threads: int, target: Target) -> None:
         layer.require()
         if layer.k % inputs or (layer.group and layer.group % EIGHT):
             raise TargetError(f"{layer.name}: inputs are no multiple of {inputs}, or groups none of {EIGHT}")
         f = self.f = Device(f"{name}_{layer.name}", layer.parameters, target, threads)
-        self.layer, self.k, self.inputs, self.steps, self.chunks = (
-            layer,
-            layer.k,
-            inputs,
-            layer.k // inputs,
-            inputs // EIGHT,
-        )
+        self.layer, self.tile, self.k, self.inputs = layer, tile, layer.k, inputs
+        self.steps, self.chunks = layer.k // inputs, inputs // EIGHT
         given = {name: value for (_, name), value in zip(layer.parameters, f.params(), strict=True)}
         self.x, self.m = f.memory(given["x"]), given["m"]
         self.residual = f.memory(given["r"]) if layer.residual else None
-        self.row0 = f.block() * ROWS
-        self.part = part_of(f, layer, f.block("y"), OUTPUTS)
+        self.row0 = f.block() * tile.rows
+        self.part = part_of(f, layer, f.block("y"), tile.outputs)
         self.row_bytes = inputs * 16 // layer.codes_per_chunk  # of W, per step
-        self.stage_bytes = ROWS * inputs * 2 + OUTPUTS * self.row_bytes
+        self.stage_bytes = tile.rows * inputs * 2 + tile.outputs * self.row_bytes
         self.held = f.shared(_STAGES * self.stage_bytes, 1024)
 
     def stage(self, step: Val) -> tuple[Val, Val]:
         """Where a step's rows and weights are in shared memory."""
         rows = self.f.at(self.held, step % _STAGES * self.stage_bytes, "i8")
-        return rows, self.f.at(rows, ROWS * self.inputs * 2, "i8")
+        return rows, self.f.at(rows, self.tile.rows * self.inputs * 2, "i8")
 
     def fetch(self, step: Val) -> None:
         """Begin to copy a step's inputs; rows beyond the last are copies of it, whose results nobody stores."""
@@ -59,19 +73,19 @@ class _Product:
             row = f.minimum(part.first + r, part.rows - 1)
             return f.at(row_address(f, self.layer, part, row), step * self.row_bytes, "i8")
 
-        f.copy_tile(rows, ROWS, self.chunks, row_of_x)
+        f.copy_tile(rows, self.tile.rows, self.chunks, row_of_x)
         if not self.layer.scheme:
-            f.copy_tile(weights, OUTPUTS, self.chunks, row_of_w)
+            f.copy_tile(weights, self.tile.outputs, self.chunks, row_of_w)
             return
         per_row = self.row_bytes // 16
-        for begin in range(0, OUTPUTS * per_row, f.threads):
+        for begin in range(0, self.tile.outputs * per_row, f.threads):
             number = f.thread() + begin
 
             def copy(number: Val = number) -> None:
                 source = f.at(row_of_w(number / per_row), number % per_row * 16, "i8")
                 f.copy16(f.at(weights, number * 16, "i8"), source)
 
-            f.when(number < OUTPUTS * per_row, copy)
+            f.when(number < self.tile.outputs * per_row, copy)
 
     def begin(self) -> None:
         """Copies of the first steps are under way."""
@@ -103,17 +117,14 @@ class _Product:
                 f.when(inside, put)
 
 
-_WARPS = (2, 4)  # warps of `product` along rows and outputs
-_TILE = (64, 32)  # of a warp
-
-
-def product(layer: Layer, target: Target) -> DeviceKernel:
+def product(layer: Layer, tile: Tile, target: Target) -> DeviceKernel:
     """The layer on tensor cores. Parameters: `Layer.parameters`. Raises TargetError for a layer that it can't read."""
-    p = _Product("product", layer, 32, _WARPS[0] * _WARPS[1] * WARP, target)
+    name = "product" if tile is LARGE else "product_small"
+    p = _Product(name, layer, tile, 32, tile.warps[0] * tile.warps[1] * WARP, target)
     f, thread = p.f, p.f.thread()
     lane, warp = thread % WARP, thread / WARP
-    tiles_m, tiles_n = _TILE[0] // 16, _TILE[1] // 8
-    warp_row, warp_column = warp / _WARPS[1] * _TILE[0], warp % _WARPS[1] * _TILE[1]
+    tiles_m, tiles_n = tile.of_warp[0] // 16, tile.of_warp[1] // 8
+    warp_row, warp_column = warp / tile.warps[1] * tile.of_warp[0], warp % tile.warps[1] * tile.of_warp[1]
     read = _coded(p, lane, warp_row, warp_column) if layer.scheme else _plain(p, lane, warp_row, warp_column)
     p.begin()
 
@@ -156,11 +167,11 @@ def _plain(p: _Product, lane: Val, warp_row: Val, warp_column: Val) -> Callable[
         def halves() -> Iterator[tuple[list[list[Val]], list[list[Val]]]]:
             for half in range(p.inputs // 16):
                 left = []
-                for i in range(_TILE[0] // 16):
+                for i in range(p.tile.of_warp[0] // 16):
                     row, chunk = warp_row + 16 * i + (line + (matrix & 1) * 8), (matrix >> 1) + 2 * half
                     left.append(f.fragments(f.at(rows, f.place(row, chunk, p.chunks), "i8")))
                 right: list[list[Val]] = []
-                for j in range(0, _TILE[1] // 8, 2):
+                for j in range(0, p.tile.of_warp[1] // 8, 2):
                     row, chunk = warp_column + 8 * j + (line + (matrix >> 1) * 8), (matrix & 1) + 2 * half
                     four = f.fragments(f.at(weights, f.place(row, chunk, p.chunks), "i8"))
                     right += [four[:2], four[2:]]
@@ -175,7 +186,7 @@ def _coded(p: _Product, lane: Val, warp_row: Val, warp_column: Val) -> Callable[
     """The same from a tile of codes: four threads share a row's inputs, eight neighbouring ones each, in whatever order `decoded` gives."""
     f, layer, line, place = p.f, p.layer, lane / 4, lane % 4
     slice_bytes = 8 // SCHEMES[layer.scheme].per_byte  # of eight codes
-    outputs = [warp_column + 8 * j + line for j in range(_TILE[1] // 8)]
+    outputs = [warp_column + 8 * j + line for j in range(p.tile.of_warp[1] // 8)]
 
     def read(step: Val) -> _Halves:
         # Scales come from the GPU's memory: they are asked for before the wait.
@@ -190,7 +201,7 @@ def _coded(p: _Product, lane: Val, warp_row: Val, warp_column: Val) -> Callable[
 
         def halves() -> Iterator[tuple[list[list[Val]], list[list[Val]]]]:
             left, right = [], []
-            for i in range(_TILE[0] // 16):
+            for i in range(p.tile.of_warp[0] // 16):
                 both = []
                 for half in (0, 1):
                     at = f.at(rows, f.place(warp_row + 16 * i + line + 8 * half, place, p.chunks), "i8")
@@ -218,7 +229,7 @@ def product_hopper(layer: Layer, target: Target) -> DeviceKernel:
     """
     if target.mcpu != "sm_90a" or layer.scheme:
         raise TargetError(f"warp groups multiply floats on sm_90a, not {layer.scheme or layer.dtype} on {target.mcpu}")
-    p = _Product("product_hopper", layer, 64, ROWS // 64 * GROUP, target)
+    p = _Product("product_hopper", layer, LARGE, 64, LARGE.rows // 64 * GROUP, target)
     f, thread = p.f, p.f.thread()
     group = thread / GROUP
     p.begin()
@@ -231,14 +242,14 @@ def product_hopper(layer: Layer, target: Target) -> DeviceKernel:
         a, b = f.tile_address(f.at(rows, group * (64 * p.inputs * 2), "i8")), f.tile_address(weights)
         result = list(sums)
         for part in range(p.inputs // 16):
-            result = f.multiply_group(a + 2 * part, b + 2 * part, result, OUTPUTS, layer.dtype)
+            result = f.multiply_group(a + 2 * part, b + 2 * part, result, LARGE.outputs, layer.dtype)
         f.commit_products()
         p.fetch_ahead(step)
         f.products_done(0)
         return result
 
-    *sums, _ = f.loop(0, p.steps, 1, [f.const(0.0, "float")] * (OUTPUTS // 2), multiply)
+    *sums, _ = f.loop(0, p.steps, 1, [f.const(0.0, "float")] * (LARGE.outputs // 2), multiply)
     lane, warp = thread % WARP, thread % GROUP / WARP
-    for j in range(OUTPUTS // 8):
+    for j in range(LARGE.outputs // 8):
         p.store(group * 64 + warp * 16 + lane / 4, 8 * j + lane % 4 * 2, sums[4 * j : 4 * j + 4])
     return f.built()
