@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import json
 import statistics
 import sys
@@ -23,6 +24,7 @@ import attrs
 import numpy as np
 from scipy.optimize import minimize
 
+from jisu.compiler.errors import TargetError
 from jisu.targets.tpu.chip import CHIPS, Chip, Timing
 from jisu.targets.tpu.product import Tiles, best_tiles, events, product
 from jisu.targets.tpu.systolic import ceil_div, folded
@@ -31,6 +33,9 @@ from jisu.targets.tpu.timing import simulate
 FIXTURES = Path(__file__).parents[2] / "tests" / "fixtures"
 NAMES = ("launch", "block", "push bfloat16", "push int8", "accumulate", "epilogue")
 START = (2500.0, 200.0, 30.0, 40.0, 0.5, 4.0)
+SLOTS = 4
+"""Of the products that are simulated with our own tiles."""
+
 SOURCE = (
     "launch, block, push, accumulate and epilogue: fitted to cycles that libtpu {libtpu} estimates of twelve products "
     "(benchmarks/tpu/fit.py); element and exp: assumed"
@@ -90,42 +95,47 @@ def errors(chip: Chip, cases: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def utilisation(chip: Chip) -> list[dict[str, Any]]:
-    """Simulated MXU use of prefill products with our tiles: weights read from HBM, and weights that are in VMEM beforehand."""
+    """Simulated MXU use of prefill products with our tiles: weights read from HBM, and weights that are in VMEM beforehand.
+
+    Beside it: the same with the launch of a kernel, and the most that reading and writing everything once at HBM's bandwidth allows.
+    """
     rows = []
-    for dtype in ("int8", "bfloat16"):
-        for k, n in ((2048, 2048), (4096, 4096), (4096, 14336)):
-            for m in (128, 512, 2048):
-                row: dict[str, Any] = {"m": m, "k": k, "n": n, "dtype": dtype}
-                for weights in ("hbm", "vmem"):
-                    if weights == "vmem" and k * n * (1 if dtype == "int8" else 2) > chip.vmem_bytes * 3 // 4:
-                        continue
-                    cut = best_tiles(chip, m, k, n, dtype, weights=weights)
-                    run = simulate(chip, events(chip, m, k, n, dtype, cut, weights=weights), launch=False)
-                    whole = run.cycles + chip.timing.launch
-                    row[weights] = {
-                        "tiles": cut,
-                        "mxu_use": round(run.mxu_utilisation, 4),
-                        "mxu_use_with_launch": round(run.ideal / whole, 4),
-                        "most_that_hbm_allows": round(min(1.0, run.ideal / run.hbm_bound), 4),
-                    }
-                rows.append(row)
+    for dtype, (k, n), m in itertools.product(
+        ("int8", "bfloat16"), ((2048, 2048), (4096, 4096), (4096, 14336)), (128, 512, 2048)
+    ):
+        row: dict[str, Any] = {"m": m, "k": k, "n": n, "dtype": dtype}
+        for weights in ("hbm", "vmem"):
+            try:
+                cut = best_tiles(chip, m, k, n, dtype, weights=weights, slots=SLOTS)
+            except TargetError:  # weights that VMEM doesn't hold
+                continue
+            run = simulate(chip, events(chip, m, k, n, dtype, cut, weights=weights, slots=SLOTS), launch=False)
+            bound = product(chip, m, k, n, dtype, cut, weights=weights, slots=SLOTS).hbm_bound
+            row[weights] = {
+                "tiles": cut,
+                "mxu_use": round(run.mxu_utilisation, 4),
+                "mxu_use_with_launch": round(run.ideal / (run.cycles + chip.timing.launch), 4),
+                "most_that_hbm_allows": round(min(1.0, run.ideal / bound), 4),
+            }
+        rows.append(row)
     return rows
 
 
 def decode(chip: Chip) -> list[dict[str, Any]]:
-    """Simulated products of one step of decoding (8 padded rows): bytes and time over the least possible."""
+    """Simulated products of one step of decoding (one row padded to 8): bytes and time over the least possible."""
     rows = []
-    for dtype in ("int8", "bfloat16"):
-        for k, n in ((2048, 2048), (4096, 4096), (4096, 14336), (14336, 4096)):
-            cut = best_tiles(chip, 8, k, n, dtype)
-            run = simulate(chip, events(chip, 8, k, n, dtype, cut), launch=False)
-            found = product(chip, 8, k, n, dtype, cut)
-            rows.append({
-                "m": 8, "k": k, "n": n, "dtype": dtype, "tiles": cut,
-                "bytes_over_least": round(run.hbm_bytes / found.least_bytes, 4),
-                "time_over_hbm_bound": round(run.cycles / found.hbm_bound, 4),
-                "with_launch": round((run.cycles + chip.timing.launch) / found.hbm_bound, 4),
-            })  # fmt: skip
+    for dtype, (k, n) in itertools.product(
+        ("int8", "bfloat16"), ((2048, 2048), (4096, 4096), (4096, 14336), (14336, 4096))
+    ):
+        cut = best_tiles(chip, 8, k, n, dtype, slots=SLOTS)
+        run = simulate(chip, events(chip, 8, k, n, dtype, cut, slots=SLOTS), launch=False)
+        found = product(chip, 8, k, n, dtype, cut, slots=SLOTS)
+        rows.append({
+            "m": 8, "k": k, "n": n, "dtype": dtype, "tiles": cut,
+            "bytes_over_least": round(run.hbm_bytes / found.least_bytes, 4),
+            "time_over_hbm_bound": round(run.cycles / found.hbm_bound, 4),
+            "with_launch": round((run.cycles + chip.timing.launch) / found.hbm_bound, 4),
+        })  # fmt: skip
     return rows
 
 
@@ -162,6 +172,7 @@ def main() -> None:
         "scale_sim": [
             {**p, "model": folded(*(p[k] for k in ("rows", "columns", "m", "k", "n")))} for p in folds["products"]
         ],
+        "slots": SLOTS,
         "chips": chips,
     }
     options.json.write_text(json.dumps(found, indent=1) + "\n")
