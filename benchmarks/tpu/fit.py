@@ -83,15 +83,28 @@ def fit(chip: Chip, cases: list[dict[str, Any]], source: str) -> Timing:
     return timing(np.exp(min(found, key=lambda r: r.fun).x), source)
 
 
+def roofline(chip: Chip, case: dict[str, Any]) -> float:
+    """Cycles by peak and bandwidth alone, nothing fitted: what the model has to beat."""
+    shape = (case["m"], case["k"], case["n"], case["dtype"])
+    found = product(chip, *shape, tiles(chip, case), weights=case["weights"])
+    return max(found.ideal, found.hbm_bound)
+
+
 def errors(chip: Chip, cases: list[dict[str, Any]]) -> dict[str, Any]:
-    """Relative errors of the model against libtpu's estimates."""
+    """Relative errors of the model against libtpu's estimates, and of a plain roofline."""
     rows = []
     for c in cases:
         cycles = predicted(chip, c)
         name = {k: c[k] for k in ("m", "k", "n", "dtype")}
-        rows.append({**name, "libtpu": c["cycles"], "model": round(cycles), "error": round(cycles / c["cycles"] - 1, 4)})
+        rows.append(
+            {**name, "libtpu": c["cycles"], "model": round(cycles), "error": round(cycles / c["cycles"] - 1, 4)}
+        )
     sizes = [abs(r["error"]) for r in rows]
-    return {"median": round(statistics.median(sizes), 4), "worst": max(sizes), "products": rows}
+    plain = [abs(roofline(chip, c) / c["cycles"] - 1) for c in cases]
+    return {
+        "median": round(statistics.median(sizes), 4), "worst": max(sizes),
+        "roofline_median": round(statistics.median(plain), 4), "roofline_worst": round(max(plain), 4), "products": rows,
+    }  # fmt: skip
 
 
 def utilisation(chip: Chip) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ names none waits for all arithmetic before it.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Union
+from typing import Any
 
 import attrs
 
@@ -23,6 +23,10 @@ SCOPES = (HBM, VMEM, SMEM, ACC)
 
 def _names(names: Iterable[str] | str) -> tuple[str, ...]:
     return (names,) if isinstance(names, str) else tuple(names)
+
+
+def _tuple(events: Iterable[Any]) -> tuple[Any, ...]:
+    return tuple(events)
 
 
 def _scope(instance: object, attribute: attrs.Attribute[str], value: str) -> None:
@@ -101,7 +105,7 @@ class Repeat:
     """`body`, `count` times over."""
 
     count: int = attrs.field(validator=_count)
-    body: tuple[Any, ...] = attrs.field(converter=tuple)
+    body: tuple[Any, ...] = attrs.field(converter=_tuple)
 
 
-Event = Union[Copy, Wait, Matmul, Vector, Allocate, Free, Repeat]
+Event = Copy | Wait | Matmul | Vector | Allocate | Free | Repeat

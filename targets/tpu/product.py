@@ -97,8 +97,8 @@ def _plan(m: int, k: int, n: int, tiles: Tiles, weights: str, slots: int) -> _Pl
         raise TargetError(f"copies beside arithmetic need 2 slots or more, not {slots}")
     if weights not in ("hbm", "vmem"):
         raise TargetError(f"weights are in 'hbm' or 'vmem', not in {weights!r}")
-    blocks = [_blocks(size, tile) for size, tile in zip((m, k, n), tiles, strict=True)]
-    mb, kb, nb = (_count(b) for b in blocks)
+    axes = _blocks(m, tiles[0]), _blocks(k, tiles[1]), _blocks(n, tiles[2])
+    mb, kb, nb = (_count(b) for b in axes)
     choices = []
     for rows_outside in (False, True):
         again, kept = (mb, nb) if rows_outside else (nb, mb)
@@ -109,7 +109,7 @@ def _plan(m: int, k: int, n: int, tiles: Tiles, weights: str, slots: int) -> _Pl
         w = w if weights == "hbm" else 0
         choices.append((x * m * k + w * k * n, rows_outside, x, w))
     _, rows_outside, x, w = min(choices)
-    return _Plan(*blocks, rows_outside, x, w)
+    return _Plan(*axes, rows_outside, x, w)
 
 
 def product(
@@ -185,9 +185,7 @@ def _steady(
     return within + (kept - 1) * each + (turns - 1) * turn
 
 
-def _buffers(
-    m: int, k: int, n: int, dtype: str, tiles: Tiles, weights: str, output: str, slots: int
-) -> list[Allocate]:
+def _buffers(m: int, k: int, n: int, dtype: str, tiles: Tiles, weights: str, output: str, slots: int) -> list[Allocate]:
     bm, bk, bn = (min(size, tile) for size, tile in zip((m, k, n), tiles, strict=True))
     mb, kb, nb = (ceil_div(size, tile) for size, tile in zip((m, k, n), tiles, strict=True))
     size = itemsize(dtype)
@@ -278,5 +276,7 @@ def best_tiles(
         key = (found.cycles, found.vmem_bytes, tiles)
         best = key if best is None else min(best, key)
     if best is None:
-        raise TargetError(f"no tiles of {m}x{k}x{n} {dtype} fit into the {chip.vmem_bytes:,} bytes of VMEM of {chip.name}")
+        raise TargetError(
+            f"no tiles of {m}x{k}x{n} {dtype} fit into the {chip.vmem_bytes:,} bytes of VMEM of {chip.name}"
+        )
     return best[2]

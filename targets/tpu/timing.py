@@ -19,7 +19,7 @@ import attrs
 
 from jisu.compiler.errors import TargetError
 from jisu.targets.tpu.chip import Chip
-from jisu.targets.tpu.events import HBM, SMEM, VMEM, Allocate, Copy, Event, Free, Matmul, Repeat, Vector, Wait
+from jisu.targets.tpu.events import HBM, SMEM, VMEM, Allocate, Copy, Event, Matmul, Repeat, Vector, Wait
 from jisu.targets.tpu.systolic import vector_cycles, work
 
 UNITS = ("mxu", "vector", "hbm")
@@ -306,7 +306,15 @@ class _Core:
     def timeline(self) -> Timeline:
         leaked = tuple(sorted(name for name, copies in self.pending.items() if copies))
         return Timeline(
-            self.chip, self.end, self.busy, self.ideal, self.bytes, self.high, leaked, tuple(self.hazards), tuple(self.spans)
+            self.chip,
+            self.end,
+            self.busy,
+            self.ideal,
+            self.bytes,
+            self.high,
+            leaked,
+            tuple(self.hazards),
+            tuple(self.spans),
         )
 
 
@@ -323,20 +331,32 @@ def _same(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
 
 
 def trace(timeline: Timeline, path: Path | str | None = None) -> dict[str, Any]:
-    """`timeline` for chrome://tracing and Perfetto: a row per unit, times in simulated microseconds. Written to `path` where one is given."""
-    rows = [*UNITS, *sorted({s.unit for s in timeline.spans} - set(UNITS))]
+    """`timeline` for chrome://tracing and Perfetto, times in simulated microseconds; written to `path` where one is given.
+
+    A row per unit, and further ones ("hbm 2") for transfers that share it.
+    """
     scale = 1e6 / timeline.chip.clock
-    process = {"name": f"{timeline.chip.name}, {LABEL}"}
-    events: list[dict[str, Any]] = [{"ph": "M", "pid": 0, "name": "process_name", "args": process}]
-    for i, unit in enumerate(rows):
-        events.append({"ph": "M", "pid": 0, "tid": i, "name": "thread_name", "args": {"name": unit}})
-    for s in timeline.spans:
-        args = {"cycles": s.end - s.start}
-        events.append(
-            {"ph": "X", "pid": 0, "tid": rows.index(s.unit), "name": s.name, "ts": s.start * scale,
-             "dur": (s.end - s.start) * scale, "args": args}
-        )  # fmt: skip
-    found = {"traceEvents": events, "displayTimeUnit": "ns", "otherData": {"label": LABEL, "chip": timeline.chip.name}}
+    taken: dict[str, float] = dict.fromkeys(UNITS, 0.0)
+    drawn: list[dict[str, Any]] = []
+    for s in sorted(timeline.spans, key=lambda s: (s.start, s.end)):
+        number = 1
+        while taken.get(row := s.unit if number == 1 else f"{s.unit} {number}", 0.0) > s.start + 1e-6:
+            number += 1
+        taken[row] = s.end
+        drawn.append({
+            "ph": "X", "pid": 0, "tid": row, "name": s.name, "ts": s.start * scale, "dur": (s.end - s.start) * scale,
+            "args": {"cycles": s.end - s.start},
+        })  # fmt: skip
+    rows = {row: i for i, row in enumerate(taken)}
+    named = [
+        {"ph": "M", "pid": 0, "name": "process_name", "args": {"name": f"{timeline.chip.name}, {LABEL}"}},
+        *({"ph": "M", "pid": 0, "tid": i, "name": "thread_name", "args": {"name": row}} for row, i in rows.items()),
+    ]
+    found = {
+        "traceEvents": named + [{**e, "tid": rows[e["tid"]]} for e in drawn],
+        "displayTimeUnit": "ns",
+        "otherData": {"label": LABEL, "chip": timeline.chip.name},
+    }
     if path is not None:
         Path(path).write_text(json.dumps(found), encoding="utf-8")
     return found
