@@ -158,6 +158,7 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="store the fitted parameters in targets/tpu/chips")
     options = parser.parse_args()
     estimates = json.loads((FIXTURES / "tpu_libtpu.json").read_text())
+    later = json.loads((FIXTURES / "tpu_libtpu_later.json").read_text())["products"]
     folds = json.loads((FIXTURES / "tpu_scale_sim.json").read_text())
     source = SOURCE.format(**estimates["versions"])
     chips: dict[str, Any] = {}
@@ -169,19 +170,25 @@ def main() -> None:
         chips[name] = {
             "parameters": parameters,
             **{half: errors(chip, part) for half, part in halves.items()},
+            "later": errors(chip, [c for c in later if c["chip"] == name]),
             "prefill": utilisation(chip),
             "decode": decode(chip),
         }
         if options.write:
             path = CHIPS / f"{name}.json"
             path.write_text(json.dumps({**json.loads(path.read_text()), "timing": parameters}, indent=1) + "\n")
-    held = [abs(r["error"]) for c in chips.values() for r in c["held out"]["products"]]
+
+    def over_chips(half: str) -> dict[str, Any]:
+        sizes = [abs(r["error"]) for c in chips.values() for r in c[half]["products"]]
+        return {"estimates": len(sizes), "median": round(statistics.median(sizes), 4), "worst": max(sizes)}
+
     found = {
         "date": datetime.date.today().isoformat(),
         "label": "simulated; libtpu's figures are a compiler's estimates; nothing was measured on a TPU",
-        "versions": {"jisu": version("jisu"), **estimates["versions"], **folds["versions"]},
+        "versions": {"jisu": version("jisu"), "estimates": estimates["versions"], "folds": folds["versions"]},
         "command": "python " + " ".join(sys.argv),
-        "held_out": {"products": len(held), "median": round(statistics.median(held), 4), "worst": max(held)},
+        "held_out": over_chips("held out"),
+        "later": over_chips("later"),
         "scale_sim": [
             {**p, "model": folded(*(p[k] for k in ("rows", "columns", "m", "k", "n")))} for p in folds["products"]
         ],
@@ -189,7 +196,7 @@ def main() -> None:
         "chips": chips,
     }
     options.json.write_text(json.dumps(found, indent=1) + "\n")
-    print(found["held_out"], {n: (c["parameters"], c["fit"]["median"], c["fit"]["worst"]) for n, c in chips.items()})
+    print(found["held_out"], found["later"], {n: (c["parameters"], c["fit"]["median"], c["fit"]["worst"]) for n, c in chips.items()})
 
 
 if __name__ == "__main__":
