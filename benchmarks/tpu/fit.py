@@ -196,7 +196,11 @@ def main() -> None:
         "chips": chips,
     }
     options.json.write_text(json.dumps(found, indent=1) + "\n")
-    print(found["held_out"], found["later"], {n: (c["parameters"], c["fit"]["median"], c["fit"]["worst"]) for n, c in chips.items()})
+    print(
+        found["held_out"],
+        found["later"],
+        {n: (c["parameters"], c["fit"]["median"], c["fit"]["worst"]) for n, c in chips.items()},
+    )
 
 
 if __name__ == "__main__":
