@@ -21,6 +21,7 @@ import attrs
 
 from jisu.compiler.errors import TargetError
 from jisu.targets.schedule import Schedule
+from jisu.targets.tpu.chip import chips, description
 
 MACHINES = Path(__file__).with_name("machines")
 
@@ -147,6 +148,8 @@ class Target:
             return host()
         if name in _plain_names():
             return _plainer(host(), name)
+        if name in ("tpu", *chips()):
+            return cls.from_json(description(name))
         return _load(MACHINES / (re.sub("[:/]", "-", _alias(name)) + ".json"))
 
     @property
@@ -222,9 +225,9 @@ class Target:
 def known_targets() -> tuple[str, ...]:
     """All target names that `Target.describe` takes."""
     files = sorted(_name_of(p) for p in MACHINES.glob("*.json"))
-    by_kind = {kind: [f for f in files if f.startswith(kind)] for kind in ("cpu", "cuda", "nvidia", "tpu")}
+    by_kind = {kind: [f for f in files if f.startswith(kind)] for kind in ("cpu", "cuda", "nvidia")}
     names = ("cpu", *_plain_names(), *by_kind["cpu"], "cuda", *by_kind["cuda"], *by_kind["nvidia"])
-    return (*names, "tpu", *by_kind["tpu"])
+    return (*names, "tpu", *chips())
 
 
 def _name_of(path: Path) -> str:
@@ -381,7 +384,7 @@ def _capability(name: str) -> tuple[int, int]:
 
 def _alias(name: str) -> str:
     """A family's name stands for its machine that most people have."""
-    return {"cuda": "cuda:sm_90", "tpu": "tpu:v5e"}.get(name, name)
+    return {"cuda": "cuda:sm_90"}.get(name, name)
 
 
 @functools.cache
