@@ -26,7 +26,7 @@ from scipy.optimize import minimize
 
 from jisu.compiler.errors import TargetError
 from jisu.targets.tpu.chip import CHIPS, Chip, Timing
-from jisu.targets.tpu.product import Tiles, best_tiles, events, product
+from jisu.targets.tpu.estimate import Tiles, best_tiles, events, product
 from jisu.targets.tpu.systolic import ceil_div, folded
 from jisu.targets.tpu.timing import simulate
 
