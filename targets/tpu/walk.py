@@ -7,6 +7,8 @@ from typing import Any
 
 import attrs
 from tvm import sym, tirx
+from tvm.ir import Call, Range
+from tvm.ir.expr import TensorLoad
 
 from jisu.targets.tpu.intrinsics import COPY, HBM, MULTIPLY, ZERO
 
@@ -62,6 +64,34 @@ def parts(statement: Any) -> Iterator[Any]:
             yield from parts(statement.then_case)
             if statement.else_case is not None:
                 yield from parts(statement.else_case)
+
+
+def loads(expression: Any) -> Iterator[Any]:
+    """All that an expression reads of buffers."""
+    if isinstance(expression, TensorLoad):
+        yield expression
+    for inner in operands(expression):
+        yield from loads(inner)
+
+
+def operands(expression: Any) -> tuple[Any, ...]:
+    """What an expression is made of."""
+    match expression:
+        case tirx.Cast():
+            return (expression.value,)
+        case Call():
+            return tuple(expression.args)
+        case _ if hasattr(expression, "a") and hasattr(expression, "b"):
+            return expression.a, expression.b
+        case _:
+            return ()
+
+
+def elementwise(loop: Any) -> bool:
+    """Whether a nest of loops computes one value per step, without the chip's instructions."""
+    while isinstance(loop, tirx.For):
+        loop = loop.body
+    return isinstance(loop, tirx.BufferStore)
 
 
 def wait(queue: int, inflight: int, body: Any) -> Any:
@@ -123,24 +153,18 @@ class Multiply:
     w: Region
 
 
-def buffers_of(function: Any) -> dict[Any, Any]:
-    """All buffers of a function by the variable that points to them."""
-    buffers = {buffer.data: buffer for buffer in function.buffer_map.values()}
-    buffers |= {s.buffer.data: s.buffer for s in parts(function.body) if isinstance(s, tirx.AllocBuffer)}
-    return buffers
-
-
-def instruction(statement: Any, buffers: dict[Any, Any]) -> Copy | Zero | Multiply | None:
+def instruction(statement: Any) -> Copy | Zero | Multiply | None:
     """The chip's instruction that a statement calls, None for other statements."""
-    if not isinstance(statement, tirx.Evaluate) or not isinstance(statement.value, tirx.Call):
+    if not isinstance(statement, tirx.Evaluate) or not isinstance(statement.value, Call):
         return None
     call = statement.value
     if call.op.name != "tirx.call_extern":
         return None
     name, *arguments = call.args
 
+    # A pointer's second argument is the address of its buffer, a call whose argument the buffer is.
     def region(pointer: Any, rows: Any, columns: Any, stride: Any) -> Region:
-        return Region(buffers[pointer.args[1]], pointer.args[2], int(rows), int(columns), int(stride))
+        return Region(pointer.args[1].args[0], pointer.args[2], int(rows), int(columns), int(stride))
 
     if name.value == COPY:
         to, source, rows, columns, ts, ss = arguments
@@ -158,11 +182,5 @@ def bound_analyzer(loops: list[Any]) -> Any:
     """An analyzer that knows the ranges of loops' variables."""
     analyzer = sym.Analyzer()
     for loop in loops:
-        analyzer.bind(loop.loop_var, _range(loop))
+        analyzer.bind(loop.loop_var, Range.from_min_extent(loop.min, loop.extent))
     return analyzer
-
-
-def _range(loop: Any) -> Any:
-    from tvm.ir import Range
-
-    return Range.from_min_extent(loop.min, loop.extent)
