@@ -9,6 +9,8 @@ Source: JAX's Pallas TPU documentation (memory spaces, DMA, semaphores).
 from __future__ import annotations
 
 import math
+import re
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -59,7 +61,7 @@ class _Writer:
     loops: list[Any] = attrs.Factory(list)
     queue: int | None = None
     queues: dict[int, dict[str, Copy]] = attrs.Factory(dict)
-    counts: dict[str, int] = attrs.Factory(dict)
+    counts: Counter[str] = attrs.Factory(Counter)
 
     # The module
 
@@ -71,9 +73,8 @@ class _Writer:
         self._statement(function.body)
         body = "\n".join(self.lines)
         *inputs, result = self.lowered.operands
-        parameters = ", ".join(
-            [*(_hbm(o.name) for o in self.lowered.operands), *map(_name, allocated), *(f"{n}_copied" for n in copied)]
-        )
+        groups = [_hbm(o.name) for o in self.lowered.operands], map(_name, allocated), [f"{n}_copied" for n in copied]
+        parameters = "".join(f"\n    {', '.join(group)}," for group in groups)
         scratch = [f"pltpu.VMEM({_shape(b)}, jnp.{b.dtype})" for b in allocated]
         scratch += [f"pltpu.SemaphoreType.DMA(({_slots(b)},))" for n in copied for b in allocated if _name(b) == n]
         listed = "".join(f"\n            {s}," for s in scratch)
@@ -93,10 +94,21 @@ from jax.experimental.pallas import tpu as pltpu
 # Shapes in HBM: whole tiles. Arrays that are smaller get zeros behind their rows and columns.
 PADDED = ({shapes}
 )
+DTYPES = ({", ".join(repr(o.dtype) for o in inputs)})
 RESULT = {result.shape}  # of {result.padded}
 
 
-def body({parameters}):
+copy = pltpu.make_async_copy
+
+
+def await_copy(tile, copied, slot):
+    """Wait until the copy to a tile's slot has come."""
+    copy(tile.at[slot], tile.at[slot], copied.at[slot]).wait()
+
+
+# Memory: operands in HBM; tiles in VMEM, by slots where one is filled while another is used; semaphores of their copies.
+def body({parameters}
+):
 {body}
 
 
@@ -126,7 +138,7 @@ def kernel(*arrays, interpret=False):
     # Statements
 
     def _put(self, text: str) -> None:
-        self.lines.append("    " * self.depth + text)
+        self.lines.append(("    " * self.depth + text).rstrip())
 
     @contextmanager
     def _indented(self) -> Iterator[None]:
@@ -170,14 +182,29 @@ def kernel(*arrays, interpret=False):
 
     def _serial(self, loop: Any) -> None:
         variable = self._variable(loop)
+        self._put("")
         self._put(f"def step_{variable}({variable}, carry):")
         self.loops.append(loop)
+        begin = len(self.lines)
         with self._indented():
             self._statement(loop.body)
+            self._share_quotients(begin, variable)
             self._put("return carry")
         self.loops.pop()
+        self._put("")
         first, count = int(loop.min), int(loop.extent)
         self._put(f"lax.fori_loop({first}, {first + count}, step_{variable}, 0)")
+
+    def _share_quotients(self, begin: int, variable: str) -> None:
+        """Give names to quotients and remainders of a loop's variable that the lines from `begin` on use again and again."""
+        pattern = re.compile(rf"lax\.(?:rem|div)\({variable}(?: [+-] \d+)?, \d+\)")
+        counts = Counter(found for line in self.lines[begin:] for found in pattern.findall(line))
+        for text in (text for text, count in counts.items() if count > 1):
+            kind = "slot" if text.endswith(", 2)") and text.startswith("lax.rem") else "rest" if "rem" in text else "whole"
+            self.counts[kind] += 1
+            name = kind if self.counts[kind] == 1 else f"{kind}_{self.counts[kind]}"
+            self.lines[begin:] = [line.replace(text, name) for line in self.lines[begin:]]
+            self.lines.insert(begin, "    " * self.depth + f"{name} = {text}")
 
     def _variable(self, loop: Any) -> str:
         """A readable name of a loop's variable, distinct from those of loops around it."""
@@ -202,11 +229,8 @@ def kernel(*arrays, interpret=False):
     def _copy(self, copy: Copy) -> None:
         text = self._transfer(copy)
         if self.queue is None:
-            self.counts["copy"] = self.counts.get("copy", 0) + 1
-            name = f"copy_{self.counts['copy']}"
-            self._put(f"{name} = {text}")
-            self._put(f"{name}.start()")
-            self._put(f"{name}.wait()")
+            self._put(f"{text}.start()")
+            self._put(f"{text}.wait()")
             return
         self.queues.setdefault(self.queue, {})[_name(copy.vmem.buffer)] = copy
         self._put(f"{text}.start()")
@@ -214,7 +238,7 @@ def kernel(*arrays, interpret=False):
     def _transfer(self, copy: Copy) -> str:
         slot = self._slot(copy.vmem)
         semaphore = f"{_name(copy.vmem.buffer)}_copied.at[{slot}]"
-        return f"pltpu.make_async_copy({self._ref(copy.source)}, {self._ref(copy.to)}, {semaphore})"
+        return f"copy({self._ref(copy.source)}, {self._ref(copy.to)}, {semaphore})"
 
     def _slot(self, region: Region, inner: Any = None) -> str:
         """A region's slot; `inner` has the loops between here and the region."""
@@ -231,9 +255,8 @@ def kernel(*arrays, interpret=False):
             for copy in self._stores(queue):
                 self._put(f"{self._transfer(copy)}.wait()")
             return
-        for name, copy in started.items():
-            where = f"{name}.at[{slot}]"
-            self._put(f"pltpu.make_async_copy({where}, {where}, {name}_copied.at[{slot}]).wait()")
+        for name in started:
+            self._put(f"await_copy({name}, {name}_copied, {slot})")
 
     def _stores(self, queue: int) -> list[Copy]:
         """The queue's copies in the innermost sequence of statements around here."""
@@ -259,7 +282,9 @@ def kernel(*arrays, interpret=False):
             raise CompileError(f"unrolled products don't make up a whole one: {found}")
         self._put(f"{self._value(sums, analyzer)} += jnp.dot(")
         with self._indented():
-            self._put(f"{self._value(x, analyzer)}, {self._value(w, analyzer)}, preferred_element_type=jnp.{sums.buffer.dtype}")
+            self._put(f"{self._value(x, analyzer)},")
+            self._put(f"{self._value(w, analyzer)},")
+            self._put(f"preferred_element_type=jnp.{sums.buffer.dtype},")
         self._put(")")
 
     def _widened(self, region: Region, unrolled: list[Any]) -> Region:
