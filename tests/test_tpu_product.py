@@ -25,7 +25,8 @@ from tvm import tirx
 V5E, V6E = find_chip("v5e"), find_chip("v6e")
 AOT = judges.aot_python()
 needs_libtpu = pytest.mark.skipif(
-    AOT is None, reason=f'libtpu is not installed: pip install "jisu[tpu-aot]", or let {judges.AOT_PYTHON} name a Python that has it'
+    AOT is None,
+    reason=f'libtpu is not installed: pip install "jisu[tpu-aot]", or let {judges.AOT_PYTHON} name a Python that has it',
 )
 
 
@@ -89,7 +90,13 @@ def lowereds(draw: Any) -> Lowered:
     dtype = draw(st.sampled_from(["int8", "bfloat16"]))
     flags = {name: draw(st.booleans()) for name in ("channel_scale", "row_scale", "bias", "residual")}
     product = Product(
-        m, n, k, dtype, draw(st.sampled_from(["bfloat16", "float32"])), activation=draw(st.sampled_from(ACTIVATIONS)), **flags
+        m,
+        n,
+        k,
+        dtype,
+        draw(st.sampled_from(["bfloat16", "float32"])),
+        activation=draw(st.sampled_from(ACTIVATIONS)),
+        **flags,
     )
     order = draw(st.sampled_from(["chosen", "resident", "panels", "split"]))
     if order == "chosen":
@@ -165,9 +172,9 @@ def test_chosen_tiles_fit_and_read_little(m: int, chip: Chip, dtype: str) -> Non
         tiles = choose_tiles(product, chip)
         tiles.check(product, chip)
         assert all(p >= s for p, s in zip(tiles.padded, (m, n, k), strict=True))
+        least = m * k * product.itemsize + k * n * product.itemsize + 2 * m * n
         if m <= 512 and n > 300:
-            assert tiles.order == "resident"
-            assert tiles.padded[1] <= 1.05 * n
+            assert tiles.hbm_bytes(product) <= 1.05 * least
 
 
 def test_source_stands_alone_and_holds_no_python_division() -> None:
@@ -199,26 +206,34 @@ def changed(lowered: Lowered, visit: Callable[[Any], Any]) -> Lowered:
 
 def without_wait(lowered: Lowered, queue: int) -> Lowered:
     """The TIR without the last wait for a queue."""
-    waits = [s for s in parts(lowered.function.body) if isinstance(s, tirx.AttrStmt) and s.attr_key == WAIT and int(s.value) == queue]
+    waits = [
+        s
+        for s in parts(lowered.function.body)
+        if isinstance(s, tirx.AttrStmt) and s.attr_key == WAIT and int(s.value) == queue
+    ]
     return changed(lowered, lambda s: s.body.body if s.same_as(waits[-1]) else None)
 
 
 def in_one_slot(lowered: Lowered, name: str) -> Lowered:
     """The TIR with a buffer's two slots being one: its copies and products address the first."""
-    buffer = next(s.buffer for s in parts(lowered.function.body) if isinstance(s, tirx.AllocBuffer) and s.buffer.name.startswith(name + "_"))
+    buffer = next(
+        s.buffer
+        for s in parts(lowered.function.body)
+        if isinstance(s, tirx.AllocBuffer) and s.buffer.name.startswith(name + "_")
+    )
     size = int(np.prod([int(n) for n in buffer.shape[1:]]))
 
     def first(pointer: Any) -> Any:
         if not hasattr(pointer, "args") or len(pointer.args) != 5 or not pointer.args[1].args[0].same_as(buffer):
             return pointer
         kind, data, offset, *rest = pointer.args
-        return type(pointer)(pointer.op, [kind, data, tirx.floormod(offset, size), *rest], ty=pointer.ty)
+        return type(pointer)(pointer.op, [kind, data, tirx.floormod(offset, size), *rest], ret_ty=pointer.ty)
 
     def visit(s: Any) -> Any:
         if instruction(s) is None:
             return None
         call = s.value
-        return tirx.Evaluate(type(call)(call.op, [first(a) for a in call.args], ty=call.ty))
+        return tirx.Evaluate(type(call)(call.op, [first(a) for a in call.args], ret_ty=call.ty))
 
     return changed(lowered, visit)
 
@@ -254,7 +269,7 @@ def test_a_dropped_wait_is_seen(pipelined: Lowered) -> None:
 
 def test_a_store_that_nobody_awaits_is_seen(pipelined: Lowered) -> None:
     verdicts = judged(without_wait(pipelined, STORE), draw_arrays(pipelined.product))
-    assert not any(clean for clean, _ in verdicts.values()), verdicts
+    assert not any(clean and right for clean, right in verdicts.values()), verdicts
 
 
 def test_two_tiles_in_one_slot_are_seen(pipelined: Lowered) -> None:
@@ -263,7 +278,9 @@ def test_two_tiles_in_one_slot_are_seen(pipelined: Lowered) -> None:
 
 
 def test_stores_begin_before_the_next_tile_is_computed(pipelined: Lowered) -> None:
-    loop = next(s for s in parts(pipelined.function.body) if isinstance(s, tirx.For) and isinstance(s.body, tirx.SeqStmt))
+    loop = next(
+        s for s in parts(pipelined.function.body) if isinstance(s, tirx.For) and isinstance(s.body, tirx.SeqStmt)
+    )
     keys = [int(s.value) for s in loop.body.seq if isinstance(s, tirx.AttrStmt) and s.attr_key == COMMIT]
     assert keys == [LOAD, STORE]
 
@@ -277,7 +294,10 @@ def test_vmem_overflow_names_the_tensor() -> None:
         choose_tiles(product, tiny)
 
 
-@pytest.mark.parametrize(("m", "n", "k", "said"), [(12, 128, 128, "rows of x"), (32, 100, 128, "columns of w"), (32, 128, 96, "columns of x")])
+@pytest.mark.parametrize(
+    ("m", "n", "k", "said"),
+    [(12, 128, 128, "rows of x"), (32, 100, 128, "columns of w"), (32, 128, 96, "columns of x")],
+)
 def test_misaligned_tiles_are_refused(m: int, n: int, k: int, said: str) -> None:
     product = Product(100, 300, 500, "int8")
     with pytest.raises(CompileError, match=f"{said}, which is no multiple of"):
@@ -307,7 +327,15 @@ LIBTPU_SHAPES = [
 def test_libtpu_compiles_products(chip: Chip) -> None:
     sources = [source(lower(product, chip)) for product in LIBTPU_SHAPES]
     for order in ("resident", "panels", "split"):
-        sources.append(source(lower(LIBTPU_SHAPES[2], chip, make_tiles(LIBTPU_SHAPES[2], chip, order, 128, 128, 128 if order == "split" else 256))))
+        sources.append(
+            source(
+                lower(
+                    LIBTPU_SHAPES[2],
+                    chip,
+                    make_tiles(LIBTPU_SHAPES[2], chip, order, 128, 128, 128 if order == "split" else 256),
+                )
+            )
+        )
     accepted = judges.compile_ahead(sources, [chip.name])
     assert len(accepted) == len(sources)
     assert all(row[0].chip == chip.name and row[0].code_bytes > 0 for row in accepted)

@@ -227,7 +227,9 @@ class _Loops:
             begin = -1 if self.queue is None else self.queue
             size = numpy_dtype(str(to.buffer.dtype)).itemsize
             sizes = to.rows, to.columns * size, to.stride * size, source.stride * size
-            return _call("start", begin, self._address(to), self._address(source), *sizes, int(to.in_hbm), to.buffer.name)
+            return _call(
+                "start", begin, self._address(to), self._address(source), *sizes, int(to.in_hbm), to.buffer.name
+            )
         at, from_ = self._at(to), self._at(source)
         kept, read = self.stored(to.buffer), self.stored(source.buffer)
         return _nest(
@@ -238,7 +240,9 @@ class _Loops:
     def _zero(self, zero: Zero) -> Any:
         buffer, at = zero.sums.buffer, self._at(zero.sums)
         nothing = tirx.const(0, str(buffer.dtype))
-        return _nest((zero.sums.rows, zero.sums.columns), lambda i, j: tirx.BufferStore(buffer, nothing, _moved(at, i, j)))
+        return _nest(
+            (zero.sums.rows, zero.sums.columns), lambda i, j: tirx.BufferStore(buffer, nothing, _moved(at, i, j))
+        )
 
     def _multiply(self, product: Multiply) -> Any:
         sums, x, w = product.sums, product.x, product.w
@@ -287,7 +291,9 @@ def _nest(sizes: Sequence[int], body: Callable[..., Any]) -> Any:
     variables = [tirx.Var(f"i{n}", "int32") for n in range(len(sizes))]
     statement = body(*variables)
     for variable, size in reversed(list(zip(variables, sizes, strict=True))):
-        statement = tirx.For(variable, tirx.IntImm("int32", 0), tirx.IntImm("int32", size), tirx.ForKind.SERIAL, statement)
+        statement = tirx.For(
+            variable, tirx.IntImm("int32", 0), tirx.IntImm("int32", size), tirx.ForKind.SERIAL, statement
+        )
     return statement
 
 
@@ -368,7 +374,9 @@ class Engine:
         for transfer in (*self.open, *(t for queue in self.queues.values() for group in queue for t in group)):
             first, last = transfer.vmem()
             if first < begin + size and begin < last and (writes or not transfer.stores):
-                self.races.append(f"{name} is {'written' if writes else 'read'} while a copy of {transfer.name} is under way")
+                self.races.append(
+                    f"{name} is {'written' if writes else 'read'} while a copy of {transfer.name} is under way"
+                )
 
 
 @attrs.define(eq=False)

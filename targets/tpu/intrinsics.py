@@ -29,7 +29,9 @@ def copy_tile(rows: int, columns: int, dtype: str, source: str, to: str) -> str:
     """The name of a copy of [rows, columns] between scopes."""
 
     # The scheduler drops loops of a single step, so a row and a column have a loop less.
-    described = _row(columns, dtype, source, to) if rows == 1 else _column(rows, dtype, source, to) if columns == 1 else None
+    described = (
+        _row(columns, dtype, source, to) if rows == 1 else _column(rows, dtype, source, to) if columns == 1 else None
+    )
 
     @T.prim_func(s_tir=True)
     def matrix(a: T.handle, b: T.handle) -> None:
@@ -112,7 +114,17 @@ def multiply_tile(rows: int, columns: int, inner: int, dtype: str) -> str:
             T.writes(C[0:rows, 0:columns])
             T.evaluate(
                 T.call_extern(
-                    "int32", MULTIPLY, C.access_ptr("rw"), A.access_ptr("r"), B.access_ptr("r"), rows, columns, inner, sc, sa, sb
+                    "int32",
+                    MULTIPLY,
+                    C.access_ptr("rw"),
+                    A.access_ptr("r"),
+                    B.access_ptr("r"),
+                    rows,
+                    columns,
+                    inner,
+                    sc,
+                    sa,
+                    sb,
                 )
             )
 

@@ -82,7 +82,11 @@ class Accepted:
 def aot_python() -> str | None:
     """A Python that has jax and libtpu: the one that `JISU_TPU_AOT_PYTHON` names, or this one; None where neither has."""
     for python in filter(None, (os.environ.get(AOT_PYTHON), sys.executable)):
-        command = [python, "-c", "import importlib.util as u, sys; sys.exit(not (u.find_spec('jax') and u.find_spec('libtpu')))"]
+        command = [
+            python,
+            "-c",
+            "import importlib.util as u, sys; sys.exit(not (u.find_spec('jax') and u.find_spec('libtpu')))",
+        ]
         if subprocess.run(command, check=False, capture_output=True).returncode == 0:
             return python
     return None
@@ -92,7 +96,9 @@ def compile_ahead(sources: Sequence[str], chips: Sequence[str]) -> list[list[Acc
     """Compile kernels' sources with libtpu, each for all chips. CompileError: libtpu refuses one, with its reason; TargetError: no libtpu."""
     python = aot_python()
     if python is None:
-        raise TargetError(f'compiling for a TPU needs libtpu: pip install "jisu[tpu-aot]", or let {AOT_PYTHON} name a Python that has it')
+        raise TargetError(
+            f'compiling for a TPU needs libtpu: pip install "jisu[tpu-aot]", or let {AOT_PYTHON} name a Python that has it'
+        )
     unknown = [chip for chip in chips if chip not in _TOPOLOGY]
     if unknown:
         raise TargetError(f"unknown TPU chip {unknown[0]!r}; known: {', '.join(_TOPOLOGY)}")
@@ -112,7 +118,7 @@ def compile_ahead(sources: Sequence[str], chips: Sequence[str]) -> list[list[Acc
     return [[Accepted(r["chip"], r["code_bytes"], r["estimates"]) for r in row] for row in results]
 
 
-_COMPILE = '''
+_COMPILE = """
 import json, runpy, sys
 import jax
 from jax.experimental import topologies
@@ -132,4 +138,4 @@ def attempt(chip, topology, module):
 
 modules = [runpy.run_path(path) for path in sys.argv[2:]]
 print("RESULT", json.dumps([[attempt(chip, topology, m) for chip, topology in json.loads(sys.argv[1])] for m in modules]))
-'''
+"""

@@ -200,7 +200,9 @@ def kernel(*arrays, interpret=False):
         pattern = re.compile(rf"lax\.(?:rem|div)\({variable}(?: [+-] \d+)?, \d+\)")
         counts = Counter(found for line in self.lines[begin:] for found in pattern.findall(line))
         for text in (text for text, count in counts.items() if count > 1):
-            kind = "slot" if text.endswith(", 2)") and text.startswith("lax.rem") else "rest" if "rem" in text else "whole"
+            kind = (
+                "slot" if text.endswith(", 2)") and text.startswith("lax.rem") else "rest" if "rem" in text else "whole"
+            )
             self.counts[kind] += 1
             name = kind if self.counts[kind] == 1 else f"{kind}_{self.counts[kind]}"
             self.lines[begin:] = [line.replace(text, name) for line in self.lines[begin:]]

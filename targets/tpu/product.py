@@ -74,7 +74,11 @@ def _peel(body: Any) -> Any:
     """The first and last steps of a pipeline one by one: TVM leaves them as loops to be unrolled, with conditions inside."""
 
     def visit(statement: Any) -> Any:
-        if not isinstance(statement, tirx.For) or statement.kind != tirx.ForKind.UNROLLED or not _starts_copies(statement):
+        if (
+            not isinstance(statement, tirx.For)
+            or statement.kind != tirx.ForKind.UNROLLED
+            or not _starts_copies(statement)
+        ):
             return None
         first, count = int(statement.min), int(statement.extent)
         return flat([substitute(rebuild(statement.body, visit), statement.loop_var, first + n) for n in range(count)])
@@ -104,7 +108,11 @@ ACTIVATION: dict[str, Callable[[Any], Any]] = {
     "none": lambda x: x,
     "relu": lambda x: te.max(x, tirx.const(0, "float32")),
     "relu2": lambda x: te.max(x, tirx.const(0, "float32")) * te.max(x, tirx.const(0, "float32")),
-    "gelu": lambda x: x * tirx.const(0.5, "float32") * (te.erf(x * tirx.const(0.7071067811865476, "float32")) + tirx.const(1, "float32")),
+    "gelu": lambda x: (
+        x
+        * tirx.const(0.5, "float32")
+        * (te.erf(x * tirx.const(0.7071067811865476, "float32")) + tirx.const(1, "float32"))
+    ),
     "gelu_tanh": lambda x: (
         x
         * tirx.const(0.5, "float32")
@@ -126,7 +134,9 @@ def _computation(product: Product, operands: tuple[Operand, ...]) -> Any:
     inner = te.reduce_axis((0, x.shape[1]), name="k")
     summed = product.accumulator
     sums = te.compute(
-        result.padded, lambda i, j: te.sum(x[i, inner].astype(summed) * w[inner, j].astype(summed), axis=inner), name="sums"
+        result.padded,
+        lambda i, j: te.sum(x[i, inner].astype(summed) * w[inner, j].astype(summed), axis=inner),
+        name="sums",
     )
 
     def element(i: Any, j: Any) -> Any:

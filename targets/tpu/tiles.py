@@ -52,6 +52,14 @@ class Tiles:
         """Steps of the pipelined loop over the whole product."""
         return (self.padded[0] // self.m) * (self.padded[1] // self.n) * (self.padded[2] // self.k)
 
+    def hbm_bytes(self, product: Product) -> int:
+        """Bytes that copies between HBM and VMEM move."""
+        pm, pn, pk = self.padded
+        x_times = 1 if self.order == "resident" else pn // self.n
+        x, w = x_times * pm * pk * product.itemsize, pm // self.m * pk * pn * product.itemsize
+        rows, columns = pm * 4 * product.row_scale, pm // self.m * pn * 4 * (product.channel_scale + product.bias)
+        return x + w + rows + columns + pm * pn * product.result_itemsize * (1 + product.residual)
+
     def vmem(self, product: Product, chip: Chip) -> dict[str, int]:
         """Bytes of VMEM per tensor, as the chip lays it out, slots included."""
         two = 2
@@ -89,9 +97,21 @@ class Tiles:
             ("columns of x", self.k, chip.lanes),
         ):
             if size % multiple:
-                raise CompileError(f"a tile has {size} {name}, which is no multiple of {multiple}: {product.dtype} on {chip.name}")
-        nests = (("m", pm, self.m), ("n", pn, self.n), ("k", pk, self.k), ("rows", self.m, self.rows), ("inner", self.k, self.inner))
-        nests += (("columns", self.n, self.columns), ("unit n", self.columns, self.unit[0]), ("unit k", self.inner, self.unit[1]))
+                raise CompileError(
+                    f"a tile has {size} {name}, which is no multiple of {multiple}: {product.dtype} on {chip.name}"
+                )
+        nests = (
+            ("m", pm, self.m),
+            ("n", pn, self.n),
+            ("k", pk, self.k),
+            ("rows", self.m, self.rows),
+            ("inner", self.k, self.inner),
+        )
+        nests += (
+            ("columns", self.n, self.columns),
+            ("unit n", self.columns, self.unit[0]),
+            ("unit k", self.inner, self.unit[1]),
+        )
         for name, whole, part in nests:
             if whole % part:
                 raise CompileError(f"{whole} isn't made of whole tiles of {part} ({name}): {self}")

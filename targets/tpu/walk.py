@@ -48,7 +48,9 @@ def flat(statements: list[Any]) -> Any:
 def substitute(statement: Any, variable: Any, value: int) -> Any:
     """The statement with a variable's value in its place."""
     function = tirx.PrimFunc([variable], statement)
-    return function.specialize({variable: tirx.IntImm(variable.ty.dtype if hasattr(variable, "ty") else variable.dtype, value)}).body
+    return function.specialize(
+        {variable: tirx.IntImm(variable.ty.dtype if hasattr(variable, "ty") else variable.dtype, value)}
+    ).body
 
 
 def parts(statement: Any) -> Iterator[Any]:
