@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tvm import tirx
+
 from jisu.compiler.errors import CompileError, InputError
 from jisu.targets.tpu import judges
 from jisu.targets.tpu.chip import Chip, find_chip
@@ -19,8 +21,7 @@ from jisu.targets.tpu.product import LOAD, STORE, Lowered, lower
 from jisu.targets.tpu.reference import reference
 from jisu.targets.tpu.spec import ACTIVATIONS, Product, numpy_dtype
 from jisu.targets.tpu.tiles import Tiles, choose_tiles, make_tiles
-from jisu.targets.tpu.walk import COMMIT, WAIT, instruction, parts, rebuild
-from tvm import tirx
+from jisu.targets.tpu.walk import COMMIT, WAIT, Multiply, instruction, parts, rebuild
 
 V5E, V6E = find_chip("v5e"), find_chip("v6e")
 AOT = judges.aot_python()
@@ -36,6 +37,7 @@ def draw_arrays(product: Product, seed: int = 0, *, exact: bool = True) -> list[
     arrays = []
     for operand in product.operands(product.m, product.n, product.k)[:-1]:
         dtype = numpy_dtype(operand.dtype)
+        array: np.ndarray
         if operand.dtype == "int8":
             array = random.integers(-128, 128, operand.shape)
         elif operand.name.endswith("scale"):
@@ -191,7 +193,7 @@ def test_products_walk_as_the_chips_instructions() -> None:
     for chip in (V5E, V6E):
         product = Product(60, 512, 512)
         lowered = lower(product, chip, make_tiles(product, chip, "resident", 64, 256, 512))
-        multiplied = [f for f in map(instruction, parts(lowered.function.body)) if type(f).__name__ == "Multiply"]
+        multiplied = [f for f in map(instruction, parts(lowered.function.body)) if isinstance(f, Multiply)]
         assert {(m.w.rows, m.w.columns) for m in multiplied} == {(chip.mxu, chip.mxu)}
         assert "software_pipeline" not in lowered.function.script()
         assert "async_wait_inflight_count" in lowered.function.script()

@@ -29,11 +29,8 @@ def reference(product: Product, *arrays: np.ndarray, exact: bool = True) -> np.n
     """
     wide = np.float64 if exact else np.float32
     named = dict(zip((o.name for o in product.operands(product.m, product.n, product.k)), arrays, strict=False))
-    if product.dtype == "int8":
-        # float64 holds all sums that int32 does, and is multiplied fast.
-        sums = named["x"].astype(np.float64) @ named["w"].astype(np.float64)
-    else:
-        sums = named["x"].astype(np.float64) @ named["w"].astype(np.float64)
+    # float64 holds all sums that int32 does, and is multiplied fast.
+    sums = named["x"].astype(np.float64) @ named["w"].astype(np.float64)
     value = sums.astype(np.float32).astype(wide) if not exact else sums
     if product.channel_scale:
         value = value * named["channel_scale"].astype(wide)

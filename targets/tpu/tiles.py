@@ -100,18 +100,16 @@ class Tiles:
                 raise CompileError(
                     f"a tile has {size} {name}, which is no multiple of {multiple}: {product.dtype} on {chip.name}"
                 )
-        nests = (
+        nests = [
             ("m", pm, self.m),
             ("n", pn, self.n),
             ("k", pk, self.k),
             ("rows", self.m, self.rows),
             ("inner", self.k, self.inner),
-        )
-        nests += (
             ("columns", self.n, self.columns),
             ("unit n", self.columns, self.unit[0]),
             ("unit k", self.inner, self.unit[1]),
-        )
+        ]
         for name, whole, part in nests:
             if whole % part:
                 raise CompileError(f"{whole} isn't made of whole tiles of {part} ({name}): {self}")
