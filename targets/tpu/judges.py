@@ -106,7 +106,13 @@ def compile_ahead(sources: Sequence[str], chips: Sequence[str]) -> list[list[Acc
         paths = [Path(folder) / f"kernel_{number}.py" for number in range(len(sources))]
         for path, source in zip(paths, sources, strict=True):
             path.write_text(source)
-        environment = {**os.environ, "TPU_SKIP_MDS_QUERY": "1", "JAX_PLATFORMS": "cpu"}
+        # Without the last one, libtpu's lock lets a machine run one process at a time, as if each held the TPU.
+        environment = {
+            **os.environ,
+            "TPU_SKIP_MDS_QUERY": "1",
+            "JAX_PLATFORMS": "cpu",
+            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        }
         command = [python, "-c", _COMPILE, json.dumps([[chip, _TOPOLOGY[chip]] for chip in chips]), *map(str, paths)]
         done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
     match = re.search(r"^RESULT (.*)$", done.stdout, re.MULTILINE)
