@@ -97,6 +97,11 @@ class Chip:
             raise TargetError(f"unknown TPU {name!r}; known: {', '.join(known)}{hint}")
         return _load(full)
 
+    @property
+    def short(self) -> str:
+        """Its name among TPUs: "v5e"."""
+        return self.name.removeprefix("tpu:")
+
     def source(self, field: str) -> str:
         """Where the number `field` is from; "derived: …" or "assumed: …" where nobody publishes it."""
         sources = dict(self.sources)
@@ -118,6 +123,10 @@ class Chip:
     def sublane_tile(self, dtype: str) -> int:
         """Rows of a native tile: 8 of 32 bits, 16 of 16, 32 of 8; other heights are padded to a multiple of it."""
         return int(self.sublanes * 4 / itemsize(dtype))
+
+    def packed_sublanes(self, size: int) -> int:
+        """Rows of a native tile of elements of so many bytes."""
+        return self.sublanes * 4 // size
 
     @property
     def register_elements(self) -> int:

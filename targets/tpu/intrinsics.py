@@ -1,0 +1,169 @@
+"""The chip's instructions in TIR: an external call each, which the consumers of lowered TIR give their meaning.
+
+    tpu.copy(to, source, rows, columns, to's stride, source's stride)    a strided copy between HBM and VMEM, by the DMA engine
+    tpu.zero(sums, rows, columns, stride)                                zeroes sums
+    tpu.multiply(sums, x, w, rows, columns, inner, sums' stride, x's stride, w's stride)
+                                                                         pushes w [inner, columns] into the matrix unit and streams rows
+                                                                         of x [rows, inner] past it; results are added to the sums
+
+Strides count numbers, not bytes. Pointers are `tvm_access_ptr`s, whose offset says where a tile begins in its buffer. `tensor_intrinsic`
+registers what `Schedule.tensorize` needs to put them into place of loops.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from tvm import s_tir
+from tvm.script import tirx as T
+
+from jisu.targets.tpu.spec import ACCUMULATOR
+
+COPY, ZERO, MULTIPLY = "tpu.copy", "tpu.zero", "tpu.multiply"
+HBM, VMEM, SUMS = "global", "global.vmem", "global.acc"
+
+
+@functools.cache
+def copy_tile(rows: int, columns: int, dtype: str, source: str, to: str) -> str:
+    """The name of a copy of [rows, columns] between scopes."""
+
+    # The scheduler drops loops of a single step, so a row and a column have a loop less.
+    described = (
+        _row(columns, dtype, source, to) if rows == 1 else _column(rows, dtype, source, to) if columns == 1 else None
+    )
+
+    @T.prim_func(s_tir=True)
+    def matrix(a: T.handle, b: T.handle) -> None:
+        A = T.match_buffer(a, (rows, columns), dtype, offset_factor=1, scope=source)
+        B = T.match_buffer(b, (rows, columns), dtype, offset_factor=1, scope=to)
+        with T.sblock("root"):
+            T.reads(A[0:rows, 0:columns])
+            T.writes(B[0:rows, 0:columns])
+            for i, j in T.grid(rows, columns):
+                with T.sblock("copy"):
+                    vi, vj = T.axis.remap("SS", [i, j])
+                    B[vi, vj] = A[vi, vj]
+
+    @T.prim_func(s_tir=True)
+    def instruction(a: T.handle, b: T.handle) -> None:
+        sa, sb = T.int32(), T.int32()
+        A = T.match_buffer(a, (rows, columns), dtype, offset_factor=1, scope=source, strides=[sa, 1])
+        B = T.match_buffer(b, (rows, columns), dtype, offset_factor=1, scope=to, strides=[sb, 1])
+        with T.sblock("root"):
+            T.reads(A[0:rows, 0:columns])
+            T.writes(B[0:rows, 0:columns])
+            T.evaluate(T.call_extern("int32", COPY, B.access_ptr("w"), A.access_ptr("r"), rows, columns, sb, sa))
+
+    return _register(f"copy_{rows}x{columns}_{dtype}_{source}_{to}", described or matrix, instruction)
+
+
+@functools.cache
+def zero_tile(rows: int, columns: int, dtype: str) -> str:
+    """The name of zeroing sums [rows, columns]."""
+
+    @T.prim_func(s_tir=True)
+    def description(c: T.handle) -> None:
+        C = T.match_buffer(c, (rows, columns), dtype, offset_factor=1, scope=SUMS)
+        with T.sblock("root"):
+            T.reads()
+            T.writes(C[0:rows, 0:columns])
+            for i, j in T.grid(rows, columns):
+                with T.sblock("zero"):
+                    vi, vj = T.axis.remap("SS", [i, j])
+                    C[vi, vj] = T.Cast(dtype, 0)
+
+    @T.prim_func(s_tir=True)
+    def instruction(c: T.handle) -> None:
+        sc = T.int32()
+        C = T.match_buffer(c, (rows, columns), dtype, offset_factor=1, scope=SUMS, strides=[sc, 1])
+        with T.sblock("root"):
+            T.reads()
+            T.writes(C[0:rows, 0:columns])
+            T.evaluate(T.call_extern("int32", ZERO, C.access_ptr("w"), rows, columns, sc))
+
+    return _register(f"zero_{rows}x{columns}_{dtype}", description, instruction)
+
+
+@functools.cache
+def multiply_tile(rows: int, columns: int, inner: int, dtype: str) -> str:
+    """The name of adding x [rows, inner] @ w [inner, columns] to sums."""
+    summed = ACCUMULATOR[dtype]
+
+    @T.prim_func(s_tir=True)
+    def description(a: T.handle, b: T.handle, c: T.handle) -> None:
+        A = T.match_buffer(a, (rows, inner), dtype, offset_factor=1, scope=VMEM)
+        B = T.match_buffer(b, (inner, columns), dtype, offset_factor=1, scope=VMEM)
+        C = T.match_buffer(c, (rows, columns), summed, offset_factor=1, scope=SUMS)
+        with T.sblock("root"):
+            T.reads(C[0:rows, 0:columns], A[0:rows, 0:inner], B[0:inner, 0:columns])
+            T.writes(C[0:rows, 0:columns])
+            for i, j, k in T.grid(rows, columns, inner):
+                with T.sblock("multiply"):
+                    vi, vj, vk = T.axis.remap("SSR", [i, j, k])
+                    C[vi, vj] = C[vi, vj] + T.Cast(summed, A[vi, vk]) * T.Cast(summed, B[vk, vj])
+
+    @T.prim_func(s_tir=True)
+    def instruction(a: T.handle, b: T.handle, c: T.handle) -> None:
+        sa, sb, sc = T.int32(), T.int32(), T.int32()
+        A = T.match_buffer(a, (rows, inner), dtype, offset_factor=1, scope=VMEM, strides=[sa, 1])
+        B = T.match_buffer(b, (inner, columns), dtype, offset_factor=1, scope=VMEM, strides=[sb, 1])
+        C = T.match_buffer(c, (rows, columns), summed, offset_factor=1, scope=SUMS, strides=[sc, 1])
+        with T.sblock("root"):
+            T.reads(C[0:rows, 0:columns], A[0:rows, 0:inner], B[0:inner, 0:columns])
+            T.writes(C[0:rows, 0:columns])
+            T.evaluate(
+                T.call_extern(
+                    "int32",
+                    MULTIPLY,
+                    C.access_ptr("rw"),
+                    A.access_ptr("r"),
+                    B.access_ptr("r"),
+                    rows,
+                    columns,
+                    inner,
+                    sc,
+                    sa,
+                    sb,
+                )
+            )
+
+    return _register(f"multiply_{rows}x{columns}x{inner}_{dtype}", description, instruction)
+
+
+def _row(columns: int, dtype: str, source: str, to: str) -> Any:
+    @T.prim_func(s_tir=True)
+    def row(a: T.handle, b: T.handle) -> None:
+        A = T.match_buffer(a, (1, columns), dtype, offset_factor=1, scope=source)
+        B = T.match_buffer(b, (1, columns), dtype, offset_factor=1, scope=to)
+        with T.sblock("root"):
+            T.reads(A[0, 0:columns])
+            T.writes(B[0, 0:columns])
+            for j in range(columns):
+                with T.sblock("copy"):
+                    vj = T.axis.spatial(columns, j)
+                    B[0, vj] = A[0, vj]
+
+    return row
+
+
+def _column(rows: int, dtype: str, source: str, to: str) -> Any:
+    @T.prim_func(s_tir=True)
+    def column(a: T.handle, b: T.handle) -> None:
+        A = T.match_buffer(a, (rows, 1), dtype, offset_factor=1, scope=source)
+        B = T.match_buffer(b, (rows, 1), dtype, offset_factor=1, scope=to)
+        with T.sblock("root"):
+            T.reads(A[0:rows, 0])
+            T.writes(B[0:rows, 0])
+            for i in range(rows):
+                with T.sblock("copy"):
+                    vi = T.axis.spatial(rows, i)
+                    B[vi, 0] = A[vi, 0]
+
+    return column
+
+
+def _register(name: str, description: Any, instruction: Any) -> str:
+    full = f"jisu.tpu.{name}"
+    s_tir.TensorIntrin.register(full, description, instruction, override=True)
+    return full

@@ -1,0 +1,535 @@
+"""Pallas source from lowered TIR: a module that imports jax and numpy alone, and a person can read.
+
+The TIR is walked statement by statement. Buffers become scratch memory, copies `make_async_copy` with a semaphore per buffer and slot,
+serial loops `fori_loop`. A block that the matrix unit multiplies at once (its unrolled loops) becomes one `jnp.dot`, which the chip's
+compiler cuts into matrix-unit instructions itself; a nest that computes values one by one becomes vector operations on the whole block.
+Source: JAX's Pallas TPU documentation (memory spaces, DMA, semaphores).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import attrs
+from tvm import tirx
+from tvm.ir import Call
+from tvm.ir.expr import TensorLoad
+from tvm_ffi import structural_equal
+
+from jisu.compiler.errors import CompileError
+from jisu.targets.tpu.intrinsics import HBM, SUMS
+from jisu.targets.tpu.product import Lowered
+from jisu.targets.tpu.tiles import usable_vmem
+from jisu.targets.tpu.walk import (
+    COMMIT,
+    WAIT,
+    Copy,
+    Multiply,
+    Region,
+    Zero,
+    bound_analyzer,
+    elementwise,
+    instruction,
+    loads,
+    operands,
+    parts,
+)
+
+_BINARY = {"Add": "+", "Sub": "-", "Mul": "*", "Div": "/"}
+_CALLS = {"tirx.exp": "jnp.exp", "tirx.tanh": "jnp.tanh", "tirx.erf": "lax.erf"}
+_FUNCTIONS = {"Max": "jnp.maximum", "Min": "jnp.minimum", "FloorDiv": "lax.div", "FloorMod": "lax.rem"}
+
+
+def source(lowered: Lowered) -> str:
+    """The module's text. It defines `kernel(*arrays, interpret=False)`: arrays in the order of operands, padded or not; the result is cropped.
+
+    CompileError: the TIR holds something that no product has.
+    """
+    return _Writer(lowered).module()
+
+
+@attrs.define
+class _Writer:
+    lowered: Lowered
+    lines: list[str] = attrs.Factory(list)
+    depth: int = 1
+    loops: list[Any] = attrs.Factory(list)
+    queue: int | None = None
+    queues: dict[int, dict[str, Copy]] = attrs.Factory(dict)
+    counts: Counter[str] = attrs.Factory(Counter)
+
+    # The module
+
+    def module(self) -> str:
+        """The whole text."""
+        function = self.lowered.function
+        allocated = [s.buffer for s in parts(function.body) if isinstance(s, tirx.AllocBuffer)]
+        copied = list(dict.fromkeys(_name(c.vmem.buffer) for c in _copies(function.body)))
+        self._statement(function.body)
+        body = "\n".join(self.lines)
+        *inputs, result = self.lowered.operands
+        groups = [_hbm(o.name) for o in self.lowered.operands], map(_name, allocated), [f"{n}_copied" for n in copied]
+        parameters = "".join(f"\n    {', '.join(group)}," for group in groups)
+        scratch = [f"pltpu.VMEM({_shape(b)}, jnp.{b.dtype})" for b in allocated]
+        scratch += [f"pltpu.SemaphoreType.DMA(({_slots(b)},))" for n in copied for b in allocated if _name(b) == n]
+        listed = "".join(f"\n            {s}," for s in scratch)
+        shapes = "".join(f"\n    {o.padded},  # {o.name}, {o.dtype}, {_meaning(o)}" for o in inputs)
+        p, t, chip = self.lowered.product, self.lowered.tiles, self.lowered.chip
+        return f'''"""{_title(p)}
+
+For TPU {chip.name}: tiles of {t.m} rows, {t.n} columns and {t.k} of the inner axis ("{t.order}"), written by jisu from TIR.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+# Shapes in HBM: whole tiles. Arrays that are smaller get zeros behind their rows and columns.
+PADDED = ({shapes}
+)
+DTYPES = ({", ".join(repr(o.dtype) for o in inputs)})
+RESULT = {result.shape}  # of {result.padded}
+
+
+copy = pltpu.make_async_copy
+
+
+def await_copy(tile, copied, slot):
+    """Wait until the copy to a tile's slot has come."""
+    copy(tile.at[slot], tile.at[slot], copied.at[slot]).wait()
+
+
+# Memory: operands in HBM; tiles in VMEM, by slots where one is filled while another is used; semaphores of their copies.
+def body({parameters}
+):
+{body}
+
+
+def kernel(*arrays, interpret=False):
+    """The product of arrays in HBM, {", ".join(o.name for o in inputs)}; interpret: False on a TPU, else pltpu.InterpretParams()."""
+    arrays = [jnp.pad(a, [(0, p - s) for s, p in zip(a.shape, padded)]) for a, padded in zip(arrays, PADDED, strict=True)]
+    result = pl.pallas_call(
+        body,
+        out_shape=jax.ShapeDtypeStruct({result.padded}, jnp.{result.dtype}),
+        in_specs=[pl.BlockSpec(memory_space=pl.ANY)] * {len(inputs)},
+        out_specs=pl.BlockSpec(memory_space=pl.ANY),
+        scratch_shapes=[{listed}
+        ],
+        compiler_params=pltpu.CompilerParams(vmem_limit_bytes={self._limit()}),
+        interpret=interpret,
+    )(*arrays)
+    return result[: RESULT[0], : RESULT[1]]
+'''
+
+    def _limit(self) -> int:
+        """Bytes of VMEM that the compiler may use: what tiles take, and as much again as its temporaries may need."""
+        chip = self.lowered.chip
+        used = sum(self.lowered.tiles.vmem(self.lowered.product, chip).values())
+        spare = chip.vmem_bytes - usable_vmem(chip)
+        return min(used + spare, chip.vmem_bytes)
+
+    # Statements
+
+    def _put(self, text: str) -> None:
+        self.lines.append(("    " * self.depth + text).rstrip())
+
+    @contextmanager
+    def _indented(self) -> Iterator[None]:
+        self.depth += 1
+        yield
+        self.depth -= 1
+
+    def _statement(self, s: Any) -> None:
+        match s:
+            case tirx.SeqStmt():
+                for part in s.seq:
+                    self._statement(part)
+            case tirx.AllocBuffer():
+                pass
+            case tirx.AttrStmt() if s.attr_key == COMMIT:
+                self.queue = int(s.value)
+                self._statement(s.body)
+                self.queue = None
+            case tirx.AttrStmt() if s.attr_key == WAIT:
+                self._wait(int(s.value), s.body.body)
+                self._statement(s.body.body)
+            case tirx.AttrStmt():
+                self._statement(s.body)
+            case tirx.For():
+                self._loop(s)
+            case tirx.BufferStore():
+                self._elementwise(s)
+            case tirx.Evaluate():
+                self._instruction(s)
+            case _:
+                raise CompileError(f"no Pallas source for {type(s).__name__}")
+
+    def _loop(self, loop: Any) -> None:
+        found = _multiplied(loop)
+        if found is not None:
+            self._block(*found)
+        elif elementwise(loop) and not isinstance(loop.body.body, tirx.For):
+            self._elementwise(loop)
+        else:
+            self._serial(loop)
+
+    def _serial(self, loop: Any) -> None:
+        variable = self._variable(loop)
+        self._put("")
+        self._put(f"def step_{variable}({variable}, carry):")
+        self.loops.append(loop)
+        begin = len(self.lines)
+        with self._indented():
+            self._statement(loop.body)
+            self._share_quotients(begin, variable)
+            self._put("return carry")
+        self.loops.pop()
+        self._put("")
+        first, count = int(loop.min), int(loop.extent)
+        self._put(f"lax.fori_loop({first}, {first + count}, step_{variable}, 0)")
+
+    def _share_quotients(self, begin: int, variable: str) -> None:
+        """Give names to quotients and remainders of a loop's variable that the lines from `begin` on use again and again."""
+        pattern = re.compile(rf"lax\.(?:rem|div)\({variable}(?: [+-] \d+)?, \d+\)")
+        counts = Counter(found for line in self.lines[begin:] for found in pattern.findall(line))
+        for text in (text for text, count in counts.items() if count > 1):
+            kind = (
+                "slot" if text.endswith(", 2)") and text.startswith("lax.rem") else "rest" if "rem" in text else "whole"
+            )
+            self.counts[kind] += 1
+            name = kind if self.counts[kind] == 1 else f"{kind}_{self.counts[kind]}"
+            self.lines[begin:] = [line.replace(text, name) for line in self.lines[begin:]]
+            self.lines.insert(begin, "    " * self.depth + f"{name} = {text}")
+
+    def _variable(self, loop: Any) -> str:
+        """A readable name of a loop's variable, distinct from those of loops around it."""
+        return self._names().get(loop.loop_var) or _LETTERS[len(self.loops) % len(_LETTERS)]
+
+    def _names(self) -> dict[Any, str]:
+        return {loop.loop_var: _LETTERS[n % len(_LETTERS)] for n, loop in enumerate(self.loops)}
+
+    def _instruction(self, s: Any) -> None:
+        found = instruction(s)
+        match found:
+            case Copy():
+                self._copy(found)
+            case Zero() | Multiply():
+                self._block(found, [])
+            case None:
+                if not isinstance(s.value, tirx.IntImm):
+                    raise CompileError(f"no Pallas source for {s}")
+
+    # Copies
+
+    def _copy(self, copy: Copy) -> None:
+        text = self._transfer(copy)
+        if self.queue is None:
+            self._put(f"{text}.start()")
+            self._put(f"{text}.wait()")
+            return
+        self.queues.setdefault(self.queue, {})[_name(copy.vmem.buffer)] = copy
+        self._put(f"{text}.start()")
+
+    def _transfer(self, copy: Copy) -> str:
+        slot = self._slot(copy.vmem)
+        semaphore = f"{_name(copy.vmem.buffer)}_copied.at[{slot}]"
+        return f"copy({self._ref(copy.source)}, {self._ref(copy.to)}, {semaphore})"
+
+    def _slot(self, region: Region, inner: Any = None) -> str:
+        """A region's slot; `inner` has the loops between here and the region."""
+        loops = [part for part in parts(inner) if isinstance(part, tirx.For)] if inner is not None else []
+        analyzer = bound_analyzer([*self.loops, *loops])
+        return self._index(region.indices(analyzer)[0]) if len(region.buffer.shape) == 3 else "0"
+
+    def _wait(self, queue: int, body: Any) -> None:
+        """Wait for the group of copies whose slots the body reads; without a body, for those that the statements before started."""
+        started = self.queues.get(queue, {})
+        slots = {_name(r.buffer): self._slot(r, body) for r in _read(body)}
+        slot = next((slots[name] for name in started if name in slots), None)
+        if slot is None:
+            for copy in self._stores(queue):
+                self._put(f"{self._transfer(copy)}.wait()")
+            return
+        for name in started:
+            self._put(f"await_copy({name}, {name}_copied, {slot})")
+
+    def _stores(self, queue: int) -> list[Copy]:
+        """The queue's copies in the innermost sequence of statements around here."""
+        around = self.loops[-1].body if self.loops else self.lowered.function.body
+        found = []
+        for s in around.seq if isinstance(around, tirx.SeqStmt) else [around]:
+            if isinstance(s, tirx.AttrStmt) and s.attr_key == COMMIT and int(s.value) == queue:
+                found += list(_copies(s))
+        return found
+
+    # Blocks
+
+    def _block(self, found: Zero | Multiply, unrolled: list[Any]) -> None:
+        """One instruction, or all that a nest of unrolled loops around it does."""
+        analyzer = self._analyzer()
+        if isinstance(found, Zero):
+            sums = self._widened(found.sums, unrolled)
+            dtype = f"jnp.{sums.buffer.dtype}"
+            self._put(f"{self._value(sums, analyzer)} = jnp.zeros(({sums.rows}, {sums.columns}), {dtype})")
+            return
+        sums, x, w = (self._widened(r, unrolled) for r in (found.sums, found.x, found.w))
+        if (x.rows, w.columns) != (sums.rows, sums.columns) or x.columns != w.rows:
+            raise CompileError(f"unrolled products don't make up a whole one: {found}")
+        self._put(f"{self._value(sums, analyzer)} += jnp.dot(")
+        with self._indented():
+            self._put(f"{self._value(x, analyzer)},")
+            self._put(f"{self._value(w, analyzer)},")
+            self._put(f"preferred_element_type=jnp.{sums.buffer.dtype},")
+        self._put(")")
+
+    def _widened(self, region: Region, unrolled: list[Any]) -> Region:
+        """All that a nest of loops makes of a region; CompileError where that isn't one region, without a gap."""
+        offset, rows, columns = region.offset, region.rows, region.columns
+        for loop in reversed(unrolled):
+            step = _coefficient(offset, loop.loop_var)
+            offset = _at_value(offset, loop.loop_var, int(loop.min))
+            count = int(loop.extent)
+            if step == 0:
+                continue
+            if step == columns:
+                columns *= count
+            elif step == rows * region.stride:
+                rows *= count
+            else:
+                raise CompileError(f"{region.buffer.name}: steps of {step} in a block of {rows}x{columns}")
+        return Region(region.buffer, offset, rows, columns, region.stride)
+
+    def _elementwise(self, statement: Any) -> None:
+        nest = []
+        while isinstance(statement, tirx.For):
+            nest.append(statement)
+            statement = statement.body
+        values = _Values(self, nest)
+        value = values.text(statement.value)
+        target = values.read(statement.buffer, list(statement.indices))
+        for name, text in values.shared:
+            self._put(f"{name} = {text}")
+        self._put(f"{target} = {value}")
+
+    # Where things are
+
+    def _analyzer(self) -> Any:
+        return bound_analyzer(self.loops)
+
+    def _ref(self, region: Region) -> str:
+        """A region as what a copy takes."""
+        return self._sliced(region.buffer, region.indices(self._analyzer()), (region.rows, region.columns), ref=True)
+
+    def _value(self, region: Region, analyzer: Any) -> str:
+        """A region as values."""
+        return self._sliced(region.buffer, region.indices(analyzer), (region.rows, region.columns), ref=False)
+
+    def _sliced(self, buffer: Any, indices: list[Any], sizes: tuple[int, int], *, ref: bool) -> str:
+        name, shape = _name(buffer), [int(n) for n in buffer.shape]
+        texts = [self._index(i) for i in indices[:-2]]
+        for index, size, whole in zip(indices[-2:], sizes, shape[-2:], strict=True):
+            texts.append(":" if size == whole else self._slice(index, size))
+        while texts and texts[-1] == ":":
+            texts.pop()
+        if ref:
+            return f"{name}.at[{', '.join(texts)}]" if texts else name
+        return f"{name}[{', '.join(texts) if texts else '...'}]"
+
+    def _slice(self, index: Any, size: int) -> str:
+        if isinstance(index, tirx.IntImm):
+            return f"{int(index)}:{int(index) + size}"
+        multiple = math.gcd(_multiple(index), size)
+        text = self._index(index)
+        return f"pl.ds(pl.multiple_of({text}, {multiple}), {size})" if multiple > 1 else f"pl.ds({text}, {size})"
+
+    def _index(self, index: Any, above: int = 0) -> str:
+        """An index as text. Divisions are lax's: Python's ask for the chip while they are traced."""
+        if isinstance(index, (int, tirx.IntImm)):
+            return str(int(index))
+        names = self._names()
+        if index in names:
+            return names[index]
+        kind = type(index).__name__
+        if kind in ("FloorDiv", "FloorMod"):
+            return f"{_FUNCTIONS[kind]}({self._index(index.a)}, {self._index(index.b)})"
+        if kind in _BINARY and kind != "Div":
+            rank = 1 if kind in ("Add", "Sub") else 2
+            text = f"{self._index(index.a, rank)} {_BINARY[kind]} {self._index(index.b, rank + (kind == 'Sub'))}"
+            return f"({text})" if rank < above else text
+        raise CompileError(f"no Pallas source for the index {index}")
+
+
+@attrs.define
+class _Values:
+    """Expressions of one element as expressions of the block that a nest's two innermost loops make up."""
+
+    writer: _Writer
+    nest: list[Any]
+    seen: dict[str, str] = attrs.Factory(dict)
+    shared: list[tuple[str, str]] = attrs.Factory(list)
+
+    def text(self, e: Any, above: int = 0, around: int = 1) -> str:
+        """The expression; what occurs more often than what it is a part of (`around` times) gets a name."""
+        kind, uses = type(e).__name__, self.uses(e)
+
+        def part(inner: Any, rank: int = 0) -> str:
+            return self.text(inner, rank, uses)
+
+        rank = 3
+        match e:
+            case tirx.IntImm() | tirx.FloatImm():
+                return repr(e.value)
+            case TensorLoad():
+                return self.read(e.source, list(e.indices))
+            case tirx.Cast():
+                text = f"{part(e.value, 3)}.astype(jnp.{e.ty.dtype})"
+            case Call() if e.op.name in _CALLS:
+                text = f"{_CALLS[e.op.name]}({', '.join(map(part, e.args))})"
+            case _ if kind in _FUNCTIONS:
+                text = f"{_FUNCTIONS[kind]}({', '.join(map(part, operands(e)))})"
+            case _ if kind in _BINARY:
+                rank = 1 if kind in ("Add", "Sub") else 2
+                text = f"{part(e.a, rank)} {_BINARY[kind]} {part(e.b, rank + (kind in ('Sub', 'Div')))}"
+            case _:
+                raise CompileError(f"no Pallas source for {e}")
+        if uses <= around:
+            return f"({text})" if rank < above else text
+        if text not in self.seen:
+            self.seen[text] = f"value_{len(self.seen)}" if self.seen else "value"
+            self.shared.append((self.seen[text], text))
+        return self.seen[text]
+
+    def uses(self, e: Any) -> int:
+        """How often an equal expression occurs in the value that is computed."""
+        statement = self.nest[-1].body
+
+        def count(inner: Any) -> int:
+            return int(structural_equal(inner, e)) + sum(count(o) for o in operands(inner))
+
+        return count(statement.value)
+
+    def read(self, buffer: Any, indices: list[Any]) -> str:
+        """A buffer's part that the block's loops go over: a row, a column or a whole block."""
+        rows, columns = self.nest[-2:]
+        sizes = []
+        for axis, loop in zip((-2, -1), (rows, columns), strict=True):
+            inside = _mentions(indices[axis], loop.loop_var)
+            sizes.append(int(loop.extent) if inside else 1)
+            indices[axis] = _at_value(indices[axis], loop.loop_var, 0)
+        return self.writer._sliced(buffer, indices, (sizes[0], sizes[1]), ref=False)
+
+
+_LETTERS = "ijlpqstu"
+
+
+def _multiplied(loop: Any) -> tuple[Zero | Multiply, list[Any]] | None:
+    """The instruction inside a nest of unrolled loops, with the loops."""
+    unrolled = []
+    inner: Any = loop
+    while isinstance(inner, tirx.For) and inner.kind == tirx.ForKind.UNROLLED:
+        unrolled.append(inner)
+        inner = inner.body
+    found = instruction(inner)
+    return (found, unrolled) if unrolled and isinstance(found, (Zero, Multiply)) else None
+
+
+def _copies(statement: Any) -> Iterator[Copy]:
+    for part in parts(statement):
+        found = instruction(part)
+        if isinstance(found, Copy):
+            yield found
+
+
+def _read(statement: Any) -> Iterator[Region]:
+    """Tiles in VMEM that a statement's products and elementwise nests read."""
+    for part in parts(statement):
+        found = instruction(part)
+        if isinstance(found, Multiply):
+            yield from (found.x, found.w)
+        if isinstance(part, tirx.BufferStore):
+            for load in loads(part.value):
+                yield Region(load.source, _flat(load), 1, 1, 1)
+
+
+def _flat(load: Any) -> Any:
+    offset: Any = 0
+    for index, size in zip(load.indices, load.source.shape, strict=True):
+        offset = offset * int(size) + index
+    return offset
+
+
+def _mentions(expression: Any, variable: Any) -> bool:
+    return expression.same_as(variable) or any(_mentions(o, variable) for o in operands(expression))
+
+
+def _at_value(expression: Any, variable: Any, value: int) -> Any:
+    """The expression with the variable's value in its place, simplified."""
+    if expression.same_as(variable):
+        return tirx.IntImm("int32", value)
+    inner = operands(expression)
+    if not inner or not _mentions(expression, variable):
+        return expression
+    return bound_analyzer([]).simplify(type(expression)(*(_at_value(o, variable, value) for o in inner)))
+
+
+def _coefficient(expression: Any, variable: Any) -> int:
+    """By how much the expression grows when the variable does, by one."""
+    if isinstance(expression, int) or not _mentions(expression, variable):
+        return 0
+    step = bound_analyzer([]).simplify(_at_value(expression, variable, 1) - _at_value(expression, variable, 0))
+    if not isinstance(step, tirx.IntImm):
+        raise CompileError(f"{expression} isn't linear in {variable}")
+    return int(step)
+
+
+def _multiple(index: Any) -> int:
+    """A number that the index is a multiple of."""
+    match index:
+        case tirx.IntImm():
+            return int(index)
+        case tirx.Mul():
+            return _multiple(index.a) * _multiple(index.b)
+        case tirx.Add() | tirx.Sub():
+            return math.gcd(_multiple(index.a), _multiple(index.b))
+        case _:
+            return 1
+
+
+def _name(buffer: Any) -> str:
+    """A buffer's name in the source."""
+    name, scope = str(buffer.name), str(buffer.scope())
+    if scope == HBM:
+        return _hbm(name)
+    return "sums" if scope == SUMS else name.split("_global")[0]
+
+
+def _hbm(name: str) -> str:
+    return f"{name}_hbm"
+
+
+def _shape(buffer: Any) -> str:
+    return f"({', '.join(str(int(n)) for n in buffer.shape)})"
+
+
+def _slots(buffer: Any) -> int:
+    return int(buffer.shape[0]) if len(buffer.shape) == 3 else 1
+
+
+def _meaning(operand: Any) -> str:
+    rows, columns = operand.shape
+    return f"of which {rows} x {columns} are used"
+
+
+def _title(product: Any) -> str:
+    p = product
+    text = "x @ w" + " * channel_scale" * p.channel_scale + " * row_scale" * p.row_scale + " + bias" * p.bias
+    text = text if p.activation == "none" else f"{p.activation}({text})"
+    text += " + residual" * p.residual
+    return f"{text}: [{p.m}, {p.k}] @ [{p.k}, {p.n}], {p.dtype}, summed in {p.accumulator}, result {p.result}."
