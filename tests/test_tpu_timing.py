@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from jisu.compiler.errors import TargetError
 from jisu.targets.target import Target, known_targets
 from jisu.targets.tpu.chip import CHIPS, Chip, chips
-from jisu.targets.tpu.events import HBM, SMEM, VMEM, Allocate, Copy, Event, Free, Matmul, Repeat, Vector, Wait
 from jisu.targets.tpu.estimate import ERROR, best_tiles, events, product
+from jisu.targets.tpu.events import HBM, SMEM, VMEM, Allocate, Copy, Event, Free, Matmul, Repeat, Vector, Wait
 from jisu.targets.tpu.systolic import ceil_div, folded, vector_cycles, work
 from jisu.targets.tpu.timing import Timeline, simulate, trace
 
