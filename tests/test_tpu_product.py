@@ -133,6 +133,15 @@ def test_orders(order: str, dtype: str) -> None:
     assert_right(lower(product, V5E, several_steps(product, order)))
 
 
+@pytest.mark.parametrize("steps", [1, 2, 3, 4])
+def test_short_pipelines(steps: int) -> None:
+    """With so few steps, the pipeline is little but its first and last ones."""
+    product = Product(32 * steps - 5, 100, 100, "int8")
+    lowered = lower(product, V5E, make_tiles(product, V5E, "panels", 32, 128, 128))
+    assert lowered.tiles.steps == steps
+    assert_right(lowered)
+
+
 def several_steps(product: Product, order: str) -> Tiles:
     """Tiles with at least three steps."""
     depth = 128 if order == "split" else -(-product.k // 128) * 128
