@@ -284,7 +284,8 @@ def test_a_store_that_nobody_awaits_is_seen(pipelined: Lowered) -> None:
 
 
 def test_two_tiles_in_one_slot_are_seen(pipelined: Lowered) -> None:
-    verdicts = judged(in_one_slot(pipelined, "w"), draw_arrays(pipelined.product))
+    # Both operands: were it one alone, a wait for the other slot would never end.
+    verdicts = judged(in_one_slot(in_one_slot(pipelined, "x"), "w"), draw_arrays(pipelined.product))
     assert not any(clean and right for clean, right in verdicts.values()), verdicts
 
 
