@@ -133,6 +133,15 @@ def test_orders(order: str, dtype: str) -> None:
     assert_right(lower(product, V5E, several_steps(product, order)))
 
 
+@pytest.mark.parametrize("steps", [1, 2, 3, 4])
+def test_short_pipelines(steps: int) -> None:
+    """With so few steps, the pipeline is little but its first and last ones."""
+    product = Product(32 * steps - 5, 100, 100, "int8")
+    lowered = lower(product, V5E, make_tiles(product, V5E, "panels", 32, 128, 128))
+    assert lowered.tiles.steps == steps
+    assert_right(lowered)
+
+
 def several_steps(product: Product, order: str) -> Tiles:
     """Tiles with at least three steps."""
     depth = 128 if order == "split" else -(-product.k // 128) * 128
@@ -275,7 +284,8 @@ def test_a_store_that_nobody_awaits_is_seen(pipelined: Lowered) -> None:
 
 
 def test_two_tiles_in_one_slot_are_seen(pipelined: Lowered) -> None:
-    verdicts = judged(in_one_slot(pipelined, "w"), draw_arrays(pipelined.product))
+    # Both operands: were it one alone, a wait for the other slot would never end.
+    verdicts = judged(in_one_slot(in_one_slot(pipelined, "x"), "w"), draw_arrays(pipelined.product))
     assert not any(clean and right for clean, right in verdicts.values()), verdicts
 
 

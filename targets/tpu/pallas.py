@@ -61,6 +61,7 @@ class _Writer:
     loops: list[Any] = attrs.Factory(list)
     queue: int | None = None
     queues: dict[int, dict[str, Copy]] = attrs.Factory(dict)
+    pending: dict[int, list[str]] = attrs.Factory(dict)
     counts: Counter[str] = attrs.Factory(Counter)
 
     # The module
@@ -235,6 +236,7 @@ def kernel(*arrays, interpret=False):
             self._put(f"{text}.wait()")
             return
         self.queues.setdefault(self.queue, {})[_name(copy.vmem.buffer)] = copy
+        self.pending.setdefault(self.queue, []).append(text)
         self._put(f"{text}.start()")
 
     def _transfer(self, copy: Copy) -> str:
@@ -254,20 +256,11 @@ def kernel(*arrays, interpret=False):
         slots = {_name(r.buffer): self._slot(r, body) for r in _read(body)}
         slot = next((slots[name] for name in started if name in slots), None)
         if slot is None:
-            for copy in self._stores(queue):
-                self._put(f"{self._transfer(copy)}.wait()")
+            for text in self.pending.pop(queue, []):
+                self._put(f"{text}.wait()")
             return
         for name in started:
             self._put(f"await_copy({name}, {name}_copied, {slot})")
-
-    def _stores(self, queue: int) -> list[Copy]:
-        """The queue's copies in the innermost sequence of statements around here."""
-        around = self.loops[-1].body if self.loops else self.lowered.function.body
-        found = []
-        for s in around.seq if isinstance(around, tirx.SeqStmt) else [around]:
-            if isinstance(s, tirx.AttrStmt) and s.attr_key == COMMIT and int(s.value) == queue:
-                found += list(_copies(s))
-        return found
 
     # Blocks
 

@@ -91,15 +91,22 @@ def _starts_copies(statement: Any) -> bool:
 
 
 def _await_stores(body: Any) -> Any:
-    """Wait for a step's stores at its end, where the next step will write into their slots: TVM waits only for what a consumer reads."""
+    """Wait for a step's stores before the next ones begin and at the end of a sequence, so that the step after finds their slot free: TVM
+    waits only for what a consumer reads. Between a store and its wait lies the computation of one tile, into the other slot."""
 
     def commits(part: Any) -> bool:
         return isinstance(part, tirx.AttrStmt) and part.attr_key == COMMIT and int(part.value) == STORE
 
     def visit(statement: Any) -> Any:
-        if isinstance(statement, tirx.SeqStmt) and any(commits(part) for part in statement.seq):
-            return flat([*(rebuild(part, visit) for part in statement.seq), wait(STORE, 0, tirx.Evaluate(0))])
-        return None
+        if not isinstance(statement, tirx.SeqStmt):
+            return None
+        done, storing = [], False
+        for part in statement.seq:
+            if commits(part):
+                done += [wait(STORE, 0, tirx.Evaluate(0))] if storing else []
+                storing = True
+            done.append(rebuild(part, visit))
+        return flat([*done, wait(STORE, 0, tirx.Evaluate(0))] if storing else done)
 
     return rebuild(body, visit)
 
