@@ -1,0 +1,1 @@
+"""The TPU target: graphs as StableHLO in text, which a TPU's compiler takes."""
