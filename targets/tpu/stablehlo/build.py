@@ -297,6 +297,11 @@ class Value:
         """Half precision as float32; anything else as it is."""
         return self.astype("float32") if self.dtype in HALF else self
 
+    def rounded(self, dtype: str) -> Value:
+        """This float32 rounded to a dtype of half precision, still float32 (a compiler may drop two conversions instead)."""
+        form = {"float16": "e5m10", "bfloat16": "e8m7"}[dtype]
+        return self.body.value(f"stablehlo.reduce_precision {self.name}, format = {form} : {self.type}", self.shape, self.dtype)
+
     def bits(self, dtype: str) -> Value:
         """The same bits: of as many bits each, into a last axis of smaller parts, or out of one."""
         a, b = numpy_dtype(self.dtype).itemsize, numpy_dtype(dtype).itemsize

@@ -35,7 +35,7 @@ def matmul(a: Value, b: Value) -> Value:
 
 def rounded(x: Value, dtype: str) -> Value:
     """float32 of numbers rounded to a dtype of half precision; anything else as it is."""
-    return x.astype(dtype).astype("float32") if dtype in HALF else x
+    return x.rounded(dtype) if dtype in HALF else x
 
 
 def activate(x: Value, activation: str, dtype: str) -> Value:

@@ -9,14 +9,18 @@ from jisu.compiler import ops
 from jisu.compiler.graph import Op
 from jisu.targets.tpu.stablehlo.build import Value
 
-# Rational approximations of the error function: for |x| <= 1, x T(x²) / U(x²); beyond, 1 - exp(-x²) P(|x|) / Q(|x|). Coefficients from
-# the Cephes library (Moshier), the highest power first.
+# Rational approximations of the error function, the highest power first. In float64: for |x| <= 1, x T(x²) / U(x²); beyond,
+# 1 - exp(-x²) P(|x|) / Q(|x|) (the Cephes library, Moshier). In float32: x A(x²) / B(x²) up to where the result is 1 (Eigen, XLA).
 _T = (9.60497373987051638749e0, 9.00260197203842689217e1, 2.23200534594684319226e3, 7.00332514112805075473e3, 5.55923013010394962768e4)
 _U = (1.0, 3.35617141647503099647e1, 5.21357949780152679795e2, 4.59432382970980127987e3, 2.26290000613890934246e4, 4.92673942608635921086e4)
 _P = (2.46196981473530512524e-10, 5.64189564831068821977e-1, 7.46321056442269912687e0, 4.86371970985681366614e1, 1.96520832956077098242e2,
       5.26445194995477358631e2, 9.34528527171957607540e2, 1.02755188689515710272e3, 5.57535335369399327526e2)  # fmt: skip
 _Q = (1.0, 1.32281951154744992508e1, 8.67072140885989742329e1, 3.54937778887819891062e2, 9.75708501743205489753e2,
       1.82390916687909736289e3, 2.24633760818710981792e3, 1.65666309194161350182e3, 5.57535340817727675546e2)  # fmt: skip
+_A = (0.00022905065861350646, 0.0034082910107109506, 0.050955695062380861, 0.18520832239976145, 1.128379143519084)
+_B = (-1.1791602954361697e-7, 0.000023547966471313185, 0.0010179625278914885, 0.014070470171167667, 0.11098505178285362,
+      0.49746925110067538, 1.0)  # fmt: skip
+_ONE = 3.7439211627767994  # float32 of the error function is 1 from here on
 
 
 def polynomial(x: Value, coefficients: Sequence[float]) -> Value:
@@ -29,6 +33,10 @@ def polynomial(x: Value, coefficients: Sequence[float]) -> Value:
 
 def erf(x: Value) -> Value:
     """The error function."""
+    if x.dtype == "float32":
+        inside = x.maximum(-_ONE).minimum(_ONE)
+        square = inside * inside
+        return inside * polynomial(square, _A) / polynomial(square, _B)
     near = x.maximum(-1).minimum(1)
     square = near * near
     inside = near * polynomial(square, _T) / polynomial(square, _U)

@@ -75,16 +75,16 @@ def _row_codes(steps: Value, top: int) -> Value:
 def _encode_rows(x: Value, feedback: Value | None, *, scheme: str) -> Value:
     body, w, top = x.body, x.astype("float32"), 2 ** ROW_BITS[scheme] - 1
     low, high = w.min(-1, keepdims=True), w.max(-1, keepdims=True)
-    offset = low.astype("bfloat16")
-    scale = ((high - offset.wide()) / top).astype("bfloat16")
-    steps = (w - offset.wide()) / _positive(scale.wide())
+    offset = low.rounded("bfloat16")
+    scale = ((high - offset) / top).rounded("bfloat16")
+    steps = (w - offset) / _positive(scale)
     wanted = steps if feedback is None else _fed_back(steps, top, feedback)
     codes = _row_codes(wanted, top)
     codes = codes.isnan().select(0, codes).astype("int32").astype("uint8")
     k = codes.shape[-1]
     if ROW_BITS[scheme] == 4:
         codes = codes.part(-1, 0, k // 2) | codes.part(-1, k // 2, k) << 4
-    tail = body.concat([scale, offset], x.rank - 1).bits("uint8").reshape(*x.shape[:-1], TAIL)
+    tail = body.concat([scale, offset], x.rank - 1).astype("bfloat16").bits("uint8").reshape(*x.shape[:-1], TAIL)
     return body.concat([codes, tail], x.rank - 1)
 
 
