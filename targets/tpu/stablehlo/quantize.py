@@ -273,7 +273,7 @@ def integer_product(
     sums = a.dot(c, (-1, -1), [(1, 1)], to="int32")  # [count, rows, n]
     if zeros is not None:  # code - zero is (code - middle) + (middle - zero)
         shift = out_of_panels(zeros, n).astype("int32") * -1 + int(kind.middle)
-        total = numbers(levels.sum_offset(k, group, own), count, "int32")
+        total = a.astype("int32").sum(-1)
         sums = sums + total.transpose(1, 0).expand(-1) * shift.transpose(1, 0).expand(1)
     found = sums.astype("float32") * out_of_panels(scales, n).astype("float32").transpose(1, 0).expand(1)
     steps = numbers(levels.scale_offset(k), count if own else 1, "float32").transpose(1, 0).expand(-1)
