@@ -110,7 +110,8 @@ class Body:
         return self.value(f"stablehlo.concatenate {shown}, dim = {axis} : ({types}) -> {result}", shape, parts[0].dtype)
 
     def stack(self, parts: Sequence[Value], axis: int) -> Value:
-        """Values beside each other along a new axis."""
+        """Values beside each other along a new axis; -1 is behind the last one."""
+        axis = axis if axis >= 0 else parts[0].rank + 1 + axis
         return self.concat([p.expand(axis) for p in parts], axis)
 
     def several(self, text: str, types: Sequence[TensorType]) -> tuple[Value, ...]:
@@ -120,9 +121,13 @@ class Body:
         names = [f"{name}#{i}" for i in range(len(types))] if len(types) > 1 else [name]
         return tuple(Value(self, n, t.shape, t.dtype) for n, t in zip(names, types, strict=True))  # type: ignore[arg-type]
 
+    def inner(self) -> Body:
+        """The body of a region in this one, with names of its own."""
+        return Body(f"%in_{self.name()[1:]}.", self.indent + "  ")  # a name that starts with a digit has only digits
+
     def region(self, types: Sequence[TensorType], compute: Callable[..., Sequence[Value]]) -> str:
         """A block of arguments of these types that returns what `compute` makes of them."""
-        inner = Body(f"{self.name()}.", self.indent + "  ")
+        inner = self.inner()
         given = [Value(inner, inner.name(), t.shape, t.dtype) for t in types]  # type: ignore[arg-type]
         results = compute(*given)
         shown = ", ".join(f"{v.name}: {v.type}" for v in given)
@@ -132,10 +137,9 @@ class Body:
     def loop(self, count: int, state: Sequence[Value], step: Callable[..., Sequence[Value]]) -> tuple[Value, ...]:
         """The state behind `count` steps; `step(i, *state)` gives the next one, i is int32 []."""
         start = [self.full(0, (), "int32"), *state]
-        names = [f"{self.name()}.{i}" for i in range(len(start))]
-        inner = Body(f"{self.name()}.", self.indent + "  ")
+        inner, more = self.inner(), self.inner()
+        names = [inner.name() for _ in start]
         given = [Value(inner, n, v.shape, v.dtype) for n, v in zip(names, start, strict=True)]
-        more = Body(f"{self.name()}.", self.indent + "  ")
         more.write(_return("stablehlo.return", [Value(more, names[0], (), "int32") < count]))
         inner.write(_return("stablehlo.return", [given[0] + 1, *step(*given)]))
         shown = ", ".join(f"{n} = {v.name}" for n, v in zip(names, start, strict=True))

@@ -83,6 +83,15 @@ def _copysign(a: Value, b: Value) -> Value:
     return (b.bits(word) < 0).select(-size, size)
 
 
+def _whole(function: Binary) -> Binary:
+    """A division; of integers by zero 0, as in NumPy (the specification leaves it open)."""
+
+    def emitter(a: Value, b: Value) -> Value:
+        return function(a, b) if is_float(a.dtype) else b.equals(0).select(0, function(a, b.equals(0).select(1, b)))
+
+    return emitter
+
+
 def _trunc_div(a: Value, b: Value) -> Value:
     return _trunc(a / b) if is_float(a.dtype) else a / b
 
@@ -156,8 +165,8 @@ _WIDENED: Mapping[Op, Callable[..., Value]] = {
     ops.reciprocal: lambda x: x.body.full(1, x.shape, x.dtype) / x, ops.sin: op("sine"), ops.cos: op("cosine"), ops.tan: op("tan"),
     ops.tanh: op("tanh"), ops.sigmoid: sigmoid, ops.silu: ACTIVATIONS["silu"], ops.gelu: gelu,
     ops.floor: op("floor"), ops.ceil: op("ceil"), ops.round_: op("round_nearest_even"), ops.trunc: _trunc,
-    ops.add: Value.__add__, ops.sub: Value.__sub__, ops.mul: Value.__mul__, ops.div: Value.__truediv__, ops.trunc_div: _trunc_div,
-    ops.floor_div: _floor_div, ops.remainder: _remainder, ops.fmod: Value.__mod__, ops.pow_: _pow, ops.atan2: op("atan2"),
+    ops.add: Value.__add__, ops.sub: Value.__sub__, ops.mul: Value.__mul__, ops.div: Value.__truediv__, ops.trunc_div: _whole(_trunc_div),
+    ops.floor_div: _whole(_floor_div), ops.remainder: _whole(_remainder), ops.fmod: _whole(Value.__mod__), ops.pow_: _pow, ops.atan2: op("atan2"),
     **FUNCTIONS,
 }  # fmt: skip
 

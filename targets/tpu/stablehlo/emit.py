@@ -69,8 +69,8 @@ def emit(
     kernels: which nodes call which kernel. name: the module's. donate: caches that are appended to are updated in place (the results
     that `signature` says are aliases). `main` takes the inputs and then the weights, as `signature` lists them.
 
-    An index outside its table or a cache's capacity, and an integer divided by zero, are no errors here, as they are for the
-    interpreter: the nearest place is read, and the quotient is unspecified. Raises CompileError for a kernel that doesn't fit and for
+    An index outside its table or a cache's capacity, and an integer divided by zero, are no errors here, as they are on a CPU: the
+    nearest place is read, and the quotient is 0. Raises CompileError for a kernel that doesn't fit and for
     types that an emitter got wrong, TypeRuleError for a symbol without a size.
     """
     if kernels is None or isinstance(kernels, Mapping):

@@ -36,7 +36,8 @@ def erf(x: Value) -> Value:
     if x.dtype == "float32":
         inside = x.maximum(-_ONE).minimum(_ONE)
         square = inside * inside
-        return inside * polynomial(square, _A) / polynomial(square, _B)
+        found = inside * polynomial(square, _A) / polynomial(square, _B)
+        return (x.unary("abs") >= _ONE).select(x.unary("sign"), found)
     near = x.maximum(-1).minimum(1)
     square = near * near
     inside = near * polynomial(square, _T) / polynomial(square, _U)
