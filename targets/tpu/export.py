@@ -72,7 +72,7 @@ def exported(text: str, entry: Entry, platform: str = "tpu", name: str = "jisu")
     JAX, CompileError for text that StableHLO refuses.
     """
     jax = _jax()
-    import jax.export
+    from jax import export
     from jax.extend import mlir
 
     def shaped(*_: Any) -> list[Any]:
@@ -80,7 +80,7 @@ def exported(text: str, entry: Entry, platform: str = "tpu", name: str = "jisu")
 
     shaped.__name__ = re.sub(r"\W", "_", name)
     with jax.enable_x64(True):
-        frame = jax.export.export(jax.jit(shaped, keep_unused=True), platforms=[platform])(*_specs(_parameters(entry)))
+        frame = export.export(jax.jit(shaped, keep_unused=True), platforms=[platform])(*_specs(_parameters(entry)))
     version = re.search(rb"StableHLO_v([\d.]+)", frame.mlir_module_serialized)
     if version is None:
         raise CompileError("this version of JAX serializes modules in a way that isn't known; use jax 0.10")

@@ -304,7 +304,9 @@ class Value:
     def rounded(self, dtype: str) -> Value:
         """This float32 rounded to a dtype of half precision, still float32 (a compiler may drop two conversions instead)."""
         form = {"float16": "e5m10", "bfloat16": "e8m7"}[dtype]
-        return self.body.value(f"stablehlo.reduce_precision {self.name}, format = {form} : {self.type}", self.shape, self.dtype)
+        return self.body.value(
+            f"stablehlo.reduce_precision {self.name}, format = {form} : {self.type}", self.shape, self.dtype
+        )
 
     def bits(self, dtype: str) -> Value:
         """The same bits: of as many bits each, into a last axis of smaller parts, or out of one."""
@@ -376,9 +378,7 @@ class Value:
     ) -> Value:
         """`value` before, behind and between the elements of each axis."""
         gaps = interior or [0] * self.rank
-        shape = tuple(
-            n + a + b + max(n - 1, 0) * g for n, a, b, g in zip(self.shape, low, high, gaps, strict=True)
-        )
+        shape = tuple(n + a + b + max(n - 1, 0) * g for n, a, b, g in zip(self.shape, low, high, gaps, strict=True))
         if shape == self.shape:
             return self
         fill = value if isinstance(value, Value) else self.body.full(value, (), self.dtype)
@@ -451,7 +451,13 @@ class Value:
     # --- Products -------------------------------------------------------------------------------------------------------
 
     def dot(
-        self, other: Value, contract: tuple[int, int], batch: Sequence[tuple[int, int]] = (), *, to: str, exact: bool = True
+        self,
+        other: Value,
+        contract: tuple[int, int],
+        batch: Sequence[tuple[int, int]] = (),
+        *,
+        to: str,
+        exact: bool = True,
     ) -> Value:
         """The product over one axis of each: axes are the batch's, then the rest of this, then the rest of the other.
 
@@ -485,7 +491,9 @@ class Value:
         """`new` put at int32 [] `starts`, moved inside where it would stick out."""
         shown = ", ".join(v.name for v in (self, new, *starts))
         types = ", ".join(v.type for v in (self, new, *starts))
-        return self.body.value(f"stablehlo.dynamic_update_slice {shown} : ({types}) -> {self.type}", self.shape, self.dtype)
+        return self.body.value(
+            f"stablehlo.dynamic_update_slice {shown} : ({types}) -> {self.type}", self.shape, self.dtype
+        )
 
     def take(self, indices: Value, axis: int) -> Value:
         """Slices along `axis`, one per index; indices outside are moved to the nearest end."""
@@ -513,7 +521,9 @@ class Value:
         )
         return self.body.value(text, shape, self.dtype)
 
-    def scatter(self, places: Value, updates: Value, axes: Sequence[int], kind: str = "", unique: bool = False) -> Value:
+    def scatter(
+        self, places: Value, updates: Value, axes: Sequence[int], kind: str = "", unique: bool = False
+    ) -> Value:
         """`updates` put at (or by `kind` combined into) places int32 [..., len(axes)].
 
         updates: [..., the other axes in order]; later ones win, where places are not `unique` (so the CPU does it; the specification

@@ -11,7 +11,7 @@ from typing import Any
 
 from jisu.compiler import ops
 from jisu.compiler.graph import Op
-from jisu.compiler.types import broadcast, is_float
+from jisu.compiler.types import broadcast
 from jisu.targets.tpu.stablehlo.build import HALF, Body, Value
 from jisu.targets.tpu.stablehlo.elementwise import ACTIVATIONS, plain
 from jisu.targets.tpu.stablehlo.moves import take
@@ -172,7 +172,9 @@ def experts(x: Value, index: Value, scores: Value, gate_up: Value, down: Value, 
     index = index.astype("int32")
     zeros = x.body.full(0, x.shape, summed(dtype))
 
-    def one_choice(i: Value, total: Value, x: Value, index: Value, scores: Value, up: Value, down: Value) -> list[Value]:
+    def one_choice(
+        i: Value, total: Value, x: Value, index: Value, scores: Value, up: Value, down: Value
+    ) -> list[Value]:
         t, j, zero = i / chosen, i % chosen, i.body.full(0, (), "int32")
         e, score = (v.dynamic_slice([t, j], (1, 1)) for v in (index, scores))
         place = e.reshape()
@@ -182,7 +184,9 @@ def experts(x: Value, index: Value, scores: Value, gate_up: Value, down: Value, 
         sum_ = total.dynamic_slice([t, zero], (1, x.shape[1])) + there.select(rounded(out * score.wide(), dtype), 0)
         return [total.dynamic_update(sum_, [t, zero]), x, index, scores, up, down]
 
-    def one_expert(e: Value, total: Value, x: Value, index: Value, scores: Value, up: Value, down: Value) -> list[Value]:
+    def one_expert(
+        e: Value, total: Value, x: Value, index: Value, scores: Value, up: Value, down: Value
+    ) -> list[Value]:
         out = _expert(x, _looked_up(up, e), _looked_up(down, e), activation, dtype)
         for j in range(chosen):
             score = rounded(out * scores.part(1, j, j + 1).wide(), dtype)

@@ -237,7 +237,7 @@ class _Module:
         self.lines += body.lines
         return found if isinstance(node.type, TupleType) else found[0]
 
-    def function(self, node: Node, operands: Sequence[Value | None]) -> str:
+    def function(self, node: Node, operands: Sequence[Any]) -> str:
         """The name of the function for a node, which is written at its first use."""
         attributes = tuple(sorted((k, str(substitute(v, self.sizes))) for k, v in node.attributes.items()))
         types = tuple(None if v is None else v.type for v in operands)

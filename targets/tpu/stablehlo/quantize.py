@@ -240,10 +240,11 @@ def _layer(
 ) -> Value:  # fmt: skip
     if not gated:
         return finish(product(codes, scales, zeros, outputs), b, r, activation, dtype)
-    halves = [
-        product(codes.pick(1, i), scales.pick(1, i), None if zeros is None else zeros.pick(1, i), outputs) for i in (0, 1)
-    ]
-    return gate(*halves, activation, dtype)
+    first, second = (
+        product(codes.pick(1, i), scales.pick(1, i), None if zeros is None else zeros.pick(1, i), outputs)
+        for i in (0, 1)
+    )
+    return gate(first, second, activation, dtype)
 
 
 def _quantized_linear(

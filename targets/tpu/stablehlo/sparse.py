@@ -101,9 +101,7 @@ def _sparse_linear(
     outputs: int, pair: int, scheme: str, group: int, gated: bool, activation: str,
 ) -> Value:  # fmt: skip
     def product(i: int) -> Value:
-        m, t, s, z = (
-            v if v is None or not gated else v.pick(1, i) for v in (mask, starts, scales, zeros)
-        )
+        m, t, s, z = (v if v is None or not gated else v.pick(1, i) for v in (mask, starts, scales, zeros))
         assert m is not None and t is not None
         w = _unpack(values, m, t, s, z, n=outputs, k=x.shape[-1], pair=pair, scheme=scheme, group=group)
         wide = "float64" if x.dtype == "float64" else "float32"
