@@ -244,9 +244,10 @@ def decoder(name: str, layout: CacheLayout | None = None) -> Step:
     return keep_last_token(derive_step(graph, sequence=found.sequence, layout=layout), found.sequence)
 
 
-def bucket(step: Step, rows: int) -> dict[str, int]:
-    sizes = {"batch": 1, "sequence": rows, "capacity": CAPACITY, "pages": 12, "sequence_pages": CAPACITY // 4}
-    return {s: sizes.get(s, CAPACITY) for s in step.graph.symbols}
+def bucket(step: Step, rows: int, capacity: int = CAPACITY) -> dict[str, int]:
+    """Sizes for chunks of `rows` tokens; rings have as many rows as a cache."""
+    sizes = {"batch": 1, "sequence": rows, "pages": 12, "sequence_pages": capacity // 4}
+    return {s: sizes.get(s, capacity) for s in step.graph.symbols}
 
 
 def encoder() -> Graph:
@@ -334,9 +335,12 @@ def test_a_chunk_equals_the_interpreter(name: str) -> None:
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2", "bert"])
 def test_models_compile_for_chips(name: str, chip: str) -> None:
     """Prefill and decode, the caches in place, and an encoder."""
-    graphs = (
-        [(encoder(), {})] if name == "bert" else [(decoder(name).graph, bucket(decoder(name), n)) for n in (128, 1)]
-    )
+    graphs: list[tuple[Graph, dict[str, int]]] = []
+    if name == "bert":
+        graphs.append((encoder(), {}))
+    else:
+        step = decoder(name)
+        graphs += [(step.graph, bucket(step, rows, 256)) for rows in (128, 1)]
     for graph, sizes in graphs:
         entry = signature(graph, sizes)
         made = export.compile_for(chip, emit(graph, sizes), entry)

@@ -150,6 +150,7 @@ def compile_for(chip: str, text: str, entry: Entry, donate: bool = True) -> Comp
     if chip not in CHIPS:
         raise TargetError(f"unknown chip {chip!r}; known: {', '.join(CHIPS)}")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no metadata server to ask
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nor a TPU that two processes could want
     from jax.experimental import topologies
     from jax.sharding import SingleDeviceSharding
 
@@ -157,7 +158,8 @@ def compile_for(chip: str, text: str, entry: Entry, donate: bool = True) -> Comp
     try:
         device = topologies.get_topology_desc(CHIPS[chip], "tpu").devices[0]
         sharding = SingleDeviceSharding(device)
-        step = jax.jit(program.call, donate_argnums=donated(entry) if donate else (), keep_unused=True)
+        given = donated(entry) if donate else ()
+        step = jax.jit(program.call, donate_argnums=given, keep_unused=True, out_shardings=sharding)
         with jax.enable_x64(True):
             made = step.lower(*_specs(_parameters(entry), sharding=sharding)).compile()
     except Exception as error:  # whatever the run time raises

@@ -29,6 +29,8 @@ def matmul(a: Value, b: Value) -> Value:
     to = summed(a.dtype)
     if to == "int32":  # sums that wrap in int32 wrap alike in fewer bits
         x, y = x.astype(to), y.astype(to)
+    if to == "int64":  # TPUs have no products of matrices of these
+        return (x.expand(-1) * y.expand(-3)).sum(-2)
     pairs = [(i, i) for i in range(len(batch))]
     return x.dot(y, (-1, -2), pairs, to=to).astype(a.dtype)
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from jisu.compiler import ops
+from jisu.compiler.errors import InputError
 from jisu.compiler.graph import Op
 from jisu.targets.tpu.stablehlo.build import Body, Value
 from jisu.targets.tpu.stablehlo.contract import rounded, summed
@@ -121,6 +122,8 @@ def _append(cache: Value, new: Value, length: Value, table: Value | None, *, rin
     first = length.astype("int32").reshape()
     batch, chunk = new.shape[:2]
     capacity = page * (table.shape[1] if table is not None else 1)
+    if not ring and chunk > capacity:
+        raise InputError(f"a chunk of {chunk} tokens doesn't fit into a cache of {capacity}; choose a smaller bucket")
     if table is None and (not ring or chunk == 1):
         zero = body.full(0, (), "int32")
         at = first % capacity if ring else first
