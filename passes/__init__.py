@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from jisu.compiler.pipeline import Pass
 from jisu.passes.canonicalize import Canonicalize
 from jisu.passes.fusion import FUSIONS
-from jisu.passes.layout import FoldWeights, MergeProjections, PackWeights
+from jisu.passes.layout import FoldWeights, MergeProjections, PackWeights, SplitGated
 
 
 def default_passes(fuse: bool = True, max_fold_bytes: int = 1 << 20) -> tuple[Pass, ...]:
@@ -19,7 +19,13 @@ def default_passes(fuse: bool = True, max_fold_bytes: int = 1 << 20) -> tuple[Pa
 
 
 def layout_passes(
-    panel: int, pair: Mapping[str, int], sparse: Mapping[str, float] | None = None, integers: bool = True
+    panel: int,
+    pair: Mapping[str, int],
+    sparse: Mapping[str, float] | None = None,
+    integers: bool = True,
+    together: bool = True,
 ) -> tuple[Pass, ...]:
-    """The passes that bring weights into their kernels' order; the arguments come from the target (see `PackWeights`)."""
-    return (PackWeights(panel, pair, sparse or {}, integers), MergeProjections(), FoldWeights())
+    """The passes that bring weights into their kernels' order; the arguments come from the target (see `PackWeights`). together: whether
+    kernels do several matrices of one input at once."""
+    pack = PackWeights(panel, pair, sparse or {}, integers)
+    return (pack, MergeProjections(), FoldWeights()) if together else (SplitGated(), pack, FoldWeights())

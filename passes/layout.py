@@ -441,6 +441,25 @@ class MergeProjections:
         return graph.map(transform)
 
 
+@attrs.frozen
+class SplitGated:
+    """Gated layers as two layers and their product, for targets whose kernels do one matrix at a time."""
+
+    name: str = "split gated layers"
+    exact: bool = True
+
+    def __call__(self, graph: Graph) -> Graph:
+        def transform(old: Node, new: Node) -> Node:
+            if new.op is not ops.gated_linear:
+                return new
+            data, *weights = new.parents
+            kinds = zip(weights, (new.activation, "none"), strict=True)
+            parts = [ops.linear.make((data, m, None, None), {"activation": kind}, new.source) for m, kind in kinds]
+            return ops.mul.make(parts, {}, new.source)
+
+        return graph.map(transform)
+
+
 def _alike(node: Node) -> tuple[Any, ...]:
     """What layers of one x that become one op have in common: the op, and how codes are stored."""
     if node.op is ops.packed_linear:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from jisu.targets import cpu, cuda
+from jisu.targets import cpu, cuda, tpu
 from jisu.targets.target import Target
 
-_ROOMS = {"cpu": cpu, "cuda": cuda}
+_ROOMS = {"cpu": cpu, "cuda": cuda, "tpu": tpu}
 
 
 def of(target: Target) -> ModuleType:
-    """The module with `packing`, `INTEGERS`, `FETCHED`, `variants`, `sparse_gain` and `sparse_limits` for the target."""
+    """The module with `packing`, `INTEGERS`, `TOGETHER`, `FETCHED`, `variants`, `sparse_gain` and `sparse_limits` for the target."""
     return _ROOMS[target.kind]

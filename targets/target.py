@@ -62,7 +62,7 @@ _V4 = _V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
 # A processor's own name would promise features that a virtual machine may hide; a level promises only what we saw.
 _LEVELS = {"x86-64-v4": _V4, "x86-64-v3": _V3, "x86-64-v2": _V2, "x86-64": frozenset[str]()}
 
-_LOWERINGS = ("cpu", "cuda")
+_LOWERINGS = ("cpu", "cuda", "tpu")
 
 
 @attrs.frozen
@@ -128,6 +128,9 @@ class Target:
                 f"this build has no {found.kind.upper()} lowering yet, so it can't compile for {found.name!r}; "
                 "use target='cpu'"
             )
+        if found.kind == "tpu" and found.triple != host().triple:
+            here = host()  # which simulates it
+            return attrs.evolve(found, triple=here.triple, mcpu=here.mcpu, features=here.features)
         return found
 
     @classmethod
@@ -164,9 +167,7 @@ class Target:
         """
         if self.kind == "cuda":  # the driver says when the program is loaded
             return []
-        if self.kind != "cpu":
-            return [f"a {self.kind} device"]
-        here = host()
+        here = host()  # a TPU's programs run here, simulated
         if self.architecture != here.architecture:
             return [f"architecture {self.architecture}"]
         return sorted(self.required_features - here.features)

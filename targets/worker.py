@@ -72,7 +72,10 @@ def _build(request: Mapping[str, Any], stage: Callable[[str], None]) -> dict[str
     if target.kind == "cuda":
         entries, kernels, files = _build_device(graphs, target, out, stage)
     else:
-        lowered = lower(graphs, target, schedules=from_json(request["schedules"]))
+        kernels = None
+        if target.kind == "tpu":
+            from jisu.targets.tpu.choose import CHOOSERS as kernels
+        lowered = lower(graphs, target, kernels=kernels, schedules=from_json(request["schedules"]))
         (out / IR).write_text(str(lowered.module))
         entries, kernels, files = lowered.entries, lowered.kernels, [LIBRARY]
         if request["single"]:

@@ -16,6 +16,9 @@ def packing(target: Target) -> tuple[int, dict[str, int]]:
     return 2 * target.lanes("float32"), {"float32": 1, "bfloat16": 2, "float16": 2}
 
 
+TOGETHER = True
+"""Kernels do several matrices of one input at once."""
+
 FETCHED = False
 """Whether results come from another memory, so that a step had better give the likeliest tokens alone."""
 

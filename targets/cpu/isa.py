@@ -38,8 +38,8 @@ ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2, "int64": 8, "int32": 4, "
 
 
 def tvm_target(target: Target) -> Any:
-    """The TVM target (LLVM) that generates code for a CPU `target`; raises TargetError for another kind."""
-    if target.kind != "cpu":
+    """The TVM target (LLVM) that generates code for a CPU `target`, or for the CPU that simulates it; raises TargetError for another kind."""
+    if target.kind not in ("cpu", "tpu"):
         raise TargetError(f"the CPU kernels can't be built for {target.name!r}")
     level = {"x86-64": 0, "x86-64-v2": 2, "x86-64-v3": 3, "x86-64-v4": 4}
     # Without this, LLVM splits 64-byte vectors for processors that once lowered their clock for them.

@@ -14,6 +14,9 @@ def packing(target: Target) -> tuple[int, dict[str, int]]:
     return 1, {"float32": 1, "bfloat16": 1, "float16": 1}
 
 
+TOGETHER = True
+"""Kernels do several matrices of one input at once."""
+
 FETCHED = True
 """Results come from the GPU's memory."""
 

@@ -1,1 +1,39 @@
 """Google's TPUs: chips as data, kernels as scheduled TIR and as Pallas source, any graph as StableHLO, and what it all takes, simulated."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # a target's description comes from here
+    from jisu.compiler.graph import Node
+    from jisu.targets.target import Target
+
+
+def packing(target: Target) -> tuple[int, dict[str, int]]:
+    """Weights of floats stay as checkpoints have them; codes lie output by output."""
+    return 1, {}
+
+
+INTEGERS = True
+"""Rounded activations and codes are multiplied as integers, by the matrix units."""
+
+TOGETHER = False
+"""Kernels do one matrix at a time; XLA runs what reads the same one after the other anyway."""
+
+FETCHED = False
+"""What runs here is a simulation, in this machine's memory."""
+
+
+def variants(node: Node, target: Target) -> dict[str, tuple[int, ...]]:
+    """Tiles follow from the chip's sizes."""
+    return {}
+
+
+def sparse_gain(form: str, kept: float, target: Target) -> float | None:
+    """Matrix units read dense tiles."""
+    return None
+
+
+def sparse_limits(target: Target) -> dict[str, float]:
+    """As `sparse_gain`: none."""
+    return {}

@@ -62,6 +62,12 @@ def compile_cpu(function: Any, *, emulated: bool = False) -> Callable[..., None]
         raise CompileError(f"LLVM can't compile the functional run: {error}") from error
 
 
+def inlined(lowered: Lowered) -> tuple[list[Any], Any]:
+    """The product's operands and result as buffers of this machine (bfloat16 as its bits, uint16), and the statement that computes it."""
+    loops = _Loops(emulated=False)
+    return [loops.stored(parameter) for parameter in lowered.function.params], loops.visit(lowered.function.body)
+
+
 def run(lowered: Lowered, *arrays: np.ndarray) -> np.ndarray:
     """The product of arrays, padded or not, in the order of operands; the result is cropped. InputError: one doesn't fit its operand."""
     tensors, result = _tensors(lowered, arrays)
