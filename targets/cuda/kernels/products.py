@@ -8,7 +8,17 @@ from jisu.compiler.errors import TargetError
 from jisu.compiler.schemes import SCHEMES
 from jisu.targets.cpu.isa import Val
 from jisu.targets.cuda.device import GROUP, WARP, Device, DeviceKernel
-from jisu.targets.cuda.kernels.layers import Layer, decoded, finished, inputs, part_of, row_address, scale_and_zero
+from jisu.targets.cuda.kernels.layers import (
+    Layer,
+    Part,
+    Rows,
+    decoded,
+    finished,
+    inputs,
+    part_of,
+    row_address,
+    scale_and_zero,
+)
 from jisu.targets.target import Target
 
 EIGHT = 8
@@ -21,23 +31,11 @@ _STAGES = 4  # steps whose inputs are under way or in shared memory
 class _Product:
     """A layer in tiles of `ROWS` by `OUTPUTS` under construction, `inputs` of k per step."""
 
-    def __init__(self, name: str, layer: Layer, inputs: int, threads: int, target: Target) -> None:
-        layer.require()
-        if layer.k % inputs or (layer.group and layer.group % EIGHT):
-            raise TargetError(f"{layer.name}: inputs are no multiple of {inputs}, or groups none of {EIGHT}")
-        f = self.f = Device(f"{name}_{layer.name}", layer.parameters, target, threads)
-        self.layer, self.k, self.inputs, self.steps, self.chunks = (
-            layer,
-            layer.k,
-            inputs,
-            layer.k // inputs,
-            inputs // EIGHT,
-        )
-        given = {name: value for (_, name), value in zip(layer.parameters, f.params(), strict=True)}
-        self.x, self.m = f.memory(given["x"]), given["m"]
-        self.residual = f.memory(given["r"]) if layer.residual else None
-        self.row0 = f.block() * ROWS
-        self.part = part_of(f, layer, f.block("y"), OUTPUTS)
+    def __init__(
+        self, f: Device, layer: Layer, inputs: int, x: Val, part: Part, own: Rows, residual: Val | None
+    ) -> None:
+        self.f, self.layer, self.x, self.part, self.own, self.residual = f, layer, x, part, own, residual
+        self.k, self.inputs, self.steps, self.chunks = layer.k, inputs, layer.k // inputs, inputs // EIGHT
         self.row_bytes = inputs * 16 // layer.codes_per_chunk  # of W, per step
         self.stage_bytes = ROWS * inputs * 2 + OUTPUTS * self.row_bytes
         self.held = f.shared(_STAGES * self.stage_bytes, 1024)
@@ -48,12 +46,12 @@ class _Product:
         return rows, self.f.at(rows, ROWS * self.inputs * 2, "i8")
 
     def fetch(self, step: Val) -> None:
-        """Begin to copy a step's inputs; rows beyond the last are copies of it, whose results nobody stores."""
+        """Begin to copy a step's inputs."""
         f, part, (rows, weights) = self.f, self.part, self.stage(step)
         first = step * self.inputs
 
         def row_of_x(r: Val) -> Val:
-            return f.at(self.x, f.minimum(self.row0 + r, self.m - 1) * self.k + first, self.layer.dtype)
+            return f.at(self.x, self.own.source(r) * self.k + first, self.layer.dtype)
 
         def row_of_w(r: Val) -> Val:
             row = f.minimum(part.first + r, part.rows - 1)
@@ -90,27 +88,57 @@ class _Product:
         """Four sums of a thread as `mma` and `wgmma` leave them: two neighbouring columns of a row of the tile, and of the eighth row below."""
         f, part, layer = self.f, self.part, self.layer
         for half in (0, 1):
-            at_row, first = self.row0 + row + 8 * half, part.first + column
+            at_row, first = self.own.place(row + 8 * half), part.first + column
             pair = list(sums[2 * half : 2 * half + 2])
             results = [(first / 2, pair)] if layer.gated else [(first + i, [value]) for i, value in enumerate(pair)]
             for at_column, own in results:
 
                 def put(at_row: Val = at_row, at_column: Val = at_column, own: list[Val] = own) -> None:
                     value = finished(f, layer, part, at_row, at_column, own, self.residual)
+                    value = self.own.weighed(value, at_row)
                     f.store_f32(value, part.y, at_row * part.n + at_column, layer.dtype)
 
-                inside = f.op(f"and i1 {(at_row < self.m).name}, {(at_column < part.n).name}", "i1")
+                inside = f.op(f"and i1 {self.own.there(at_row).name}, {(at_column < part.n).name}", "i1")
                 f.when(inside, put)
 
 
+THREADS = ROWS // 64 * GROUP
+"""Of a block."""
 _WARPS = (2, 4)  # warps of `product` along rows and outputs
 _TILE = (64, 32)  # of a warp
 
 
 def product(layer: Layer, target: Target) -> DeviceKernel:
     """The layer on tensor cores. Parameters: `Layer.parameters`. Raises TargetError for a layer that it can't read."""
-    p = _Product("product", layer, 32, _WARPS[0] * _WARPS[1] * WARP, target)
-    f, thread = p.f, p.f.thread()
+    return _of_layer("product", layer, target, require_product, multiply_product)
+
+
+def _of_layer(
+    name: str,
+    layer: Layer,
+    target: Target,
+    require: Callable[[Layer, Target], None],
+    multiply: Callable[[Device, Layer, Val, Part, Rows, Val | None], None],
+) -> DeviceKernel:
+    require(layer, target)
+    f = Device(f"{name}_{layer.name}", layer.parameters, target, THREADS)
+    given = {name: value for (_, name), value in zip(layer.parameters, f.params(), strict=True)}
+    residual = f.memory(given["r"]) if layer.residual else None
+    own = Rows(f, f.block() * ROWS, given["m"])
+    multiply(f, layer, f.memory(given["x"]), part_of(f, layer, f.block("y"), OUTPUTS), own, residual)
+    return f.built()
+
+
+def require_product(layer: Layer, target: Target, inputs: int = 32) -> None:
+    """Raise TargetError unless `multiply_product` reads the layer."""
+    layer.require()
+    if layer.k % inputs or (layer.group and layer.group % EIGHT):
+        raise TargetError(f"{layer.name}: inputs are no multiple of {inputs}, or groups none of {EIGHT}")
+
+
+def multiply_product(f: Device, layer: Layer, x: Val, part: Part, own: Rows, residual: Val | None = None) -> None:
+    """What a thread of `product` does: up to `ROWS` rows of x times `OUTPUTS` rows of W, with `THREADS` threads."""
+    p, thread = _Product(f, layer, 32, x, part, own, residual), f.thread()
     lane, warp = thread % WARP, thread / WARP
     tiles_m, tiles_n = _TILE[0] // 16, _TILE[1] // 8
     warp_row, warp_column = warp / _WARPS[1] * _TILE[0], warp % _WARPS[1] * _TILE[1]
@@ -132,7 +160,6 @@ def product(layer: Layer, target: Target) -> DeviceKernel:
         for j in range(tiles_n):
             at = 4 * (i * tiles_n + j)
             p.store(warp_row + 16 * i + lane / 4, warp_column + 8 * j + lane % 4 * 2, sums[at : at + 4])
-    return f.built()
 
 
 _Halves = Callable[[], Iterator[tuple[list[list[Val]], list[list[Val]]]]]
@@ -216,10 +243,19 @@ def product_hopper(layer: Layer, target: Target) -> DeviceKernel:
 
     Raises TargetError unless k is a multiple of 64, W is no matrix of codes and the target is sm_90a.
     """
+    return _of_layer("product_hopper", layer, target, require_hopper, multiply_hopper)
+
+
+def require_hopper(layer: Layer, target: Target) -> None:
+    """Raise TargetError unless `multiply_hopper` reads the layer."""
     if target.mcpu != "sm_90a" or layer.scheme:
         raise TargetError(f"warp groups multiply floats on sm_90a, not {layer.scheme or layer.dtype} on {target.mcpu}")
-    p = _Product("product_hopper", layer, 64, ROWS // 64 * GROUP, target)
-    f, thread = p.f, p.f.thread()
+    require_product(layer, target, 64)
+
+
+def multiply_hopper(f: Device, layer: Layer, x: Val, part: Part, own: Rows, residual: Val | None = None) -> None:
+    """What a thread of `product_hopper` does, as `multiply_product`."""
+    p, thread = _Product(f, layer, 64, x, part, own, residual), f.thread()
     group = thread / GROUP
     p.begin()
 
@@ -241,4 +277,3 @@ def product_hopper(layer: Layer, target: Target) -> DeviceKernel:
     lane, warp = thread % WARP, thread % GROUP / WARP
     for j in range(OUTPUTS // 8):
         p.store(group * 64 + warp * 16 + lane / 4, 8 * j + lane % 4 * 2, sums[4 * j : 4 * j + 4])
-    return f.built()
