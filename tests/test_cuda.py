@@ -20,7 +20,7 @@ from jisu.compiler.graph import Graph, placeholder
 from jisu.compiler.interpret import interpret
 from jisu.compiler.types import TensorType, numpy_dtype
 from jisu.targets.cuda import device, emulated, ptx
-from jisu.targets.cuda.kernels import attention, norm, products, records, thin, top
+from jisu.targets.cuda.kernels import attention, experts, norm, products, records, thin, top
 from jisu.targets.cuda.kernels.attention import Form
 from jisu.targets.cuda.kernels.layers import Layer
 from jisu.targets.target import Target, host
@@ -150,6 +150,31 @@ def test_threads_that_part_are_found(launch: Launch) -> None:
     f.when(thread < 16, lambda: f.store(f.sum_of_warp(half), f.at(y, thread, "float32")), f.barrier)
     with pytest.raises(RuntimeError, match="different things|for ever"):
         launch(f.built(), (1, 1), np.zeros(64, np.float32))
+
+
+# --- Experts ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pairs", [1, 7, 300, 1000])
+@pytest.mark.parametrize(("count", "rows", "index"), [(8, 8, "int64"), (5, 128, "int32"), (300, 32, "int64")])
+@RACES
+def test_groups_of_experts(
+    pairs: int, count: int, rows: int, index: str, late: bool, order: int, launch: Launch
+) -> None:
+    """Every pair of an expert is in a group of that one, in order; the others, and those behind the last, are in none."""
+    how = experts.Mixture(count, 1, 64, 64, "bfloat16", "silu", index)
+    numbers = np.random.default_rng(pairs).integers(-1, count + 1, pairs).astype(index)
+    groups = -(-pairs // rows) + count
+    slots, names = np.zeros((groups + 1, rows), np.int32), np.full(groups + 1, 77, np.int32)
+    launch(experts.grouped(how, rows, GPU), (1,), numbers, slots, names, pairs, groups, late=late, order=order)
+    assert names[-1] == 77 and not slots[-1].any()
+    for expert in range(count):
+        held = slots[:-1][names[:-1] == expert].ravel()
+        want = np.flatnonzero(numbers == expert)
+        assert len(held) == -(-len(want) // rows) * rows
+        np.testing.assert_array_equal(held[: len(want)], want)
+        assert (held[len(want) :] == -1).all()
+    assert (slots[:-1][names[:-1] == -1] == -1).all()
 
 
 # --- Attention ----------------------------------------------------------------------------------------------------------
@@ -352,6 +377,7 @@ def test_inputs_that_do_not_fit_are_refused() -> None:
 
 # --- PTX ----------------------------------------------------------------------------------------------------------------
 
+MIXTRAL = experts.Mixture(8, 2, 4096, 14336, "bfloat16", "silu")
 CODES: dict[str, Any] = {"scheme": "int4", "group": 128}
 
 
@@ -375,6 +401,13 @@ def of_hot_kernels(target: Target) -> dict[str, device.DeviceKernel]:
         "tokens": attention.attend_tokens(form, target),
         "largest": top.largest(128256, 128, "float32", False, False, target),
         "norm": norm.normed(norm.Norm(4096, "bfloat16", 1e-5, True, True, False), target),
+        "expert": experts.single(MIXTRAL, False, target),
+        "expert's last layer": experts.single(MIXTRAL, True, target),
+        "groups": experts.grouped(MIXTRAL, 8, target),
+        "few of experts": experts.of_groups(MIXTRAL, False, 8, target),
+        "many of experts": experts.of_groups(MIXTRAL, False, 128, target),
+        "many of experts' last layer": experts.of_groups(MIXTRAL, True, 128, target),
+        "sums of experts": experts.summed(MIXTRAL, target),
         "records": records.encoded_rows(128, "bfloat16", "int8", target),
         "token of records": attention.attend_token(attrs.evolve(form, scheme="int8"), target),
         "token of 256": attention.attend_token(Form(16, 8, 256, 0.1), target),
@@ -384,6 +417,7 @@ def of_hot_kernels(target: Target) -> dict[str, device.DeviceKernel]:
     }
     if target.mcpu == "sm_90a":
         made["hopper"] = products.product_hopper(wide, target)
+        made["hopper of experts"] = experts.of_groups(MIXTRAL, False, 128, target, hopper=True)
     return made
 
 
@@ -401,13 +435,19 @@ WORDS = {
 }  # fmt: skip
 MOST_REGISTERS = {
     "few": 64,
+    "expert": 64,
+    "expert's last layer": 64,
+    "few of experts": 64,
     "few codes": 80,
     "few small floats": 80,
     "few of a table": 80,
     "many": 128,
+    "many of experts": 168,
+    "many of experts' last layer": 168,
     "gated": 128,
     "many codes": 168,
     "hopper": 168,
+    "hopper of experts": 168,
 }
 
 

@@ -13,7 +13,7 @@ from jisu.compiler.graph import Node
 from jisu.compiler.types import Dim, dim, product
 from jisu.targets.cpu.isa import FLOATS, require_activation
 from jisu.targets.cuda.device import PAIRS, DeviceKernel
-from jisu.targets.cuda.kernels import norm, products, records, rounding, thin, top
+from jisu.targets.cuda.kernels import experts, norm, products, records, rounding, thin, top
 from jisu.targets.cuda.kernels.attention import QUERIES, Form, attend_token, attend_tokens, merge_parts, sharing
 from jisu.targets.cuda.kernels.layers import Layer
 from jisu.targets.cuda.lowering import DeviceCall, DeviceFunction
@@ -245,8 +245,76 @@ def _sort(node: Node, target: Target) -> Kernel | None:
         scratch.append(rows * size * 8)
 
 
+def _experts(node: Node, target: Target) -> Kernel | None:
+    x, index, _, up, down = node.operands
+    assert x is not None and index is not None and up is not None and down is not None
+    packed = node.op is ops.packed_experts
+    sizes = (up.shape[0], index.shape[1], x.shape[1], node.inner if packed else down.shape[2])
+    if (
+        x.dtype not in PAIRS
+        or index.dtype not in ("int64", "int32")
+        or not all(isinstance(s, int) and s for s in sizes)
+    ):
+        return None
+    if packed and not (_one_output_per_panel(up, 4) and _one_output_per_panel(down, 3)):
+        return None
+    count, chosen, hidden, width = map(int, sizes)  # type: ignore[call-overload]
+    how = experts.Mixture(count, chosen, hidden, width, x.dtype, node.activation, index.dtype, apart=not packed)
+    try:
+        how.up.require()
+        how.down.require()
+        require_activation(node.activation)
+    except TargetError:  # rows that don't go into chunks
+        return None
+    tokens = x.shape[0]
+    pairs = tokens * how.chosen
+    x_, index_, scores, ups, downs, result, inner, outer, order, names = range(10)  # numbers of the step's tensors
+    summed = DeviceCall(experts.summed(how, target), (tokens, -(-how.hidden // 1024), 1), (index_, outer, result))
+    # Few pairs have an expert each, mostly.
+    single = (
+        DeviceCall(
+            experts.single(how, False, target), (how.up.tiles(thin.OUTPUTS), pairs, 1), (x_, ups, index_, inner)
+        ),
+        DeviceCall(
+            experts.single(how, True, target), (how.down.tiles(thin.OUTPUTS), pairs, 1),
+            (inner, downs, index_, scores, outer),
+        ),
+    )  # fmt: skip
+    few = max(1, how.count // 4 // how.chosen)
+    variants: list[tuple[tuple[tuple[Dim, int], ...], tuple[DeviceCall, ...]]] = [(((tokens, few),), (*single, summed))]
+    forms = [(thin.ROWS[0], False), (thin.ROWS[-1], False)]
+    for hopper in (True, False):  # the first that is in the code that a GPU loads
+        with contextlib.suppress(TargetError):  # not on this machine, or not for these layers
+            for layer in (how.up, how.down):
+                (products.require_hopper if hopper else products.require_product)(layer, target)
+            forms.append((products.LARGE.rows, hopper))
+    for rows, hopper in forms:
+        # Groups are mostly full where experts have about so many pairs.
+        most = () if rows == forms[-1][0] else ((tokens, max(1, how.count * rows // how.chosen)),)
+        blocks = _ceiling(pairs, rows) + how.count
+        tiled = rows == products.LARGE.rows
+        group = experts.grouped(how, rows, target)
+        calls = [DeviceCall(group, (1, 1, 1), (index_, order, names, ("size", pairs), ("size", blocks)))]
+        given = ((x_, ups, order, names, inner), (inner, downs, order, names, scores, outer))
+        for number, layer in enumerate((how.up, how.down)):
+            kernel = experts.of_groups(how, bool(number), rows, target, hopper=hopper)
+            grid = (blocks, layer.tiles(products.LARGE.outputs)) if tiled else (layer.tiles(thin.OUTPUTS), blocks)
+            calls.append(DeviceCall(kernel, (*grid, 1), given[number]))
+        variants.append((most, (*calls, summed)))
+    most_rows = forms[-1][0]
+    scratch = (
+        pairs * how.inner * 2,
+        pairs * how.hidden * 2,
+        (pairs + (how.count + 1) * most_rows) * 4,
+        (_ceiling(pairs, thin.ROWS[0]) + how.count) * 4,
+    )
+    return Kernel(DeviceFunction(tuple(variants), scratch), tuple(Argument(i) for i in range(5)))
+
+
 CHOOSERS: Choosers = {
     ops.sort: _sort,
+    ops.experts: _experts,
+    ops.packed_experts: _experts,
     ops.encode_rows: _encode_rows,
     ops.fake_quantize: _fake_quantize,
     ops.attention: _attention,

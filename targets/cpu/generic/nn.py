@@ -370,6 +370,57 @@ def _mixture(
     rows = pull.leaves[x]
     vector = dtype == "float32" and node.op is ops.experts
 
+    def project(size: Expr, left: Callable[[Expr], Expr], right: Callable[[Expr], Expr]) -> Expr:
+        return b.let(round_to(b, line_product(b, size, dtype, left, right, vector), x.dtype), "dot")
+
+    def expert(t: Expr, j: Expr) -> tuple[Expr, Expr]:
+        """The number of a token's expert, and whether it is one."""
+        e = b.let(tirx.Cast("int64", pull.fresh()(index, [t, j])), "e")
+        return e, tirx.all(e >= i64(0), e < b.dim(count))
+
+    def channel(t: Expr, e: Expr, i: Expr) -> Expr:
+        """What an expert's channel makes of a token."""
+        gate, linear = (
+            project(hidden, lambda d: load(b, rows, t * hidden + d), lambda d, half=half: up(e, half, i, d))  # type: ignore[misc]
+            for half in (0, 1)
+        )
+        active = b.let(round_to(b, ACTIVATE[node.activation](b, gate), x.dtype))
+        return round_to(b, b.let(active * linear), x.dtype)
+
+    def output(e: Expr, i: Expr, weight: Expr, mixed: Callable[[Expr], Expr]) -> Expr:
+        """What an expert adds to a token's output."""
+        out = project(width, mixed, lambda d: down(e, i, d))
+        return round_to(b, b.let(out * weight), x.dtype)
+
+    if b.points_fail:
+        chosen = index.shape[1]
+        held = b.scratch(at_least_one(product((tokens, chosen, inner))), dtype, shared=True)
+
+        def at(t: Expr, j: Expr, i: Expr) -> Expr:
+            return (t * b.dim(chosen) + j) * width + i
+
+        def one_channel(point: list[Expr]) -> None:
+            t, j, i = point
+            e, inside = expert(t, j)
+            with b.when(inside):
+                b.store(held, at(t, j, i), channel(t, e, i))
+
+        def one_output(point: list[Expr]) -> None:
+            t, i = point
+            total = b.scratch(1, dtype)
+            b.store(total, i64(0), literal(0, dtype))
+            with b.loop(b.dim(chosen)) as j:
+                e, inside = expert(t, j)
+                with b.when(inside):
+                    weight = pull.fresh().wide(scores, [t, j])
+                    more = output(e, i, weight, lambda d: held[at(t, j, d)])
+                    b.store(total, i64(0), total[i64(0)] + more)
+            b.store(target, [t, i], narrow(b, total[i64(0)], x.dtype))
+
+        b.points((tokens, chosen, inner), product((tokens, chosen, inner, h)) * 4, one_channel)
+        b.points((tokens, h), product((tokens, chosen, inner, h)) * 2, one_output)
+        return
+
     def token(outer: list[Expr]) -> None:
         (t,) = outer
         result = b.scratch(at_least_one(h), dtype)
@@ -377,28 +428,14 @@ def _mixture(
         with b.loop(hidden) as i:
             b.store(result, i, literal(0, dtype))
 
-        def project(size: Expr, left: Callable[[Expr], Expr], right: Callable[[Expr], Expr]) -> Expr:
-            return b.let(round_to(b, line_product(b, size, dtype, left, right, vector), x.dtype), "dot")
-
         with b.loop(b.dim(index.shape[1])) as j:
-            here = pull.fresh()
-            e = b.let(tirx.Cast("int64", here(index, [t, j])), "e")
-            with b.when(tirx.all(e >= i64(0), e < b.dim(count))):
-                weight = here.fresh().wide(scores, [t, j])
+            e, inside = expert(t, j)
+            with b.when(inside):
+                weight = pull.fresh().wide(scores, [t, j])
                 with b.loop(width) as i:
-                    gate, linear = (
-                        project(
-                            hidden,
-                            lambda d: load(b, rows, t * hidden + d),
-                            lambda d, half=half, i=i: up(e, half, i, d),  # type: ignore[misc]
-                        )
-                        for half in (0, 1)
-                    )
-                    active = b.let(round_to(b, ACTIVATE[node.activation](b, gate), x.dtype))
-                    b.store(mixed, i, round_to(b, b.let(active * linear), x.dtype))
+                    b.store(mixed, i, channel(t, e, i))
                 with b.loop(hidden) as i:
-                    out = project(width, lambda d: mixed[d], lambda d, i=i: down(e, i, d))  # type: ignore[misc]
-                    b.store(result, i, result[i] + round_to(b, b.let(out * weight), x.dtype))
+                    b.store(result, i, result[i] + output(e, i, weight, lambda d: mixed[d]))
         with b.loop(hidden) as i:
             b.store(target, [t, i], narrow(b, result[i], x.dtype))
 

@@ -112,6 +112,31 @@ class Part:
     table: Val | None
 
 
+@attrs.frozen(eq=False)
+class Rows:
+    """The rows that a block multiplies: `count` of x from number `first` on, each one's results in the same row of y."""
+
+    f: Device
+    first: Val
+    count: Val
+
+    def source(self, number: Val) -> Val:
+        """Which row of x the block's row `number` is; one beyond the last is a copy of it, whose results nobody stores."""
+        return self.f.minimum(self.first + number, self.count - 1)
+
+    def place(self, number: Val) -> Val:
+        """Which row of y its results are."""
+        return self.first + number
+
+    def there(self, place: Val) -> Val:
+        """Whether that is one."""
+        return place < self.count
+
+    def weighed(self, value: Val, place: Val) -> Val:
+        """A result before it is rounded and stored."""
+        return value
+
+
 def part_of(f: Device, layer: Layer, block: Val, rows: int) -> Part:
     """What block number `block` of tiles of `rows` rows of W works on."""
     given = {name: value for (_, name), value in zip(layer.parameters, f.params(), strict=True)}

@@ -10,7 +10,17 @@ from jisu.compiler.errors import TargetError
 from jisu.compiler.schemes import SCHEMES
 from jisu.targets.cpu.isa import Val
 from jisu.targets.cuda.device import GROUP, WARP, Device, DeviceKernel
-from jisu.targets.cuda.kernels.layers import Layer, decoded, finished, inputs, part_of, row_address, scale_and_zero
+from jisu.targets.cuda.kernels.layers import (
+    Layer,
+    Part,
+    Rows,
+    decoded,
+    finished,
+    inputs,
+    part_of,
+    row_address,
+    scale_and_zero,
+)
 from jisu.targets.target import Target
 
 EIGHT = 8
@@ -28,32 +38,38 @@ class Tile:
     warps: tuple[int, int]
 
     @property
+    def threads(self) -> int:
+        """Of a block."""
+        return self.warps[0] * self.warps[1] * WARP
+
+    @property
     def of_warp(self) -> tuple[int, int]:
         """Rows and outputs of a warp."""
         return self.rows // self.warps[0], self.outputs // self.warps[1]
 
 
 LARGE, SMALL = Tile(128, 128, (2, 4)), Tile(64, 64, (2, 2))
-"""Where there are rows enough for blocks on all multiprocessors, and where there aren't."""
+"""Where there are rows enough for blocks on all multiprocessors, and where there aren't. Warp groups of Hopper multiply large ones."""
 
 
 class _Product:
     """A layer in tiles under construction, `inputs` of k per step."""
 
-    def __init__(self, name: str, layer: Layer, tile: Tile, inputs: int, threads: int, target: Target) -> None:
-        layer.require()
-        if layer.k % inputs or (layer.group and layer.group % EIGHT):
-            raise TargetError(f"{layer.name}: inputs are no multiple of {inputs}, or groups none of {EIGHT}")
-        f = self.f = Device(f"{name}_{layer.name}", layer.parameters, target, threads)
-        self.layer, self.tile, self.k, self.inputs = layer, tile, layer.k, inputs
-        self.steps, self.chunks = layer.k // inputs, inputs // EIGHT
-        given = {name: value for (_, name), value in zip(layer.parameters, f.params(), strict=True)}
-        self.x, self.m = f.memory(given["x"]), given["m"]
-        self.residual = f.memory(given["r"]) if layer.residual else None
-        self.row0 = f.block() * tile.rows
-        self.part = part_of(f, layer, f.block("y"), tile.outputs)
+    def __init__(
+        self, f: Device, layer: Layer, tile: Tile, inputs: int, x: Val, part: Part, own: Rows, residual: Val | None
+    ) -> None:
+        self.f, self.layer, self.tile, self.x, self.part, self.own, self.residual = (
+            f,
+            layer,
+            tile,
+            x,
+            part,
+            own,
+            residual,
+        )
+        self.k, self.inputs, self.steps, self.chunks = layer.k, inputs, layer.k // inputs, inputs // EIGHT
         self.row_bytes = inputs * 16 // layer.codes_per_chunk  # of W, per step
-        self.stage_bytes = tile.rows * inputs * 2 + tile.outputs * self.row_bytes
+        self.stage_bytes = self.tile.rows * inputs * 2 + self.tile.outputs * self.row_bytes
         self.held = f.shared(_STAGES * self.stage_bytes, 1024)
 
     def stage(self, step: Val) -> tuple[Val, Val]:
@@ -62,12 +78,12 @@ class _Product:
         return rows, self.f.at(rows, self.tile.rows * self.inputs * 2, "i8")
 
     def fetch(self, step: Val) -> None:
-        """Begin to copy a step's inputs; rows beyond the last are copies of it, whose results nobody stores."""
+        """Begin to copy a step's inputs."""
         f, part, (rows, weights) = self.f, self.part, self.stage(step)
         first = step * self.inputs
 
         def row_of_x(r: Val) -> Val:
-            return f.at(self.x, f.minimum(self.row0 + r, self.m - 1) * self.k + first, self.layer.dtype)
+            return f.at(self.x, self.own.source(r) * self.k + first, self.layer.dtype)
 
         def row_of_w(r: Val) -> Val:
             row = f.minimum(part.first + r, part.rows - 1)
@@ -104,24 +120,47 @@ class _Product:
         """Four sums of a thread as `mma` and `wgmma` leave them: two neighbouring columns of a row of the tile, and of the eighth row below."""
         f, part, layer = self.f, self.part, self.layer
         for half in (0, 1):
-            at_row, first = self.row0 + row + 8 * half, part.first + column
+            at_row, first = self.own.place(row + 8 * half), part.first + column
             pair = list(sums[2 * half : 2 * half + 2])
             results = [(first / 2, pair)] if layer.gated else [(first + i, [value]) for i, value in enumerate(pair)]
             for at_column, own in results:
 
                 def put(at_row: Val = at_row, at_column: Val = at_column, own: list[Val] = own) -> None:
                     value = finished(f, layer, part, at_row, at_column, own, self.residual)
+                    value = self.own.weighed(value, at_row)
                     f.store_f32(value, part.y, at_row * part.n + at_column, layer.dtype)
 
-                inside = f.op(f"and i1 {(at_row < self.m).name}, {(at_column < part.n).name}", "i1")
+                inside = f.op(f"and i1 {self.own.there(at_row).name}, {(at_column < part.n).name}", "i1")
                 f.when(inside, put)
 
 
 def product(layer: Layer, tile: Tile, target: Target) -> DeviceKernel:
     """The layer on tensor cores. Parameters: `Layer.parameters`. Raises TargetError for a layer that it can't read."""
-    name = "product" if tile is LARGE else "product_small"
-    p = _Product(name, layer, tile, 32, tile.warps[0] * tile.warps[1] * WARP, target)
-    f, thread = p.f, p.f.thread()
+    require_product(layer, target)
+    return _of_layer("product" if tile is LARGE else "product_small", layer, tile, target, multiply_product)
+
+
+def _of_layer(name: str, layer: Layer, tile: Tile, target: Target, multiply: Callable[..., None]) -> DeviceKernel:
+    f = Device(f"{name}_{layer.name}", layer.parameters, target, tile.threads)
+    given = {name: value for (_, name), value in zip(layer.parameters, f.params(), strict=True)}
+    residual = f.memory(given["r"]) if layer.residual else None
+    own = Rows(f, f.block() * tile.rows, given["m"])
+    multiply(f, layer, tile, f.memory(given["x"]), part_of(f, layer, f.block("y"), tile.outputs), own, residual)
+    return f.built()
+
+
+def require_product(layer: Layer, target: Target, inputs: int = 32) -> None:
+    """Raise TargetError unless `multiply_product` reads the layer."""
+    layer.require()
+    if layer.k % inputs or (layer.group and layer.group % EIGHT):
+        raise TargetError(f"{layer.name}: inputs are no multiple of {inputs}, or groups none of {EIGHT}")
+
+
+def multiply_product(
+    f: Device, layer: Layer, tile: Tile, x: Val, part: Part, own: Rows, residual: Val | None = None
+) -> None:
+    """What a thread of `product` does: up to a tile's rows of x times its rows of W."""
+    p, thread = _Product(f, layer, tile, 32, x, part, own, residual), f.thread()
     lane, warp = thread % WARP, thread / WARP
     tiles_m, tiles_n = tile.of_warp[0] // 16, tile.of_warp[1] // 8
     warp_row, warp_column = warp / tile.warps[1] * tile.of_warp[0], warp % tile.warps[1] * tile.of_warp[1]
@@ -143,7 +182,6 @@ def product(layer: Layer, tile: Tile, target: Target) -> DeviceKernel:
         for j in range(tiles_n):
             at = 4 * (i * tiles_n + j)
             p.store(warp_row + 16 * i + lane / 4, warp_column + 8 * j + lane % 4 * 2, sums[at : at + 4])
-    return f.built()
 
 
 _Halves = Callable[[], Iterator[tuple[list[list[Val]], list[list[Val]]]]]
@@ -227,10 +265,22 @@ def product_hopper(layer: Layer, target: Target) -> DeviceKernel:
 
     Raises TargetError unless k is a multiple of 64, W is no matrix of codes and the target is sm_90a.
     """
+    require_hopper(layer, target)
+    return _of_layer("product_hopper", layer, LARGE, target, multiply_hopper)
+
+
+def require_hopper(layer: Layer, target: Target) -> None:
+    """Raise TargetError unless `multiply_hopper` reads the layer."""
     if target.mcpu != "sm_90a" or layer.scheme:
         raise TargetError(f"warp groups multiply floats on sm_90a, not {layer.scheme or layer.dtype} on {target.mcpu}")
-    p = _Product("product_hopper", layer, LARGE, 64, LARGE.rows // 64 * GROUP, target)
-    f, thread = p.f, p.f.thread()
+    require_product(layer, target, 64)
+
+
+def multiply_hopper(
+    f: Device, layer: Layer, tile: Tile, x: Val, part: Part, own: Rows, residual: Val | None = None
+) -> None:
+    """What a thread of `product_hopper` does, as `multiply_product`."""
+    p, thread = _Product(f, layer, tile, 64, x, part, own, residual), f.thread()
     group = thread / GROUP
     p.begin()
 
@@ -242,14 +292,13 @@ def product_hopper(layer: Layer, target: Target) -> DeviceKernel:
         a, b = f.tile_address(f.at(rows, group * (64 * p.inputs * 2), "i8")), f.tile_address(weights)
         result = list(sums)
         for part in range(p.inputs // 16):
-            result = f.multiply_group(a + 2 * part, b + 2 * part, result, LARGE.outputs, layer.dtype)
+            result = f.multiply_group(a + 2 * part, b + 2 * part, result, tile.outputs, layer.dtype)
         f.commit_products()
         p.fetch_ahead(step)
         f.products_done(0)
         return result
 
-    *sums, _ = f.loop(0, p.steps, 1, [f.const(0.0, "float")] * (LARGE.outputs // 2), multiply)
+    *sums, _ = f.loop(0, p.steps, 1, [f.const(0.0, "float")] * (tile.outputs // 2), multiply)
     lane, warp = thread % WARP, thread % GROUP / WARP
-    for j in range(LARGE.outputs // 8):
+    for j in range(tile.outputs // 8):
         p.store(group * 64 + warp * 16 + lane / 4, 8 * j + lane % 4 * 2, sums[4 * j : 4 * j + 4])
-    return f.built()

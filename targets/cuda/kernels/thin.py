@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from jisu.targets.cpu.isa import Val
 from jisu.targets.cuda.device import WARP, Device, DeviceKernel
-from jisu.targets.cuda.kernels.layers import Layer, decoded, finished, inputs, part_of, row_address, scale_and_zero
+from jisu.targets.cuda.kernels.layers import (
+    Layer,
+    Part,
+    Rows,
+    decoded,
+    finished,
+    inputs,
+    part_of,
+    row_address,
+    scale_and_zero,
+)
 from jisu.targets.target import Target
 
 OUTPUTS = 16
@@ -26,21 +36,27 @@ def thin(layer: Layer, rows: int, target: Target) -> DeviceKernel:
     warps meet in shared memory in a fixed order, which depends on k alone. Raises TargetError for a layer that it can't read.
     """
     layer.require()
-    t = _Thin(layer, rows, target)
-    t.leave(t.sums())
-    return t.f.built()
+    f = Device(f"thin{rows}_{layer.name}", layer.parameters, target, WARPS * WARP)
+    given = {name: value for (_, name), value in zip(layer.parameters, f.params(), strict=True)}
+    residual = f.memory(given["r"]) if layer.residual else None
+    own = Rows(f, f.block("y") * rows, given["m"])
+    multiply_thin(f, layer, rows, f.memory(given["x"]), part_of(f, layer, f.block(), OUTPUTS), own, residual)
+    return f.built()
+
+
+def multiply_thin(
+    f: Device, layer: Layer, rows: int, x: Val, part: Part, own: Rows, residual: Val | None = None
+) -> None:
+    """What a thread of `thin` does: up to `rows` rows of x times 16 rows of W, with `WARPS` warps."""
+    t = _Thin(f, layer, rows, x, part, own)
+    t.leave(t.sums(), residual)
 
 
 class _Thin:
     """The kernel under construction."""
 
-    def __init__(self, layer: Layer, rows: int, target: Target) -> None:
-        f = self.f = Device(f"thin{rows}_{layer.name}", layer.parameters, target, WARPS * WARP)
-        self.layer, self.rows = layer, rows
-        given = {name: value for (_, name), value in zip(layer.parameters, f.params(), strict=True)}
-        self.x, self.m = f.memory(given["x"]), given["m"]
-        self.residual = f.memory(given["r"]) if layer.residual else None
-        self.part = part_of(f, layer, f.block(), OUTPUTS)
+    def __init__(self, f: Device, layer: Layer, rows: int, x: Val, part: Part, own: Rows) -> None:
+        self.f, self.layer, self.rows, self.x, self.part, self.own = f, layer, rows, x, part, own
         self.thread = f.thread()
         lane, self.warp = self.thread % WARP, self.thread / WARP
         self.line, self.place = lane / 4, lane % 4
@@ -50,10 +66,9 @@ class _Thin:
         self.step = 4 * WARPS  # chunks of all warps
         self.turns = self.chunks // self.step  # in which every thread has a chunk
         self.begin = self.warp * 4 + self.place
-        self.first_row = f.block("y") * rows
         # Rows beyond the last are copies of it, whose results nobody stores.
         self.places = [f.minimum(self.part.first + self.line + 8 * half, self.part.rows - 1) for half in (0, 1)]
-        self.lines = [f.minimum(self.first_row + self.line + 8 * c, self.m - 1) for c in range(self.columns)]
+        self.lines = [own.source(self.line + 8 * c) for c in range(self.columns)]
         self.held = f.shared(max(WARPS * OUTPUTS * rows * 4, _STAGES * _STAGE_BYTES if self.turns else 0))
 
     def sums(self) -> list[Val]:
@@ -135,7 +150,7 @@ class _Thin:
         found = [scale_and_zero(self.f, layer, self.part, row, first + i * step) for i in range(apart)]
         return [found[i * apart // 4] for i in range(4)]
 
-    def leave(self, sums: list[Val]) -> None:
+    def leave(self, sums: list[Val], residual: Val | None) -> None:
         """Join the warps' sums, finish and store the results."""
         f, layer, part = self.f, self.layer, self.part
         for c in range(self.columns):
@@ -148,14 +163,15 @@ class _Thin:
         for begin in range(0, per_row * self.rows, WARPS * WARP):
             number = self.thread + begin
             output, row = number % per_row, number / per_row
-            column, at_row = part.first / layer.per_weight_row + output, self.first_row + row
+            column = part.first / layer.per_weight_row + output
+            at_row = self.own.place(row)
 
             def store(output: Val = output, row: Val = row, at_row: Val = at_row, column: Val = column) -> None:
                 own = [self.total(output * layer.per_weight_row + i, row) for i in range(layer.per_weight_row)]
-                value = finished(f, layer, part, at_row, column, own, self.residual)
+                value = self.own.weighed(finished(f, layer, part, at_row, column, own, residual), at_row)
                 f.store_f32(value, part.y, at_row * part.n + column, layer.dtype)
 
-            valid = [row < self.rows, at_row < self.m, column < part.n]
+            valid = [row < self.rows, self.own.there(at_row), column < part.n]
             inside = f.op(f"and i1 {valid[0].name}, {valid[1].name}", "i1")
             f.when(f.op(f"and i1 {inside.name}, {valid[2].name}", "i1"), store)
 

@@ -1,0 +1,288 @@
+"""Mixtures of experts on NVIDIA GPUs: every token through its chosen experts, whose numbers are read from the GPU's memory.
+
+What is multiplied is pairs of a token and one of its choices, `chosen` per token. Few pairs are multiplied one by one, in the order in
+which they lie. Many are put into groups of up to so many pairs of one expert, so that its weights are read once per group
+(`grouped`); a group is then the rows of a tile, as in layers of one matrix. Experts' weights lie one behind the other, each as `Layer`
+wants a matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import attrs
+
+from jisu.targets.cpu.isa import Val
+from jisu.targets.cuda.device import PAIRS, WARP, Device, DeviceKernel
+from jisu.targets.cuda.kernels import products, thin
+from jisu.targets.cuda.kernels.layers import Layer, Part, Rows
+from jisu.targets.target import Target
+
+EIGHT = 8
+_THREADS = 128
+_GROUPING = 256  # threads of `grouped`
+_COUNTED_BYTES = 32 << 10  # of shared memory for its counts
+
+
+@attrs.frozen
+class Mixture:
+    """`count` experts, of which each token chooses `chosen`. hidden, inner: the widths of tokens and of experts' channels. index: the dtype
+    of experts' numbers. apart: whether an expert's gates stand before its ups, instead of by turns."""
+
+    count: int
+    chosen: int
+    hidden: int
+    inner: int
+    dtype: str
+    activation: str
+    index: str = "int64"
+    apart: bool = False
+
+    @property
+    def up(self) -> Layer:
+        """An expert's gates and ups."""
+        gated = {"gated": True, "apart": self.apart, "activation": self.activation}
+        return Layer(self.hidden, (self.inner,), self.dtype, **gated)  # type: ignore[arg-type]
+
+    @property
+    def down(self) -> Layer:
+        """An expert's last layer."""
+        return Layer(self.inner, (self.hidden,), self.dtype)
+
+    def layer(self, down: bool) -> Layer:
+        """One of both."""
+        return self.down if down else self.up
+
+
+@attrs.frozen(eq=False)
+class _Pairs(Rows):
+    """Rows of a tile that are pairs: `order` has their numbers, -1 where there is none, or is None for a tile of one pair. per: pairs per row of x.
+    most: rows of the tile. scores: what results are multiplied by."""
+
+    order: Val | None
+    per: int
+    most: int
+    scores: Val | None
+    dtype: str
+
+    def place(self, number: Val) -> Val:
+        f = self.f
+        if self.order is None:
+            return f.select(number.cmp("eq", 0), self.first, -1)
+        at = f.at(self.order, self.first + f.minimum(number, self.most - 1), "int32")
+        return f.cast("sext", f.op(f"load i32, {at.type} {at.name}, align 4, !invariant.load !0", "i32"), "i64")
+
+    def source(self, number: Val) -> Val:
+        pair = self.first if self.order is None else self.f.maximum(self.place(number), 0)
+        return pair / self.per
+
+    def there(self, place: Val) -> Val:
+        return place >= 0
+
+    def weighed(self, value: Val, place: Val) -> Val:
+        if self.scores is None:
+            return value
+        return self.f.rounded(value, self.dtype) * self.f.load_f32(self.scores, place, self.dtype, lanes=1)
+
+
+def _expert(f: Device, how: Mixture, index: Val, pair: Val) -> Val:
+    """The number of a pair's expert, i64."""
+    loaded = f.load({"int64": "i64", "int32": "i32"}[how.index], f.at(index, pair, how.index))
+    return loaded if how.index == "int64" else f.cast("sext", loaded, "i64")
+
+
+def _inside(f: Device, how: Mixture, expert: Val) -> Val:
+    """Whether a number is one of an expert."""
+    return f.op(f"and i1 {(expert >= 0).name}, {(expert < how.count).name}", "i1")
+
+
+def _part(f: Device, layer: Layer, weights: Val, y: Val, expert: Val, tile: Val, outputs: int) -> Part:
+    """What a block works on: a tile of an expert's matrix."""
+    (n,) = layer.outputs
+    rows = n * layer.per_weight_row
+    own = f.at(weights, expert * (rows * layer.row_bytes), "i8")
+    ups = f.at(own, n * layer.row_bytes, "i8") if layer.apart else None
+    return Part(own, ups, None, None, None, y, f.i64(rows), tile * outputs, f.i64(n), None)
+
+
+def single(how: Mixture, down: bool, target: Target) -> DeviceKernel:
+    """A layer of every pair by itself. Grid: `Layer.tiles(thin.OUTPUTS)`, pairs.
+
+    Parameters: x, the experts' weights, experts' numbers, for `down` scores, y. x has a row per token, for `down` one per pair, y one per
+    pair. A pair whose number is no expert's gets some expert's results.
+    """
+    layer = how.layer(down)
+    layer.require()
+    names = ["x", "w", "index", *(["scores"] if down else []), "y"]
+    name = f"expert_{'down' if down else 'up'}_{layer.name}"
+    f = Device(name, [("ptr", n) for n in names], target, thin.WARPS * WARP)
+    given = {n: f.memory(p) for n, p in zip(names, f.params(), strict=True)}
+    pair = f.block("y")
+    expert = f.minimum(f.maximum(_expert(f, how, given["index"], pair), 0), how.count - 1)
+    own = _Pairs(f, pair, pair, None, 1 if down else how.chosen, 1, given.get("scores"), how.dtype)
+    part = _part(f, layer, given["w"], given["y"], expert, f.block(), thin.OUTPUTS)
+    thin.multiply_thin(f, layer, thin.ROWS[0], given["x"], part, own)
+    return f.built()
+
+
+def of_groups(how: Mixture, down: bool, rows: int, target: Target, *, hopper: bool = False) -> DeviceKernel:
+    """A layer of every group of up to `rows` pairs: one of `thin.ROWS`, or `products.LARGE.rows` (hopper: by warp groups).
+
+    Grid: `Layer.tiles(thin.OUTPUTS)`, groups; for products groups, `Layer.tiles(products.LARGE.outputs)`.
+
+    Parameters: x, the experts' weights, the groups' pairs and experts (see `grouped`), for `down` scores, y; rows of x and y as for `single`.
+    Raises TargetError for a layer that it can't read.
+    """
+    layer = how.layer(down)
+    if rows == products.LARGE.rows:
+        (products.require_hopper if hopper else products.require_product)(layer, target)
+    layer.require()
+    names = ["x", "w", "order", "experts", *(["scores"] if down else []), "y"]
+    name = f"experts{rows}_{'hopper_' if hopper else ''}{'down' if down else 'up'}_{layer.name}"
+    threads = products.LARGE.threads if rows == products.LARGE.rows else thin.WARPS * WARP
+    f = Device(name, [("ptr", n) for n in names], target, threads)
+    given = {n: f.memory(p) for n, p in zip(names, f.params(), strict=True)}
+    group, tile = (f.block(), f.block("y")) if rows == products.LARGE.rows else (f.block("y"), f.block())
+    expert = f.cast("sext", f.load("i32", f.at(given["experts"], group, "int32")), "i64")
+    per = 1 if down else how.chosen
+    own = _Pairs(f, group * rows, group * rows, given["order"], per, rows, given.get("scores"), how.dtype)
+
+    def multiply() -> None:
+        outputs = products.LARGE.outputs if rows == products.LARGE.rows else thin.OUTPUTS
+        part = _part(f, layer, given["w"], given["y"], expert, tile, outputs)
+        if rows != products.LARGE.rows:
+            thin.multiply_thin(f, layer, rows, given["x"], part, own)
+        elif hopper:
+            products.multiply_hopper(f, layer, products.LARGE, given["x"], part, own)
+        else:
+            products.multiply_product(f, layer, products.LARGE, given["x"], part, own)
+
+    f.when(expert >= 0, multiply)  # the block's threads go on together
+    return f.built()
+
+
+def grouped(how: Mixture, rows: int, target: Target) -> DeviceKernel:
+    """Groups of up to `rows` pairs of one expert. Grid: 1.
+
+    Parameters: experts' numbers, the groups' pairs int32[groups, rows] (-1 behind the last of a group), the groups' experts int32[groups] (-1
+    for none), the numbers of pairs and of groups. Pairs of an expert keep their order; those of none are in no group. Each of some
+    threads counts a stretch of the pairs, so that all know where theirs go.
+    """
+    stretches = _GROUPING
+    while stretches > 1 and stretches * how.count * 4 > _COUNTED_BYTES:
+        stretches //= 2
+    parameters = [("ptr", n) for n in ("index", "order", "experts")] + [("i64", n) for n in ("pairs", "groups")]
+    f = Device(f"grouped{rows}_{how.count}_{how.index}", parameters, target, _GROUPING)
+    *pointers, pairs, count = f.params()
+    index, order, experts = map(f.memory, pointers)
+    thread, none = f.thread(), f.const(-1, "i32")
+    counts = f.shared(stretches * how.count * 4)
+    begins = f.shared((how.count + 1) * 4)
+
+    def place(stretch: Val, expert: Val) -> Val:
+        return f.at(counts, stretch * how.count + expert, "int32")
+
+    def fill(base: Val, size: Val, value: Val) -> None:
+        f.loop(thread, size, _GROUPING, [], lambda i, _: f.store(value, f.at(base, i, "int32")))  # type: ignore[func-returns-value]
+
+    def each(do: Callable[[Val, Val], None]) -> None:
+        """do(pair, expert) for the pairs of this thread's stretch."""
+        length = (pairs + (stretches - 1)) / stretches
+        begin = f.minimum(thread * length, pairs)
+
+        def one(pair: Val, _: list[Val]) -> None:
+            expert = _expert(f, how, index, pair)
+            f.when(_inside(f, how, expert), lambda: do(pair, expert))
+
+        end = f.select(thread < stretches, f.minimum(begin + length, pairs), begin)
+        f.loop(begin, end, 1, [], one)
+
+    def add(pair: Val, expert: Val) -> None:
+        at = place(thread, expert)
+        f.store(f.load("i32", at) + 1, at)
+
+    def share(expert: Val, _: list[Val]) -> None:
+        """Instead of how many pairs a stretch has how many are before it."""
+
+        def before(stretch: Val, carried: list[Val]) -> list[Val]:
+            at = place(stretch, expert)
+            own = f.load("i32", at)
+            f.store(carried[0], at)
+            return [carried[0] + own]
+
+        total = f.loop(0, stretches, 1, [f.const(0, "i32")], before)[0]
+        f.store((total + (rows - 1)) / rows, f.at(begins, expert + 1, "int32"))
+
+    def gather() -> None:
+        """Instead of how many groups each expert has with which its own begin."""
+        f.store(f.const(0, "i32"), f.at(begins, 0, "int32"))
+
+        def next_one(expert: Val, carried: list[Val]) -> list[Val]:
+            at = f.at(begins, expert + 1, "int32")
+            total = carried[0] + f.load("i32", at)
+            f.store(total, at)
+            return [total]
+
+        f.loop(0, how.count, 1, [f.const(0, "i32")], next_one)
+
+    def begin_of(expert: Val) -> Val:
+        return f.cast("sext", f.load("i32", f.at(begins, expert, "int32")), "i64")
+
+    def name_groups(expert: Val, _: list[Val]) -> None:
+        number = f.cast("trunc", expert, "i32")
+        f.loop(
+            begin_of(expert), begin_of(expert + 1), 1, [],
+            lambda i, _: f.store(number, f.at(experts, i, "int32")),  # type: ignore[func-returns-value]
+        )  # fmt: skip
+
+    def put(pair: Val, expert: Val) -> None:
+        at = place(thread, expert)
+        own = f.load("i32", at)
+        f.store(own + 1, at)
+        slot = begin_of(expert) * rows + f.cast("sext", own, "i64")
+        f.store(f.cast("trunc", pair, "i32"), f.at(order, slot, "int32"))
+
+    fill(counts, f.i64(stretches * how.count), f.const(0, "i32"))
+    fill(order, count * rows, none)
+    fill(experts, count, none)
+    f.barrier()
+    each(add)
+    f.barrier()
+    f.loop(thread, how.count, _GROUPING, [], share)
+    f.barrier()
+    f.when(thread.cmp("eq", 0), gather)
+    f.barrier()
+    f.loop(thread, how.count, _GROUPING, [], name_groups)
+    each(put)
+    return f.built()
+
+
+def summed(how: Mixture, target: Target) -> DeviceKernel:
+    """The sum of each token's results, in the order of its choices, in float32. Parameters: experts' numbers, the pairs' results, y. Grid:
+    tokens, ceil(hidden / 1024)."""
+    f = Device(
+        f"experts_summed_{how.count}_{how.chosen}x{how.hidden}_{how.index}_{how.dtype}", [("ptr", n) for n in ("index", "x", "y")], target, _THREADS
+    )  # fmt: skip
+    index, x, y = map(f.memory, f.params())
+    token, first = f.block(), (f.block("y") * _THREADS + f.thread()) * EIGHT
+
+    def add() -> None:
+        def one(choice: Val, sums: list[Val]) -> list[Val]:
+            pair = token * how.chosen + choice
+            inside = _inside(f, how, _expert(f, how, index, pair))
+            words = f.words(f.load16("<4 x i32>", f.at(x, pair * how.hidden + first, how.dtype)))
+            pairs = [f.as_type(w, PAIRS[how.dtype]) for w in words]
+            values = [f.op(f"extractelement {p.type} {p.name}, i32 {i}", p.type[5:-1]) for p in pairs for i in (0, 1)]
+            # A result of no expert may be anything.
+            return [f.select(inside, s + f.cast("fpext", v, "float"), s) for s, v in zip(sums, values, strict=True)]
+
+        *sums, _ = f.loop(0, how.chosen, 1, [f.const(0.0, "float")] * EIGHT, one)
+        whole = Val(f, "poison", "<4 x i32>")
+        for i in range(4):
+            word = f.pair(sums[2 * i], sums[2 * i + 1], how.dtype)
+            whole = f.op(f"insertelement <4 x i32> {whole.name}, i32 {word.name}, i32 {i}", "<4 x i32>")
+        address = f.at(y, token * how.hidden + first, how.dtype)
+        f.emit(f"store <4 x i32> {whole.name}, {address.type} {address.name}, align 16")
+
+    f.when(first < how.hidden, add)
+    return f.built()
