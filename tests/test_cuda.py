@@ -23,6 +23,7 @@ from jisu.targets.cuda import device, emulated, ptx
 from jisu.targets.cuda.kernels import attention, experts, norm, products, records, thin, top
 from jisu.targets.cuda.kernels.attention import Form
 from jisu.targets.cuda.kernels.layers import Layer
+from jisu.targets.cuda.lowering import lower
 from jisu.targets.target import Target, host
 from jisu.targets.worker import find_linker
 
@@ -471,3 +472,20 @@ def test_ptx_has_the_instructions(mcpu: str) -> None:
     for kind, most in MOST_REGISTERS.items():  # so many that blocks enough share a multiprocessor
         assert kind not in made or usage[ptx.entry_name(made[kind])].registers <= most, kind
     assert all(k.shared_bytes <= 227 << 10 for k in made.values())
+
+
+# --- Plans --------------------------------------------------------------------------------------------------------------
+
+
+def test_generic_kernels_use_threads_and_take_memory_for_no_others() -> None:
+    x, y = (placeholder(n, TensorType(s, "float32")) for n, s in (("x", (1, 128256)), ("y", (1, 512, 768))))
+    plans = lower(
+        {
+            "softmax": Graph((x,), (ops.softmax(x, axis=1),)),
+            "sum": Graph((y,), (ops.sum_(y, axes=(1,), keepdims=False),)),
+        },
+        REAL,
+    ).plans
+    assert sum(int(max(sizes)) for sizes in plans["softmax"].slots) < 128 << 20  # type: ignore[type-var, call-overload]
+    (launch,) = plans["sum"].steps[0][0].launches
+    assert launch.grid == (6, 1, 1)

@@ -33,12 +33,19 @@ class Fault:
 @attrs.frozen(eq=False)
 class GenericKernel:
     """A generic kernel: `function` takes tensors, symbols and results as on a CPU, then (as integers) the addresses of the fault flag and of
-    the pool, and the number of its part. parts: per launch, how many points it has. pool: bytes of the pool per thread.
+    the pool, and the number of its part. parts: per launch, how many points it has. pool: bytes of the pool for each of a launch's threads;
+    shared: of all of them.
     """
 
     function: Any
     parts: tuple[Dim, ...]
     pool: Dim
+    shared: Dim
+
+    @property
+    def pooled(self) -> bool:
+        """Whether it wants a pool."""
+        return self.pool != 0 or self.shared != 0
 
     def blocks(self, part: int, cores: int) -> Dim:
         """Blocks of a launch: threads take several points where there are more than so many multiprocessors keep busy."""
@@ -48,8 +55,12 @@ class GenericKernel:
 
     @property
     def pool_bytes(self) -> Dim:
-        """Of all threads."""
-        return self.pool * _POOL_THREADS
+        """Of the launch that has most threads."""
+        if self.pool == 0:
+            return self.shared
+        blocks = [self.blocks(part, 1) for part in range(len(self.parts))]
+        most = max(blocks) if all(isinstance(n, int) for n in blocks) else sympy.Max(*blocks)
+        return self.shared + self.pool * THREADS * most
 
 
 class DeviceBuilder(Builder):
@@ -62,8 +73,10 @@ class DeviceBuilder(Builder):
         self.faults = faults
         self.parts: list[Dim] = []
         self.pool: Dim = 0
+        self.shared: Dim = 0
         self.alone = False
         self.fault, self.pool_at, self.part = (tirx.Var(n, "int64") for n in ("fault", "pool", "part"))
+        self.own_at = tirx.Var("own", "int64")  # where threads' own parts of the pool begin, behind what they share
         super().__init__(*args)
         block_, thread, blocks = (
             tirx.Cast("int64", tirx.call_pure_extern("int32", f"{prefix(target)}read.ptx.sreg.{r}"))
@@ -125,10 +138,12 @@ class DeviceBuilder(Builder):
         if isinstance(size, int) and int(nbytes) <= _PRIVATE_BYTES and not shared:
             return super().scratch(size, dtype)
         whole = sympy.ceiling(sympy.sympify(nbytes) / 16) * 16
-        place = self.pool_at + self.dim(self.pool) * i64(_POOL_THREADS)
-        if not shared:
-            place = place + self.number * self.dim(whole)
-        self.pool = self.pool + (whole if not shared else sympy.ceiling(whole / _POOL_THREADS))
+        if shared:
+            place = self.pool_at + self.dim(self.shared)
+            self.shared = self.shared + whole
+        else:  # nothing of it lasts from one launch to the next
+            place = self.own_at + self.dim(self.pool) * self.count_of_threads + self.number * self.dim(whole)
+            self.pool = self.pool + whole
         self.count += 1
         data, bound = _pointer(f"t{self.count}", dtype, place)
         extent = self.dim(size)
@@ -159,7 +174,8 @@ class DeviceBuilder(Builder):
         if not self.parts:  # every thread would do all of it
             self.scopes[0] = [tirx.IfThenElse(tirx.EQ(self.number, i64(0)), block(self.scopes[0]), None)]
             self.parts.append(1)
-        return GenericKernel(super().finish(), tuple(self.parts), self.pool)
+        self.scopes[0].insert(0, tirx.Bind(self.own_at, self.pool_at + self.dim(self.shared)))
+        return GenericKernel(super().finish(), tuple(self.parts), self.pool, self.shared)
 
 
 def _pointer(name: str, dtype: str, address: Expr) -> tuple[Expr, Any]:

@@ -84,7 +84,7 @@ class _Kernels(Kernels):
         """Keep the kernels."""
         if isinstance(function, GenericKernel):
             callee, self.bodies[name] = on_pointers(function.function, name, None)
-            return attrs.evolve(callee, code=function, scratch=(function.pool_bytes,) if function.pool != 0 else ())
+            return attrs.evolve(callee, code=function, scratch=(function.pool_bytes,) if function.pooled else ())
         self.chosen_of[name] = function.variants
         for _, calls in function.variants:
             for call in calls:
@@ -147,7 +147,7 @@ def _launches(step: Step, sizes: Sequence[Dim], target: Target) -> tuple[Variant
     if not isinstance(code, GenericKernel):
         raise CompileError(f"{step.callee.name} is no kernel of a GPU")
     # The pool, if there is one, stands last among the tensors; in the function it comes behind the symbols, as an address.
-    pool: Argument = given.pop() if code.pool != 0 else 0
+    pool: Argument = given.pop() if code.pooled else 0
     tail = [(FAULT, 0), pool]
     launches = []
     for part in range(len(code.parts)):

@@ -111,17 +111,36 @@ def _packed_take(b: Builder, pull: Pull, node: Node, targets: Sequence[Flat]) ->
     table = Table(node.rows)
     check(b, pull, indices, table)
 
-    def row(outer: list[Expr]) -> None:
+    def elements(outer: list[Expr]) -> Callable[[Expr], None]:
         picked = resolve(b, pull.fresh(), indices, outer, table)
         block, lane = b.let(tirx.floordiv(picked, i64(panel))), b.let(tirx.floormod(picked, i64(panel)))
-        with b.loop(node.width) as k:
+
+        def put(k: Expr) -> None:
             if pair > 1:
                 place = [block, tirx.floordiv(k, i64(pair)), lane, tirx.floormod(k, i64(pair))]
             else:
                 place = [block, k, lane]
             b.store(targets[0], [*outer, k], matrix[place])
 
-    b.spread(indices.shape, node.tensor.size * 2, row)
+        return put
+
+    _looked_up(b, indices, node, 2, elements)
+
+
+def _looked_up(
+    b: Builder, indices: Node, node: Node, cost: int, elements: Callable[[list[Expr]], Callable[[Expr], None]]
+) -> None:
+    """elements(index)(k) for each element k of each row: on a GPU point by point, elsewhere what belongs to a row is found once."""
+    if b.points_fail:
+        b.points((*indices.shape, node.width), node.tensor.size * cost, lambda index: elements(index[:-1])(index[-1]))
+        return
+
+    def row(outer: list[Expr]) -> None:
+        put = elements(outer)
+        with b.loop(node.width) as k:
+            put(k)
+
+    b.spread(indices.shape, node.tensor.size * cost, row)
 
 
 def _quantized_take(b: Builder, pull: Pull, node: Node, targets: Sequence[Flat]) -> None:
@@ -132,15 +151,18 @@ def _quantized_take(b: Builder, pull: Pull, node: Node, targets: Sequence[Flat])
     table = Table(node.rows)
     check(b, pull, indices, table)
 
-    def row(outer: list[Expr]) -> None:
+    def elements(outer: list[Expr]) -> Callable[[Expr], None]:
         picked = resolve(b, pull.fresh(), indices, outer, table)
         where, lane = [b.let(tirx.floordiv(picked, i64(panel)))], b.let(tirx.floormod(picked, i64(panel)))
-        with b.loop(node.width) as k:
+
+        def put(k: Expr) -> None:
             value = scaled.value(where, k, lane, scaled.code(packed, where, k, lane, side))
             wide = value if node.dtype != "float64" else tirx.Cast("float64", value)
             b.store(targets[0], [*outer, k], narrow(b, wide, node.dtype))
 
-    b.spread(indices.shape, node.tensor.size * 8, row)
+        return put
+
+    _looked_up(b, indices, node, 8, elements)
 
 
 def _scatter(b: Builder, pull: Pull, node: Node, targets: Sequence[Flat]) -> None:

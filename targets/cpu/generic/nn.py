@@ -227,6 +227,9 @@ def _attention(b: Builder, pull: Pull, node: Node, targets: Sequence[Flat]) -> N
     b.spread((batch, s, h), product((batch, s, h, t, width)) * 2, row)
 
 
+_NO_PAGE = "index out of range: the page table names no page of the cache"
+
+
 class _Cache:
     """Where slots of sequences live in a cache: rows of it, or pages behind a table."""
 
@@ -243,22 +246,23 @@ class _Cache:
         if self.table is None:
             return b.let(self.cache.offset([sequence, group, place, i64(0)]), "base")
         page = b.let(tirx.Cast("int64", self.table[[sequence, tirx.floordiv(place, self.page)]]), "page")
+        if (
+            b.points_fail
+        ):  # who reads the page looks whether it's there; `check` would have every thread look at all of them
+            b.require(tirx.all(page >= i64(0), page < self.cache.shape[0]), "IndexError", _NO_PAGE)
+            page = b.let(tirx.max(tirx.min(page, self.cache.shape[0] - i64(1)), i64(0)), "page")
         return b.let(self.cache.offset([page, group, tirx.floormod(place, self.page), i64(0)]), "base")
 
     def check(self) -> None:
         """Fail where the table names a page that isn't there."""
-        if self.table is not None:
+        if self.table is not None and not self.b.points_fail:
             bad = self.b.scratch(1, "int64")
             self.b.store(bad, i64(0), i64(0))
             with self.b.loops(self.table.shape) as where:
                 page = tirx.Cast("int64", self.table[list(where)])
                 outside = tirx.any(page < i64(0), page >= self.cache.shape[0])
                 self.b.store(bad, i64(0), bad[i64(0)] | tirx.Cast("int64", outside))
-            self.b.require(
-                tirx.EQ(bad[i64(0)], i64(0)),
-                "IndexError",
-                "index out of range: the page table names no page of the cache",
-            )
+            self.b.require(tirx.EQ(bad[i64(0)], i64(0)), "IndexError", _NO_PAGE)
 
 
 def _attention_cached(b: Builder, pull: Pull, node: Node, targets: Sequence[Flat]) -> None:

@@ -117,7 +117,9 @@ def _reduce(b: Builder, pull: Pull, node: Node, target: Flat) -> None:
 
     work = x.tensor.size * cost(nodes)
     parallel = not is_checked(nodes)
-    if kept and (not reduced or kept[-1] > reduced[-1]):
+    if (
+        kept and (not reduced or kept[-1] > reduced[-1]) and not b.points_fail
+    ):  # a GPU's neighbouring threads take columns by themselves
         _reduce_columns(b, kind, acc, sizes, [x.shape[k] for k in kept], kept, reduced, element, put, work, parallel)
         return
 
