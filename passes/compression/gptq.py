@@ -6,6 +6,8 @@ in its outputs. All arrays here are NumPy's: W [n, k] float32, H [k, k] float64;
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import attrs
 import numpy as np
 
@@ -31,9 +33,21 @@ class Grid:
 
     def nearest(self, w: np.ndarray) -> np.ndarray:
         """Codes of the nearest points."""
-        return self.scheme.encode(w, *self.at(w.shape[1]))
+        n, k = w.shape
+        codes = np.empty((n, k), np.uint8)
 
-    def rows(self, rows: np.ndarray) -> Grid:
+        def round_rows(begin: int) -> None:
+            rows = np.s_[begin : begin + step]
+            codes[rows] = self.scheme.encode(w[rows], *self.rows(rows).at(k))
+
+        # Parts stay in a core's cache, and NumPy lets go of Python's lock.
+        step = max(1, _NEAR // k)
+        with ThreadPoolExecutor() as pool:
+            for _ in pool.map(round_rows, range(0, n, step)):
+                pass
+        return codes
+
+    def rows(self, rows: np.ndarray | slice) -> Grid:
         """The grid of some rows of the matrix."""
         return attrs.evolve(self, scales=self.scales[rows], zeros=None if self.zeros is None else self.zeros[rows])
 
@@ -48,6 +62,7 @@ def row_blocks(n: int, k: int) -> list[np.ndarray]:
     return np.array_split(np.arange(n), max(1, -(-n * k // _BLOCK)))
 
 
+_NEAR = 1 << 17  # numbers that a core rounds at once
 _BLOCK = 1 << 21
 """Numbers of a matrix that are worked on at once where rows don't depend on each other."""
 
