@@ -15,11 +15,13 @@ from typing import Any
 import attrs
 
 from jisu.compiler import levels, ops
+from jisu.compiler.errors import CompileError
 from jisu.compiler.graph import WEIGHT, Graph, Node
 from jisu.compiler.ops.quantize import _parts
 from jisu.compiler.schemes import SCHEMES
 from jisu.compiler.types import TensorType
-from jisu.targets.tpu import splice
+from jisu.targets.tpu import attention, splice
+from jisu.targets.tpu.attention import Attention
 from jisu.targets.tpu.chip import Chip
 from jisu.targets.tpu.pallas import source
 from jisu.targets.tpu.product import lower
@@ -46,6 +48,8 @@ def chooser(chip: Chip, *, smallest: int = SMALLEST, platform: str = "tpu") -> C
     def choose(node: Node, sizes: Mapping[str, int]) -> Kernel | None:
         if node.op in _LAYERS:
             return _layer(chip, node, sizes, smallest, platform)
+        if node.op in (ops.attention, ops.attention_cached):
+            return _attention(chip, node, sizes, smallest, platform)
         return None
 
     return choose
@@ -294,3 +298,55 @@ class _Form:
         if w.shape == (1, *wanted.shape):
             return w.reshape(*w.shape[1:])
         return unpack(w, n, k).transpose(1, 0)
+
+
+# --- Attention --------------------------------------------------------------------------------------------------------------
+
+
+def _attention(chip: Chip, node: Node, sizes: Mapping[str, int], smallest: int, platform: str) -> Kernel | None:
+    """Prefill, or over a cache whose rows are whole native tiles; None with a bias, sinks or records in the cache."""
+    cached = node.op is ops.attention_cached
+    shapes = [None if o is None else tuple(int(n) for n in o.tensor.at(sizes).shape) for o in node.operands]  # type: ignore[call-overload]
+    q, k, v = shapes[:3]
+    others = shapes[6:] if cached else shapes[3:]
+    if any(o is not None for o in others) or node.dtype != "bfloat16" or (cached and node.scheme != "none"):
+        return None
+    assert q is not None and k is not None and v is not None
+    table = shapes[5] if cached else None
+    batch, queries, heads, d = q
+    groups = k[1] if cached else k[2]
+    page = k[2] if table else 0
+    keys = page * table[1] if table else k[2] if cached else k[1]
+    if batch * queries * heads * keys * (d + v[3]) < smallest:
+        return None
+    spec = Attention(
+        batch, queries, groups, heads // groups, d, v[3], keys, node.scale, cached or node.causal, node.window, node.softcap,
+        cached, page, k[0] if page else 0,
+    )  # fmt: skip
+    try:
+        part = _attention_part(spec, chip)
+    except CompileError:  # rows that aren't whole tiles: StableHLO reads such a cache
+        return None
+    name = _attention_name(spec, chip)
+    shown = [(f"o{i}", o.tensor.at(sizes)) for i, o in enumerate(node.operands) if o is not None]
+
+    def compute(*values: Value) -> list[Value]:
+        body = values[0].body
+        if not cached:
+            where = [body.full(keys - queries, (batch,), "int32"), body.full(0, (batch,), "int32")]
+            return [part.call(body, f"{name}.pallas", *where, *values)]
+        length, start = (v.astype("int32") for v in values[3:5])
+        pages = [values[5].maximum(0).minimum(spec.pages - 1)] if page else []
+        return [part.call(body, f"{name}.pallas", length.broadcast((batch,)), start, *pages, *values[:3])]
+
+    return splice.kernel(name, shown, [(f"{name}.pallas", part)], compute, platform)
+
+
+def _attention_name(a: Attention, chip: Chip) -> str:
+    kind = f"pages{a.pages}x{a.page}" if a.page else "cached" if a.cached else "causal" if a.causal else "all"
+    limits = "".join(f"_{word}{value}" for word, value in (("window", a.window), ("cap", a.softcap)) if value)
+    size = f"{a.batch}x{a.queries}x{a.groups}x{a.repeats}x{a.d}x{a.e}_on{a.keys}"
+    return f"attention_{kind}_{size}_scale{a.scale}{limits}_{chip.short}"
+
+
+_attention_part = functools.lru_cache(64)(attention.part)
