@@ -89,9 +89,7 @@ def test_forms_of_layers(kind: str) -> None:
         "gated panels": lambda: ops.packed_gated_linear(
             x, ops.pack_gated(w, u, panel=16, pair=2), outputs=n, activation="gelu_tanh"
         ),
-        "projections": lambda: ops.get(
-            ops.packed_projections(x, wide, other, outputs=(n, n), biased=False), index=1
-        ),
+        "projections": lambda: ops.get(ops.packed_projections(x, wide, other, outputs=(n, n), biased=False), index=1),
     }[kind]()
     graph = Graph((x, w, u), (out,))
     (got,), text = run(graph, arrays)
@@ -132,12 +130,13 @@ def test_integer_layers(kind: str, dtype: str) -> None:
     records = ops.encode_levels(x, scheme="int8", group=0, own=False)
     how = {"k": k, "scheme": scheme, "group": 0, "own": False, "dtype": dtype}
     if kind == "projections":
-        many = ops.integer_projections(
-            records, *packed, *steps, outputs=(n, n), offset=False, biased=False, **how
-        )
+        many = ops.integer_projections(records, *packed, *steps, outputs=(n, n), offset=False, biased=False, **how)
         outs = [ops.get(many, index=i) for i in range(2)]
     elif kind == "gated":
-        side = [ops.concat(*(ops.reshape(v, shape=(v.shape[0], 1, *v.shape[1:])) for v in vs), axis=1) for vs in (packed, steps)]
+        side = [
+            ops.concat(*(ops.reshape(v, shape=(v.shape[0], 1, *v.shape[1:])) for v in vs), axis=1)
+            for vs in (packed, steps)
+        ]
         outs = [ops.integer_linear(records, *side, outputs=n, gated=True, activation="silu", **how)]
     else:
         outs = [ops.integer_linear(records, packed[0], steps[0], None, b, outputs=n, activation="relu", **how)]
@@ -165,7 +164,9 @@ def draw_inputs(a: Attention, seed: int = 0) -> list[np.ndarray]:
         shape = tuple(int(n) for n in t.shape)  # type: ignore[call-overload]
         if name == "first":
             most = a.keys - a.queries + (0 if a.page else a.keys // 2)
-            found.append((rng.integers(0, most + 1, shape) if a.cached else np.full(shape, a.keys - a.queries)).astype(np.int32))
+            found.append(
+                (rng.integers(0, most + 1, shape) if a.cached else np.full(shape, a.keys - a.queries)).astype(np.int32)
+            )
         elif name == "start":
             found.append((rng.integers(0, 4, shape) if a.cached else np.zeros(shape)).astype(np.int32))
         elif name == "table":
@@ -264,7 +265,9 @@ def test_ragged_sequences_cost_what_they_hold() -> None:
 
 
 def test_what_attention_refuses() -> None:
-    with pytest.raises(CompileError, match="a cache of 4 rows per page isn't made of whole tiles of 16 rows of bfloat16"):
+    with pytest.raises(
+        CompileError, match="a cache of 4 rows per page isn't made of whole tiles of 16 rows of bfloat16"
+    ):
         attention.source(Attention(1, 1, 1, 1, 64, 64, 16, 1.0, cached=True, page=4, pages=9), V5E)
     with pytest.raises(CompileError, match="not in int8"):
         attention.source(Attention(1, 1, 1, 1, 64, 64, 16, 1.0, dtype="int8"), V5E)
@@ -279,7 +282,9 @@ def test_attention_in_programs(kind: str) -> None:
         k, v = tensor("k", 2, 50, 2, 64), tensor("v", 2, 50, 2, 32)
         bias = tensor("bias", 1, 1, 3, 50) if kind == "bias" else None
         inputs = [i for i in (q, k, v, bias) if i is not None]
-        graph = Graph(inputs, (ops.attention(q, k, v, bias, scale=0.1, causal=kind != "all", window=9 * (kind == "causal")),))
+        graph = Graph(
+            inputs, (ops.attention(q, k, v, bias, scale=0.1, causal=kind != "all", window=9 * (kind == "causal")),)
+        )
         arrays = [rng.standard_normal(i.shape).astype(bfloat16) for i in inputs]
     else:
         page = {"pages": 16, "small pages": 4}.get(kind, 0)

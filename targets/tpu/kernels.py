@@ -136,9 +136,7 @@ def _packed_gated(node: Node) -> _Layer:
 def _packed_projections(node: Node) -> _Layer:
     count = len(node.outputs)
     parts = enumerate(node.outputs)
-    return _Layer(
-        "panels", tuple(_Product(n, 1 + i, bias=1 + count + i if node.biased else None) for i, n in parts)
-    )
+    return _Layer("panels", tuple(_Product(n, 1 + i, bias=1 + count + i if node.biased else None) for i, n in parts))
 
 
 def _integer(node: Node) -> _Layer | None:
@@ -161,7 +159,12 @@ def _integer_projections(node: Node) -> _Layer | None:
 
 def _exact_levels(node: Node, zeros: bool) -> bool:
     """Whether an integer layer is one product of levels, scaled by row and column."""
-    return node.group == 0 and not zeros and SCHEMES[node.scheme].uniform and node.attributes["dtype"] in ("bfloat16", "float32")
+    return (
+        node.group == 0
+        and not zeros
+        and SCHEMES[node.scheme].uniform
+        and node.attributes["dtype"] in ("bfloat16", "float32")
+    )
 
 
 _LAYERS: Mapping[Any, Any] = {
