@@ -8,7 +8,6 @@ from typing import Any
 import attrs
 import numpy as np
 import pytest
-import torch
 from decoders import make
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -181,15 +180,17 @@ def meaning(a: Attention, arrays: Sequence[np.ndarray]) -> np.ndarray:
     given = dict(zip([name for name, _ in a.inputs], arrays, strict=True))
     q, k, v = given["q"], given["k"], given["v"]
     how: dict[str, Any] = {"scale": a.scale, "window": a.window, "softcap": a.softcap}
+    attend, cached = ops.attention.meaning, ops.attention_cached.meaning
+    assert attend is not None and cached is not None
     if not a.cached:
-        return np.asarray(ops.attention.meaning(q, k, v, None, None, causal=a.causal, **how))
+        return np.asarray(attend(q, k, v, None, None, causal=a.causal, **how))
     found = []
     for i in range(a.batch):
         one = slice(i, i + 1)
         table = given["table"][one] if a.page else None
         keys, values = (k, v) if a.page else (k[one], v[one])
         where = (given[n][one].astype(np.int64) for n in ("first", "start"))
-        found.append(ops.attention_cached.meaning(q[one], keys, values, *where, table, None, scheme="none", **how))
+        found.append(cached(q[one], keys, values, *where, table, None, scheme="none", **how))
     return np.concatenate(found)
 
 
@@ -320,7 +321,7 @@ def decoder(layout: CacheLayout | None = None) -> Step:
     """The step of a tiny decoder in bfloat16, its weights laid out."""
     from jisu.frontends.huggingface import trace_decoder
 
-    found = trace_decoder(make("llama").to(torch.bfloat16))
+    found = trace_decoder(make("llama").bfloat16())
     graph, _ = Pipeline(default_passes()).run(found.graph)
     step = keep_last_token(derive_step(graph, sequence=found.sequence, layout=layout), found.sequence)
     return attrs.evolve(step, graph=FoldWeights()(kernels.lay_out(step.graph, V5E)))

@@ -1,6 +1,7 @@
 """Attention for TPUs as Pallas source, written out from one template: prefill, and decode over a contiguous or a paged KV cache.
 
-Keys stay in HBM. A step copies a tile of keys and values into one of two slots in VMEM while the step before computes with the other; with
+Keys stay in HBM. A step copies a tile of keys and values into one of two slots in VMEM while the step before computes with the other, across
+blocks of queries, too: the last step of a block starts the first copies of the next one. With
 a page table in scalar memory, a tile is made of pages that lie anywhere. Softmax runs along: the peak of the scores so far, the sum of
 exponentials below it and the weighted sum of values, scaled anew whenever the peak rises (Dao et al., 2022, "FlashAttention"; for the pages Kwon et
 al., 2023, "Efficient Memory Management for Large Language Model Serving with PagedAttention"). Tiles that no query of a block sees are
@@ -122,10 +123,11 @@ def source(a: Attention, chip: Chip, blocks: Blocks | None = None) -> str:
     scalars = ["first", "start", *(["table"] if a.page else [])]
     flat = ["first", "start", *(["table.reshape(-1)"] if a.page else [])]
     step = n.piece * n.pieces
+    in_pages = f" in {n.pieces} pages" if a.page else ""
     packed = f"({{}}, {n.pieces}, {n.heads}, {n.piece}, {{}})".format
     return f'''"""{_title(a)}
 
-For TPU {chip.name}: blocks of {n.rows} rows of queries and {step} keys{f" in {n.pieces} pages" if a.page else ""}, {n.heads} key heads at once; written by jisu.
+For TPU {chip.name}: blocks of {n.rows} rows of queries and {step} keys{in_pages}, {n.heads} key heads at once; written by jisu.
 """
 
 import jax
@@ -143,6 +145,7 @@ BATCH, QUERIES, GROUPS, REPEATS = {a.batch}, {a.queries}, {a.groups}, {a.repeats
 D, E = {a.d}, {a.e}  # channels of keys and of values
 KEYS = {a.keys}{f"  # at most; {a.keys // a.page} pages of {a.page}" if a.page else ""}
 ROWS, BLOCK = {n.padded}, {n.rows}  # rows of queries, padded, and those of a block: row r is of query r / REPEATS
+BLOCKS = ROWS // BLOCK
 HEADS = {n.heads}  # key heads of a block
 PIECES, PIECE = {n.pieces}, {n.piece}  # what a step copies of keys
 STEP = PIECES * PIECE
@@ -155,12 +158,14 @@ copy = pltpu.make_async_copy
 
 
 # Memory: scalars; blocks of queries and of their numbers; keys and values in HBM; the block of results; two slots of keys and values;
-# per head the peak, the sum of exponentials and the sum of values; semaphores.
-def body({", ".join(scalars)}, q, number, k_hbm, v_hbm, result, keys, values, peak, total, sums, copied):
-    b, g, i = pl.program_id(0), pl.program_id(1), pl.program_id(2)
-{_range(a)}
+# per head the peak, the sum of exponentials and the sum of values; how many steps went before; semaphores.
+def body({", ".join(scalars)}, q, number, k_hbm, v_hbm, result, keys, values, peak, total, sums, before, copied):
+    def extent(b, i):
+        """Where the steps begin and end whose keys some query of a block sees."""
+{_extent(a)}
+        return begin, end
 
-    def copies(step, slot):
+    def copies(b, g, step, slot):
         """Of a step's keys and values into a slot."""
         found = []
         for piece in range(PIECES):
@@ -169,24 +174,46 @@ def body({", ".join(scalars)}, q, number, k_hbm, v_hbm, result, keys, values, pe
             found.append(copy(v_hbm.at[{_place(a)}], values.at[slot, piece], copied.at[1, slot]))
         return found
 
-    peak[...] = jnp.full(({n.heads}, BLOCK, 1), NOTHING, jnp.float32)
-    total[...] = jnp.zeros(({n.heads}, BLOCK, 1), jnp.float32)
-    sums[...] = jnp.zeros(({n.heads}, BLOCK, E), jnp.float32)
+    def start_block(block, slot):
+        """Start the first step's copies of a block, if there is one that sees any keys."""
+        i = lax.rem(block, BLOCKS)
+        g = lax.rem(lax.div(block, BLOCKS), GROUPS // HEADS)
+        b = jnp.minimum(lax.div(block, BLOCKS * (GROUPS // HEADS)), BATCH - 1)
+        begin, end = extent(b, i)
 
-    @pl.when(begin < end)
+        @pl.when((block < BATCH * (GROUPS // HEADS) * BLOCKS) & (begin < end))
+        def _():
+            for c in copies(b, g, begin, slot):
+                c.start()
+
+    b, g, i = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+    block = (b * (GROUPS // HEADS) + g) * BLOCKS + i
+    begin, end = extent(b, i)
+{_slots(a)}
+    @pl.when(block == 0)
     def _():
-        for c in copies(begin, lax.rem(begin, 2)):
-            c.start()
+        before[0] = 0
+        start_block(0, 0)
+
+    done = before[0]
+    before[0] = done + jnp.maximum(end - begin, 0)
+    peak[...] = jnp.full((HEADS, BLOCK, 1), NOTHING, jnp.float32)
+    total[...] = jnp.zeros((HEADS, BLOCK, 1), jnp.float32)
+    sums[...] = jnp.zeros((HEADS, BLOCK, E), jnp.float32)
 
     def attend(step, carry):
-        slot = lax.rem(step, 2)
+        slot = lax.rem(done + step - begin, 2)
 
         @pl.when(step + 1 < end)
         def _():
-            for c in copies(step + 1, 1 - slot):
+            for c in copies(b, g, step + 1, 1 - slot):
                 c.start()
 
-        for c in copies(step, slot):
+        @pl.when(step + 1 == end)
+        def _():
+            start_block(block + 1, 1 - slot)
+
+        for c in copies(b, g, step, slot):
             c.wait()
         place = step * STEP + lax.broadcasted_iota(jnp.int32, (1, STEP), 1)
 {_visible(a)}
@@ -202,6 +229,10 @@ def body({", ".join(scalars)}, q, number, k_hbm, v_hbm, result, keys, values, pe
             total[h] = total[h] * kept + jnp.sum(weight, axis=1, keepdims=True)
             sums[h] = sums[h] * kept + jnp.dot(weight.astype(v.dtype), v, preferred_element_type=jnp.float32)
         return carry
+
+    @pl.when(begin >= end)
+    def _():
+        start_block(block + 1, lax.rem(done, 2))
 
     lax.fori_loop(begin, end, attend, 0)
     for h in range(HEADS):
@@ -219,7 +250,7 @@ def kernel({", ".join(names)}, interpret=False):
         out_shape=jax.ShapeDtypeStruct((BATCH, GROUPS, ROWS, E), jnp.{a.dtype}),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch={len(scalars)},
-            grid=(BATCH, GROUPS // HEADS, ROWS // BLOCK),
+            grid=(BATCH, GROUPS // HEADS, BLOCKS),
             in_specs=[
                 pl.BlockSpec((1, HEADS, BLOCK, D), lambda b, g, i, *_: (b, g, i, 0)),
                 pl.BlockSpec((BLOCK, 1), lambda b, g, i, *_: (i, 0)),
@@ -233,6 +264,7 @@ def kernel({", ".join(names)}, interpret=False):
                 pltpu.VMEM((HEADS, BLOCK, 1), jnp.float32),
                 pltpu.VMEM((HEADS, BLOCK, 1), jnp.float32),
                 pltpu.VMEM((HEADS, BLOCK, E), jnp.float32),
+                pltpu.SMEM((1,), jnp.int32),
                 pltpu.SemaphoreType.DMA((2, 2)),
             ],
         ),
@@ -253,27 +285,37 @@ def _lines(indent: int, *lines: str) -> str:
     return "\n".join(" " * indent + line for line in lines)
 
 
-def _range(a: Attention) -> str:
-    """Which steps a block of queries needs."""
+def _extent(a: Attention) -> str:
     if not a.causal:
-        return _lines(4, "begin, end = 0, STEPS")
+        return _lines(8, "begin, end = 0, STEPS")
     low = f"jnp.maximum(start[b], oldest - {a.window - 1})" if a.window else "start[b]"
     lines = [
-        "# Slots of the block's first and last query, and of the newest key.",
+        "# Slots of the newest key, and of the block's first and last query.",
         "newest = first[b] + (QUERIES - 1)",
-        "oldest = first[b] + lax.div(i * BLOCK, REPEATS)",
+        *(["oldest = first[b] + lax.div(i * BLOCK, REPEATS)"] if a.window else []),
         "youngest = jnp.minimum(first[b] + lax.div(i * BLOCK + (BLOCK - 1), REPEATS), newest)",
         f"begin = lax.div(jnp.maximum({low}, 0), STEP)",
         "end = lax.div(youngest, STEP) + 1",
     ]
     if a.cached:
         lines += [
-            "# A cache that is full goes around: its first row holds slot `turn`, rows behind the newest key those of the turn before.",
-            "full = newest >= KEYS",
-            "turn = newest - lax.rem(newest, KEYS)",
-            "begin, end = jnp.where(full, 0, begin), jnp.where(full, STEPS, end)",
+            "# A cache that is full has gone around: its rows are in no order.",
+            "begin = jnp.where(newest >= KEYS, 0, begin)",
+            "end = jnp.where(newest >= KEYS, STEPS, end)",
         ]
-    return _lines(4, *lines)
+    return _lines(8, *lines)
+
+
+def _slots(a: Attention) -> str:
+    """What the slots of a cache's rows are computed from."""
+    if not a.cached:
+        return ""
+    lines = [
+        "# A cache's first row holds slot `turn`, rows behind the newest key those of the turn before.",
+        "newest = first[b] + (QUERIES - 1)",
+        "turn = newest - lax.rem(newest, KEYS)",
+    ]
+    return _lines(4, *lines) + "\n"
 
 
 def _places(a: Attention) -> str:

@@ -29,9 +29,9 @@ from jisu.targets.tpu.spec import Product, round_up
 from jisu.targets.tpu.splice import Part
 from jisu.targets.tpu.stablehlo.build import Value
 from jisu.targets.tpu.stablehlo.contract import gate, unpack
-from jisu.targets.tpu.tiles import choose_tiles
 from jisu.targets.tpu.stablehlo.emit import Chooser, Kernel
 from jisu.targets.tpu.stablehlo.quantize import out_of_panels, unpack_codes
+from jisu.targets.tpu.tiles import choose_tiles
 
 SMALLEST = 1 << 20
 """Multiplications, at least, of a product that gets a kernel by default: fewer are faster as part of what stands around them."""

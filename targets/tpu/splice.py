@@ -78,7 +78,7 @@ def _traced(part: Part, platform: str) -> str:
         if TensorType(tuple(result.shape), str(result.dtype)) != part.result:
             raise CompileError(f"a kernel gives {result}, not {part.result}")
         with mlir.make_ir_context():
-            text = ir.Module.parse(made.mlir_module()).operation.get_asm(enable_debug_info=False)
+            text = str(ir.Module.parse(made.mlir_module()).operation.get_asm(enable_debug_info=False))
     lines = text.rstrip().splitlines()[1:-1]  # without the module's braces
     return re.sub(r' \{jax\.result_info = "[^"]*"\}', "", "\n".join(lines))
 
