@@ -265,6 +265,23 @@ def test_ragged_sequences_cost_what_they_hold() -> None:
     assert_close(found.result, want)
 
 
+@pytest.mark.parametrize("kind", ["cache", "pages"])
+def test_sequences_that_see_nothing(kind: str) -> None:
+    """Blocks without a step, between others and at both ends: zeros, and the copies of the next block are still started."""
+    page = 64 if kind == "pages" else 0
+    a = Attention(5, 1, 2, 2, 64, 64, 1024, 0.1, cached=True, page=page, pages=80 if page else 0)
+    arrays = draw_inputs(a)
+    arrays[0] = np.array([5, 1000, 9, 8, 600], np.int32)
+    for starts in ([900, 3, 700, 1000, 0], [0, 3, 700, 0, 1000]):
+        arrays[1] = np.array(starts, np.int32)
+        want, text = meaning(a, arrays), attention.source(a, V5E)
+        assert (want[2] == 0).all() and (want[1] != 0).any()
+        for dma in judges.DMA:
+            found = judges.interpret(text, *arrays, dma=dma)
+            assert found.clean
+            assert_close(found.result, want)
+
+
 def test_what_attention_refuses() -> None:
     with pytest.raises(
         CompileError, match="a cache of 4 rows per page isn't made of whole tiles of 16 rows of bfloat16"
@@ -375,3 +392,37 @@ def test_models_with_kernels_compile_for_chips(chip: Chip, page: int) -> None:
         text = emit(step.graph, sizes, kernels.chooser(chip, smallest=0))
         made = export.compile_for(chip.short, text, signature(step.graph, sizes))
         assert made.hlo.count("tpu_custom_call") >= 6 and made.memory["code"] > 0
+
+
+def large_layer(batch: int) -> Graph:
+    """Decoding in a layer of 8 billion weights' model: laid out weights, a paged cache that is updated in place."""
+    heads, groups, d, page, pages = 32, 8, 128, 64, 32
+    x = tensor("x", batch, 1, 4096)
+    sizes = {"q": (4096, 4096), "k": (4096, 1024), "v": (4096, 1024), "o": (4096, 4096), "gate": (4096, 14336)}
+    sizes |= {"up": (4096, 14336), "down": (14336, 4096)}
+    w = {name: tensor(name, 1, *size) for name, size in sizes.items()}
+    caches = [tensor(name, batch * pages, groups, page, d) for name in ("keys", "values")]
+    length, start = tensor("length", 1, dtype="int64"), tensor("start", batch, dtype="int64")
+    table = tensor("table", batch, pages, dtype="int32")
+
+    def layer(x: Node, name: str, r: Node | None = None, activation: str = "none") -> Node:
+        return ops.packed_linear(x, w[name], None, r, outputs=sizes[name][1], activation=activation)
+
+    q = ops.reshape(layer(x, "q"), shape=(batch, 1, heads, d))
+    new = [ops.reshape(layer(x, name), shape=(batch, 1, groups, d)) for name in ("k", "v")]
+    keys, values = (ops.cache_append(c, n, length, table) for c, n in zip(caches, new, strict=True))
+    attended = ops.attention_cached(q, keys, values, length, start, table, scale=d**-0.5)
+    y = layer(ops.reshape(attended, shape=(batch, 1, heads * d)), "o", x)
+    inner = ops.mul(layer(y, "gate", activation="silu"), layer(y, "up"))
+    return Graph((x, length, start, table, *caches, *w.values()), (layer(inner, "down", y), keys, values))
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", [V5E, V6E], ids=lambda c: c.short)
+def test_no_weight_or_cache_is_copied(chip: Chip) -> None:
+    """libtpu's program has eight custom calls on the weights and caches as they lie, and next to no memory of its own."""
+    graph = large_layer(8)
+    made = export.compile_for(chip.short, emit(graph, {}, kernels.chooser(chip)), signature(graph, {}))
+    assert made.hlo.count('custom_call_target="tpu_custom_call"') == 8
+    assert made.memory["temporary"] <= 1 << 20
