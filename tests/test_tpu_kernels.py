@@ -152,6 +152,37 @@ def test_integer_layers(kind: str, dtype: str) -> None:
     assert text.count("@tpu_custom_call") == (1 if kind in ("plain", "int4") else 2)
 
 
+@pytest.mark.parametrize("gated", [False, True])
+def test_levels_are_laid_out_once(gated: bool) -> None:
+    """Codes become levels int8, transposed, when weights are stored: the program has no step for them."""
+    rows, n, k = 9, 80, 192
+    rng = np.random.default_rng(0)
+    held: dict[str, Any] = {}
+    packed, steps = [], []
+    for i in range(1 + gated):
+        held[f"c{i}"] = ArrayStorage(rng.integers(0, 256, (n, k)).astype(np.uint8))
+        held[f"s{i}"] = ArrayStorage((rng.random((n, 1)) * 0.001).astype(np.float16))
+        c, s = weight(f"c{i}", TensorType((n, k), "uint8")), weight(f"s{i}", TensorType((n, 1), "float16"))
+        packed.append(ops.pack_codes(c, scheme="int8", k=k, panel=16, word=4))
+        steps.append(ops.pack_scales(s, scheme="int8", whole=1.0, panel=16))
+    both = [ops.concat(*(ops.reshape(v, shape=(5, 1, *v.shape[1:])) for v in vs), axis=1) for vs in (packed, steps)]
+    codes, scales = both if gated else (packed[0], steps[0])
+    x = tensor("x", rows, k)
+    records = ops.encode_levels(x, scheme="int8", group=0, own=False)
+    how = {"k": k, "scheme": "int8", "group": 0, "own": False, "dtype": "bfloat16", "activation": "silu"}
+    graph = Graph((x,), (ops.integer_linear(records, codes, scales, outputs=n, gated=gated, **how),), held)
+    laid = FoldWeights()(kernels.lay_out(graph, V5E))
+    arrays = [normal(rows, k)]
+    (want,) = interpret(graph, arrays)
+    assert_close(interpret(laid, arrays)[0], want)
+    (got,), text = run(laid, arrays)
+    assert_close(got, want)
+    stored = [laid.weights[name].numpy() for name, _ in signature(laid, {}).weights]
+    assert_close(export.runner(emit(laid, {}), signature(laid, {}))(*arrays, *stored)[0], want)
+    assert "transpose" not in text and text.count("@tpu_custom_call") == 1 + gated
+    assert "tensor<1x192x128x1xi8>" in text
+
+
 # --- Attention ------------------------------------------------------------------------------------------------------------
 
 

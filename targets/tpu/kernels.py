@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import attrs
 
 from jisu.compiler import levels, ops
 from jisu.compiler.errors import CompileError
-from jisu.compiler.graph import WEIGHT, Graph, Node
+from jisu.compiler.graph import WEIGHT, Graph, Node, Op
 from jisu.compiler.ops.quantize import _parts
 from jisu.compiler.schemes import SCHEMES
 from jisu.compiler.types import TensorType
@@ -30,7 +30,7 @@ from jisu.targets.tpu.splice import Part
 from jisu.targets.tpu.stablehlo.build import Value
 from jisu.targets.tpu.stablehlo.contract import gate, unpack
 from jisu.targets.tpu.stablehlo.emit import Chooser, Kernel
-from jisu.targets.tpu.stablehlo.quantize import out_of_panels, unpack_codes
+from jisu.targets.tpu.stablehlo.quantize import code_levels
 from jisu.targets.tpu.tiles import choose_tiles
 
 SMALLEST = 1 << 20
@@ -56,20 +56,53 @@ def chooser(chip: Chip, *, smallest: int = SMALLEST, platform: str = "tpu") -> C
 
 
 def lay_out(graph: Graph, chip: Chip) -> Graph:
-    """The graph with the weights of its bfloat16 layers packed as kernels read them, transposed and with columns of whole lanes.
+    """The graph with weights packed as kernels read them, transposed and with columns of whole lanes.
 
-    The packing stands in the graph; `jisu.passes.layout.FoldWeights` stores its results. A weight that something else reads, too, stays as
-    it is. The two products of a gated layer become layers of their own.
+    Those of layers in bfloat16 (`linear`, `gated_linear`), and those of `integer_linear` whose codes have 8 bits, which become levels int8. The
+    packing stands in the graph; `jisu.passes.layout.FoldWeights` stores its results, `PackWeights` goes before. A weight that something
+    else reads, too, stays as it is. The two products of a gated layer become layers of their own.
     """
     shared = {o for n in graph.nodes if n.op not in (ops.linear, ops.gated_linear) for o in n.operands}
+    made: dict[tuple[Any, ...], Node] = {}
+
+    def once(key: tuple[Any, ...], make: Callable[[], Node]) -> Node:
+        if key not in made:
+            made[key] = make()
+        return made[key]
 
     def packs(w: Node | None) -> bool:
         return w is not None and w.op is WEIGHT and w.dtype == "bfloat16" and w not in shared
 
     def packed(x: Node, w: Node, b: Node | None, r: Node | None, activation: str, where: str) -> Node:
-        panel = round_up(int(w.shape[0]), chip.lanes)
-        wide = ops.pack(w, panel=panel, pair=1)
+        panel = round_up(int(w.shape[0]), chip.lanes)  # type: ignore[call-overload]
+        wide = once((ops.pack, w), lambda: ops.pack(w, panel=panel, pair=1))
         return ops.packed_linear.make((x, wide, b, r), {"outputs": w.shape[0], "activation": activation}, where)
+
+    def levelled(node: Node) -> Node | None:
+        """An integer layer on levels; None where its codes aren't packed in the graph, or aren't single products."""
+        x, codes, scales, zeros, b, r = node.operands
+        assert x is not None and codes is not None and scales is not None
+        if not _exact_levels(node, zeros is not None) or SCHEMES[node.scheme].bits != 8:
+            return None
+        parts = list(zip(_made_by(codes, ops.pack_codes), _made_by(scales, ops.pack_scales), strict=False))
+        if len(parts) != 1 + node.gated:
+            return None
+        panel = round_up(node.outputs, chip.lanes)
+
+        def levels_of(c: Node) -> Node:
+            wide = ops.pack_codes.make(c.operands, {**c.attributes, "panel": panel, "word": 1})
+            return ops.cast(ops.sub(ops.cast(wide, dtype="int32"), 128), dtype="int8")
+
+        def layer(c: Node, s: Node, activation: str) -> Node:
+            ahead = once((ops.pack_codes, c), lambda: levels_of(c))
+            steps = once(
+                (ops.pack_scales, s), lambda: ops.pack_scales.make(s.operands, {**s.attributes, "panel": panel})
+            )
+            attributes = {**node.attributes, "gated": False, "activation": activation}
+            return ops.integer_linear.make((x, ahead, steps, None, b, r), attributes, node.source)
+
+        found = [layer(c, s, a) for (c, s), a in zip(parts, (node.activation, "none"), strict=False)]
+        return found[0] if len(found) == 1 else ops.mul.make(found, {}, node.source)
 
     def transform(old: Node, new: Node) -> Node:
         if new.op is ops.linear and packs(old.operands[1]):
@@ -80,9 +113,14 @@ def lay_out(graph: Graph, chip: Chip) -> Graph:
             x, g, u = new.parents
             first = packed(x, g, None, None, new.activation, new.source)
             return ops.mul.make((first, packed(x, u, None, None, "none", new.source)), {}, new.source)
-        return new
+        return (levelled(new) if new.op is ops.integer_linear else None) or new
 
     return graph.map(transform)
+
+
+def _made_by(node: Node, op: Op) -> list[Node]:
+    """What `op` made of a value, from left to right."""
+    return [node] if node.op is op else [found for p in node.parents for found in _made_by(p, op)]
 
 
 # --- Layers ---------------------------------------------------------------------------------------------------------------
@@ -260,7 +298,8 @@ class _Form:
         w = self.node.operands[spec.weight]
         assert w is not None
         wide = round_up(product.n, chip.lanes)
-        return wide if self.kind == "panels" and w.shape == (1, product.k, wide) else product.n
+        laid = w.shape == ((1, product.k, wide) if self.kind == "panels" else (1, product.k, wide, 1))
+        return wide if laid and (self.kind == "panels" or w.dtype == "int8") else product.n
 
     def given(self, operands: Sequence[Value | None], spec: _Product, product: Product, part: Part) -> list[Value]:
         """Operands in the product's order."""
@@ -281,7 +320,7 @@ class _Form:
             at = levels.scale_offset(self.k)
             records = found[0]
             found[0] = records.part(1, 0, self.k).bits("int8")
-            found.append(out_of_panels(half(spec.scales), product.n).astype("float32").reshape(1, product.n))
+            found.append(half(spec.scales).reshape(1, -1).part(1, 0, product.n).astype("float32"))  # one per output
             found.append(records.part(1, at, at + 4).bits("float32").reshape(self.rows, 1))
         if spec.bias is not None:
             found.append(value(spec.bias).astype("float32").reshape(1, product.n))
@@ -295,9 +334,9 @@ class _Form:
         if self.kind == "rows":
             return w.transpose(1, 0)
         if self.kind == "codes":
-            kind = SCHEMES[self.node.scheme]
-            level = unpack_codes(w, kind, n, k).astype("int32") - int(kind.middle)
-            return level.astype("int8").transpose(1, 0)
+            if w.dtype == "int8" and w.shape == (1, *wanted.shape, 1):
+                return w.reshape(*w.shape[1:-1])
+            return code_levels(w, SCHEMES[self.node.scheme], n, k).transpose(1, 0)
         if w.shape == (1, *wanted.shape):
             return w.reshape(*w.shape[1:])
         return unpack(w, n, k).transpose(1, 0)
