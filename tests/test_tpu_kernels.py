@@ -258,7 +258,7 @@ EXAMPLES = [
     Attention(1, 300, 2, 1, 128, 128, 700, 0.1, window=150, softcap=20.0),
     Attention(1, 40, 2, 3, 64, 32, 70, 0.125, causal=False),
     Attention(2, 5, 4, 3, 64, 64, 96, 0.1, cached=True, window=20),
-    Attention(3, 1, 2, 4, 128, 128, 1024, 0.1, cached=True, page=16, pages=200),
+    Attention(3, 1, 2, 4, 128, 128, 1024, 0.1, cached=True, page=64, pages=50),
     Attention(2, 1, 16, 1, 128, 128, 1536, 0.1, cached=True, page=64, pages=60, window=700),
 ]
 
@@ -275,13 +275,15 @@ def test_drawn_attention(a: Attention, seed: int) -> None:
     assert_attends(a, seed)
 
 
-def test_a_dropped_wait_of_keys_is_seen() -> None:
-    a = EXAMPLES[3]
+@pytest.mark.parametrize(("right", "wrong"), [("c.wait()", "pass"), ("step + 1, 1 - slot)", "step + 1, slot)")])
+def test_faults_on_purpose_are_seen(right: str, wrong: str) -> None:
+    """A dropped wait; two tiles in one slot."""
+    a = Attention(1, 1, 1, 2, 64, 64, 1536, 0.1, cached=True, page=64, pages=30)
     arrays, text = draw_inputs(a), attention.source(a, V5E)
-    wrong = text.replace("c.wait()", "pass")
-    assert wrong != text
-    found = [judges.interpret(wrong, *arrays, dma=dma) for dma in judges.DMA]
-    assert not found[1].clean and relative_error(found[0].result, meaning(a, arrays)) > 0.1
+    arrays[0][:] = 1500
+    assert text.count(right) == 1
+    fault = [judges.interpret(text.replace(right, wrong), *arrays, dma=dma) for dma in judges.DMA]
+    assert not any(f.clean and relative_error(f.result, meaning(a, arrays)) <= 1e-2 for f in fault)
 
 
 def test_ragged_sequences_cost_what_they_hold() -> None:
@@ -300,7 +302,7 @@ def test_ragged_sequences_cost_what_they_hold() -> None:
 def test_sequences_that_see_nothing(kind: str) -> None:
     """Blocks without a step, between others and at both ends: zeros, and the copies of the next block are still started."""
     page = 64 if kind == "pages" else 0
-    a = Attention(5, 1, 2, 2, 64, 64, 1024, 0.1, cached=True, page=page, pages=80 if page else 0)
+    a = Attention(5, 1, 1, 2, 64, 64, 1024, 0.1, cached=True, page=page, pages=80 if page else 0)
     arrays = draw_inputs(a)
     arrays[0] = np.array([5, 1000, 9, 8, 600], np.int32)
     for starts in ([900, 3, 700, 1000, 0], [0, 3, 700, 0, 1000]):
@@ -352,6 +354,15 @@ def test_attention_in_programs(kind: str) -> None:
 
 
 AOT = judges.aot_python()
+
+
+@pytest.mark.skipif(AOT is None, reason='needs libtpu: pip install "jisu[tpu-aot]"')
+@pytest.mark.slow
+@settings(max_examples=1, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.lists(attentions(), min_size=12, max_size=12))
+def test_libtpu_compiles_drawn_attention(drawn: list[Attention]) -> None:
+    judges.compile_ahead([attention.source(a, V5E) for a in drawn], ["v5e"])
+    judges.compile_ahead([attention.source(a, V6E) for a in drawn], ["v6e"])
 
 
 @pytest.mark.skipif(AOT is None, reason='needs libtpu: pip install "jisu[tpu-aot]"')
