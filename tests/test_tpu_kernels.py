@@ -18,10 +18,13 @@ from jisu.compiler.errors import CompileError
 from jisu.compiler.graph import ArrayStorage, Graph, Node, placeholder, weight
 from jisu.compiler.interpret import interpret
 from jisu.compiler.pipeline import Pipeline, relative_error
+from jisu.compiler.recipe import QuantizeRecipe
 from jisu.compiler.types import TensorType, symbol
 from jisu.passes import default_passes
 from jisu.passes.cache import CacheLayout, Step, derive_step, keep_last_token
-from jisu.passes.layout import FoldWeights
+from jisu.passes.compression import Compress
+from jisu.passes.compression.activations import QuantizeActivations
+from jisu.passes.layout import FoldWeights, PackWeights
 from jisu.targets.tpu import attention, export, judges, kernels
 from jisu.targets.tpu.attention import Attention
 from jisu.targets.tpu.chip import Chip
@@ -376,14 +379,17 @@ def test_libtpu_compiles_attention() -> None:
 # --- Models ---------------------------------------------------------------------------------------------------------------
 
 
-def decoder(layout: CacheLayout | None = None) -> Step:
-    """The step of a tiny decoder in bfloat16, its weights laid out."""
+def decoder(layout: CacheLayout | None = None, integers: bool = False) -> Step:
+    """The step of a tiny decoder in bfloat16, its weights laid out; integers: weights and what layers read are int8."""
     from jisu.frontends.huggingface import trace_decoder
 
     found = trace_decoder(make("llama").bfloat16())
-    graph, _ = Pipeline(default_passes()).run(found.graph)
+    rules = (QuantizeRecipe(scheme="int8", group=0, activations="int8"),)
+    compress = (QuantizeActivations(rules, None), Compress((), rules)) if integers else ()
+    graph, _ = Pipeline((*default_passes(), *compress)).run(found.graph)
     step = keep_last_token(derive_step(graph, sequence=found.sequence, layout=layout), found.sequence)
-    return attrs.evolve(step, graph=FoldWeights()(kernels.lay_out(step.graph, V5E)))
+    packed = PackWeights(16, {})(step.graph) if integers else step.graph
+    return attrs.evolve(step, graph=FoldWeights()(kernels.lay_out(packed, V5E)))
 
 
 def bucket(step: Step, rows: int, capacity: int, page: int = 16) -> dict[str, int]:
@@ -403,12 +409,17 @@ def chunk(step: Step, sizes: Mapping[str, int], length: int) -> list[np.ndarray]
 
 
 @pytest.mark.parametrize(
-    ("rows", "length", "page"),
-    [(12, 0, 0), (1, 20, 16), *(pytest.param(*p, marks=pytest.mark.slow) for p in [(12, 8, 16), (1, 20, 0)])],
+    ("rows", "length", "page", "integers"),
+    [
+        (12, 0, 0, False),
+        (1, 20, 16, False),
+        (1, 20, 16, True),
+        *(pytest.param(*p, marks=pytest.mark.slow) for p in [(12, 8, 16, False), (1, 20, 0, False), (12, 0, 0, True)]),
+    ],
 )
-def test_a_model_with_kernels_equals_the_one_without(rows: int, length: int, page: int) -> None:
+def test_a_model_with_kernels_equals_the_one_without(rows: int, length: int, page: int, integers: bool) -> None:
     """Both round to bfloat16 at many places; float64 is the yardstick."""
-    step = decoder(CacheLayout(page=page) if page else None)
+    step = decoder(CacheLayout(page=page) if page else None, integers)
     sizes = bucket(step, rows, 64)
     arrays = chunk(step, sizes, length)
     got, text = run(step.graph, arrays, sizes)
@@ -425,10 +436,10 @@ def test_a_model_with_kernels_equals_the_one_without(rows: int, length: int, pag
 
 @needs_libtpu
 @pytest.mark.slow
-@pytest.mark.parametrize("page", [0, 16])
+@pytest.mark.parametrize(("page", "integers"), [(0, False), (16, False), (16, True)])
 @pytest.mark.parametrize("chip", [V5E, V6E], ids=lambda c: c.short)
-def test_models_with_kernels_compile_for_chips(chip: Chip, page: int) -> None:
-    step = decoder(CacheLayout(page=page) if page else None)
+def test_models_with_kernels_compile_for_chips(chip: Chip, page: int, integers: bool) -> None:
+    step = decoder(CacheLayout(page=page) if page else None, integers)
     for rows in (128, 1):
         sizes = bucket(step, rows, 256)
         text = emit(step.graph, sizes, kernels.chooser(chip, smallest=0))
