@@ -417,6 +417,8 @@ def _integer_linear(
     outputs: int, k: int, scheme: str, group: int, own: bool, gated: bool, activation: str, dtype: str,
 ) -> np.ndarray:  # fmt: skip
     values, to = levels.decode(x, k, group, own), numpy_dtype(dtype)
+    if codes.dtype == np.int8:
+        codes = codes.view(np.uint8) ^ np.uint8(128)
     return _quantized(values, codes, scales, zeros, b, r, k, outputs, scheme, group, gated, activation, to)
 
 
@@ -492,7 +494,7 @@ def integer_linear(
     activation: str = "none", dtype: str,
 ) -> TensorType:  # fmt: skip
     """`quantized_linear` of integers: x uint8 [*b, bytes] are records of `encode_levels` with sums (`own`: and
-    scales) of the same group.
+    scales) of the same group. Codes of 8 bits may also be their levels, int8, as machines multiply them that have no offset.
 
     Products are sums of integers per group, exact; these are scaled and added in float32, and rounded as results of `linear` in `dtype`.
     """
@@ -501,7 +503,7 @@ def integer_linear(
     require(_scheme(scheme).uniform, f"codes of {scheme} are no integers")
     require(is_float(dtype), f"the result is a float, not {dtype}")
     result = TensorType((*x.shape[:-1], outputs), dtype)
-    _check_quantized(codes, scales, zeros, b, r, result, k, scheme, group, gated, activation)
+    _check_quantized(codes, scales, zeros, b, r, result, k, scheme, group, gated, activation, levelled=True)
     return result
 
 
@@ -608,12 +610,13 @@ def integer_projections(
 
 def _check_quantized(
     codes: TensorType, scales: TensorType, zeros: TensorType | None, b: TensorType | None, r: TensorType | None,
-    result: TensorType, k: int, scheme: str, group: int, gated: bool, activation: str,
+    result: TensorType, k: int, scheme: str, group: int, gated: bool, activation: str, levelled: bool = False,
 ) -> None:  # fmt: skip
     kind, outputs = _scheme(scheme), int(result.shape[-1])  # type: ignore[call-overload]
     panel, word = codes.shape[-2:] if codes.rank >= 4 else (1, 1)
     lead = (-(-outputs // panel), *((2,) if gated else ()))  # type: ignore[operator]
-    want = TensorType((*lead, kind.panel_words(k, word), panel, word), "uint8")  # type: ignore[arg-type]
+    stored = "int8" if levelled and kind.bits == 8 and codes.dtype == "int8" else "uint8"
+    want = TensorType((*lead, kind.panel_words(k, word), panel, word), stored)  # type: ignore[arg-type]
     require(codes == want, f"the codes must be {want}, got {codes}")
     groups = (*lead, kind.groups(k, group), panel)
     require(

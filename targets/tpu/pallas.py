@@ -102,6 +102,11 @@ RESULT = {result.shape}  # of {result.padded}
 copy = pltpu.make_async_copy
 
 
+def pad(array, shape):
+    """The array with zeros behind its rows and columns."""
+    return array if array.shape == shape else jnp.pad(array, [(0, p - s) for s, p in zip(array.shape, shape)])
+
+
 def await_copy(tile, copied, slot):
     """Wait until the copy to a tile's slot has come."""
     copy(tile.at[slot], tile.at[slot], copied.at[slot]).wait()
@@ -115,7 +120,7 @@ def body({parameters}
 
 def kernel(*arrays, interpret=False):
     """The product of arrays in HBM, {", ".join(o.name for o in inputs)}; interpret: False on a TPU, else pltpu.InterpretParams()."""
-    arrays = [jnp.pad(a, [(0, p - s) for s, p in zip(a.shape, padded)]) for a, padded in zip(arrays, PADDED, strict=True)]
+    arrays = [pad(array, padded) for array, padded in zip(arrays, PADDED, strict=True)]
     result = pl.pallas_call(
         body,
         out_shape=jax.ShapeDtypeStruct({result.padded}, jnp.{result.dtype}),

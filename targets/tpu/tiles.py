@@ -147,11 +147,17 @@ def row_multiple(product: Product, chip: Chip) -> int:
     return max(chip.packed_sublanes(product.itemsize), chip.packed_sublanes(product.result_itemsize))
 
 
-def choose_tiles(product: Product, chip: Chip) -> Tiles:
-    """The tiles with the least estimated time. CompileError: not even the smallest fit; it names the tensor and its bytes."""
+def choose_tiles(product: Product, chip: Chip, *, frugal: bool = False) -> Tiles:
+    """The tiles with the least estimated time. CompileError: not even the smallest fit; it names the tensor and its bytes.
+
+    frugal: w is padded to whole lanes and no further, so that one that is stored like this needs no copy.
+    """
     best: tuple[float, Tiles] | None = None
     refused: CompileError | None = None
+    least = tuple(round_up(size, chip.lanes) for size in (product.n, product.k))
     for tiles in _candidates(product, chip):
+        if frugal and tiles.padded[1:] != least:
+            continue
         try:
             tiles.check(product, chip)
         except CompileError as error:

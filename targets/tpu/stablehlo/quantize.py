@@ -257,6 +257,12 @@ def _quantized_linear(
     return _layer(product, codes, scales, zeros, b, r, outputs, gated, activation, x.dtype)
 
 
+def code_levels(codes: Value, kind: Scheme, n: int, k: int) -> Value:
+    """int8 [n, k]: what codes in panels mean before scaling, relative to the middle; codes of int8 are levels."""
+    single = unpack_codes(codes, kind, n, k)
+    return single if codes.dtype == "int8" else (single.astype("int32") - int(kind.middle)).astype("int8")
+
+
 def integer_product(
     x: Value, codes: Value, scales: Value, zeros: Value | None, kind: Scheme, group: int, own: bool, n: int, k: int
 ) -> Value:
@@ -269,8 +275,7 @@ def integer_product(
         return records.part(-1, offset, offset + 4 * number).reshape(rows, number, 4).bits(dtype)
 
     a = records.part(-1, 0, k).bits("int8").padded(-1, count * size).reshape(rows, count, size)
-    c = (unpack_codes(codes, kind, n, k).astype("int32") - int(kind.middle)).astype("int8")
-    c = c.padded(-1, count * size).reshape(n, count, size)
+    c = code_levels(codes, kind, n, k).padded(-1, count * size).reshape(n, count, size)
     sums = a.dot(c, (-1, -1), [(1, 1)], to="int32")  # [count, rows, n]
     if zeros is not None:  # code - zero is (code - middle) + (middle - zero)
         shift = out_of_panels(zeros, n).astype("int32") * -1 + int(kind.middle)

@@ -1,0 +1,394 @@
+"""Which nodes of a graph our Pallas kernels compute, and the functions that stand in their place in the exported program.
+
+A layer's kernel is the one that `product.lower` schedules: the same TIR that the functional run proves. Around it stand, in StableHLO, what
+brings operands into its form: rows of any rank as a matrix, weights [n, k] as [k, n], levels and scales out of records. Transposing weights
+costs their bytes twice at each call; `lay_out` stores them as kernels read them instead.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import attrs
+
+from jisu.compiler import levels, ops
+from jisu.compiler.errors import CompileError
+from jisu.compiler.graph import WEIGHT, Graph, Node, Op
+from jisu.compiler.ops.quantize import _parts
+from jisu.compiler.schemes import SCHEMES
+from jisu.compiler.types import TensorType
+from jisu.targets.tpu import attention, splice
+from jisu.targets.tpu.attention import Attention
+from jisu.targets.tpu.chip import Chip
+from jisu.targets.tpu.pallas import source
+from jisu.targets.tpu.product import lower
+from jisu.targets.tpu.spec import Product, round_up
+from jisu.targets.tpu.splice import Part
+from jisu.targets.tpu.stablehlo.build import Value
+from jisu.targets.tpu.stablehlo.contract import gate, unpack
+from jisu.targets.tpu.stablehlo.emit import Chooser, Kernel
+from jisu.targets.tpu.stablehlo.quantize import code_levels
+from jisu.targets.tpu.tiles import choose_tiles
+
+SMALLEST = 1 << 20
+"""Multiplications, at least, of a product that gets a kernel by default: fewer are faster as part of what stands around them."""
+
+
+def chooser(chip: Chip, *, smallest: int = SMALLEST, platform: str = "tpu") -> Chooser:
+    """What `stablehlo.emit` asks: our kernel for a node, or None where StableHLO has to do.
+
+    Kernels compute layers in bfloat16 (`linear`, `gated_linear`, and packed ones) and of integer codes (`integer_linear` with one scale per
+    output and no zeros), from `smallest` multiplications on, and attention in bfloat16, with or without a cache. platform: "tpu", or "cpu" for
+    a program whose kernels Pallas' interpreter runs. Needs JAX; raises TargetError without it when a kernel is chosen.
+    """
+
+    def choose(node: Node, sizes: Mapping[str, int]) -> Kernel | None:
+        if node.op in _LAYERS:
+            return _layer(chip, node, sizes, smallest, platform)
+        if node.op in (ops.attention, ops.attention_cached):
+            return _attention(chip, node, sizes, smallest, platform)
+        return None
+
+    return choose
+
+
+def lay_out(graph: Graph, chip: Chip) -> Graph:
+    """The graph with weights packed as kernels read them, transposed and with columns of whole lanes.
+
+    Those of layers in bfloat16 (`linear`, `gated_linear`), and those of `integer_linear` whose codes have 8 bits, which become levels int8. The
+    packing stands in the graph; `jisu.passes.layout.FoldWeights` stores its results, `PackWeights` goes before. A weight that something
+    else reads, too, stays as it is. The two products of a gated layer become layers of their own.
+    """
+    shared = {o for n in graph.nodes if n.op not in (ops.linear, ops.gated_linear) for o in n.operands}
+    made: dict[tuple[Any, ...], Node] = {}
+
+    def once(key: tuple[Any, ...], make: Callable[[], Node]) -> Node:
+        if key not in made:
+            made[key] = make()
+        return made[key]
+
+    def packs(w: Node | None) -> bool:
+        return w is not None and w.op is WEIGHT and w.dtype == "bfloat16" and w not in shared
+
+    def packed(x: Node, w: Node, b: Node | None, r: Node | None, activation: str, where: str) -> Node:
+        panel = round_up(int(w.shape[0]), chip.lanes)  # type: ignore[call-overload]
+        wide = once((ops.pack, w), lambda: ops.pack(w, panel=panel, pair=1))
+        return ops.packed_linear.make((x, wide, b, r), {"outputs": w.shape[0], "activation": activation}, where)
+
+    def levelled(node: Node) -> Node | None:
+        """An integer layer on levels; None where its codes aren't packed in the graph, or aren't single products."""
+        x, codes, scales, zeros, b, r = node.operands
+        assert x is not None and codes is not None and scales is not None
+        if not _exact_levels(node, zeros is not None) or SCHEMES[node.scheme].bits != 8:
+            return None
+        parts = list(zip(_made_by(codes, ops.pack_codes), _made_by(scales, ops.pack_scales), strict=False))
+        if len(parts) != 1 + node.gated:
+            return None
+        panel = round_up(node.outputs, chip.lanes)
+
+        def levels_of(c: Node) -> Node:
+            wide = ops.pack_codes.make(c.operands, {**c.attributes, "panel": panel, "word": 1})
+            return ops.cast(ops.sub(ops.cast(wide, dtype="int32"), 128), dtype="int8")
+
+        def layer(c: Node, s: Node, activation: str) -> Node:
+            ahead = once((ops.pack_codes, c), lambda: levels_of(c))
+            steps = once(
+                (ops.pack_scales, s), lambda: ops.pack_scales.make(s.operands, {**s.attributes, "panel": panel})
+            )
+            attributes = {**node.attributes, "gated": False, "activation": activation}
+            return ops.integer_linear.make((x, ahead, steps, None, b, r), attributes, node.source)
+
+        found = [layer(c, s, a) for (c, s), a in zip(parts, (node.activation, "none"), strict=False)]
+        return found[0] if len(found) == 1 else ops.mul.make(found, {}, node.source)
+
+    def transform(old: Node, new: Node) -> Node:
+        if new.op is ops.linear and packs(old.operands[1]):
+            x, w, b, r = new.operands
+            assert x is not None and w is not None
+            return packed(x, w, b, r, new.activation, new.source)
+        if new.op is ops.gated_linear and all(packs(w) for w in old.operands[1:]):
+            x, g, u = new.parents
+            first = packed(x, g, None, None, new.activation, new.source)
+            return ops.mul.make((first, packed(x, u, None, None, "none", new.source)), {}, new.source)
+        return (levelled(new) if new.op is ops.integer_linear else None) or new
+
+    return graph.map(transform)
+
+
+def _made_by(node: Node, op: Op) -> list[Node]:
+    """What `op` made of a value, from left to right."""
+    return [node] if node.op is op else [found for p in node.parents for found in _made_by(p, op)]
+
+
+# --- Layers ---------------------------------------------------------------------------------------------------------------
+
+
+@attrs.frozen
+class _Product:
+    """One product of a layer: where its operands stand among the node's, and what it computes."""
+
+    outputs: int
+    weight: int
+    half: int | None = None  # of weights in which gate and up lie side by side
+    scales: int | None = None
+    bias: int | None = None
+    residual: int | None = None
+    activation: str = "none"
+
+
+@attrs.frozen
+class _Layer:
+    """Products of one x. kind: how weights are stored; gated: the first product times the second."""
+
+    kind: str
+    products: tuple[_Product, ...]
+    gated: bool = False
+
+
+def _present(node: Node, index: int) -> int | None:
+    return None if node.operands[index] is None else index
+
+
+def _single(kind: str, node: Node, outputs: int, bias: int, scales: int | None = None) -> _Layer:
+    b, r = _present(node, bias), _present(node, bias + 1)
+    return _Layer(kind, (_Product(outputs, 1, None, scales, b, r, node.activation),))
+
+
+def _linear(node: Node) -> _Layer:
+    return _single("rows", node, int(node.operands[1].shape[0]), 2)  # type: ignore[union-attr, call-overload]
+
+
+def _gated(node: Node) -> _Layer:
+    n = int(node.operands[1].shape[0])  # type: ignore[union-attr, call-overload]
+    return _Layer("rows", (_Product(n, 1, activation=node.activation), _Product(n, 2)), True)
+
+
+def _packed_gated(node: Node) -> _Layer:
+    n = node.outputs
+    return _Layer("panels", (_Product(n, 1, 0, activation=node.activation), _Product(n, 1, 1)), True)
+
+
+def _packed_projections(node: Node) -> _Layer:
+    count = len(node.outputs)
+    parts = enumerate(node.outputs)
+    return _Layer("panels", tuple(_Product(n, 1 + i, bias=1 + count + i if node.biased else None) for i, n in parts))
+
+
+def _integer(node: Node) -> _Layer | None:
+    if not _exact_levels(node, node.operands[3] is not None):
+        return None
+    if node.gated:
+        first = _Product(node.outputs, 1, 0, 2, activation=node.activation)
+        return _Layer("codes", (first, _Product(node.outputs, 1, 1, 2)), True)
+    return _single("codes", node, node.outputs, 4, 2)
+
+
+def _integer_projections(node: Node) -> _Layer | None:
+    if not _exact_levels(node, node.offset):
+        return None
+    numbers = _parts(range(1, len(node.operands)), len(node.outputs), node.offset, node.biased)
+    return _Layer(
+        "codes", tuple(_Product(n, w, None, s, b) for (w, s, _, b), n in zip(numbers, node.outputs, strict=True))
+    )
+
+
+def _exact_levels(node: Node, zeros: bool) -> bool:
+    """Whether an integer layer is one product of levels, scaled by row and column."""
+    return (
+        node.group == 0
+        and not zeros
+        and SCHEMES[node.scheme].uniform
+        and node.attributes["dtype"] in ("bfloat16", "float32")
+    )
+
+
+_LAYERS: Mapping[Any, Any] = {
+    ops.linear: _linear,
+    ops.gated_linear: _gated,
+    ops.packed_linear: lambda node: _single("panels", node, node.outputs, 2),
+    ops.packed_gated_linear: _packed_gated,
+    ops.packed_projections: _packed_projections,
+    ops.integer_linear: _integer,
+    ops.integer_projections: _integer_projections,
+}
+
+
+def _layer(chip: Chip, node: Node, sizes: Mapping[str, int], smallest: int, platform: str) -> Kernel | None:
+    x = node.operands[0]
+    assert x is not None
+    result = node.attributes.get("dtype", x.dtype)
+    integer = node.op in (ops.integer_linear, ops.integer_projections)
+    if not integer and x.dtype != "bfloat16":
+        return None
+    layer = _LAYERS[node.op](node)
+    if layer is None:
+        return None
+    *lead, width = (int(n) for n in x.tensor.at(sizes).shape)  # type: ignore[call-overload]
+    rows, k = math.prod(lead), node.k if integer else width
+    if rows * k * sum(p.outputs for p in layer.products) < smallest:
+        return None
+    products = [
+        Product(
+            rows, p.outputs, k, "int8" if integer else "bfloat16", result, channel_scale=integer, row_scale=integer,
+            bias=p.bias is not None, activation=p.activation, residual=p.residual is not None,
+        )
+        for p in layer.products
+    ]  # fmt: skip
+    name = _name(node, products, chip)
+    form = _Form(node, layer.kind, rows, k)
+    parts = [
+        (f"{name}.{'product' if len(products) == 1 else i}", _part(p, chip, form.columns(spec, p, chip)))
+        for i, (spec, p) in enumerate(zip(layer.products, products, strict=True))
+    ]
+    shown = [(f"o{i}", o.tensor.at(sizes)) for i, o in enumerate(node.operands) if o is not None]
+
+    def compute(*values: Value) -> list[Value]:
+        there = iter(values)
+        operands = [None if o is None else next(there) for o in node.operands]
+        first = operands[0]
+        assert first is not None
+        found = []
+        for spec, product, (called, part) in zip(layer.products, products, parts, strict=True):
+            given = form.given(operands, spec, product, part)
+            found.append(part.call(first.body, called, *given).reshape(*lead, product.n))
+        if layer.gated:
+            return [gate(found[0].wide(), found[1].wide(), "none", result)]
+        return found
+
+    return splice.kernel(name, shown, parts, compute, platform)
+
+
+def _name(node: Node, products: Sequence[Product], chip: Chip) -> str:
+    """A name by what a kernel was made for."""
+    p = products[0]
+    columns = "_".join(str(product.n) for product in products)
+    flags = [node.attributes.get("scheme", p.dtype), p.result, p.activation]
+    flags += [word for word, there in (("bias", p.bias), ("residual", p.residual)) if there]
+    forms = [
+        f"{'x'.join(str(n) for n in o.shape)}_{o.dtype}"
+        for o in node.operands[1:]
+        if o is not None and o.rank > 2 and o.op is not None and not o.tensor.symbols
+    ]
+    return "_".join([node.op.name, f"{p.m}x{p.k}x{columns}", *flags, *forms[:1], chip.short])
+
+
+@functools.lru_cache(256)
+def _part(product: Product, chip: Chip, columns: int) -> Part:
+    """columns: of w as it is given, n or more."""
+    lowered = lower(product, chip, choose_tiles(product, chip, frugal=True))
+    types = [TensorType(o.shape, o.dtype) for o in lowered.operands]  # type: ignore[arg-type]
+    types[1] = types[1].with_shape(product.k, columns)
+    return Part(source(lowered), tuple(types[:-1]), types[-1])
+
+
+@attrs.frozen
+class _Form:
+    """How a node's operands become those of a product of `rows` rows and k inputs."""
+
+    node: Node
+    kind: str
+    rows: int
+    k: int
+
+    def columns(self, spec: _Product, product: Product, chip: Chip) -> int:
+        """Columns of w as the kernel gets it: with the padding that it is stored with, if that is what the kernel wants."""
+        w = self.node.operands[spec.weight]
+        assert w is not None
+        wide = round_up(product.n, chip.lanes)
+        laid = w.shape == ((1, product.k, wide) if self.kind == "panels" else (1, product.k, wide, 1))
+        return wide if laid and (self.kind == "panels" or w.dtype == "int8") else product.n
+
+    def given(self, operands: Sequence[Value | None], spec: _Product, product: Product, part: Part) -> list[Value]:
+        """Operands in the product's order."""
+
+        def value(index: int) -> Value:
+            found = operands[index]
+            assert found is not None
+            return found
+
+        def matrix(index: int) -> Value:
+            return value(index).reshape(self.rows, value(index).shape[-1])
+
+        def half(index: int) -> Value:
+            return value(index) if spec.half is None else value(index).pick(1, spec.half)
+
+        found = [matrix(0), self.weight(half(spec.weight), product, part.inputs[1])]
+        if spec.scales is not None:
+            at = levels.scale_offset(self.k)
+            records = found[0]
+            found[0] = records.part(1, 0, self.k).bits("int8")
+            found.append(half(spec.scales).reshape(1, -1).part(1, 0, product.n).astype("float32"))  # one per output
+            found.append(records.part(1, at, at + 4).bits("float32").reshape(self.rows, 1))
+        if spec.bias is not None:
+            found.append(value(spec.bias).astype("float32").reshape(1, product.n))
+        if spec.residual is not None:
+            found.append(matrix(spec.residual))
+        return found
+
+    def weight(self, w: Value, product: Product, wanted: TensorType) -> Value:
+        """[k, n], or with the columns that are wanted."""
+        n, k = product.n, product.k
+        if self.kind == "rows":
+            return w.transpose(1, 0)
+        if self.kind == "codes":
+            if w.dtype == "int8" and w.shape == (1, *wanted.shape, 1):
+                return w.reshape(*w.shape[1:-1])
+            return code_levels(w, SCHEMES[self.node.scheme], n, k).transpose(1, 0)
+        if w.shape == (1, *wanted.shape):
+            return w.reshape(*w.shape[1:])
+        return unpack(w, n, k).transpose(1, 0)
+
+
+# --- Attention --------------------------------------------------------------------------------------------------------------
+
+
+def _attention(chip: Chip, node: Node, sizes: Mapping[str, int], smallest: int, platform: str) -> Kernel | None:
+    """Prefill, or over a cache whose rows are whole native tiles; None with a bias, sinks or records in the cache."""
+    cached = node.op is ops.attention_cached
+    shapes = [None if o is None else tuple(int(n) for n in o.tensor.at(sizes).shape) for o in node.operands]  # type: ignore[call-overload]
+    q, k, v = shapes[:3]
+    others = shapes[6:] if cached else shapes[3:]
+    if any(o is not None for o in others) or node.dtype != "bfloat16" or (cached and node.scheme != "none"):
+        return None
+    assert q is not None and k is not None and v is not None
+    table = shapes[5] if cached else None
+    batch, queries, heads, d = q
+    groups = k[1] if cached else k[2]
+    page = k[2] if table else 0
+    keys = page * table[1] if table else k[2] if cached else k[1]
+    if batch * queries * heads * keys * (d + v[3]) < smallest:
+        return None
+    spec = Attention(
+        batch, queries, groups, heads // groups, d, v[3], keys, node.scale, cached or node.causal, node.window, node.softcap,
+        cached, page, k[0] if page else 0,
+    )  # fmt: skip
+    try:
+        part = _attention_part(spec, chip)
+    except CompileError:  # rows that aren't whole tiles: StableHLO reads such a cache
+        return None
+    name = _attention_name(spec, chip)
+    shown = [(f"o{i}", o.tensor.at(sizes)) for i, o in enumerate(node.operands) if o is not None]
+
+    def compute(*values: Value) -> list[Value]:
+        body = values[0].body
+        if not cached:
+            where = [body.full(keys - queries, (batch,), "int32"), body.full(0, (batch,), "int32")]
+            return [part.call(body, f"{name}.pallas", *where, *values)]
+        length, start = (v.astype("int32") for v in values[3:5])
+        pages = [values[5].maximum(0).minimum(spec.pages - 1)] if page else []
+        return [part.call(body, f"{name}.pallas", length.broadcast((batch,)), start, *pages, *values[:3])]
+
+    return splice.kernel(name, shown, [(f"{name}.pallas", part)], compute, platform)
+
+
+def _attention_name(a: Attention, chip: Chip) -> str:
+    kind = f"pages{a.pages}x{a.page}" if a.page else "cached" if a.cached else "causal" if a.causal else "all"
+    limits = "".join(f"_{word}{value}" for word, value in (("window", a.window), ("cap", a.softcap)) if value)
+    size = f"{a.batch}x{a.queries}x{a.groups}x{a.repeats}x{a.d}x{a.e}_on{a.keys}"
+    return f"attention_{kind}_{size}_scale{a.scale}{limits}_{chip.short}"
+
+
+_attention_part = functools.lru_cache(64)(attention.part)

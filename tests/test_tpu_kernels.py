@@ -1,0 +1,481 @@
+"""Our Pallas kernels inside exported programs: values through Pallas' interpreter, and libtpu's word for the chips."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import attrs
+import numpy as np
+import pytest
+from decoders import make
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from ml_dtypes import bfloat16
+
+from jisu.compiler import ops, schemes
+from jisu.compiler.errors import CompileError
+from jisu.compiler.graph import ArrayStorage, Graph, Node, placeholder, weight
+from jisu.compiler.interpret import interpret
+from jisu.compiler.pipeline import Pipeline, relative_error
+from jisu.compiler.recipe import QuantizeRecipe
+from jisu.compiler.types import TensorType, symbol
+from jisu.passes import default_passes
+from jisu.passes.cache import CacheLayout, Step, derive_step, keep_last_token
+from jisu.passes.compression import Compress
+from jisu.passes.compression.activations import QuantizeActivations
+from jisu.passes.layout import FoldWeights, PackWeights
+from jisu.targets.tpu import attention, export, judges, kernels
+from jisu.targets.tpu.attention import Attention
+from jisu.targets.tpu.chip import Chip
+from jisu.targets.tpu.stablehlo import emit, signature
+
+V5E, V6E = Chip.named("v5e"), Chip.named("v6e")
+needs_jax = pytest.mark.skipif(not export.has_jax(), reason='needs JAX: pip install "jisu[tpu]"')
+needs_libtpu = pytest.mark.skipif(
+    not (export.has_jax() and export.has_libtpu()), reason='needs JAX and libtpu: pip install "jisu[tpu-aot]"'
+)
+pytestmark = needs_jax
+
+
+def tensor(name: str, *shape: Any, dtype: str = "bfloat16") -> Node:
+    return placeholder(name, TensorType(shape, dtype))  # type: ignore[arg-type]
+
+
+def normal(*shape: int, seed: int = 0, scale: float = 1.0) -> np.ndarray:
+    return (np.random.default_rng(seed).standard_normal(shape) * scale).astype(bfloat16)
+
+
+def run(graph: Graph, arrays: Sequence[np.ndarray], sizes: Mapping[str, int] | None = None) -> tuple[list[Any], str]:
+    """Results of the program whose kernels are interpreted, and the text of the one for a TPU."""
+    sizes = sizes or {}
+    entry = signature(graph, sizes)
+    chosen = [kernels.chooser(V5E, smallest=0, platform=platform) for platform in ("cpu", "tpu")]
+    weights = [graph.weights[name].numpy() for name, _ in entry.weights]
+    return export.runner(emit(graph, sizes, chosen[0]), entry)(*arrays, *weights), emit(graph, sizes, chosen[1])
+
+
+def assert_close(got: np.ndarray, want: np.ndarray, tolerance: float = 1e-2) -> None:
+    assert got.shape == want.shape and got.dtype == want.dtype
+    assert relative_error(got, want) <= tolerance
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("rows", "n", "k", "activation"), [(5, 70, 96, "none"), (40, 256, 128, "silu")])
+def test_linear(rows: int, n: int, k: int, activation: str, bias: bool, residual: bool) -> None:
+    x, w = tensor("x", 1, symbol("rows"), k), tensor("w", n, k)
+    b = tensor("b", n) if bias else None
+    r = tensor("r", 1, symbol("rows"), n) if residual else None
+    inputs = [i for i in (x, w, b, r) if i is not None]
+    graph = Graph(inputs, (ops.linear(x, w, b, r, activation=activation),))
+    shapes = [tuple(rows if not isinstance(s, int) else s for s in i.shape) for i in inputs]
+    arrays = [normal(*shape, seed=i, scale=0.2 if i == 1 else 1) for i, shape in enumerate(shapes)]
+    (got,), text = run(graph, arrays, {"rows": rows})
+    assert_close(got, interpret(graph, arrays)[0])
+    assert text.count("@tpu_custom_call") == 1 and "dot_general" not in text
+
+
+@pytest.mark.parametrize("kind", ["gated", "laid out", "gated, laid out", "panels", "gated panels", "projections"])
+def test_forms_of_layers(kind: str) -> None:
+    """Weights by rows, in panels of a CPU's kernels, and as `lay_out` stores them."""
+    rows, n, k = 24, 200, 128
+    x, w, u = tensor("x", rows, k), tensor("w", n, k), tensor("u", n, k)
+    arrays = [normal(rows, k), normal(n, k, seed=1, scale=0.2), normal(n, k, seed=2, scale=0.2)]
+    wide, other = (ops.pack(m, panel=16, pair=2) for m in (w, u))
+    out = {
+        "gated": lambda: ops.gated_linear(x, w, u, activation="silu"),
+        "laid out": lambda: ops.packed_linear(x, ops.pack(w, panel=256, pair=1), outputs=n, activation="relu"),
+        "gated, laid out": lambda: ops.gated_linear(x, w, u, activation="silu"),
+        "panels": lambda: ops.packed_linear(x, wide, outputs=n, activation="none"),
+        "gated panels": lambda: ops.packed_gated_linear(
+            x, ops.pack_gated(w, u, panel=16, pair=2), outputs=n, activation="gelu_tanh"
+        ),
+        "projections": lambda: ops.get(ops.packed_projections(x, wide, other, outputs=(n, n), biased=False), index=1),
+    }[kind]()
+    graph = Graph((x, w, u), (out,))
+    (got,), text = run(graph, arrays)
+    assert_close(got, interpret(graph, arrays)[0])
+    assert text.count("@tpu_custom_call") == (1 if kind in ("laid out", "panels") else 2)
+
+
+def test_weights_are_laid_out_once() -> None:
+    """`lay_out` and folding: the program has no transposition left, and a table that is looked up in stays as it is."""
+    rng = np.random.default_rng(0)
+    held = {n: ArrayStorage((rng.standard_normal((200, 128)) * 0.1).astype(bfloat16)) for n in ("a", "g", "u", "table")}
+    a, g, u, table = (weight(n, TensorType((200, 128), "bfloat16")) for n in held)
+    x, ids = tensor("x", 8, 128), tensor("ids", 8, dtype="int64")
+    gated = ops.gated_linear(x, g, u, activation="silu")
+    out = (ops.linear(x, a), gated, ops.linear(ops.take(table, ids, axis=0), table))
+    graph = Graph((x, ids), out, held)
+    laid = FoldWeights()(kernels.lay_out(graph, V5E))
+    arrays = [normal(8, 128), rng.integers(0, 200, 8)]
+    got, text = run(laid, arrays)
+    for value, want in zip(got, interpret(graph, arrays), strict=True):
+        assert_close(value, want)
+    assert text.count("@tpu_custom_call") == 3  # two layers share one
+    assert text.count("stablehlo.transpose") == 1
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("kind", ["plain", "gated", "projections", "int4"])
+def test_integer_layers(kind: str, dtype: str) -> None:
+    rows, n, k, panel, word = 9, 80, 192, 16, 4
+    scheme = "int4" if kind == "int4" else "int8"
+    bits = schemes.SCHEMES[scheme].bits
+    rng = np.random.default_rng(0)
+    x, b = tensor("x", rows, k, dtype=dtype), tensor("b", n, dtype=dtype)
+    codes = [tensor(f"c{i}", n, k * bits // 8, dtype="uint8") for i in range(2)]
+    scales = [tensor(f"s{i}", n, 1, dtype="float16") for i in range(2)]
+    packed = [ops.pack_codes(c, scheme=scheme, k=k, panel=panel, word=word) for c in codes]
+    steps = [ops.pack_scales(s, scheme=scheme, whole=1.0, panel=panel) for s in scales]
+    records = ops.encode_levels(x, scheme="int8", group=0, own=False)
+    how = {"k": k, "scheme": scheme, "group": 0, "own": False, "dtype": dtype}
+    if kind == "projections":
+        many = ops.integer_projections(records, *packed, *steps, outputs=(n, n), offset=False, biased=False, **how)
+        outs = [ops.get(many, index=i) for i in range(2)]
+    elif kind == "gated":
+        side = [
+            ops.concat(*(ops.reshape(v, shape=(v.shape[0], 1, *v.shape[1:])) for v in vs), axis=1)
+            for vs in (packed, steps)
+        ]
+        outs = [ops.integer_linear(records, *side, outputs=n, gated=True, activation="silu", **how)]
+    else:
+        outs = [ops.integer_linear(records, packed[0], steps[0], None, b, outputs=n, activation="relu", **how)]
+    graph = Graph((x, b, *codes, *scales), outs)
+    arrays = [
+        rng.standard_normal((rows, k)).astype(bfloat16 if dtype == "bfloat16" else dtype),
+        rng.standard_normal(n).astype(bfloat16 if dtype == "bfloat16" else dtype),
+        *(rng.integers(0, 256, (n, k * bits // 8)).astype(np.uint8) for _ in codes),
+        *((rng.random((n, 1)) * 0.001).astype(np.float16) for _ in scales),
+    ]
+    got, text = run(graph, arrays)
+    for value, want in zip(got, interpret(graph, arrays), strict=True):
+        assert_close(value, want, 1e-2 if dtype == "bfloat16" else 1e-3)  # a level of x between two may go either way
+    assert text.count("@tpu_custom_call") == (1 if kind in ("plain", "int4") else 2)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_levels_are_laid_out_once(gated: bool) -> None:
+    """Codes become levels int8, transposed, when weights are stored: the program has no step for them."""
+    rows, n, k = 9, 80, 192
+    rng = np.random.default_rng(0)
+    held: dict[str, Any] = {}
+    packed, steps = [], []
+    for i in range(1 + gated):
+        held[f"c{i}"] = ArrayStorage(rng.integers(0, 256, (n, k)).astype(np.uint8))
+        held[f"s{i}"] = ArrayStorage((rng.random((n, 1)) * 0.001).astype(np.float16))
+        c, s = weight(f"c{i}", TensorType((n, k), "uint8")), weight(f"s{i}", TensorType((n, 1), "float16"))
+        packed.append(ops.pack_codes(c, scheme="int8", k=k, panel=16, word=4))
+        steps.append(ops.pack_scales(s, scheme="int8", whole=1.0, panel=16))
+    both = [ops.concat(*(ops.reshape(v, shape=(5, 1, *v.shape[1:])) for v in vs), axis=1) for vs in (packed, steps)]
+    codes, scales = both if gated else (packed[0], steps[0])
+    x = tensor("x", rows, k)
+    records = ops.encode_levels(x, scheme="int8", group=0, own=False)
+    how = {"k": k, "scheme": "int8", "group": 0, "own": False, "dtype": "bfloat16", "activation": "silu"}
+    graph = Graph((x,), (ops.integer_linear(records, codes, scales, outputs=n, gated=gated, **how),), held)
+    laid = FoldWeights()(kernels.lay_out(graph, V5E))
+    arrays = [normal(rows, k)]
+    (want,) = interpret(graph, arrays)
+    assert_close(interpret(laid, arrays)[0], want)
+    (got,), text = run(laid, arrays)
+    assert_close(got, want)
+    stored = [laid.weights[name].numpy() for name, _ in signature(laid, {}).weights]
+    assert_close(export.runner(emit(laid, {}), signature(laid, {}))(*arrays, *stored)[0], want)
+    assert "transpose" not in text and text.count("@tpu_custom_call") == 1 + gated
+    assert "tensor<1x192x128x1xi8>" in text
+
+
+# --- Attention ------------------------------------------------------------------------------------------------------------
+
+
+def draw_inputs(a: Attention, seed: int = 0) -> list[np.ndarray]:
+    """Ragged: sequences have lengths and paddings of their own, a contiguous cache may have gone around."""
+    rng = np.random.default_rng(seed)
+    found: list[np.ndarray] = []
+    for name, t in a.inputs:
+        shape = tuple(int(n) for n in t.shape)  # type: ignore[call-overload]
+        if name == "first":
+            most = a.keys - a.queries + (0 if a.page else a.keys // 2)
+            found.append(
+                (rng.integers(0, most + 1, shape) if a.cached else np.full(shape, a.keys - a.queries)).astype(np.int32)
+            )
+        elif name == "start":
+            found.append((rng.integers(0, 4, shape) if a.cached else np.zeros(shape)).astype(np.int32))
+        elif name == "table":
+            found.append(rng.permutation(a.pages)[: shape[0] * shape[1]].reshape(shape).astype(np.int32))
+        else:
+            found.append(rng.standard_normal(shape).astype(bfloat16))
+    return found
+
+
+def meaning(a: Attention, arrays: Sequence[np.ndarray]) -> np.ndarray:
+    """What the ops mean, one sequence after the other."""
+    given = dict(zip([name for name, _ in a.inputs], arrays, strict=True))
+    q, k, v = given["q"], given["k"], given["v"]
+    how: dict[str, Any] = {"scale": a.scale, "window": a.window, "softcap": a.softcap}
+    attend, cached = ops.attention.meaning, ops.attention_cached.meaning
+    assert attend is not None and cached is not None
+    if not a.cached:
+        return np.asarray(attend(q, k, v, None, None, causal=a.causal, **how))
+    found = []
+    for i in range(a.batch):
+        one = slice(i, i + 1)
+        table = given["table"][one] if a.page else None
+        keys, values = (k, v) if a.page else (k[one], v[one])
+        where = (given[n][one].astype(np.int64) for n in ("first", "start"))
+        found.append(cached(q[one], keys, values, *where, table, None, scheme="none", **how))
+    return np.concatenate(found)
+
+
+@st.composite
+def attentions(draw: Any) -> Attention:
+    """Small ones of all kinds."""
+    kind = draw(st.sampled_from(["prefill", "cache", "pages"]))
+    groups, repeats = draw(st.sampled_from([1, 2, 3, 4])), draw(st.sampled_from([1, 2, 3, 8]))
+    d, e = draw(st.sampled_from([16, 64, 128])), draw(st.sampled_from([32, 64, 128]))
+    batch, window = draw(st.integers(1, 3)), draw(st.sampled_from([0, 0, 5, 40]))
+    queries = draw(st.integers(1, 90) if kind == "prefill" else st.sampled_from([1, 1, 1, 6]))
+    how: dict[str, Any] = {"window": window, "softcap": draw(st.sampled_from([0.0, 0.0, 5.0]))}
+    if kind == "prefill":
+        causal = bool(window) or draw(st.booleans())
+        return Attention(batch, queries, groups, repeats, d, e, queries + draw(st.integers(0, 700)), 0.1, causal, **how)
+    page = draw(st.sampled_from([16, 32, 128])) if kind == "pages" else 0
+    keys = page * draw(st.integers(1, 20)) if page else 16 * draw(st.integers(1, 60))
+    pages = batch * keys // page + 1 if page else 0
+    how["window"] = min(window, max(keys - queries + 1, 1))
+    return Attention(batch, queries, groups, repeats, d, e, keys, 0.1, cached=True, page=page, pages=pages, **how)
+
+
+def assert_attends(a: Attention, seed: int = 0) -> None:
+    """The TPU interpreter in both modes: values, no race, no semaphore left."""
+    arrays = draw_inputs(a, seed)
+    want, text = meaning(a, arrays), attention.source(a, V5E)
+    for dma in judges.DMA:
+        found = judges.interpret(text, *arrays, dma=dma)
+        assert found.clean, (a, dma, found.left)
+        assert_close(found.result, want)
+
+
+EXAMPLES = [
+    Attention(1, 300, 2, 1, 128, 128, 700, 0.1, window=150, softcap=20.0),
+    Attention(1, 40, 2, 3, 64, 32, 70, 0.125, causal=False),
+    Attention(2, 5, 4, 3, 64, 64, 96, 0.1, cached=True, window=20),
+    Attention(3, 1, 2, 4, 128, 128, 1024, 0.1, cached=True, page=64, pages=50),
+    Attention(2, 1, 16, 1, 128, 128, 1536, 0.1, cached=True, page=64, pages=60, window=700),
+]
+
+
+@pytest.mark.parametrize("a", EXAMPLES, ids=lambda a: attention._title(a)[:40])
+def test_attention(a: Attention) -> None:
+    assert_attends(a)
+
+
+@pytest.mark.slow
+@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
+@given(attentions(), st.integers(0, 9))
+def test_drawn_attention(a: Attention, seed: int) -> None:
+    assert_attends(a, seed)
+
+
+@pytest.mark.parametrize(("right", "wrong"), [("c.wait()", "pass"), ("step + 1, 1 - slot)", "step + 1, slot)")])
+def test_faults_on_purpose_are_seen(right: str, wrong: str) -> None:
+    """A dropped wait; two tiles in one slot."""
+    a = Attention(1, 1, 1, 2, 64, 64, 1536, 0.1, cached=True, page=64, pages=30)
+    arrays, text = draw_inputs(a), attention.source(a, V5E)
+    arrays[0][:] = 1500
+    assert text.count(right) == 1
+    fault = [judges.interpret(text.replace(right, wrong), *arrays, dma=dma) for dma in judges.DMA]
+    assert not any(f.clean and relative_error(f.result, meaning(a, arrays)) <= 1e-2 for f in fault)
+
+
+def test_ragged_sequences_cost_what_they_hold() -> None:
+    """Keys behind a sequence's length and before its window may hold anything: no step reads them."""
+    a = EXAMPLES[4]
+    arrays = draw_inputs(a)
+    arrays[0] = np.array([1500, 20], np.int32)
+    want, table = meaning(a, arrays), arrays[2]
+    for operand in arrays[4:]:
+        operand[table[1, 8:]] = np.nan  # a step has 8 pages
+    found = judges.interpret(attention.source(a, V5E), *arrays)
+    assert_close(found.result, want)
+
+
+@pytest.mark.parametrize("kind", ["cache", "pages"])
+def test_sequences_that_see_nothing(kind: str) -> None:
+    """Blocks without a step, between others and at both ends: zeros, and the copies of the next block are still started."""
+    page = 64 if kind == "pages" else 0
+    a = Attention(5, 1, 1, 2, 64, 64, 1024, 0.1, cached=True, page=page, pages=80 if page else 0)
+    arrays = draw_inputs(a)
+    arrays[0] = np.array([5, 1000, 9, 8, 600], np.int32)
+    for starts in ([900, 3, 700, 1000, 0], [0, 3, 700, 0, 1000]):
+        arrays[1] = np.array(starts, np.int32)
+        want, text = meaning(a, arrays), attention.source(a, V5E)
+        assert (want[2] == 0).all() and (want[1] != 0).any()
+        for dma in judges.DMA:
+            found = judges.interpret(text, *arrays, dma=dma)
+            assert found.clean
+            assert_close(found.result, want)
+
+
+def test_what_attention_refuses() -> None:
+    with pytest.raises(
+        CompileError, match="a cache of 4 rows per page isn't made of whole tiles of 16 rows of bfloat16"
+    ):
+        attention.source(Attention(1, 1, 1, 1, 64, 64, 16, 1.0, cached=True, page=4, pages=9), V5E)
+    with pytest.raises(CompileError, match="not in int8"):
+        attention.source(Attention(1, 1, 1, 1, 64, 64, 16, 1.0, dtype="int8"), V5E)
+
+
+@pytest.mark.parametrize("kind", ["causal", "all", "cache", "ring", "pages", "bias", "small pages"])
+def test_attention_in_programs(kind: str) -> None:
+    """The nodes' operands as the kernel takes them; what it doesn't do stays StableHLO."""
+    rng = np.random.default_rng(0)
+    q = tensor("q", 2, 3, 4, 64)
+    if kind in ("causal", "all", "bias"):
+        k, v = tensor("k", 2, 50, 2, 64), tensor("v", 2, 50, 2, 32)
+        bias = tensor("bias", 1, 1, 3, 50) if kind == "bias" else None
+        inputs = [i for i in (q, k, v, bias) if i is not None]
+        graph = Graph(
+            inputs, (ops.attention(q, k, v, bias, scale=0.1, causal=kind != "all", window=9 * (kind == "causal")),)
+        )
+        arrays = [rng.standard_normal(i.shape).astype(bfloat16) for i in inputs]
+    else:
+        page = {"pages": 16, "small pages": 4}.get(kind, 0)
+        lead = (9, 2, page) if page else (2, 2, 48)
+        k, v = tensor("k", *lead, 64), tensor("v", *lead, 32)
+        table = tensor("table", 2, 3, dtype="int32") if page else None
+        length, start = tensor("length", 1, dtype="int64"), tensor("start", 2, dtype="int64")
+        inputs = [i for i in (q, k, v, length, start, table) if i is not None]
+        graph = Graph(inputs, (ops.attention_cached(q, k, v, length, start, table, scale=0.1, window=20),))
+        arrays = [rng.standard_normal(i.shape).astype(bfloat16) for i in inputs[:3]]
+        arrays += [np.array([70 if kind == "ring" else 8]), np.array([0, 5])]
+        arrays += [rng.permutation(9)[:6].reshape(2, 3).astype(np.int32)] if page else []
+    (got,), text = run(graph, arrays)
+    assert_close(got, interpret(graph, arrays)[0])
+    assert text.count("@tpu_custom_call") == (0 if kind in ("bias", "small pages") else 1)
+
+
+AOT = judges.aot_python()
+
+
+@pytest.mark.skipif(AOT is None, reason='needs libtpu: pip install "jisu[tpu-aot]"')
+@pytest.mark.slow
+@settings(max_examples=1, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.lists(attentions(), min_size=12, max_size=12))
+def test_libtpu_compiles_drawn_attention(drawn: list[Attention]) -> None:
+    judges.compile_ahead([attention.source(a, V5E) for a in drawn], ["v5e"])
+    judges.compile_ahead([attention.source(a, V6E) for a in drawn], ["v6e"])
+
+
+@pytest.mark.skipif(AOT is None, reason='needs libtpu: pip install "jisu[tpu-aot]"')
+@pytest.mark.slow
+def test_libtpu_compiles_attention() -> None:
+    accepted = judges.compile_ahead([attention.source(a, V5E) for a in EXAMPLES], ["v5e"])
+    accepted += judges.compile_ahead([attention.source(a, V6E) for a in EXAMPLES], ["v6e"])
+    assert all(row[0].code_bytes > 0 for row in accepted)
+
+
+# --- Models ---------------------------------------------------------------------------------------------------------------
+
+
+def decoder(layout: CacheLayout | None = None, integers: bool = False) -> Step:
+    """The step of a tiny decoder in bfloat16, its weights laid out; integers: weights and what layers read are int8."""
+    from jisu.frontends.huggingface import trace_decoder
+
+    found = trace_decoder(make("llama").bfloat16())
+    rules = (QuantizeRecipe(scheme="int8", group=0, activations="int8"),)
+    compress = (QuantizeActivations(rules, None), Compress((), rules)) if integers else ()
+    graph, _ = Pipeline((*default_passes(), *compress)).run(found.graph)
+    step = keep_last_token(derive_step(graph, sequence=found.sequence, layout=layout), found.sequence)
+    packed = PackWeights(16, {})(step.graph) if integers else step.graph
+    return attrs.evolve(step, graph=FoldWeights()(kernels.lay_out(packed, V5E)))
+
+
+def bucket(step: Step, rows: int, capacity: int, page: int = 16) -> dict[str, int]:
+    sizes = {"batch": 2, "sequence": rows, "pages": 2 * capacity // page + 1, "sequence_pages": capacity // page}
+    return {s: sizes.get(s, capacity) for s in step.graph.symbols}
+
+
+def chunk(step: Step, sizes: Mapping[str, int], length: int) -> list[np.ndarray]:
+    """Inputs of a step: tokens, the cache's length, padding in front of the second sequence, perhaps pages, and a filled cache."""
+    rng = np.random.default_rng(0)
+    named = {n.name: n.tensor.at(sizes) for n in step.graph.inputs}
+    arrays = [rng.integers(0, 99, (2, sizes["sequence"])), np.array([length]), np.array([0, 3])]
+    if "table" in named:
+        pages = rng.permutation(sizes["pages"])[: 2 * sizes["sequence_pages"]]
+        arrays.append(pages.reshape(2, -1).astype(np.int32))
+    return [*arrays, *(rng.standard_normal(named[s.name].shape).astype(bfloat16) for s in step.state)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "length", "page", "integers"),
+    [
+        (12, 0, 0, False),
+        (1, 20, 16, False),
+        (1, 20, 16, True),
+        *(pytest.param(*p, marks=pytest.mark.slow) for p in [(12, 8, 16, False), (1, 20, 0, False), (12, 0, 0, True)]),
+    ],
+)
+def test_a_model_with_kernels_equals_the_one_without(rows: int, length: int, page: int, integers: bool) -> None:
+    """Both round to bfloat16 at many places; float64 is the yardstick."""
+    step = decoder(CacheLayout(page=page) if page else None, integers)
+    sizes = bucket(step, rows, 64)
+    arrays = chunk(step, sizes, length)
+    got, text = run(step.graph, arrays, sizes)
+    entry = signature(step.graph, sizes)
+    weights = [step.graph.weights[name].numpy() for name, _ in entry.weights]
+    plain = export.runner(emit(step.graph, sizes), entry)(*arrays, *weights)
+    exact = interpret(step.graph, arrays, float64=True)
+    for value, other, want in zip(got, plain, exact, strict=True):
+        truth = want.astype(np.float64)
+        assert value.shape == other.shape and value.dtype == other.dtype
+        assert relative_error(value, truth) <= max(1e-2, 1.5 * relative_error(other, truth))
+    assert text.count("@tpu_custom_call") >= 7 and "call @attention_" in text
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize(("page", "integers"), [(0, False), (16, False), (16, True)])
+@pytest.mark.parametrize("chip", [V5E, V6E], ids=lambda c: c.short)
+def test_models_with_kernels_compile_for_chips(chip: Chip, page: int, integers: bool) -> None:
+    step = decoder(CacheLayout(page=page) if page else None, integers)
+    for rows in (128, 1):
+        sizes = bucket(step, rows, 256)
+        text = emit(step.graph, sizes, kernels.chooser(chip, smallest=0))
+        made = export.compile_for(chip.short, text, signature(step.graph, sizes))
+        assert made.hlo.count("tpu_custom_call") >= 6 and made.memory["code"] > 0
+
+
+def large_layer(batch: int) -> Graph:
+    """Decoding in a layer of 8 billion weights' model: laid out weights, a paged cache that is updated in place."""
+    heads, groups, d, page, pages = 32, 8, 128, 64, 32
+    x = tensor("x", batch, 1, 4096)
+    sizes = {"q": (4096, 4096), "k": (4096, 1024), "v": (4096, 1024), "o": (4096, 4096), "gate": (4096, 14336)}
+    sizes |= {"up": (4096, 14336), "down": (14336, 4096)}
+    w = {name: tensor(name, 1, *size) for name, size in sizes.items()}
+    caches = [tensor(name, batch * pages, groups, page, d) for name in ("keys", "values")]
+    length, start = tensor("length", 1, dtype="int64"), tensor("start", batch, dtype="int64")
+    table = tensor("table", batch, pages, dtype="int32")
+
+    def layer(x: Node, name: str, r: Node | None = None, activation: str = "none") -> Node:
+        return ops.packed_linear(x, w[name], None, r, outputs=sizes[name][1], activation=activation)
+
+    q = ops.reshape(layer(x, "q"), shape=(batch, 1, heads, d))
+    new = [ops.reshape(layer(x, name), shape=(batch, 1, groups, d)) for name in ("k", "v")]
+    keys, values = (ops.cache_append(c, n, length, table) for c, n in zip(caches, new, strict=True))
+    attended = ops.attention_cached(q, keys, values, length, start, table, scale=d**-0.5)
+    y = layer(ops.reshape(attended, shape=(batch, 1, heads * d)), "o", x)
+    inner = ops.mul(layer(y, "gate", activation="silu"), layer(y, "up"))
+    return Graph((x, length, start, table, *caches, *w.values()), (layer(inner, "down", y), keys, values))
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", [V5E, V6E], ids=lambda c: c.short)
+def test_no_weight_or_cache_is_copied(chip: Chip) -> None:
+    """libtpu's program has eight custom calls on the weights and caches as they lie, and next to no memory of its own."""
+    graph = large_layer(8)
+    made = export.compile_for(chip.short, emit(graph, {}, kernels.chooser(chip)), signature(graph, {}))
+    assert made.hlo.count('custom_call_target="tpu_custom_call"') == 8
+    assert made.memory["temporary"] <= 1 << 20
