@@ -57,7 +57,7 @@ class Tiles:
         pm, pn, pk = self.padded
         x_times = 1 if self.order == "resident" else pn // self.n
         x, w = x_times * pm * pk * product.itemsize, pm // self.m * pk * pn * product.itemsize
-        rows, columns = pm * 4 * product.row_scale, pm // self.m * pn * 4 * (product.channel_scale + product.bias)
+        rows, columns = x_times * pm * 4 * product.row_scale, pm // self.m * pn * 4 * (product.channel_scale + product.bias)
         return x + w + rows + columns + pm * pn * product.result_itemsize * (1 + product.residual)
 
     def vmem(self, product: Product, chip: Chip) -> dict[str, int]:
@@ -67,9 +67,7 @@ class Tiles:
         tile_slots = 1 if self.order == "split" else two
 
         def size(rows: int, columns: int, itemsize: int) -> int:
-            # A row or a column of numbers still takes whole sublanes and lanes.
-            packed = chip.packed_sublanes(itemsize) if rows > chip.sublanes else chip.sublanes
-            return round_up(rows, packed) * round_up(columns, chip.lanes) * itemsize
+            return bytes_in_vmem(rows, columns, itemsize, chip)
 
         sizes = {
             "x": x_slots * size(self.m, self.k, product.itemsize),
@@ -140,6 +138,12 @@ class Tiles:
 def usable_vmem(chip: Chip) -> int:
     """Bytes of VMEM that tiles may take."""
     return chip.vmem_bytes - chip.vmem_bytes // HEADROOM
+
+
+def bytes_in_vmem(rows: int, columns: int, itemsize: int, chip: Chip) -> int:
+    """Bytes of a tile as the chip lays it out: a row or a column of numbers still takes whole sublanes and lanes."""
+    packed = chip.packed_sublanes(itemsize) if rows > chip.sublanes else chip.sublanes
+    return round_up(rows, packed) * round_up(columns, chip.lanes) * itemsize
 
 
 def row_multiple(product: Product, chip: Chip) -> int:
