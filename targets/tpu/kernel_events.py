@@ -213,14 +213,15 @@ class _Walker:
         first = next((m for m in map(instruction, parts(nest)) if isinstance(m, Multiply)), None)
         if first is None:
             return lambda env: iter(())
-        x, w = self._slot(first.x), self._slot(first.w)
-        blocks: list[tuple[int, int, int, int]] = []  # the same at each turn: outer loops only choose slots
+        x, w, sums = self._slot(first.x), self._slot(first.w), number(first.sums.offset)
+        known: dict[int, list[tuple[int, int, int, int]]] = {}  # outer loops choose slots and the first block, no more
 
         def events(env: Env) -> Iterator[Event]:
-            if not blocks:
-                blocks.extend(self._blocks(instructions(env)))
-            reads = x({**env, **inner}), w({**env, **inner})
-            for block, m, k, n in blocks:
+            outer = {**env, **inner}
+            reads, begin = (x(outer), w(outer)), sums(outer)
+            if begin not in known:
+                known[begin] = self._blocks(instructions(env))
+            for block, m, k, n in known[begin]:
                 yield Matmul(m, k, n, self.dtype, reads, _block(block))
 
         return events
