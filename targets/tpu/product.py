@@ -7,7 +7,7 @@ then gives copied tiles two slots each, starts a step's copies while the step be
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import attrs
@@ -109,20 +109,36 @@ def _starts_copies(statement: Any) -> bool:
 
 def _await_stores(body: Any) -> Any:
     """Wait for a step's stores before the next ones begin and at the end of a sequence, so that the step after finds their slot free: TVM
-    waits only for what a consumer reads. Between a store and its wait lies the computation of one tile, into the other slot."""
+    waits only for what a consumer reads. Between a store and its wait lies the computation of one tile, into the other slot, and the next
+    step's loads are started before it. A loop's first step has no stores before it: it stands in front of the loop."""
 
     def commits(part: Any) -> bool:
         return isinstance(part, tirx.AttrStmt) and part.attr_key == COMMIT and int(part.value) == STORE
 
-    def visit(statement: Any) -> Any:
-        if not isinstance(statement, tirx.SeqStmt):
-            return None
-        done, storing = [], False
-        for part in statement.seq:
+    def stores(loop: Any) -> bool:
+        return isinstance(loop, tirx.For) and isinstance(loop.body, tirx.SeqStmt) and any(map(commits, loop.body.seq))
+
+    def sequence(found: Sequence[Any], storing: bool) -> tuple[list[Any], bool]:
+        done: list[Any] = []
+        for part in found:
+            if stores(part):
+                first, count = int(part.min), int(part.extent)
+                peeled, storing = sequence(substitute(part.body, part.loop_var, first).seq, storing)
+                done += peeled
+                if count > 1:
+                    rest = flat(sequence(part.body.seq, True)[0])
+                    done.append(tirx.For(part.loop_var, first + 1, count - 1, part.kind, rest))
+                continue
             if commits(part):
                 done += [wait(STORE, 0, tirx.Evaluate(0))] if storing else []
                 storing = True
             done.append(rebuild(part, visit))
+        return done, storing
+
+    def visit(statement: Any) -> Any:
+        if not isinstance(statement, tirx.SeqStmt):
+            return None
+        done, storing = sequence(statement.seq, False)
         return flat([*done, wait(STORE, 0, tirx.Evaluate(0))] if storing else done)
 
     return rebuild(body, visit)

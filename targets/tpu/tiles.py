@@ -28,7 +28,7 @@ HEADROOM = 8
 """This part (an eighth) of VMEM is left to the compiler, for spilled registers and its own temporaries."""
 ERROR = 0.15
 """How far `Tiles.cycles` may be from the simulated events, relatively."""
-SLACK = 0.03
+SLACK = 0.06
 """How much slower a schedule may be than the fastest one, if it moves fewer bytes."""
 _MOST_ROWS, _MOST_COLUMNS = 1024, 4096
 _BLOCK = 512  # rows, columns and inner size, at most, of what is multiplied at once
@@ -73,7 +73,10 @@ class Tiles:
         pm, pn, pk = self.padded
         x_times = 1 if self.order == "resident" else pn // self.n
         x, w = x_times * pm * pk * product.itemsize, pm // self.m * pk * pn * product.itemsize
-        rows, columns = x_times * pm * 4 * product.row_scale, pm // self.m * pn * 4 * (product.channel_scale + product.bias)
+        rows, columns = (
+            x_times * pm * 4 * product.row_scale,
+            pm // self.m * pn * 4 * (product.channel_scale + product.bias),
+        )
         return x + w + rows + columns + pm * pn * product.result_itemsize * (1 + product.residual)
 
     def vmem(self, product: Product, chip: Chip) -> dict[str, int]:
