@@ -204,7 +204,8 @@ def kernel(*arrays, interpret=False):
 
     def _shifted(self, copies: list[Any], variable: Any, value: Any) -> list[str]:
         """Copies that another step of a loop started."""
-        return [self._transfer(instruction(substitute(copy, variable, value))) for copy in copies]
+        moved = [instruction(substitute(copy, variable, value)) for copy in copies]
+        return [self._transfer(copy) for copy in moved if isinstance(copy, Copy)]
 
     def _share_quotients(self, begin: int, variable: str) -> None:
         """Give names to quotients and remainders of a loop's variable that the lines from `begin` on use again and again."""

@@ -152,6 +152,25 @@ def simulated(
     return program.estimate(graph)
 
 
+def simulated_entries(
+    graphs: Mapping[str, Graph], sizes: Mapping[str, int], chip: Chip, *, sequence: str | None = None, tokens: int = 512,
+    cached: int = 1024,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """For a report: each entry at `sizes`. Those over a cache are prefill of `tokens` without and decode of one with `cached` tokens in front
+    of it; `sequence` names the symbol of new tokens."""
+    found = []
+    for entry, graph in graphs.items():
+        over_cache = any(node.op is ops.attention_cached for node in graph.nodes)
+        calls = (("prefill", tokens, 0), ("decode", 1, cached)) if over_cache and sequence else (("", 0, 0),)
+        for phase, new, before in calls:
+            here = dict(sizes)
+            if phase:
+                here = {name: sizes.get(name, before + new) for name in graph.symbols} | {str(sequence): new}
+            run = simulated(graph, here, chip, cached=before)
+            found.append({"entry": entry, "phase": phase, "tokens": new, "cached": before, **run.to_json()})
+    return found
+
+
 @attrs.frozen
 class _Work:
     """One op's arithmetic, in pieces: each needs a panel of so many bytes (0: nothing that isn't there) and takes some events."""

@@ -190,8 +190,9 @@ def row_multiple(product: Product, chip: Chip) -> int:
     return max(chip.packed_sublanes(product.itemsize), chip.packed_sublanes(product.result_itemsize))
 
 
-def choose_tiles(product: Product, chip: Chip) -> Tiles:
-    """The tiles with the least simulated time. CompileError: not even the smallest fit; it names the tensor and its bytes."""
+def choose_tiles(product: Product, chip: Chip, *, prefetched: bool = False) -> Tiles:
+    """The tiles with the least simulated time; prefetched: where weights are in VMEM beforehand. CompileError: not even the smallest fit; it
+    names the tensor and its bytes."""
     fitting: list[tuple[float, int, int, Tiles]] = []
     refused: CompileError | None = None
     for tiles in _candidates(product, chip):
@@ -201,7 +202,8 @@ def choose_tiles(product: Product, chip: Chip) -> Tiles:
             refused = error
             continue
         vmem = sum(tiles.vmem(product, chip).values())
-        fitting.append((tiles.cycles(product, chip), tiles.hbm_bytes(product), vmem, tiles))
+        cycles = tiles.cycles(product, chip, prefetched=prefetched)
+        fitting.append((cycles, tiles.hbm_bytes(product), vmem, tiles))
     if not fitting:
         raise refused or CompileError(f"no tiles for {product}")
     limit = (1 + SLACK) * min(cycles for cycles, *_ in fitting)
