@@ -577,6 +577,7 @@ def _build(
         "times": times,
         "kernels": [{"name": n, "op": op, "count": k, "choices": list(c)} for n, op, k, c in info.kernels],
         "predicted": {name: _op_report(graph, env, machine) for name, graph in finished.items()},
+        "simulated": _simulated(finished, env, machine, source.sequence),
         "sparse": [
             {**m, "predicted_gain": facts.of(machine).sparse_gain(m["form"], m["kept"], machine)}
             for m in sparse_matrices(next(iter(finished.values())))
@@ -965,6 +966,19 @@ def _layer_report(graph: Graph, env: Mapping[str, int], machine: Any) -> list[di
         {"layer": k, "flops": c.flops, "bytes": c.bytes, "launches": c.launches, "predicted_s": c.seconds}
         for k, c in found.items()
     ]
+
+
+def _simulated(
+    graphs: Mapping[str, Graph], env: Mapping[str, int], machine: Any, sequence: str | None
+) -> list[dict[str, Any]]:
+    """What the timing model says of each entry, for machines that have one."""
+    if machine.kind != "tpu":
+        return []
+    from jisu.targets.tpu.chip import Chip
+    from jisu.targets.tpu.program import simulated_entries
+
+    known = {name: 1 for graph in graphs.values() for name in graph.symbols if not sequence} | dict(env)
+    return simulated_entries(graphs, known, Chip.named(machine.name), sequence=sequence)
 
 
 def _op_report(graph: Graph, env: Mapping[str, int], machine: Any) -> list[dict[str, Any]]:

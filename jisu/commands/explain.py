@@ -89,6 +89,8 @@ def _show(console: Console, path: str, report: Mapping[str, Any], program: Progr
     if sparse:
         columns = ("<matrix", "<of", "kept", "<stored", "<sparse against dense, one row (predicted)")
         console.print(table("Sparse matrices", columns, sparse))
+    for entry in report.get("simulated", ()):
+        console.print(_simulated(entry))
     if report.get("tuning"):
         _show_tuning(console, report["tuning"])
     if report.get("ledger"):
@@ -110,6 +112,21 @@ def _show(console: Console, path: str, report: Mapping[str, Any], program: Progr
 
 def _gain(gain: float | None) -> str:
     return "no kernel for it on this target" if gain is None else f"{gain:.2f} times as fast"
+
+
+def _simulated(entry: Mapping[str, Any]) -> Any:
+    """What the timing model says of an entry, by kind of op."""
+    rows = [
+        [op["op"], str(op["count"]), units.seconds(op["simulated_s"]), units.nbytes(op["hbm_bytes"])]
+        for op in entry["ops"]
+    ]
+    rows.append(["(all)", "", units.seconds(entry["simulated_s"]), units.nbytes(entry["hbm_bytes"])])
+    what = f"{entry['phase']} of {entry['tokens']} tokens behind {entry['cached']}, " if entry["phase"] else ""
+    title = (
+        f"{entry['entry']}: {what}simulated on {entry['chip']}, not measured; HBM alone {units.seconds(entry['hbm_bound_s'])}, "
+        f"keys and values {units.nbytes(entry['kv_bytes'])}"
+    )
+    return table(title, ("<op", "calls", "simulated", "HBM"), rows)
 
 
 def _show_tuning(console: Console, tuning: Sequence[Mapping[str, Any]]) -> None:

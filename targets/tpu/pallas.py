@@ -38,6 +38,7 @@ from jisu.targets.tpu.walk import (
     loads,
     operands,
     parts,
+    substitute,
 )
 
 _BINARY = {"Add": "+", "Sub": "-", "Mul": "*", "Div": "/"}
@@ -192,6 +193,9 @@ def kernel(*arrays, interpret=False):
         self._put(f"def step_{variable}({variable}, carry):")
         self.loops.append(loop)
         begin = len(self.lines)
+        carried = {queue: found for queue in self.pending if (found := _committed(loop, queue))}
+        for queue, copies in carried.items():
+            self.pending[queue] = self._shifted(copies, loop.loop_var, loop.loop_var - 1)
         with self._indented():
             self._statement(loop.body)
             self._share_quotients(begin, variable)
@@ -199,7 +203,14 @@ def kernel(*arrays, interpret=False):
         self.loops.pop()
         self._put("")
         first, count = int(loop.min), int(loop.extent)
+        for queue, copies in carried.items():
+            self.pending[queue] = self._shifted(copies, loop.loop_var, first + count - 1)
         self._put(f"lax.fori_loop({first}, {first + count}, step_{variable}, 0)")
+
+    def _shifted(self, copies: list[Any], variable: Any, value: Any) -> list[str]:
+        """Copies that another step of a loop started."""
+        moved = [instruction(substitute(copy, variable, value)) for copy in copies]
+        return [self._transfer(copy) for copy in moved if isinstance(copy, Copy)]
 
     def _share_quotients(self, begin: int, variable: str) -> None:
         """Give names to quotients and remainders of a loop's variable that the lines from `begin` on use again and again."""
@@ -436,6 +447,12 @@ def _multiplied(loop: Any) -> tuple[Zero | Multiply, list[Any]] | None:
         inner = inner.body
     found = instruction(inner)
     return (found, unrolled) if unrolled and isinstance(found, (Zero, Multiply)) else None
+
+
+def _committed(loop: Any, queue: int) -> list[Any]:
+    """The copies that a loop's body starts in a queue."""
+    groups = (p for p in parts(loop) if isinstance(p, tirx.AttrStmt) and p.attr_key == COMMIT and int(p.value) == queue)
+    return [p for group in groups for p in parts(group) if isinstance(instruction(p), Copy)]
 
 
 def _copies(statement: Any) -> Iterator[Copy]:

@@ -7,7 +7,7 @@ then gives copied tiles two slots each, starts a step's copies while the step be
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import attrs
@@ -19,10 +19,26 @@ from jisu.targets.tpu.chip import Chip
 from jisu.targets.tpu.intrinsics import HBM, SUMS, VMEM
 from jisu.targets.tpu.spec import Operand, Product
 from jisu.targets.tpu.tiles import Tiles, choose_tiles
-from jisu.targets.tpu.walk import COMMIT, flat, parts, rebuild, substitute, wait
+from jisu.targets.tpu.walk import (
+    COMMIT,
+    INFLIGHT,
+    WAIT,
+    Copy,
+    Multiply,
+    commit,
+    elementwise,
+    flat,
+    instruction,
+    parts,
+    rebuild,
+    substitute,
+    wait,
+)
 
 LOAD, STORE = 0, 2
 """Stages of the pipeline whose copies are asynchronous, and so the numbers of their queues."""
+ONCE = 1
+"""The queue of copies that are needed once before a pipeline begins, beside its first ones."""
 
 
 @attrs.frozen(eq=False)
@@ -47,7 +63,8 @@ def lower(product: Product, chip: Chip, tiles: Tiles | None = None) -> Lowered:
     schedule = s_tir.Schedule(_computation(product, operands))
     _Scheduler(schedule, product, tiles, operands).run()
     function = _passes(schedule.mod)["main"]
-    function = function.with_body(_await_stores(function.body))
+    body = _fuse_epilogues(_start_together(_await_stores(function.body)))
+    function = function.with_body(body)
     return Lowered(product, tiles, chip, function, operands)
 
 
@@ -92,23 +109,113 @@ def _starts_copies(statement: Any) -> bool:
 
 def _await_stores(body: Any) -> Any:
     """Wait for a step's stores before the next ones begin and at the end of a sequence, so that the step after finds their slot free: TVM
-    waits only for what a consumer reads. Between a store and its wait lies the computation of one tile, into the other slot."""
+    waits only for what a consumer reads. Between a store and its wait lies the computation of one tile, into the other slot, and the next
+    step's loads are started before it. A loop's first step has no stores before it: it stands in front of the loop."""
 
     def commits(part: Any) -> bool:
         return isinstance(part, tirx.AttrStmt) and part.attr_key == COMMIT and int(part.value) == STORE
 
-    def visit(statement: Any) -> Any:
-        if not isinstance(statement, tirx.SeqStmt):
-            return None
-        done, storing = [], False
-        for part in statement.seq:
+    def stores(loop: Any) -> bool:
+        return isinstance(loop, tirx.For) and isinstance(loop.body, tirx.SeqStmt) and any(map(commits, loop.body.seq))
+
+    def sequence(found: Sequence[Any], storing: bool) -> tuple[list[Any], bool]:
+        done: list[Any] = []
+        for part in found:
+            if stores(part):
+                first, count = int(part.min), int(part.extent)
+                peeled, storing = sequence(substitute(part.body, part.loop_var, first).seq, storing)
+                done += peeled
+                if count > 1:
+                    rest = flat(sequence(part.body.seq, True)[0])
+                    done.append(tirx.For(part.loop_var, first + 1, count - 1, part.kind, rest))
+                continue
             if commits(part):
                 done += [wait(STORE, 0, tirx.Evaluate(0))] if storing else []
                 storing = True
             done.append(rebuild(part, visit))
+        return done, storing
+
+    def visit(statement: Any) -> Any:
+        if not isinstance(statement, tirx.SeqStmt):
+            return None
+        done, storing = sequence(statement.seq, False)
         return flat([*done, wait(STORE, 0, tirx.Evaluate(0))] if storing else done)
 
     return rebuild(body, visit)
+
+
+def _start_together(body: Any) -> Any:
+    """Copies that TVM left synchronous start together, beside a pipeline's first ones, and are waited for where computing begins."""
+
+    def loads(part: Any) -> bool:
+        found = instruction(part)
+        return isinstance(found, Copy) and not found.to.in_hbm
+
+    def starts(part: Any) -> bool:
+        return isinstance(part, tirx.AllocBuffer) or (isinstance(part, tirx.AttrStmt) and part.attr_key == COMMIT)
+
+    def visit(statement: Any) -> Any:
+        if not isinstance(statement, tirx.SeqStmt) or not any(map(loads, statement.seq)):
+            return None
+        done: list[Any] = []
+        started: list[Any] = []
+        under_way = False
+        for part in statement.seq:
+            if loads(part):
+                started.append(part)
+                continue
+            if started and not isinstance(part, tirx.AllocBuffer):
+                done.append(commit(ONCE, flat(started)))
+                started, under_way = [], True
+            if under_way and not starts(part):
+                done.append(wait(ONCE, 0, tirx.Evaluate(0)))
+                under_way = False
+            done.append(rebuild(part, visit))
+        return flat(done)
+
+    return rebuild(body, visit)
+
+
+def _fuse_epilogues(body: Any) -> Any:
+    """What is computed of a block of sums follows the block's product, so that the vector unit works while the next block is multiplied."""
+
+    def visit(statement: Any) -> Any:
+        if not isinstance(statement, tirx.SeqStmt):
+            return None
+        done: list[Any] = []
+        for part in statement.seq:
+            fused = _fused(done[-1], part) if done and elementwise(part) else None
+            if fused is None:
+                done.append(rebuild(part, visit))
+            else:
+                done[-1] = fused
+        return flat(done)
+
+    return rebuild(body, visit)
+
+
+def _fused(product: Any, epilogue: Any) -> Any:
+    """Both nests as one over their blocks; None where they have a single one, or don't fit."""
+    if isinstance(product, tirx.AttrStmt) and product.attr_key in (WAIT, INFLIGHT):
+        inner = _fused(product.body, epilogue)
+        return None if inner is None else tirx.AttrStmt(product.node, product.attr_key, product.value, inner)
+    if not isinstance(product, tirx.For) or not any(isinstance(instruction(p), Multiply) for p in parts(product)):
+        return None
+    blocks = 0
+    loop = epilogue
+    while isinstance(loop, tirx.For):
+        blocks, loop = blocks + 1, loop.body
+
+    def fuse(a: Any, b: Any, left: int) -> Any:
+        if not left:
+            return flat([a, b])
+        same = isinstance(a, tirx.For) and int(a.extent) == int(b.extent) and int(a.min) == int(b.min)
+        if not same or a.kind != tirx.ForKind.SERIAL:
+            return None
+        inner = fuse(a.body, substitute(b.body, b.loop_var, a.loop_var), left - 1)
+        return None if inner is None else tirx.For(a.loop_var, a.min, a.extent, a.kind, inner)
+
+    return fuse(product, epilogue, blocks - 2) if blocks > 2 else None
 
 
 ACTIVATION: dict[str, Callable[[Any], Any]] = {

@@ -3,16 +3,18 @@
 A schedule moves tiles of x [m, k] and w [k, n] into VMEM, two of each where the next one comes while this one is multiplied, and one
 tile of the result back. Three orders:
 
-- "resident": all rows are one tile; x is copied once, panels of w stream past it. Least traffic, as each byte moves once.
+- "resident": a tile of x is copied once, panels of w stream past it; where it holds all rows, each byte moves once.
 - "panels": every step copies a tile of x and a panel of w over the whole inner axis. Each is read again per tile of the other's axis.
 - "split": the inner axis is split, too, for products whose panels don't fit into VMEM.
 
-The estimated time is first copy + steps * max(multiply, copy) + last store, where multiplying a tile costs what the peak allows for its
-rows, but at least half a matrix unit's worth, for pushing weights takes that long. It ranks schedules, and is no prediction.
+Schedules are ranked by `Tiles.cycles`, which costs a step's units as the timing model does (`systolic.work`, `vector_cycles`, the chip's
+bandwidth and latency) and adds up its pipeline in closed form: within ERROR of simulating the events of the lowered TIR. Of the schedules that
+are at most SLACK slower than the fastest, the one that moves the fewest bytes is taken: what HBM has left brings the next product's weights.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import attrs
@@ -20,13 +22,27 @@ import attrs
 from jisu.compiler.errors import CompileError
 from jisu.targets.tpu.chip import Chip
 from jisu.targets.tpu.spec import Product, round_up
+from jisu.targets.tpu.systolic import vector_cycles, work
 
 HEADROOM = 8
 """This part (an eighth) of VMEM is left to the compiler, for spilled registers and its own temporaries."""
-STEP_SECONDS = 4e-7
-"""What a step costs besides its work: starting copies, waiting for them, filling the matrix unit."""
+ERROR = 0.15
+"""How far `Tiles.cycles` may be from the simulated events, relatively."""
+SLACK = 0.06
+"""How much slower a schedule may be than the fastest one, if it moves fewer bytes."""
 _MOST_ROWS, _MOST_COLUMNS = 1024, 4096
 _BLOCK = 512  # rows, columns and inner size, at most, of what is multiplied at once
+_BLOCKS = (_BLOCK, _BLOCK // 2, _BLOCK // 4)
+ACTIVATION_WORK: dict[str, tuple[int, int]] = {
+    "none": (0, 0),
+    "relu": (1, 0),
+    "relu2": (2, 0),
+    "gelu": (4, 1),
+    "gelu_tanh": (8, 1),
+    "silu": (2, 1),
+    "sigmoid": (2, 1),
+}
+"""Simple and costly operations of the vector unit per number, of each activation."""
 
 
 @attrs.frozen
@@ -57,7 +73,10 @@ class Tiles:
         pm, pn, pk = self.padded
         x_times = 1 if self.order == "resident" else pn // self.n
         x, w = x_times * pm * pk * product.itemsize, pm // self.m * pk * pn * product.itemsize
-        rows, columns = pm * 4 * product.row_scale, pm // self.m * pn * 4 * (product.channel_scale + product.bias)
+        rows, columns = (
+            x_times * pm * 4 * product.row_scale,
+            pm // self.m * pn * 4 * (product.channel_scale + product.bias),
+        )
         return x + w + rows + columns + pm * pn * product.result_itemsize * (1 + product.residual)
 
     def vmem(self, product: Product, chip: Chip) -> dict[str, int]:
@@ -67,9 +86,7 @@ class Tiles:
         tile_slots = 1 if self.order == "split" else two
 
         def size(rows: int, columns: int, itemsize: int) -> int:
-            # A row or a column of numbers still takes whole sublanes and lanes.
-            packed = chip.packed_sublanes(itemsize) if rows > chip.sublanes else chip.sublanes
-            return round_up(rows, packed) * round_up(columns, chip.lanes) * itemsize
+            return bytes_in_vmem(rows, columns, itemsize, chip)
 
         sizes = {
             "x": x_slots * size(self.m, self.k, product.itemsize),
@@ -80,7 +97,7 @@ class Tiles:
         if product.channel_scale:
             sizes["channel_scale"] = tile_slots * size(1, self.n, 4)
         if product.row_scale:
-            sizes["row_scale"] = tile_slots * size(self.m, 1, 4)
+            sizes["row_scale"] = min(x_slots, tile_slots) * size(self.m, 1, 4)
         if product.bias:
             sizes["bias"] = tile_slots * size(1, self.n, 4)
         if product.residual:
@@ -122,24 +139,50 @@ class Tiles:
                 f"the largest is {largest} with {sizes[largest]} bytes: {sizes}"
             )
 
-    def seconds(self, product: Product, chip: Chip) -> float:
-        """The estimate that ranks schedules."""
-        x, w = self.m * self.k * product.itemsize, self.k * self.n * product.itemsize
-        store = self.m * self.n * product.result_itemsize / chip.hbm_bandwidth
-        rows = max(self.m, chip.mxu // 2)
-        multiply = 2.0 * rows * self.n * self.k / chip.peak_flops(product.dtype)
-        inner = self.padded[2] // self.k
-        tile = (self.m * self.n * product.result_itemsize) * (1 + product.residual)
-        moved = (0 if self.order == "resident" else x) + w + tile / inner
-        step = max(multiply, moved / chip.hbm_bandwidth) + STEP_SECONDS
-        # Where the inner axis is split, the pipeline is filled and drained per tile of the result.
-        fills = self.steps // inner if self.order == "split" else 1
-        return fills * ((x + w) / chip.hbm_bandwidth + store) + self.steps * step
+    def cycles(self, product: Product, chip: Chip, *, prefetched: bool = False, launch: bool = True) -> float:
+        """Simulated cycles in closed form; prefetched: weights are in VMEM beforehand; launch: starting the kernel is counted."""
+        rate, latency = chip.hbm_bytes_per_cycle, chip.dma_latency * chip.clock
+        blocks = (self.m // self.rows) * (self.n // self.columns)
+        one = work(chip, self.rows, self.k, self.columns, product.dtype)
+        behind = sum(
+            vector_cycles(chip, self.rows * self.columns * turns, op)
+            for turns, op in zip((1, *ACTIVATION_WORK[product.activation]), ("epilogue", "element", "exp"), strict=True)
+        ) + vector_cycles(chip, self.rows * self.columns * (product.bias + product.residual), "element")
+        x, w = self.m * self.k * product.itemsize, 0 if prefetched else self.k * self.n * product.itemsize
+        store = self.m * self.n * product.result_itemsize
+        columns = self.n * 4 * (product.channel_scale + product.bias) + store * product.residual
+        rows = self.m * 4 * product.row_scale
+        turns = [whole // tile for whole, tile in zip(self.padded, (self.m, self.n, self.k), strict=True)]
+        started = chip.timing.launch if launch else 0.0
+        multiply = blocks * max(one.mxu, one.vector)
+        # The epilogue of one block runs beside the product of the next; a tile that is one block has nothing beside it.
+        whole = max(blocks * one.mxu, blocks * (one.vector + behind)) if blocks > 1 else multiply + behind
+        if self.order == "split":
+            both = (x + w) / rate
+            pace = max(multiply, both, (both + latency + multiply) / 2 if x + w else 0.0)
+            scales = latency + (rows + columns) / rate if rows + columns else 0.0
+            tile = latency + both + (turns[2] - 1) * pace + multiply + scales + blocks * behind + latency + store / rate
+            return started + turns[0] * turns[1] * tile
+        resident = self.order == "resident"
+        once, load = (x + rows, w + columns) if resident else (0, x + w + columns + rows)
+        steps = turns[1] if resident else turns[0] * turns[1]
+        turnaround = (load / rate + latency + blocks * one.mxu) / 2 if load else 0.0
+        pace = max(whole, (load + store) / rate, turnaround)
+        last = whole if blocks == 1 else max(multiply, whole - behind) + behind
+        # Where copies set the pace, the first two steps' come together with what is copied once.
+        run = latency + (once + load) / rate + (steps - 1) * pace + last + latency + store / rate
+        return started + (turns[0] if resident else 1) * run
 
 
 def usable_vmem(chip: Chip) -> int:
     """Bytes of VMEM that tiles may take."""
     return chip.vmem_bytes - chip.vmem_bytes // HEADROOM
+
+
+def bytes_in_vmem(rows: int, columns: int, itemsize: int, chip: Chip) -> int:
+    """Bytes of a tile as the chip lays it out: a row or a column of numbers still takes whole sublanes and lanes."""
+    packed = chip.packed_sublanes(itemsize) if rows > chip.sublanes else chip.sublanes
+    return round_up(rows, packed) * round_up(columns, chip.lanes) * itemsize
 
 
 def row_multiple(product: Product, chip: Chip) -> int:
@@ -148,11 +191,11 @@ def row_multiple(product: Product, chip: Chip) -> int:
 
 
 def choose_tiles(product: Product, chip: Chip, *, frugal: bool = False) -> Tiles:
-    """The tiles with the least estimated time. CompileError: not even the smallest fit; it names the tensor and its bytes.
+    """The tiles with the least simulated time. CompileError: not even the smallest fit; it names the tensor and its bytes.
 
     frugal: w is padded to whole lanes and no further, so that one that is stored like this needs no copy.
     """
-    best: tuple[float, Tiles] | None = None
+    fitting: list[tuple[float, int, int, Tiles]] = []
     refused: CompileError | None = None
     least = tuple(round_up(size, chip.lanes) for size in (product.n, product.k))
     for tiles in _candidates(product, chip):
@@ -163,19 +206,23 @@ def choose_tiles(product: Product, chip: Chip, *, frugal: bool = False) -> Tiles
         except CompileError as error:
             refused = error
             continue
-        seconds = tiles.seconds(product, chip)
-        if best is None or seconds < best[0]:
-            best = seconds, tiles
-    if best is None:
+        vmem = sum(tiles.vmem(product, chip).values())
+        cycles = tiles.cycles(product, chip, prefetched=prefetched)
+        fitting.append((cycles, tiles.hbm_bytes(product), vmem, tiles))
+    if not fitting:
         raise refused or CompileError(f"no tiles for {product}")
-    return best[1]
+    limit = (1 + SLACK) * min(cycles for cycles, *_ in fitting)
+    near = [found for found in fitting if found[0] <= limit]
+    fewest = min(moved for _, moved, *_ in near) * 1.001
+    return min((f for f in near if f[1] <= fewest), key=lambda f: (f[0], f[2]))[-1]
 
 
-def make_tiles(product: Product, chip: Chip, order: str, m: int, n: int, k: int) -> Tiles:
-    """Tiles of m rows, n columns and k of the inner axis, with what follows from them. Not checked: `Tiles.check` does."""
+def make_tiles(product: Product, chip: Chip, order: str, m: int, n: int, k: int, *, block: int = _BLOCK) -> Tiles:
+    """Tiles of m rows, n columns and k of the inner axis, with what follows from them; block: of columns, at most, that are multiplied at
+    once. Not checked: `Tiles.check` does."""
     padded = round_up(product.m, m), round_up(product.n, n), round_up(round_up(product.k, chip.lanes), k)
     rows = _divisor(m, _BLOCK, row_multiple(product, chip))
-    columns, inner = _divisor(n, _BLOCK, chip.lanes), _divisor(k, _BLOCK, chip.lanes)
+    columns, inner = _divisor(n, block, chip.lanes), _divisor(k, _BLOCK, chip.lanes)
     unit = (_divisor(columns, chip.mxu, chip.lanes), _divisor(inner, chip.mxu, chip.lanes))
     return Tiles(order, m, n, k, padded, rows, columns, inner, unit)
 
@@ -188,10 +235,12 @@ def _candidates(product: Product, chip: Chip) -> Iterator[Tiles]:
     whole = few or round_up(product.m, packed)
     columns = [n for n in _doubling(chip.lanes, _MOST_COLUMNS) if n < 2 * product.n or n == chip.lanes]
     rows = [m for m in _doubling(packed, _MOST_ROWS) if m < whole]
-    for n in columns:
-        yield make_tiles(product, chip, "resident", whole, n, depth)
+    for n, block in itertools.product(columns, (b for b in _BLOCKS if b >= chip.mxu)):
+        if block > n > chip.lanes:
+            continue
         for m in [*rows, whole]:
-            yield make_tiles(product, chip, "panels", m, n, depth)
+            yield make_tiles(product, chip, "resident", m, n, depth, block=block)
+            yield make_tiles(product, chip, "panels", m, n, depth, block=block)
     for k in (k for k in _doubling(chip.lanes, depth) if k < depth):
         for n in columns:
             for m in [*rows, whole]:

@@ -45,12 +45,11 @@ def flat(statements: list[Any]) -> Any:
     return flattened[0] if len(flattened) == 1 else tirx.SeqStmt(flattened)
 
 
-def substitute(statement: Any, variable: Any, value: int) -> Any:
-    """The statement with a variable's value in its place."""
-    function = tirx.PrimFunc([variable], statement)
-    return function.specialize(
-        {variable: tirx.IntImm(variable.ty.dtype if hasattr(variable, "ty") else variable.dtype, value)}
-    ).body
+def substitute(statement: Any, variable: Any, value: Any) -> Any:
+    """The statement with a number, or another variable, in a variable's place."""
+    if isinstance(value, int):
+        value = tirx.IntImm(variable.ty.dtype if hasattr(variable, "ty") else variable.dtype, value)
+    return tirx.PrimFunc([variable], statement).specialize({variable: value}).body
 
 
 def parts(statement: Any) -> Iterator[Any]:
@@ -94,6 +93,16 @@ def elementwise(loop: Any) -> bool:
     while isinstance(loop, tirx.For):
         loop = loop.body
     return isinstance(loop, tirx.BufferStore)
+
+
+def commit(queue: int, body: Any) -> Any:
+    """The copies of the body as a group of a queue."""
+    return tirx.AttrStmt(
+        tirx.IntImm("int32", 0),
+        COMMIT,
+        tirx.IntImm("int32", queue),
+        tirx.AttrStmt(tirx.IntImm("int32", 0), ASYNC[0], tirx.IntImm("int32", 1), body),
+    )
 
 
 def wait(queue: int, inflight: int, body: Any) -> Any:

@@ -1,0 +1,184 @@
+"""Simulated utilisation and traffic of matrix products, from the TIR that also runs on the CPU and becomes Pallas source.
+
+    python benchmarks/tpu/products.py --json benchmarks/results/2026-11-29-tpu-products.json
+    python benchmarks/tpu/products.py --chip tpu:v6e
+
+Nothing was measured on a TPU. Three views of each prefill product: `alone` (all operands in HBM, launch counted), `prefetched` (weights are in
+VMEM when it starts, as when they stream beside the work before; launch not counted, as a program is launched once) and `inside` (x is in
+VMEM, too, as what an op computes stays there for the next). The criteria are stated for `prefetched`. Decode products have one row, which is
+padded to eight; their criteria are stated without the launch. Programs are a Llama of 1.2 billion parameters, by `jisu.targets.tpu.program`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import itertools
+import json
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from jisu.compiler import ops
+from jisu.compiler.graph import Graph, Node, placeholder, weight
+from jisu.compiler.types import TensorType, symbol
+from jisu.targets.tpu.chip import Chip
+from jisu.targets.tpu.kernel_events import events_of
+from jisu.targets.tpu.product import lower
+from jisu.targets.tpu.program import simulated
+from jisu.targets.tpu.spec import Product
+from jisu.targets.tpu.tiles import choose_tiles
+from jisu.targets.tpu.timing import simulate
+
+PREFILL = tuple(
+    (m, *kn) for kn in ((2048, 2048), (4096, 4096), (4096, 14336), (14336, 4096)) for m in (128, 512, 1024, 2048)
+)
+DECODE = ((2048, 2048), (4096, 4096), (4096, 14336), (14336, 4096))
+WANTED = {("int8", False): 0.65, ("bfloat16", False): 0.75, ("int8", True): 0.85, ("bfloat16", True): 0.90}
+"""Least utilisation on v5e by dtype, and whether there are at least 512 rows."""
+MOST_BYTES, MOST_TIME = 1.05, 1.10
+
+
+def least_bytes(p: Product) -> int:
+    """Every operand read once, the result written once."""
+    scales = 4 * p.n * p.channel_scale + 4 * p.m * p.row_scale
+    return (p.m * p.k + p.k * p.n) * p.itemsize + p.m * p.n * p.result_itemsize + scales
+
+
+def product(m: int, k: int, n: int, dtype: str) -> Product:
+    scaled = dtype == "int8"
+    return Product(m, n, k, dtype, channel_scale=scaled, row_scale=scaled)
+
+
+def prefill(chip: Chip, m: int, k: int, n: int, dtype: str) -> dict[str, Any]:
+    """One product in three views. Where weights don't fit beside the tiles, VMEM is taken to be larger; `fits` says so."""
+    p = product(m, k, n, dtype)
+    ideal = 2 * m * k * n / chip.peak_flops(dtype) * chip.clock
+    alone, ahead = lower(p, chip), lower(p, chip, choose_tiles(p, chip, prefetched=True))
+    roomy = attrs.evolve(chip, vmem_bytes=8 * chip.vmem_bytes)
+    run = simulate(chip, events_of(alone))
+    views = {
+        name: simulate(roomy, events_of(ahead, prefetched=operands), launch=False)
+        for name, operands in (("prefetched", ("w",)), ("inside", ("w", "x")))
+    }
+    used = {name: round(ideal / view.cycles, 4) for name, view in views.items()}
+    wanted = WANTED[dtype, m >= 512]
+    return {
+        "m": m, "k": k, "n": n, "dtype": dtype, "order": alone.tiles.order, "tiles": [alone.tiles.m, alone.tiles.k, alone.tiles.n],
+        "tiles_prefetched": [ahead.tiles.order, ahead.tiles.m, ahead.tiles.k, ahead.tiles.n],
+        "cycles": round(run.cycles), "alone": round(ideal / run.cycles, 4), **used, "wanted": wanted,
+        "met": used["prefetched"] >= wanted, "met_inside": used["inside"] >= wanted,
+        "bytes_over_least": round(run.hbm_bytes / least_bytes(p), 4),
+        "fits": views["prefetched"].vmem_high_water <= chip.vmem_bytes,
+        "closed_form_over_simulated": round(alone.tiles.cycles(p, chip) / run.cycles, 4),
+    }  # fmt: skip
+
+
+def decode(chip: Chip, k: int, n: int, dtype: str) -> dict[str, Any]:
+    p = product(1, k, n, dtype)
+    lowered = lower(p, chip)
+    run, whole = (simulate(chip, events_of(lowered), launch=launch) for launch in (False, True))
+    bound = least_bytes(p) / chip.hbm_bytes_per_cycle
+    over, times = run.hbm_bytes / least_bytes(p), run.cycles / bound
+    return {
+        "k": k, "n": n, "dtype": dtype, "cycles": round(run.cycles), "bytes_over_least": round(over, 4), "time_over_bound": round(times, 4),
+        "with_launch": round(whole.cycles / bound, 4), "met": over <= MOST_BYTES and times <= MOST_TIME,
+    }  # fmt: skip
+
+
+def llama(layers: int, hidden: int, heads: int, kv_heads: int, inner: int, vocabulary: int) -> Graph:
+    """A decoder's step over a cache, of a Llama's shape; weights have no values."""
+    d, s, capacity = hidden // heads, symbol("sequence"), symbol("capacity")
+
+    def matrix(name: str, *shape: int) -> Node:
+        return weight(name, TensorType(shape, "bfloat16"))
+
+    ids = placeholder("ids", TensorType((1, s), "int64"))
+    length, start = (placeholder(name, TensorType((1,), "int64")) for name in ("length", "start"))
+    cos, sin = (placeholder(name, TensorType((1, s, d), "bfloat16")) for name in ("cos", "sin"))
+    table = matrix("table", vocabulary, hidden)
+    x = ops.take(table, ids, axis=0)
+    inputs, state = [ids, length, start, cos, sin], []
+    for i in range(layers):
+        h = ops.rms_norm(x, matrix(f"{i}.norm", hidden), eps=1e-5)
+        q, k, v = (
+            ops.reshape(ops.linear(h, matrix(f"{i}.{name}", count * d, hidden)), shape=(1, s, count, d))
+            for name, count in (("q", heads), ("k", kv_heads), ("v", kv_heads))
+        )
+        q, k = ops.rotary(q, cos, sin), ops.rotary(k, cos, sin)
+        caches = [placeholder(f"{i}.{name}", TensorType((1, kv_heads, capacity, d), "bfloat16")) for name in "kv"]
+        inputs += caches
+        caches = [ops.cache_append(cache, new, length) for cache, new in zip(caches, (k, v), strict=True)]
+        state += caches
+        seen = ops.reshape(ops.attention_cached(q, *caches, length, start, scale=d**-0.5), shape=(1, s, hidden))
+        x = ops.linear(seen, matrix(f"{i}.o", hidden, hidden), None, x)
+        h = ops.rms_norm(x, matrix(f"{i}.norm2", hidden), eps=1e-5)
+        gate, up = (matrix(f"{i}.{name}", inner, hidden) for name in ("gate", "up"))
+        x = ops.linear(ops.gated_linear(h, gate, up, activation="silu"), matrix(f"{i}.down", hidden, inner), None, x)
+    last = ops.slice_(x, starts=(0, s - 1, 0), stops=(1, s, hidden), steps=(1, 1, 1))
+    logits = ops.linear(ops.rms_norm(last, matrix("norm", hidden), eps=1e-5), table)
+    return Graph(inputs, [logits, *state])
+
+
+def programs(chip: Chip, trace: Path | None) -> list[dict[str, Any]]:
+    """Prefill and decode of a Llama 3.2 1B's shape."""
+    graph = llama(16, 2048, 32, 8, 8192, 128256)
+    found = []
+    for (tokens, cached), weights, kv in itertools.product(((512, 0), (1, 1024), (1, 16384)), (None, "int8"), (None, "int8")):  # fmt: skip
+        sizes = {"sequence": tokens, "capacity": cached + tokens}
+        run = simulated(graph, sizes, chip, cached=cached, weights=weights, kv=kv)
+        told = {
+            "tokens": tokens, "cached": cached, "weights": weights or "bfloat16", "kv": kv or "bfloat16", **run.to_json(),
+            "time_over_bound": round(run.seconds / run.hbm_seconds, 4), "bytes_over_least": round(run.hbm_bytes / run.least_bytes, 4),
+            "mxu_utilisation": round(run.mxu_utilisation(weights or "bfloat16"), 4),
+        }  # fmt: skip
+        found.append(told)
+        print(f"{tokens} tokens behind {cached}, weights {told['weights']}, keys and values {told['kv']}: {run}")
+        if trace is not None and tokens == 1 and cached == 1024 and weights == kv == "int8":
+            run.trace(trace)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--chip", default="tpu:v5e")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--trace", type=Path, help="a decode step's simulated timeline, for Perfetto")
+    options = parser.parse_args()
+    chip = Chip.named(options.chip)
+    prefills = [prefill(chip, *shape, dtype) for dtype in ("int8", "bfloat16") for shape in PREFILL]
+    print(f"{chip.name}, simulated: MXU utilisation of prefill products\n")
+    print("    m     k     n dtype     alone  prefetched  inside  wanted         bytes/least  form/simulated")
+    for r in prefills:
+        met = "met" if r["met"] else "inside" if r["met_inside"] else "missed"
+        print(
+            f"{r['m']:5} {r['k']:5} {r['n']:5} {r['dtype']:8} {r['alone']:6.1%} {r['prefetched']:11.1%} {r['inside']:7.1%} {r['wanted']:7.0%} "
+            f"{met:7} {r['bytes_over_least']:10.3f} {r['closed_form_over_simulated']:10.3f}"
+        )
+    decodes = [decode(chip, *shape, dtype) for dtype in ("int8", "bfloat16") for shape in DECODE]
+    print("\ndecode products (one row)\n\n    k     n dtype     bytes/least  time/bound  with launch")
+    for r in decodes:
+        print(
+            f"{r['k']:5} {r['n']:5} {r['dtype']:8} {r['bytes_over_least']:12.3f} {r['time_over_bound']:11.3f} {r['with_launch']:12.3f} "
+            f"{'met' if r['met'] else 'missed'}"
+        )
+    print()
+    found = {
+        "date": datetime.date.today().isoformat(),
+        "label": "simulated; nothing was measured on a TPU",
+        "versions": {"jisu": version("jisu"), "apache-tvm": version("apache-tvm")},
+        "command": "python " + " ".join(sys.argv),
+        "chip": chip.name,
+        "prefill": prefills,
+        "decode": decodes,
+        "programs": programs(chip, options.trace),
+    }
+    if options.json is not None:
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

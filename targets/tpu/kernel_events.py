@@ -1,0 +1,340 @@
+"""Lowered TIR as the timing model's events: what runs through LLVM and becomes Pallas source is also what is timed.
+
+Each copy, wait, product and epilogue of the TIR is an event, each queue of copies a semaphore, each slot of a buffer a buffer of its own. A nest
+of loops over the matrix unit's instructions is one product per block of sums, as they stream through it without a pause. Zeroing is no
+event: the model counts the first partial sums of a product as being added, too.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator
+from typing import Any
+
+import attrs
+from tvm import tirx
+from tvm.ir import Call
+
+from jisu.compiler.errors import CompileError
+from jisu.targets.tpu import walk
+from jisu.targets.tpu.chip import Chip
+from jisu.targets.tpu.events import HBM, VMEM, Allocate, Copy, Event, Free, Matmul, Vector, Wait
+from jisu.targets.tpu.product import Lowered
+from jisu.targets.tpu.spec import numpy_dtype
+from jisu.targets.tpu.tiles import Tiles, bytes_in_vmem
+from jisu.targets.tpu.walk import COMMIT, INFLIGHT, WAIT, Multiply, Region, Zero, elementwise, instruction, parts
+
+Env = dict[Any, int]
+"""Values of loops' variables."""
+Number = Callable[[Env], int]
+Part = Callable[[Env], Iterator[Event]]
+
+AT_ONCE = "at once"
+"""The semaphore of copies that belong to no queue: they are waited for where they are started."""
+
+COSTLY = ("exp", "tanh", "erf", "sigmoid", "pow", "log", "sqrt")
+"""Functions that count as the vector unit's "exp"."""
+
+
+def events_of(lowered: Lowered, *, prefetched: Collection[str] = ()) -> Iterator[Event]:
+    """The events of a lowered product, in program order, for `simulate`.
+
+    prefetched: operands that are in VMEM, whole, when the kernel starts; their copies are left out. CompileError: a statement that isn't
+    understood.
+    """
+    walker = _Walker(lowered.chip, lowered.tiles, lowered.product.dtype, frozenset(prefetched))
+    for operand in lowered.operands:
+        if operand.name in walker.prefetched:
+            size = numpy_dtype(operand.dtype).itemsize
+            yield Allocate(operand.name, bytes_in_vmem(*operand.padded, size, lowered.chip))
+    yield from walker.part(lowered.function.body)({})
+
+
+OPERATIONS: dict[str, Callable[[int, int], int]] = {
+    "Add": operator.add,
+    "Sub": operator.sub,
+    "Mul": operator.mul,
+    "FloorDiv": operator.floordiv,
+    "FloorMod": operator.mod,
+    "Div": operator.floordiv,
+    "Mod": operator.mod,
+    "Min": min,
+    "Max": max,
+}
+
+
+def number(expression: Any) -> Number:
+    """An index expression as a function of loops' variables; none of them is negative."""
+    if isinstance(expression, int):
+        return lambda env: expression
+    if isinstance(expression, tirx.IntImm):
+        value = int(expression.value)
+        return lambda env: value
+    if isinstance(expression, tirx.Var):
+        return lambda env: env[expression]
+    if isinstance(expression, tirx.Cast):
+        return number(expression.value)
+    apply = OPERATIONS.get(type(expression).__name__)
+    if apply is None:
+        raise CompileError(f"the timing walk can't evaluate the index {expression}")
+    a, b = number(expression.a), number(expression.b)
+    return lambda env: apply(a(env), b(env))
+
+
+@attrs.define
+class _Walker:
+    """Makes of each statement a function from loops' variables to its events, once; state is which copies are under way."""
+
+    chip: Chip
+    tiles: Tiles
+    dtype: str
+    prefetched: frozenset[str]
+    queue: str | None = None
+    open: int = 0
+    groups: dict[str, deque[int]] = attrs.Factory(dict)
+
+    def part(self, s: Any) -> Part:
+        match s:
+            case tirx.SeqStmt():
+                return self._sequence([self.part(p) for p in s.seq], [p for p in s.seq if self._allocates(p)])
+            case tirx.AllocBuffer():
+                return self._allocation(s.buffer)
+            case tirx.AttrStmt() if s.attr_key == COMMIT:
+                return self._group(_queue(s.value), self.part(s.body))
+            case tirx.AttrStmt() if s.attr_key == WAIT:
+                if s.body.attr_key != INFLIGHT:
+                    raise CompileError(f"a wait without its count of copies under way: {s}")
+                return self._wait(_queue(s.value), int(s.body.value), self.part(s.body.body))
+            case tirx.AttrStmt():
+                return self.part(s.body)
+            case tirx.For() if elementwise(s):
+                return self._vectors(s)
+            case tirx.For() if _multiplies(s):
+                return self._products(s)
+            case tirx.For():
+                return self._loop(s.loop_var, number(s.min), number(s.extent), self.part(s.body))
+            case tirx.Evaluate() if isinstance(s.value, tirx.IntImm):
+                return lambda env: iter(())
+        found = instruction(s)
+        match found:
+            case walk.Copy():
+                return self._copy(found)
+            case Zero() | Multiply():
+                return self._products(s)
+        raise CompileError(f"the timing walk doesn't know the statement {s}")
+
+    @staticmethod
+    def _allocates(s: Any) -> bool:
+        return isinstance(s, tirx.AllocBuffer)
+
+    def _sequence(self, found: list[Part], allocated: list[Any]) -> Part:
+        names = [name for a in allocated for name, _ in self._slots(a.buffer)]
+
+        def events(env: Env) -> Iterator[Event]:
+            for part in found:
+                yield from part(env)
+            yield from map(Free, names)
+
+        return events
+
+    def _loop(self, variable: Any, first: Number, count: Number, body: Part) -> Part:
+        def events(env: Env) -> Iterator[Event]:
+            begin = first(env)
+            for turn in range(begin, begin + count(env)):
+                yield from body({**env, variable: turn})
+
+        return events
+
+    def _slots(self, buffer: Any) -> list[tuple[str, int]]:
+        """Names of a buffer's slots with their bytes; none where it holds tiles of a prefetched operand."""
+        name, (*slots, rows, columns) = _name(buffer), (int(n) for n in buffer.shape)
+        if name in self.prefetched:
+            return []
+        size = bytes_in_vmem(rows, columns, numpy_dtype(str(buffer.dtype)).itemsize, self.chip)
+        return [(f"{name}[{slot}]", size) for slot in range(math.prod(slots))]
+
+    def _allocation(self, buffer: Any) -> Part:
+        # No chip before v7x tells of accumulators of its own: sums are tiles of VMEM.
+        found = [Allocate(name, size) for name, size in self._slots(buffer)]
+        return lambda env: iter(found)
+
+    def _group(self, queue: str, body: Part) -> Part:
+        def events(env: Env) -> Iterator[Event]:
+            self.queue, self.open = queue, 0
+            yield from body(env)
+            self.groups.setdefault(queue, deque()).append(self.open)
+            self.queue = None
+
+        return events
+
+    def _wait(self, queue: str, inflight: int, body: Part) -> Part:
+        def events(env: Env) -> Iterator[Event]:
+            groups = self.groups.setdefault(queue, deque())
+            while len(groups) > inflight:
+                yield from [Wait(queue)] * groups.popleft()
+            yield from body(env)
+
+        return events
+
+    def _copy(self, copy: walk.Copy) -> Part:
+        vmem = copy.vmem
+        if _name(vmem.buffer) in self.prefetched:
+            return lambda env: iter(())
+        nbytes = vmem.rows * vmem.columns * numpy_dtype(str(vmem.buffer.dtype)).itemsize
+        slot, stores = self._slot(vmem), copy.to.in_hbm
+
+        def events(env: Env) -> Iterator[Event]:
+            semaphore, name = self.queue or AT_ONCE, slot(env)
+            if stores:
+                yield Copy(nbytes, VMEM, HBM, semaphore, reads=name)
+            else:
+                yield Copy(nbytes, HBM, VMEM, semaphore, writes=name)
+            if self.queue is None:
+                yield Wait(AT_ONCE)
+            else:
+                self.open += 1
+
+        return events
+
+    def _slot(self, region: Region) -> Callable[[Env], str]:
+        """The name of the slot that a region lies in."""
+        name, offset = _name(region.buffer), number(region.offset)
+        size = math.prod(int(n) for n in region.buffer.shape[-2:])
+        if name in self.prefetched:
+            return lambda env: name
+        return lambda env: f"{name}[{offset(env) // size}]"
+
+    def _products(self, nest: Any) -> Part:
+        """One product per block of sums, of the sizes that the instructions in a nest of loops add up to."""
+        instructions = _instructions(nest)
+        inner = {loop.loop_var: 0 for loop in parts(nest) if isinstance(loop, tirx.For)}
+        first = next((m for m in map(instruction, parts(nest)) if isinstance(m, Multiply)), None)
+        if first is None:
+            return lambda env: iter(())
+        x, w, sums = self._slot(first.x), self._slot(first.w), number(first.sums.offset)
+        known: dict[int, list[tuple[int, int, int, int]]] = {}  # outer loops choose slots and the first block, no more
+
+        def events(env: Env) -> Iterator[Event]:
+            outer = {**env, **inner}
+            reads, begin = (x(outer), w(outer)), sums(outer)
+            if begin not in known:
+                known[begin] = self._blocks(instructions(env))
+            for block, m, k, n in known[begin]:
+                yield Matmul(m, k, n, self.dtype, reads, _block(block))
+
+        return events
+
+    def _blocks(self, instructions: Iterable[tuple[Multiply, int, int, int]]) -> list[tuple[int, int, int, int]]:
+        """(block of sums, m, k, n) of instructions, in their order."""
+        found: dict[int, tuple[Multiply, set[int], set[int], set[int]]] = {}
+        for multiply, *offsets in instructions:
+            block = self._block_of(offsets[0], int(multiply.sums.buffer.shape[-1]))
+            _, *tiles = found.setdefault(block, (multiply, set(), set(), set()))
+            for seen, offset in zip(tiles, offsets, strict=True):
+                seen.add(offset)
+        blocks = []
+        for block, (multiply, *tiles) in found.items():
+            # Sums are m x n tiles, x is m x k, w k x n: three numbers that are known for three that aren't.
+            sums, x, w = map(len, tiles)
+            m = math.isqrt(sums * x // w)
+            blocks.append((block, m * multiply.x.rows, x // m * multiply.x.columns, sums // m * multiply.w.columns))
+        return blocks
+
+    def _block_of(self, offset: int, width: int) -> int:
+        row, column = divmod(offset, width)
+        return row // self.tiles.rows * (width // self.tiles.columns) + column // self.tiles.columns
+
+    def _vectors(self, nest: Any) -> Part:
+        """An epilogue per block of sums, and what it computes beyond scaling."""
+        loops = []
+        while isinstance(nest, tirx.For):
+            loops.append(nest)
+            nest = nest.body
+        read = list(walk.loads(nest.value))
+        rows, columns = (int(loop.extent) for loop in loops[-2:])
+        outer, inner = loops[:-2], {loop.loop_var: 0 for loop in loops[-2:]}
+        slots = [self._element(load.source, load.indices) for load in read]
+        target = self._element(nest.buffer, nest.indices)
+        dtype, size = str(nest.buffer.dtype), rows * columns
+        adds, costly = _work(nest.value)
+
+        def events(env: Env) -> Iterator[Event]:
+            for here in _turns(outer, env):
+                here = {**here, **inner}
+                reads, writes = tuple(dict.fromkeys(slot(here) for slot in slots)), target(here)
+                for turns, op in ((1, "epilogue"), (adds, "element"), (costly, "exp")):
+                    if turns:
+                        yield Vector(size * turns, dtype, op, reads, writes)
+
+        return events
+
+    def _element(self, buffer: Any, indices: Any) -> Callable[[Env], str]:
+        """The name of the slot, or block of sums, of an element."""
+        name, found = _name(buffer), [number(i) for i in indices]
+        if name == "sums":
+            width = int(buffer.shape[-1])
+            return lambda env: _block(self._block_of(found[-2](env) * width + found[-1](env), width))
+        if name in self.prefetched:
+            return lambda env: name
+        slot = found[0] if len(found) == 3 else lambda env: 0
+        return lambda env: f"{name}[{slot(env)}]"
+
+
+def _name(buffer: Any) -> str:
+    return str(buffer.name).partition("_global")[0]
+
+
+def _queue(value: Any) -> str:
+    return f"queue {int(value)}"
+
+
+def _block(number: int) -> str:
+    return f"sums, block {number}"
+
+
+def _multiplies(nest: Any) -> bool:
+    """Whether a nest of loops does nothing but zero sums and multiply."""
+    leaves = [p for p in parts(nest) if not isinstance(p, tirx.For | tirx.SeqStmt)]
+    return all(isinstance(instruction(p), Zero | Multiply) for p in leaves)
+
+
+def _turns(loops: list[Any], env: Env) -> Iterator[Env]:
+    if not loops:
+        yield env
+        return
+    loop, *rest = loops
+    first = number(loop.min)(env)
+    for turn in range(first, first + number(loop.extent)(env)):
+        yield from _turns(rest, {**env, loop.loop_var: turn})
+
+
+def _instructions(nest: Any) -> Callable[[Env], Iterator[tuple[Multiply, int, int, int]]]:
+    """The products in a nest, in order, with the offsets of their sums, x and w."""
+    match nest:
+        case tirx.SeqStmt():
+            found = [_instructions(part) for part in nest.seq]
+            return lambda env: (one for part in found for one in part(env))
+        case tirx.For():
+            body = _instructions(nest.body)
+            return lambda env: (one for here in _turns([nest], env) for one in body(here))
+    multiply = instruction(nest)
+    if not isinstance(multiply, Multiply):
+        return lambda env: iter(())
+    sums, x, w = (number(region.offset) for region in (multiply.sums, multiply.x, multiply.w))
+    return lambda env: iter(((multiply, sums(env), x(env), w(env)),))
+
+
+def _work(value: Any) -> tuple[int, int]:
+    """How many operations an expression has beyond two scales, and how many costly functions."""
+    simple = costly = 0
+    pending = [value]
+    while pending:
+        e = pending.pop()
+        pending += walk.operands(e)
+        if isinstance(e, Call):
+            costly += any(name in str(e.op.name) for name in COSTLY)
+        elif type(e).__name__ in ("Add", "Sub", "Mul", "Div", "Max", "Min"):
+            simple += 1
+    return max(simple - 2, 0), costly
