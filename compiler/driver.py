@@ -182,8 +182,11 @@ def export(
     if info is None or not info.state:
         given = dict(sizes or {})
         graph = parse(program.ir(MAIN))
-        if info is not None:
-            given.setdefault(info.batch, batch)
+        common = "batch" if info is None else info.batch
+        if common in graph.symbols:
+            given.setdefault(common, batch)
+        elif batch != 1:
+            raise InputError(f"the program has no size 'batch' that could be {batch}; it has {', '.join(graph.symbols) or 'fixed shapes'}")
         found = bundle.buckets_of(graph, MAIN, rows, given)
         graphs = {MAIN: graph}
     else:
