@@ -186,7 +186,9 @@ def export(
         if common in graph.symbols:
             given.setdefault(common, batch)
         elif batch != 1:
-            raise InputError(f"the program has no size 'batch' that could be {batch}; it has {', '.join(graph.symbols) or 'fixed shapes'}")
+            raise InputError(
+                f"the program has no size 'batch' that could be {batch}; it has {', '.join(graph.symbols) or 'fixed shapes'}"
+            )
         found = bundle.buckets_of(graph, MAIN, rows, given)
         graphs = {MAIN: graph}
     else:
@@ -216,21 +218,7 @@ def export(
         {n: data for n, data in parts.files.items() if n in TOKENIZER_FILES},
         {"jisu": parts.producers.get("jisu", ""), "kind": "module" if info is None else "decoder", "recipe": program.recipe},
     )  # fmt: skip
-
-    def check() -> None:
-        place = Path(folder)
-        if not place.is_dir():
-            if place.exists() or place.is_symlink():
-                raise InputError(f"{os.fspath(folder)!r} is a file; name a folder")
-            if not place.absolute().parent.is_dir():
-                raise InputError(f"there is no folder {str(place.absolute().parent)!r}")
-        elif any(place.iterdir()):
-            if not bundle.is_bundle(place):
-                raise InputError(f"{os.fspath(folder)!r} holds something else than an export; choose another folder")
-            if not overwrite:
-                raise InputError(f"{os.fspath(folder)!r} holds an export already; overwrite=True (--force) replaces it")
-
-    with whole_folder(folder, check) as new:
+    with whole_folder(folder, lambda: bundle.check_place(folder, overwrite)) as new:
         manifest = bundle.write(new, source, found, tell)
     tell("done", 1.0)
     return manifest

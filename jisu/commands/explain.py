@@ -65,6 +65,10 @@ def _measure(program: Program) -> dict[str, Any] | None:
 
 def _show(console: Console, path: str, report: Mapping[str, Any], program: Program) -> None:
     console.print(f"{path}: for {program.target['name']}, {units.nbytes(program.weights_bytes)} of weights\n")
+    if report.get("simulated"):
+        console.print(
+            f"{report['simulated']}; what is predicted is for the chip, what is measured for the simulation\n"
+        )
     console.print(_passes(report["passes"]))
     layers = [
         [
@@ -101,7 +105,7 @@ def _show(console: Console, path: str, report: Mapping[str, Any], program: Progr
     measured = report["measured"]
     if measured is not None:
         console.print(
-            f"measured: {units.seconds(measured['step_s'])} for {measured['tokens']} tokens at once, "
+            f"{'measured, of the simulation' if report.get('simulated') else 'measured'}: {units.seconds(measured['step_s'])} for {measured['tokens']} tokens at once, "
             f"{units.seconds(measured['decode_s'])} for one after them ({program.num_threads} threads)"
         )
     if program.lacks:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -210,12 +211,27 @@ def write(folder: Path, given: Source, buckets: Sequence[Bucket], tell: Progress
     return manifest
 
 
+def check_place(folder: str | os.PathLike[str], overwrite: bool) -> None:
+    """Raises InputError where an export can't stand, or stands already and isn't to go; what isn't one never goes."""
+    place, shown = Path(folder), repr(os.fspath(folder))
+    if place.is_dir():
+        if any(place.iterdir()) and not is_bundle(place):
+            raise InputError(f"{shown} holds something else than an export for TPUs; choose another folder")
+        if any(place.iterdir()) and not overwrite:
+            raise InputError(f"{shown} holds an export already; overwrite=True (--force) replaces it")
+    elif place.exists() or place.is_symlink():
+        raise InputError(f"{shown} is a file; name a folder")
+    elif not place.absolute().parent.is_dir():
+        raise InputError(f"{shown} can't be written: there is no folder {str(place.absolute().parent)!r}")
+
+
 def is_bundle(folder: Path) -> bool:
     """Whether a folder is what `write` fills."""
     try:
-        return json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["format"] == FORMAT
-    except (OSError, ValueError, KeyError, TypeError):
+        found = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return False
+    return isinstance(found, dict) and found.get("format") == FORMAT
 
 
 def _outputs(entry: Entry) -> list[str]:
@@ -327,5 +343,3 @@ def buckets_of(graph: Graph, name: str, wanted: Sequence[int], sizes: Mapping[st
             if size < low or high is not None and size > high:
                 raise InputError(f"{symbol} = {size} is not in {low}..{high}, for which the program was compiled")
     return found
-
-
