@@ -104,8 +104,9 @@ def _show(console: Console, path: str, report: Mapping[str, Any], program: Progr
         console.print(f"no KV cache: {cache}")
     measured = report["measured"]
     if measured is not None:
+        of = " (the simulation)" if report.get("simulated") else ""
         console.print(
-            f"{'measured, of the simulation' if report.get('simulated') else 'measured'}: {units.seconds(measured['step_s'])} for {measured['tokens']} tokens at once, "
+            f"measured{of}: {units.seconds(measured['step_s'])} for {measured['tokens']} tokens at once, "
             f"{units.seconds(measured['decode_s'])} for one after them ({program.num_threads} threads)"
         )
     if program.lacks:

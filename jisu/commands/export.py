@@ -13,6 +13,7 @@ import jisu
 from jisu.commands import units
 from jisu.commands.shell import Shell, table
 from jisu.commands.source import Options, compile_checkpoint, load_artifact, recognise
+from jisu.compiler.errors import InputError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -37,6 +38,8 @@ def run(
     from jisu.targets.tpu.chip import Chip
     from jisu.targets.tpu.export import require
 
+    if shapes.capacity is not None and max(shapes.buckets) > shapes.capacity:
+        raise InputError(f"a bucket of {max(shapes.buckets)} tokens exceeds the capacity of {shapes.capacity}")
     name = None if chip is None else Chip.named(chip).name
     bundle.check_place(folder, overwrite)  # before the long work
     require()

@@ -161,7 +161,8 @@ def write(folder: Path, given: Source, buckets: Sequence[Bucket], tell: Progress
     """Fill an empty folder; returns the manifest. Raises TargetError without JAX, CompileError for what can't be exported."""
     export.require()
     kernels: dict[Product, Counter[str]] = {}
-    programs, names = [], {}
+    programs: list[dict[str, Any]] = []
+    names: dict[str, TensorType] = {}
     samples = _Samples(given, _tolerance(given.weights))
     for i, bucket in enumerate(buckets):
         tell(f"exporting {bucket.name}", 0.8 * i / len(buckets))

@@ -154,6 +154,15 @@ def compile_for(chip: str, text: str, entry: Entry, donate: bool = True) -> Comp
     donate: updated caches are given away by the caller. Raises TargetError for an unknown chip or without JAX or libtpu, CompileError
     with libtpu's message where it refuses the program.
     """
+    return _compiled_for(chip, exported(text, entry, "tpu"), donated(entry) if donate else ())
+
+
+def compile_bytes_for(chip: str, data: bytes, donated: Sequence[int] = ()) -> Compiled:
+    """As `compile_for`, what `export_bytes` gave; donated: the numbers of parameters that the caller gives away."""
+    return _compiled_for(chip, _jax().export.deserialize(bytearray(data)), donated)
+
+
+def _compiled_for(chip: str, program: Exported, given: Sequence[int]) -> Compiled:
     jax = _jax()
     if not has_libtpu():
         raise TargetError('libtpu is not installed; it comes with pip install "jisu[tpu-aot]"')
@@ -164,14 +173,14 @@ def compile_for(chip: str, text: str, entry: Entry, donate: bool = True) -> Comp
     from jax.experimental import topologies
     from jax.sharding import SingleDeviceSharding
 
-    program = exported(text, entry, "tpu")
     try:
         device = topologies.get_topology_desc(CHIPS[chip], "tpu").devices[0]
         sharding = SingleDeviceSharding(device)
-        given = donated(entry) if donate else ()
-        step = jax.jit(program.call, donate_argnums=given, keep_unused=True, out_shardings=sharding)
+        step = jax.jit(program.call, donate_argnums=tuple(given), keep_unused=True, out_shardings=sharding)
         with jax.enable_x64(True):
-            made = step.lower(*_specs(_parameters(entry), sharding=sharding)).compile()
+            made = step.lower(
+                *[jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding) for a in program.in_avals]
+            ).compile()
     except Exception as error:  # whatever the run time raises
         raise CompileError(f"libtpu refuses the program for {chip}: {error}") from error
     memory, cost = made.memory_analysis(), made.cost_analysis() or {}

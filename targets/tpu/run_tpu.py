@@ -54,8 +54,8 @@ def main() -> None:
         program = jax.export.deserialize(bytearray((HERE / p["export"]).read_bytes()))
         run = jax.jit(program.call, donate_argnums=tuple(p["donated"]))
         results = run(*given.values(), *state.values(), *held)
-        state = {o["name"]: r for o, r in zip(p["outputs"], results) if o["updates"] is not None}
-        for o, result in zip(p["outputs"], results):
+        state = {o["name"]: r for o, r in zip(p["outputs"], results, strict=True) if o["updates"] is not None}
+        for o, result in zip(p["outputs"], results, strict=True):
             if o["updates"] is None:
                 got, want = (np.asarray(a, np.float64) for a in (result, samples[f"{p['name']}.{o['name']}"]))
                 error = float(np.abs(got - want).max() / max(np.abs(want).max(), 1e-6))
@@ -69,7 +69,7 @@ def main() -> None:
                 given |= {"input_ids": ids.astype(np.int64), "length": np.asarray(given["length"]) + 1}
                 tokens.append(ids[:, 0].tolist())
             results = jax.block_until_ready(run(*given.values(), *state.values(), *held))
-            state = {o["name"]: r for o, r in zip(p["outputs"], results) if o["updates"] is not None}
+            state = {o["name"]: r for o, r in zip(p["outputs"], results, strict=True) if o["updates"] is not None}
             times.append(time.perf_counter() - begin)
         if times:
             seconds, read = statistics.median(times), sum(a.nbytes for a in (*held, *state.values()))
