@@ -20,6 +20,7 @@ from typing import Any
 import attrs
 import numpy as np
 
+from jisu.compiler import ops
 from jisu.compiler.entry import Entry
 from jisu.compiler.errors import InputError
 from jisu.compiler.graph import Graph, Node
@@ -38,7 +39,10 @@ VERSION = 1
 SCRIPT = "run_tpu.py"
 PLATFORMS = ("tpu", "cpu")
 TOLERANCE = {"bfloat16": 5e-2, "float16": 1e-2, "float32": 1e-3, "float64": 1e-6}
-"""How far floats may be off the simulation's, over the largest of them, by the dtype that most weights have."""
+"""How far floats may be off the simulation's, over the largest of them, by the coarsest dtype of floats among the weights."""
+
+ROUNDED = 0.15
+"""As `TOLERANCE`, where activations or caches are rounded to few levels: the least difference before moves some of them by a level."""
 
 SHARD = 4 << 30
 """Bytes of weights after which another file begins."""
@@ -163,7 +167,7 @@ def write(folder: Path, given: Source, buckets: Sequence[Bucket], tell: Progress
     kernels: dict[Product, Counter[str]] = {}
     programs: list[dict[str, Any]] = []
     names: dict[str, TensorType] = {}
-    samples = _Samples(given, _tolerance(given.weights))
+    samples = _Samples(given, _tolerance(given))
     for i, bucket in enumerate(buckets):
         tell(f"exporting {bucket.name}", 0.8 * i / len(buckets))
         graph = given.graphs[bucket.entry]
@@ -278,9 +282,12 @@ def _drawn(rng: np.random.Generator, kind: TensorType) -> np.ndarray:
     return rng.standard_normal(shape).astype(dtype)
 
 
-def _tolerance(weights: Mapping[str, np.ndarray]) -> float:
-    """Of the coarsest dtype of floats among the weights."""
-    found = [TOLERANCE[w.dtype.name] for w in weights.values() if w.dtype.name in TOLERANCE]
+def _tolerance(given: Source) -> float:
+    """Of the coarsest form of numbers in the programs."""
+    found = [TOLERANCE[w.dtype.name] for w in given.weights.values() if w.dtype.name in TOLERANCE]
+    rounding = (ops.encode_levels, ops.encode_rows, ops.fake_quantize)
+    if any(node.op in rounding for graph in given.graphs.values() for node in graph.nodes):
+        found.append(ROUNDED)
     return max(found, default=TOLERANCE["float32"])
 
 
