@@ -20,7 +20,7 @@ import numpy as np
 
 from jisu.compiler.cost import graph_cost, weight_bytes
 from jisu.compiler.entry import Entry, stored
-from jisu.compiler.errors import InputError, InputTypeError, JisuError, RecipeError
+from jisu.compiler.errors import InputError, InputTypeError, JisuError, RecipeError, TargetError
 from jisu.compiler.graph import Graph, Storage
 from jisu.compiler.pipeline import Pass, Pipeline, Report, sample_inputs
 from jisu.compiler.recipe import QuantizeRecipe, Recipe
@@ -135,6 +135,103 @@ def load(path: str | os.PathLike[str], *, num_threads: int | None = None) -> Pro
     from jisu.targets.target import host
 
     return program.load(path, features=lambda: host().features, num_threads=num_threads)
+
+
+def export(
+    program: Program,
+    folder: str | os.PathLike[str],
+    *,
+    batch: int = 1,
+    buckets: Sequence[int] = (1, 128),
+    capacity: int | None = None,
+    sizes: Mapping[str, int] | None = None,
+    chip: str | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Write a program that was compiled for a TPU as a folder for the owner of one, who needs JAX alone; returns its manifest.
+
+        program = jisu.compile(model, target="tpu:v5e")
+        jisu.export(program, "llama-v5e", buckets=(1, 128, 512), capacity=2048)     # python llama-v5e/run_tpu.py
+
+    A TPU's programs have fixed shapes. buckets: of a language model, how many tokens a program reads at a time (1 writes); of another
+    one, what its varying size is. batch: sequences at a time. capacity: slots of the caches, per sequence (default: what the
+    model has positions for, 1024 at most). sizes: of a module, those of its other varying sizes, by name. chip: whose kernels are
+    written (default: the program's). overwrite: whether an older export at `folder` may go. The folder appears whole or not
+    at all; see `jisu.targets.tpu.bundle` for what is in it. Results to compare with are computed by the program, simulated.
+
+    Raises TargetError for a program that isn't for a TPU and without JAX, InputError for sizes that don't fit and for a folder that
+    holds something, OSError where it can't be written.
+    """
+    from jisu.compiler.text import parse
+    from jisu.runtime.artifact import whole_folder
+    from jisu.runtime.program import TOKENIZER_FILES
+    from jisu.runtime.session import APPEND_LAST, MAIN
+    from jisu.targets.tpu import bundle
+    from jisu.targets.tpu.chip import Chip
+    from jisu.targets.tpu.export import require
+
+    name = str(program.target["name"])
+    if name.partition(":")[0] != "tpu":
+        raise TargetError(f'this program is for {name!r}; compile the model for a TPU, such as target="tpu:v5e"')
+    machine = Chip.named(chip or name)
+    require()
+    tell = progress or (lambda stage, done: None)
+    rows = _bucket_sizes(batch, buckets)
+    parts, info, decoding = program.parts, program.decoder, None
+    if info is None or not info.state:
+        given = dict(sizes or {})
+        graph = parse(program.ir(MAIN))
+        common = "batch" if info is None else info.batch
+        if common in graph.symbols:
+            given.setdefault(common, batch)
+        elif batch != 1:
+            raise InputError(
+                f"the program has no size 'batch' that could be {batch}; it has {', '.join(graph.symbols) or 'fixed shapes'}"
+            )
+        found = bundle.buckets_of(graph, MAIN, rows, given)
+        graphs = {MAIN: graph}
+    else:
+        if sizes:
+            raise InputError("sizes are for modules; a language model has batch, buckets and capacity")
+        slots = min(info.max_positions, 1024) if capacity is None else capacity
+        if not 0 < slots <= info.max_positions:
+            raise InputError(f"capacity {slots} is not in 1..{info.max_positions}, the positions that the model has")
+        if rows[-1] > slots:
+            raise InputError(f"a bucket of {rows[-1]} tokens exceeds the capacity of {slots}")
+        info = attrs.evolve(info, prefill_chunk=rows[-1])
+        slots = -(-slots // info.page) * info.page if info.page else slots
+        graphs = {APPEND_LAST: parse(program.ir(APPEND_LAST))}
+        known = info.sizes(batch, slots)
+        (sequence,) = set(graphs[APPEND_LAST].symbols) - set(known)
+        order = [n for n in rows if n > 1] + [n for n in rows if n == 1]
+        found = [
+            bundle.Bucket(
+                f"{APPEND_LAST}-{n}", APPEND_LAST, {**known, sequence: n}, n, n == 1 and 1 < len(order) and order[-2] < slots
+            )
+            for n in order
+        ]  # fmt: skip
+        table = info.table(batch, slots) if info.page else None
+        decoding = bundle.Decoding(info.vocabulary, slots, len(info.state), table)
+    source = bundle.Source(
+        machine, graphs, parts.weights, program.run, batch, decoding,
+        {n: data for n, data in parts.files.items() if n in TOKENIZER_FILES},
+        {"jisu": parts.producers.get("jisu", ""), "kind": "module" if info is None else "decoder", "recipe": program.recipe},
+    )  # fmt: skip
+    with whole_folder(folder, lambda: bundle.check_place(folder, overwrite)) as new:
+        manifest = bundle.write(new, source, found, tell)
+    tell("done", 1.0)
+    return manifest
+
+
+def _bucket_sizes(batch: int, buckets: Sequence[int]) -> list[int]:
+    """The buckets, from the smallest on."""
+    for what, value in (("batch", batch), *(("a bucket", b) for b in buckets)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise InputError(f"{what} is a number from 1 on, got {value!r}")
+    if not buckets:
+        raise InputError("buckets: give at least one, such as (1, 128)")
+    return sorted(set(buckets))
 
 
 def to_torch(
@@ -574,6 +671,7 @@ def _build(
     weights = _materialise(finished, info.entries, tell, in_place=machine.kind == "cpu")
     times["weights_s"] = time.perf_counter() - begin
     report |= {
+        "simulation": facts.of(machine).SIMULATED,
         "times": times,
         "kernels": [{"name": n, "op": op, "count": k, "choices": list(c)} for n, op, k, c in info.kernels],
         "predicted": {name: _op_report(graph, env, machine) for name, graph in finished.items()},

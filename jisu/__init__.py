@@ -24,7 +24,7 @@ from jisu.compiler.errors import (
 )
 
 if TYPE_CHECKING:
-    from jisu.compiler.driver import compile, ensemble, load, merge, search, to_torch
+    from jisu.compiler.driver import compile, ensemble, export, load, merge, search, to_torch
     from jisu.compiler.recipe import Recipe
     from jisu.runtime.generate import GenerationConfig
     from jisu.runtime.program import Program
@@ -37,6 +37,7 @@ _LAZY = {
     "Recipe": "jisu.compiler.recipe",
     "GenerationConfig": "jisu.runtime.generate",
     "Program": "jisu.runtime.program",
+    "export": "jisu.compiler.driver",
     "load": "jisu.compiler.driver",
     "search": "jisu.compiler.driver",
     "Target": "jisu.targets.target",
@@ -63,6 +64,7 @@ __all__ = [
     "VerifyError",
     "compile",
     "ensemble",
+    "export",
     "load",
     "merge",
     "search",

@@ -170,6 +170,46 @@ def compile_command(
     )
 
 
+@_command("export")
+def export(
+    shell: Shell,
+    path: Either,
+    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="A new folder for the TPU's owner.")],
+    chip: Annotated[
+        str | None, typer.Option(help="The TPU: v4, v5e, v5p, v6e or v7x; default: the program's, or v5e.")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 1,
+    bucket: Annotated[
+        list[int] | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Tokens that a program reads at a time; may be given several times; default: 1 and 128.",
+        ),
+    ] = None,
+    capacity: Annotated[
+        int | None, typer.Option(min=1, help="Slots of the caches; default: all positions, 1024 at most.")
+    ] = None,
+    size: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=N", help="A varying size of a program that is no language model.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an older export.")] = False,
+    recipe: Recipe = None,
+    cache_dir: CacheDir = None,
+) -> None:
+    """Write a program for the owner of a TPU, who needs JAX alone."""
+    from jisu.commands import export as command
+
+    sizes: dict[str, int] = {}
+    for given in size or []:
+        name, _, number = given.partition("=")
+        if not name or not number.isdecimal():
+            raise typer.BadParameter(f"--size is NAME=N, such as --size height=224, got {given!r}")
+        sizes[name] = int(number)
+    shapes = command.Shapes(batch, tuple(bucket or (1, 128)), capacity, sizes)
+    command.run(shell, path, folder, Options(recipe=recipe, cache_dir=cache_dir), chip, shapes, force)
+
+
 @_command("generate")
 def generate(
     shell: Shell,

@@ -269,11 +269,35 @@ def write(path: str | os.PathLike[str], files: Mapping[str, Source], manifest: M
                 os.replace(temporary, path)
             else:
                 manifest = _write_folder(temporary, files, manifest)
-                _move_folder(temporary, path)
+                _move_folder(temporary, path, lambda: _check_replaceable(path, single=False))
             _sync_folder(path.parent)
     finally:
         _remove(temporary)
     return manifest
+
+
+@contextlib.contextmanager
+def whole_folder(path: str | os.PathLike[str], check: Callable[[], None]) -> Iterator[Path]:
+    """A new folder to be filled, which stands at `path` when the block has ended, or nowhere if it fails (Ctrl-C included).
+
+    check: raises where what stands at `path` can't be replaced; called first and last.
+    """
+    path = Path(path)
+    temporary = path.parent / f".jisu-{secrets.token_hex(8)}.tmp"
+    try:
+        check()
+        with _naming(path, temporary):
+            os.mkdir(temporary)
+            yield temporary
+            for file in sorted(temporary.rglob("*")):
+                if file.is_file():
+                    with open(file, "rb") as written:
+                        os.fsync(written.fileno())
+            _sync_folder(temporary)
+            _move_folder(temporary, path, check)
+            _sync_folder(path.parent)
+    finally:
+        _remove(temporary)
 
 
 def _is_file_path(path: str | os.PathLike[str]) -> bool:
@@ -422,15 +446,15 @@ def _sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
-def _move_folder(temporary: Path, path: Path) -> None:
-    """Rename a folder to a path where an older artifact may stand, which then stands at `temporary`."""
+def _move_folder(temporary: Path, path: Path, check: Callable[[], None]) -> None:
+    """Rename a folder to a path where an older one may stand, which `check` allows to go, and which then stands at `temporary`."""
     try:
         os.rename(temporary, path)  # replaces nothing or an empty folder
         return
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
-    _check_replaceable(path, single=False)  # again: it may have appeared since
+    check()  # again: it may have appeared since
     if _exchange(temporary, path):
         return
     backup = temporary.with_suffix(".old")

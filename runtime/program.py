@@ -139,6 +139,15 @@ class Program:
                     return f"{error} ({node.op.name} of {node.parents[0].type})"
         return ""
 
+    def run(self, entry: str, arrays: Sequence[Any]) -> tuple[Any, ...]:
+        """What one entry gives for its inputs, as `ir(entry)` lists them; nothing is checked but shapes and dtypes."""
+        return self._run(entry, arrays)
+
+    @property
+    def parts(self) -> Compiled:
+        """What it is made of."""
+        return self._parts
+
     def _run(self, entry: str, arrays: Sequence[Any]) -> tuple[Any, ...]:
         with self._lock:
             executable = self._runs_here()

@@ -46,6 +46,22 @@ class DecoderInfo:
         """Bytes of state that a token of a sequence takes, in all layers."""
         return sum(int(kind.shape[1]) * int(kind.shape[3]) * kind.itemsize for _, kind, _, _ in self.state)
 
+    def sizes(self, batch: int, slots: int) -> dict[str, int]:
+        """Values of the state types' symbols for `slots` slots per sequence."""
+        found = {self.batch: batch, "capacity": slots}
+        if self.page:
+            found["sequence_pages"] = -(-slots // self.page)
+            found["pages"] = found["sequence_pages"] * batch
+        for _, _, window, ring in self.state:
+            if ring:
+                found[f"ring_{window}"] = min(slots, window + self.prefill_chunk - 1)
+        return found
+
+    def table(self, batch: int, slots: int) -> np.ndarray:
+        """Which pages the sequences have: page n of sequence b stands at n * batch + b, so that a larger table keeps all where they were."""
+        pages = self.sizes(batch, slots)["sequence_pages"] * batch
+        return np.ascontiguousarray(np.arange(pages, dtype=np.int32).reshape(-1, batch).T)
+
 
 class Call(Protocol):
     """Runs one entry of a program on arrays, or on such as are held."""
@@ -189,18 +205,6 @@ class Session:
         if self._start.shape != (batch,) or (self._start < 0).any():
             raise InputError(f"start: expected {batch} counts of padding slots, got {start!r}")
 
-    def _sizes(self, slots: int) -> dict[str, int]:
-        """Values of the state types' symbols for `slots` slots per sequence."""
-        info = self._info
-        sizes = {info.batch: len(self._start), "capacity": slots}
-        if info.page:
-            sizes["sequence_pages"] = -(-slots // info.page)
-            sizes["pages"] = sizes["sequence_pages"] * len(self._start)
-        for _, _, window, ring in info.state:
-            if ring:
-                sizes[f"ring_{window}"] = min(slots, window + info.prefill_chunk - 1)
-        return sizes
-
     def _reserve(self, needed: int) -> None:
         """Make room for `needed` slots: all that was asked for at first, doubling later."""
         if needed <= self._reserved:
@@ -209,7 +213,7 @@ class Session:
         slots = min(max(needed, 2 * self._reserved, self._wanted or 256), info.max_positions)
         if info.page:
             slots = -(-slots // info.page) * info.page
-        old, sizes = self._state, self._sizes(slots)
+        old, sizes = self._state, info.sizes(len(self._start), slots)
         self._state = []
         for i, (name, kind, _, ring) in enumerate(info.state):
             shape = [int(d) for d in kind.at(sizes).shape]
@@ -220,11 +224,7 @@ class Session:
             else:
                 self._state.append(self._memory.zeros(shape, kind.dtype, f"the KV cache ({name}, {slots} slots)"))
         if info.page:
-            per_sequence, batch = sizes["sequence_pages"], len(self._start)
-            # Page n of sequence b stands at n * batch + b, so that a larger table keeps all pages where they were.
-            self._table = np.ascontiguousarray(
-                np.arange(per_sequence * batch, dtype=np.int32).reshape(per_sequence, batch).T
-            )
+            self._table = info.table(len(self._start), slots)
         self._reserved = slots
 
     def _carry(self, old: np.ndarray, new: np.ndarray, ring: bool) -> None:

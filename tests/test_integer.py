@@ -197,7 +197,7 @@ def test_the_bundled_models_loss_through_kernels_is_the_interpreters(recipe: str
     held = {name: ArrayStorage(array) for name, array in program._parts.weights.items()}
     assert program.decoder is not None
     state = [
-        np.zeros([int(d) for d in t.at(session._sizes(96)).shape], numpy_dtype(t.dtype))
+        np.zeros([int(d) for d in t.at(program.decoder.sizes(4, 96)).shape], numpy_dtype(t.dtype))
         for _, t, *_ in program.decoder.state
     ]
     want = interpret(attrs.evolve(graph, weights=held), [ids, np.array([0]), np.zeros(4, np.int64), *state])[0]

@@ -66,6 +66,7 @@ def run(shell: Shell, path: str, options: Options, load: Load) -> None:
         "gen": load.generated,
         "repeat": load.repeat,
         "dtype": program.dtype,
+        "simulation": program.explain().get("simulation", ""),
     }
 
     def show(console: Console) -> None:
@@ -73,6 +74,8 @@ def run(shell: Shell, path: str, options: Options, load: Load) -> None:
             [name, *(f"{v:,.1f}" for v in (statistics.median(found), min(found), max(found)))]
             for name, found in (("prefill", speeds.prefill), ("decode", speeds.decode))
         ]
+        if result["simulation"]:
+            console.print(f"{result['simulation']}: these are no speeds of {result['target']}")
         console.print(table(f"{path}: tokens per second", ("<", "median", "min", "max"), rows))
         for key in ("target", "recipe", "dtype", "threads", "batch", "prompt", "gen", "repeat"):
             console.print(f"  {key:16} {result[key]}")

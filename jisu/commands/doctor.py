@@ -46,6 +46,7 @@ def run(shell: Shell) -> None:
         _packages,
         _compiler,
         _gpu,
+        _tpu,
         _folders,
         _environment,
         _self_test,
@@ -155,6 +156,18 @@ def _gpu() -> Iterator[Check]:
     else:
         remedy = "programs for CUDA hold PTX alone, which a GPU's driver compiles when they are loaded; for machine code: pip install nvidia-cuda-nvcc"
         yield Check("ptxas", "ok", f"none; {remedy}")
+
+
+def _tpu() -> Iterator[Check]:
+    """Whether programs can be exported for TPUs, and compiled by Google's compiler, which needs none."""
+    for name, package, extra, what in (
+        ("JAX", "jax", "tpu", "TPU programs can be simulated here, not exported"),
+        ("libtpu", "libtpu", "tpu-aot", "exports can't be compiled here for a chip"),
+    ):
+        try:
+            yield Check(name, "ok", importlib.metadata.version(package))
+        except importlib.metadata.PackageNotFoundError:
+            yield Check(name, "ok", f'none; {what}: pip install "jisu[{extra}]"')
 
 
 def _folders() -> Iterator[Check]:

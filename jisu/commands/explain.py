@@ -65,6 +65,10 @@ def _measure(program: Program) -> dict[str, Any] | None:
 
 def _show(console: Console, path: str, report: Mapping[str, Any], program: Program) -> None:
     console.print(f"{path}: for {program.target['name']}, {units.nbytes(program.weights_bytes)} of weights\n")
+    if report.get("simulation"):
+        console.print(
+            f"{report['simulation']}; what is predicted is for the chip, what is measured for the simulation\n"
+        )
     console.print(_passes(report["passes"]))
     layers = [
         [
@@ -102,8 +106,9 @@ def _show(console: Console, path: str, report: Mapping[str, Any], program: Progr
         console.print(f"no KV cache: {cache}")
     measured = report["measured"]
     if measured is not None:
+        of = " (the simulation)" if report.get("simulation") else ""
         console.print(
-            f"measured: {units.seconds(measured['step_s'])} for {measured['tokens']} tokens at once, "
+            f"measured{of}: {units.seconds(measured['step_s'])} for {measured['tokens']} tokens at once, "
             f"{units.seconds(measured['decode_s'])} for one after them ({program.num_threads} threads)"
         )
     if program.lacks:

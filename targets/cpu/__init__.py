@@ -22,6 +22,9 @@ TOGETHER = True
 FETCHED = False
 """Whether results come from another memory, so that a step had better give the likeliest tokens alone."""
 
+SIMULATED = ""
+"""This machine is the target."""
+
 INTEGERS = True
 """Rounded activations and codes are multiplied as integers."""
 

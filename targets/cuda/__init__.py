@@ -20,6 +20,9 @@ TOGETHER = True
 FETCHED = True
 """Results come from the GPU's memory."""
 
+SIMULATED = ""
+"""Programs run on a GPU, or nowhere."""
+
 INTEGERS = False
 """Rounded activations are multiplied as the bfloat16 that they stand for."""
 

@@ -23,6 +23,9 @@ TOGETHER = False
 FETCHED = False
 """What runs here is a simulation, in this machine's memory."""
 
+SIMULATED = "simulated on this machine's processor; not run on a TPU"
+"""How its programs run, where that isn't on the target; "" for targets whose programs do."""
+
 
 def variants(node: Node, target: Target) -> dict[str, tuple[int, ...]]:
     """Tiles follow from the chip's sizes."""

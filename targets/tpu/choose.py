@@ -100,8 +100,7 @@ def _kernel(function: Any, node: Node, operands: tuple[int, ...], views: dict[in
     return Kernel(function, arguments, ((rows, node.shape[-1]),))
 
 
-def _linear(node: Node, target: Target) -> Kernel | None:
-    """`linear` of bfloat16."""
+def _linear_product(node: Node) -> Product | None:
     x, w, bias, residual = node.operands
     assert x is not None and w is not None
     sizes = (w.shape[0], x.shape[-1])
@@ -110,7 +109,38 @@ def _linear(node: Node, target: Target) -> Kernel | None:
     n, k = map(int, sizes)  # type: ignore[call-overload]
     if node.activation not in ACTIVATIONS:
         return None
-    spec = Product(1, n, k, bias=bias is not None, activation=node.activation, residual=residual is not None)
+    return Product(1, n, k, bias=bias is not None, activation=node.activation, residual=residual is not None)
+
+
+def _integer_product(node: Node) -> Product | None:
+    _, codes, _, zeros, bias, residual = node.operands
+    assert codes is not None
+    if node.group or node.own or zeros is not None or node.gated or node.scheme != "int8":
+        return None
+    if codes.tensor.size != node.outputs * node.k:
+        return None
+    if node.dtype not in ("bfloat16", "float32") or node.activation not in ACTIVATIONS:
+        return None
+    return Product(
+        1, int(node.outputs), int(node.k), "int8", node.dtype, channel_scale=True, row_scale=True, bias=bias is not None,
+        activation=node.activation, residual=residual is not None,
+    )  # fmt: skip
+
+
+_PRODUCTS = {ops.linear: _linear_product, ops.integer_linear: _integer_product}
+
+
+def product_of(node: Node) -> Product | None:
+    """The product, with one row, that a node is and a chip's kernel computes; None where there is no such kernel."""
+    return _PRODUCTS[node.op](node) if node.op in _PRODUCTS else None
+
+
+def _linear(node: Node, target: Target) -> Kernel | None:
+    """`linear` of bfloat16."""
+    spec = product_of(node)
+    if spec is None:
+        return None
+    bias, residual, n, k = node.operands[2], node.operands[3], spec.n, spec.k
     shapes = [(symbol("rows"), k), (n, k), *([(n,)] if bias is not None else [])]
     shapes += [(symbol("rows"), n)] if residual is not None else []
     types = [TensorType(shape, "int16") for shape in shapes]
@@ -136,19 +166,12 @@ def _linear(node: Node, target: Target) -> Kernel | None:
 
 def _integer(node: Node, target: Target) -> Kernel | None:
     """`integer_linear` with a scale per token and per output."""
-    records, codes, scales, zeros, bias, residual = node.operands
-    assert records is not None and codes is not None and scales is not None
-    if node.group or node.own or zeros is not None or node.gated or node.scheme != "int8":
+    records, _, scales, _, bias, residual = node.operands
+    spec = product_of(node)
+    if spec is None:
         return None
-    if codes.tensor.size != node.outputs * node.k:
-        return None
-    if node.dtype not in ("bfloat16", "float32") or node.activation not in ACTIVATIONS:
-        return None
-    n, k, size = int(node.outputs), int(node.k), int(records.shape[-1])  # type: ignore[call-overload]
-    spec = Product(
-        1, n, k, "int8", node.dtype, channel_scale=True, row_scale=True, bias=bias is not None,
-        activation=node.activation, residual=residual is not None,
-    )  # fmt: skip
+    assert records is not None and scales is not None
+    n, k, size = spec.n, spec.k, int(records.shape[-1])  # type: ignore[call-overload]
     stored = "int16" if node.dtype == "bfloat16" else "float32"
     shapes: list[tuple[tuple[Dim, ...], str]] = [
         ((symbol("rows"), size), "uint8"), ((n, k), "uint8"), ((n,), scales.dtype),

@@ -43,6 +43,13 @@ def has_libtpu() -> bool:
     return importlib.util.find_spec("libtpu") is not None
 
 
+def require() -> None:
+    """Raises TargetError where what `export_bytes` needs isn't installed."""
+    missing = [name for name in ("jax", "flatbuffers") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise TargetError(f'exporting for TPUs needs {" and ".join(missing)}: pip install "jisu[tpu]"')
+
+
 def _jax() -> Any:
     if not has_jax():
         raise TargetError('JAX is not installed; it comes with pip install "jisu[tpu]"')
@@ -65,8 +72,8 @@ def donated(entry: Entry) -> tuple[int, ...]:
     return tuple(sorted(a for a in entry.aliases if a is not None))
 
 
-def exported(text: str, entry: Entry, platform: str = "tpu", name: str = "jisu") -> Exported:
-    """The module `text`, with `main` as `entry` (of `stablehlo.signature`) says, as JAX's Exported for "tpu" or "cpu".
+def exported(text: str, entry: Entry, platform: str | Sequence[str] = "tpu", name: str = "jisu") -> Exported:
+    """The module `text`, with `main` as `entry` (of `stablehlo.signature`) says, as JAX's Exported for "tpu", "cpu", or both.
 
     It is what exporting a function of these types gives, with the module in the place of the function's. Raises TargetError without
     JAX, CompileError for text that StableHLO refuses.
@@ -79,8 +86,11 @@ def exported(text: str, entry: Entry, platform: str = "tpu", name: str = "jisu")
         return [jax.numpy.zeros(t.shape, numpy_dtype(t.dtype)) for t in entry.outputs]
 
     shaped.__name__ = re.sub(r"\W", "_", name)
+    platforms = [platform] if isinstance(platform, str) else list(platform)
+    if len(platforms) > 1:  # then JAX says first which of them it is
+        text = text.replace("@main(\n", "@main(\n      %platform_index: tensor<i32>,\n", 1)
     with jax.enable_x64(True):
-        frame = export.export(jax.jit(shaped, keep_unused=True), platforms=[platform])(*_specs(_parameters(entry)))
+        frame = export.export(jax.jit(shaped, keep_unused=True), platforms=platforms)(*_specs(_parameters(entry)))
     version = re.search(rb"StableHLO_v([\d.]+)", frame.mlir_module_serialized)
     if version is None:
         raise CompileError("this version of JAX serializes modules in a way that isn't known; use jax 0.10")
@@ -91,7 +101,7 @@ def exported(text: str, entry: Entry, platform: str = "tpu", name: str = "jisu")
     return dataclasses.replace(frame, mlir_module_serialized=module)
 
 
-def export_bytes(text: str, entry: Entry, platform: str = "tpu", name: str = "jisu") -> bytes:
+def export_bytes(text: str, entry: Entry, platform: str | Sequence[str] = "tpu", name: str = "jisu") -> bytes:
     """What `jax.export.deserialize` reads, on any machine with JAX; raises as `exported`.
 
     The reader calls it with 64-bit numbers enabled, and says itself what is donated:
@@ -144,6 +154,15 @@ def compile_for(chip: str, text: str, entry: Entry, donate: bool = True) -> Comp
     donate: updated caches are given away by the caller. Raises TargetError for an unknown chip or without JAX or libtpu, CompileError
     with libtpu's message where it refuses the program.
     """
+    return _compiled_for(chip, exported(text, entry, "tpu"), donated(entry) if donate else ())
+
+
+def compile_bytes_for(chip: str, data: bytes, donated: Sequence[int] = ()) -> Compiled:
+    """As `compile_for`, what `export_bytes` gave; donated: the numbers of parameters that the caller gives away."""
+    return _compiled_for(chip, _jax().export.deserialize(bytearray(data)), donated)
+
+
+def _compiled_for(chip: str, program: Exported, given: Sequence[int]) -> Compiled:
     jax = _jax()
     if not has_libtpu():
         raise TargetError('libtpu is not installed; it comes with pip install "jisu[tpu-aot]"')
@@ -154,14 +173,14 @@ def compile_for(chip: str, text: str, entry: Entry, donate: bool = True) -> Comp
     from jax.experimental import topologies
     from jax.sharding import SingleDeviceSharding
 
-    program = exported(text, entry, "tpu")
     try:
         device = topologies.get_topology_desc(CHIPS[chip], "tpu").devices[0]
         sharding = SingleDeviceSharding(device)
-        given = donated(entry) if donate else ()
-        step = jax.jit(program.call, donate_argnums=given, keep_unused=True, out_shardings=sharding)
+        step = jax.jit(program.call, donate_argnums=tuple(given), keep_unused=True, out_shardings=sharding)
         with jax.enable_x64(True):
-            made = step.lower(*_specs(_parameters(entry), sharding=sharding)).compile()
+            made = step.lower(
+                *[jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding) for a in program.in_avals]
+            ).compile()
     except Exception as error:  # whatever the run time raises
         raise CompileError(f"libtpu refuses the program for {chip}: {error}") from error
     memory, cost = made.memory_analysis(), made.cost_analysis() or {}

@@ -190,10 +190,10 @@ def row_multiple(product: Product, chip: Chip) -> int:
     return max(chip.packed_sublanes(product.itemsize), chip.packed_sublanes(product.result_itemsize))
 
 
-def choose_tiles(product: Product, chip: Chip, *, frugal: bool = False) -> Tiles:
+def choose_tiles(product: Product, chip: Chip, *, prefetched: bool = False, frugal: bool = False) -> Tiles:
     """The tiles with the least simulated time. CompileError: not even the smallest fit; it names the tensor and its bytes.
 
-    frugal: w is padded to whole lanes and no further, so that one that is stored like this needs no copy.
+    prefetched: where weights are in VMEM beforehand. frugal: w is padded to whole lanes and no further, so that one that is stored like this needs no copy.
     """
     fitting: list[tuple[float, int, int, Tiles]] = []
     refused: CompileError | None = None
