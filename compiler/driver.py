@@ -146,6 +146,7 @@ def export(
     capacity: int | None = None,
     sizes: Mapping[str, int] | None = None,
     chip: str | None = None,
+    kernels: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -157,7 +158,8 @@ def export(
     A TPU's programs have fixed shapes. buckets: of a language model, how many tokens a program reads at a time (1 writes); of another
     one, what its varying size is. batch: sequences at a time. capacity: slots of the caches, per sequence (default: what the
     model has positions for, 1024 at most). sizes: of a module, those of its other varying sizes, by name. chip: whose kernels are
-    written (default: the program's). overwrite: whether an older export at `folder` may go. The folder appears whole or not
+    written (default: the program's). kernels: whether programs are written a second time, for TPUs alone, with our Pallas kernels in the place
+    of XLA's products and attention (`run_tpu.py --kernels`). overwrite: whether an older export at `folder` may go. The folder appears whole or not
     at all; see `jisu.targets.tpu.bundle` for what is in it. Results to compare with are computed by the program, simulated.
 
     Raises TargetError for a program that isn't for a TPU and without JAX, InputError for sizes that don't fit and for a folder that
@@ -217,6 +219,7 @@ def export(
         machine, graphs, parts.weights, program.run, batch, decoding,
         {n: data for n, data in parts.files.items() if n in TOKENIZER_FILES},
         {"jisu": parts.producers.get("jisu", ""), "kind": "module" if info is None else "decoder", "recipe": program.recipe},
+        with_kernels=kernels,
     )  # fmt: skip
     with whole_folder(folder, lambda: bundle.check_place(folder, overwrite)) as new:
         manifest = bundle.write(new, source, found, tell)

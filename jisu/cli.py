@@ -193,6 +193,9 @@ def export(
     size: Annotated[
         list[str] | None, typer.Option(metavar="NAME=N", help="A varying size of a program that is no language model.")
     ] = None,
+    kernels: Annotated[
+        bool, typer.Option("--kernels", help="Write the programs with our own kernels, too, besides those with XLA's.")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an older export.")] = False,
     recipe: Recipe = None,
     cache_dir: CacheDir = None,
@@ -206,7 +209,7 @@ def export(
         if not name or not number.isdecimal():
             raise typer.BadParameter(f"--size is NAME=N, such as --size height=224, got {given!r}")
         sizes[name] = int(number)
-    shapes = command.Shapes(batch, tuple(bucket or (1, 128)), capacity, sizes)
+    shapes = command.Shapes(batch, tuple(bucket or (1, 128)), capacity, sizes, kernels)
     command.run(shell, path, folder, Options(recipe=recipe, cache_dir=cache_dir), chip, shapes, force)
 
 

@@ -27,6 +27,7 @@ class Shapes:
     buckets: tuple[int, ...]
     capacity: int | None
     sizes: Mapping[str, int]
+    kernels: bool = False
 
 
 def run(
@@ -50,7 +51,7 @@ def run(
     with shell.progress() as tell:
         manifest = jisu.export(
             opened.program, folder, batch=shapes.batch, buckets=shapes.buckets, capacity=shapes.capacity,
-            sizes=shapes.sizes, chip=name, overwrite=overwrite, progress=tell,
+            sizes=shapes.sizes, chip=name, kernels=shapes.kernels, overwrite=overwrite, progress=tell,
         )  # fmt: skip
     files = {name: (Path(folder) / name).stat().st_size for name in (*manifest["sha256"], "manifest.json")}
     result = {
@@ -77,6 +78,7 @@ def run(
         console.print(table("Programs", ("<program", "<sizes", "updated in place", "StableHLO"), rows))
         console.print(
             f"{len(manifest['kernels'])} kernels as Pallas source, to be read; the programs leave products to XLA"
+            + (", but for those that run_tpu.py takes with --kernels" if shapes.kernels else "")
         )
         console.print("expected results: simulated on this machine's processor; nothing was run on a TPU")
         console.print(

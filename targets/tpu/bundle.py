@@ -1,8 +1,8 @@
 """What a TPU's owner gets: a folder with programs, weights, samples and a script that needs JAX alone.
 
 `manifest.json` says what there is. Per entry and bucket there is a program, as StableHLO text (`.mlir`) and as the bytes of `jax.export`
-for TPUs and CPUs (`.export`); `weights*.safetensors` has what they take by name; `kernels/` the chip's own kernels of the products in
-them, as Pallas source to be read and run (the programs leave products to XLA); `samples.safetensors` seeded inputs and what the simulated
+for TPUs and CPUs (`.export`), if wanted also with our kernels inside (`.kernels.export`, for TPUs); `weights*.safetensors` has what they take by name; `kernels/` the chip's own kernels of the products in
+them, as Pallas source to be read and run (the plain programs leave products to XLA); `samples.safetensors` seeded inputs and what the simulated
 program makes of them; `run_tpu.py` loads, checks and times all that. Nothing here needs a TPU, and nothing here has seen one.
 """
 
@@ -29,6 +29,7 @@ from jisu.compiler.types import TensorType, numpy_dtype, product, substitute
 from jisu.targets.tpu import export
 from jisu.targets.tpu.chip import Chip
 from jisu.targets.tpu.choose import product_of
+from jisu.targets.tpu.kernels import chooser
 from jisu.targets.tpu.pallas import source
 from jisu.targets.tpu.product import lower
 from jisu.targets.tpu.spec import Product
@@ -85,7 +86,8 @@ class Decoding:
 
 @attrs.frozen
 class Source:
-    """What is exported. graphs, weights: by entry and by name; files: tokenizer and configuration; about: goes into the manifest."""
+    """What is exported. graphs, weights: by entry and by name; files: tokenizer and configuration; about: goes into the manifest.
+    with_kernels: whether each program is written a second time, for TPUs alone, with our kernels in it."""
 
     chip: Chip
     graphs: Mapping[str, Graph]
@@ -95,6 +97,7 @@ class Source:
     decoding: Decoding | None = None
     files: Mapping[str, bytes] = attrs.field(factory=dict)
     about: Mapping[str, Any] = attrs.field(factory=dict)
+    with_kernels: bool = False
     seed: int = 0
 
 
@@ -175,6 +178,9 @@ def write(folder: Path, given: Source, buckets: Sequence[Bucket], tell: Progress
         text = emit(graph, bucket.sizes, name=bucket.name)
         (folder / f"{bucket.name}.mlir").write_text(text, encoding="utf-8")
         (folder / f"{bucket.name}.export").write_bytes(export.export_bytes(text, entry, PLATFORMS, bucket.name))
+        if given.with_kernels:
+            text = emit(graph, bucket.sizes, chooser(given.chip), name=bucket.name)
+            (folder / f"{bucket.name}.kernels.export").write_bytes(export.export_bytes(text, entry, "tpu", bucket.name))
         for node in graph.nodes:
             spec = product_of(node)
             if spec is not None:
@@ -183,6 +189,8 @@ def write(folder: Path, given: Source, buckets: Sequence[Bucket], tell: Progress
         tell(f"simulating {bucket.name}", 0.8 * (i + 0.5) / len(buckets))
         samples.add(bucket, entry)
         programs.append(_described(bucket, entry, samples))
+        if given.with_kernels:
+            programs[-1]["with_kernels"] = f"{bucket.name}.kernels.export"
         names |= dict(entry.weights)
     manifest: dict[str, Any] = {
         "format": FORMAT,

@@ -1,4 +1,4 @@
-"""Checks this folder's programs on a TPU and times them; with --cpu, on the processor.
+"""Checks this folder's programs on a TPU and times them; with --cpu, on the processor; with --kernels, those with jisu's own kernels.
 
     pip install "jax[tpu]" flatbuffers safetensors
     python run_tpu.py
@@ -42,6 +42,9 @@ def main() -> None:
         with open(HERE / name, "rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != wanted:
                 sys.exit(f"{name} is damaged: copy the folder again")
+    form = "with_kernels" if "--kernels" in sys.argv else "export"
+    if any(form not in p for p in manifest["programs"]):
+        sys.exit("this folder has no programs with kernels: export it with --kernels")
     weights = {key: array for name in manifest["weights"] for key, array in tensors(name).items()}
     samples = tensors("samples.safetensors")
     print(f"jax {jax.__version__} on {jax.devices()[0].device_kind}; programs made for {manifest['chip']}")
@@ -51,7 +54,7 @@ def main() -> None:
             state = {i["name"]: jax.numpy.zeros(i["shape"], i["dtype"]) for i in p["inputs"] if i["state"]}
         given = {i["name"]: samples[f"{p['name']}.{i['name']}"] for i in p["inputs"] if not i["state"]}
         held = [weights[name] for name in p["weights"]]
-        program = jax.export.deserialize(bytearray((HERE / p["export"]).read_bytes()))
+        program = jax.export.deserialize(bytearray((HERE / p[form]).read_bytes()))
         run = jax.jit(program.call, donate_argnums=tuple(p["donated"]))
         results = run(*given.values(), *state.values(), *held)
         state = {o["name"]: r for o, r in zip(p["outputs"], results, strict=True) if o["updates"] is not None}
