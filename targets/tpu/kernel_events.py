@@ -327,11 +327,14 @@ def _instructions(nest: Any) -> Callable[[Env], Iterator[tuple[Multiply, int, in
 
 
 def _work(value: Any) -> tuple[int, int]:
-    """How many operations an expression has beyond two scales, and how many costly functions."""
+    """How many operations an expression has beyond two scales, and how many costly functions; what it names twice is computed once."""
     simple = costly = 0
-    pending = [value]
+    pending, seen = [value], set()
     while pending:
         e = pending.pop()
+        if (text := str(e)) in seen:
+            continue
+        seen.add(text)
         pending += walk.operands(e)
         if isinstance(e, Call):
             costly += any(name in str(e.op.name) for name in COSTLY)

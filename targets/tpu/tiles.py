@@ -39,8 +39,8 @@ ACTIVATION_WORK: dict[str, tuple[int, int]] = {
     "relu2": (2, 0),
     "gelu": (4, 1),
     "gelu_tanh": (8, 1),
-    "silu": (2, 1),
-    "sigmoid": (2, 1),
+    "silu": (3, 1),
+    "sigmoid": (3, 1),
 }
 """Simple and costly operations of the vector unit per number, of each activation."""
 
