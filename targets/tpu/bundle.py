@@ -1,9 +1,10 @@
 """What a TPU's owner gets: a folder with programs, weights, samples and a script that needs JAX alone.
 
 `manifest.json` says what there is. Per entry and bucket there is a program, as StableHLO text (`.mlir`) and as the bytes of `jax.export`
-for TPUs and CPUs (`.export`), if wanted also with our kernels inside (`.kernels.export`, for TPUs); `weights*.safetensors` has what they take by name; `kernels/` the chip's own kernels of the products in
-them, as Pallas source to be read and run (the plain programs leave products to XLA); `samples.safetensors` seeded inputs and what the simulated
-program makes of them; `run_tpu.py` loads, checks and times all that. Nothing here needs a TPU, and nothing here has seen one.
+for TPUs and CPUs (`.export`), if wanted also with our kernels inside (`.kernels.export`, for TPUs); `weights*.safetensors` has what they
+take by name; `kernels/` the chip's own kernels of the products in them, as Pallas source to be read and run (the plain programs leave
+products to XLA); `samples.safetensors` seeded inputs and what the simulated program makes of them; `run_tpu.py` loads, checks and times
+all that. Nothing here needs a TPU, and nothing here has seen one.
 """
 
 from __future__ import annotations
