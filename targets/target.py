@@ -185,6 +185,7 @@ class Target:
         code = [self.kind, self.triple, self.mcpu, sorted(self.features), self.vector_bytes, self.vector_registers]
         code += [[c.bytes for c in self.caches], [d for d, rate in self.peak if rate > self.peak_flops("float32")]]
         code += [self.schedule.to_json(), self.cores if self.kind == "cuda" else 0]  # how many blocks are launched
+        code += [self.name] if self.kind == "tpu" else []  # a chip's kernels follow from all of its numbers
         return f"{self.kind}-{hashlib.sha256(json.dumps(code).encode()).hexdigest()[:16]}"
 
     def has(self, *features: str) -> bool:

@@ -565,8 +565,11 @@ def test_targets_are_known_comparable_and_checked() -> None:
     assert foreign.check_host() == ["amx-tile2"]
     with pytest.raises(TargetError, match="unknown target 'cudaa'; known: cpu, .*did you mean 'cuda'"):
         Target.resolve("cudaa")
-    with pytest.raises(TargetError, match="no TPU lowering yet.*use target='cpu'"):
-        Target.resolve("tpu:v5e")
+    chips = [Target.resolve(name) for name in known_targets() if name.startswith("tpu")]
+    assert len({chip.fingerprint() for chip in chips}) == len({chip.name for chip in chips}) > 3
+    assert not any(chip.check_host() for chip in chips)  # they are simulated here
+    with pytest.raises(TargetError, match="no NPU lowering yet.*use target='cpu'"):
+        Target.resolve(attrs.evolve(here, kind="npu"))
     with pytest.raises(TargetError, match="unknown fields colour"):
         Target.from_json({**here.to_json(), "colour": 1})
 
