@@ -671,7 +671,7 @@ def _build(
     shutil.rmtree(out, ignore_errors=True)
     times["kernels_s"] = time.perf_counter() - begin
     begin = time.perf_counter()
-    weights = _materialise(finished, info.entries, tell, in_place=machine.kind == "cpu")
+    weights = _materialise(finished, info.entries, tell, in_place=not facts.of(machine).FETCHED)
     times["weights_s"] = time.perf_counter() - begin
     report |= {
         "simulation": facts.of(machine).SIMULATED,

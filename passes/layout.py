@@ -96,9 +96,7 @@ class PackWeights:
                 data, *weights = new.parents
                 if len({_form(w) for w in weights}) == 1 and self._quantized(*weights):
                     return quantized(new, weights, None, None, new.source)
-                kinds = zip(weights, (new.activation, "none"), strict=True)
-                parts = [ops.linear.make((data, m, None, None), {"activation": kind}, new.source) for m, kind in kinds]
-                return ops.mul.make([transform(n, n) for n in parts], {}, new.source)
+                return ops.mul.make([transform(n, n) for n in _apart(new)], {}, new.source)
             if new.op is ops.take and new.axis == 0 and self._quantized(new.operands[0]):
                 if old.operands[0] not in words or new.wrap:
                     return self._looked_up(new)
@@ -452,12 +450,16 @@ class SplitGated:
         def transform(old: Node, new: Node) -> Node:
             if new.op is not ops.gated_linear:
                 return new
-            data, *weights = new.parents
-            kinds = zip(weights, (new.activation, "none"), strict=True)
-            parts = [ops.linear.make((data, m, None, None), {"activation": kind}, new.source) for m, kind in kinds]
-            return ops.mul.make(parts, {}, new.source)
+            return ops.mul.make(_apart(new), {}, new.source)
 
         return graph.map(transform)
+
+
+def _apart(gated: Node) -> list[Node]:
+    """A gated layer's two layers, whose product it is."""
+    data, *weights = gated.parents
+    kinds = zip(weights, (gated.activation, "none"), strict=True)
+    return [ops.linear.make((data, m, None, None), {"activation": kind}, gated.source) for m, kind in kinds]
 
 
 def _alike(node: Node) -> tuple[Any, ...]:

@@ -13,13 +13,14 @@ from hypothesis import strategies as st
 from tvm import tirx
 
 from jisu.compiler.errors import CompileError, InputError
+from jisu.compiler.types import numpy_dtype
 from jisu.targets.tpu import judges
 from jisu.targets.tpu.chip import Chip
 from jisu.targets.tpu.functional import check, run
 from jisu.targets.tpu.pallas import source
 from jisu.targets.tpu.product import LOAD, STORE, Lowered, lower
 from jisu.targets.tpu.reference import reference
-from jisu.targets.tpu.spec import ACTIVATIONS, Product, numpy_dtype
+from jisu.targets.tpu.spec import ACTIVATIONS, Product
 from jisu.targets.tpu.tiles import Tiles, choose_tiles, make_tiles
 from jisu.targets.tpu.walk import COMMIT, WAIT, Multiply, instruction, parts, rebuild
 

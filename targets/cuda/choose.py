@@ -119,7 +119,7 @@ _KEYS_PER_PART = 256  # of one token's attention, at least, so that parts are wo
 _BLOCKS = 4  # of one token's attention, per multiprocessor, so that enough reads are under way
 
 
-def _form(q: Node, kv_heads: int, width: object, target: Target, **how: object) -> Form | None:
+def _form(q: Node, kv_heads: int, width: object, **how: object) -> Form | None:
     """How attention works on these heads, or None where no kernel does it."""
     heads, head_dim = int(q.shape[2]), int(q.shape[3])  # type: ignore[call-overload]
     if q.dtype not in PAIRS or width != head_dim:
@@ -131,7 +131,7 @@ def _attention(node: Node, target: Target) -> Kernel | None:
     q, k, v, bias, sinks = node.operands
     assert q is not None and k is not None and v is not None
     form = _form(
-        q, int(k.shape[2]), v.shape[3], target, scale=node.scale, layout="plain", causal=node.causal, window=node.window,
+        q, int(k.shape[2]), v.shape[3], scale=node.scale, layout="plain", causal=node.causal, window=node.window,
         softcap=node.softcap, sinks=sinks is not None,
     )  # type: ignore[call-overload]  # fmt: skip
     if form is None or bias is not None:
@@ -150,7 +150,7 @@ def _attention_cached(node: Node, target: Target) -> Kernel | None:
     contiguous = keys.op is ops.cache_append and not keys.attributes["ring"]
     layout = "paged" if table is not None else "contiguous" if contiguous else "ring"
     form = _form(
-        q, int(keys.shape[1]), node.shape[3], target, scale=node.scale, layout=layout,
+        q, int(keys.shape[1]), node.shape[3], scale=node.scale, layout=layout,
         page=int(keys.shape[2]) if table is not None else 0, window=node.window, softcap=node.softcap, sinks=sinks is not None,
         scheme=node.scheme,
     )  # type: ignore[call-overload]  # fmt: skip

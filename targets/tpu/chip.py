@@ -122,11 +122,11 @@ class Chip:
 
     def sublane_tile(self, dtype: str) -> int:
         """Rows of a native tile: 8 of 32 bits, 16 of 16, 32 of 8; other heights are padded to a multiple of it."""
-        return int(self.sublanes * 4 / itemsize(dtype))
+        return self.packed_sublanes(itemsize(dtype))
 
-    def packed_sublanes(self, size: int) -> int:
+    def packed_sublanes(self, size: float) -> int:
         """Rows of a native tile of elements of so many bytes."""
-        return self.sublanes * 4 // size
+        return int(self.sublanes * 4 / size)
 
     @property
     def register_elements(self) -> int:
@@ -150,7 +150,7 @@ def description(name: str) -> dict[str, Any]:
         "name": chip.name,
         "kind": "tpu",
         "triple": "tpu-google",
-        "mcpu": chip.name.removeprefix("tpu:"),
+        "mcpu": chip.short,
         "features": [],
         "vector_bytes": 4 * chip.register_elements,
         "vector_registers": chip.vector_registers,
@@ -160,7 +160,7 @@ def description(name: str) -> dict[str, Any]:
         "memory_bandwidth": chip.cores * chip.hbm_bandwidth,
         "peak": {dtype: chip.cores * rate for dtype, rate in chip.peak},
         "estimated": True,
-        "source": f"targets/tpu/chips/{chip.name.removeprefix('tpu:')}.json, which names a source for each number",
+        "source": f"targets/tpu/chips/{chip.short}.json, which names a source for each number",
     }
 
 

@@ -22,8 +22,8 @@ from tvm.ir import Call
 from tvm.ir.expr import TensorLoad
 
 from jisu.compiler.errors import CompileError, InputError
+from jisu.compiler.types import numpy_dtype
 from jisu.targets.tpu.product import Lowered
-from jisu.targets.tpu.spec import numpy_dtype
 from jisu.targets.tpu.walk import (
     ASYNC,
     COMMIT,

@@ -18,10 +18,12 @@ from typing import Any
 from tvm import s_tir
 from tvm.script import tirx as T
 
+from jisu.targets.tpu.events import ACC as SUMS
+from jisu.targets.tpu.events import HBM as HBM
+from jisu.targets.tpu.events import VMEM as VMEM
 from jisu.targets.tpu.spec import ACCUMULATOR
 
 COPY, ZERO, MULTIPLY = "tpu.copy", "tpu.zero", "tpu.multiply"
-HBM, VMEM, SUMS = "global", "global.vmem", "global.acc"
 
 
 @functools.cache

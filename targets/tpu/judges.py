@@ -23,12 +23,12 @@ import attrs
 import numpy as np
 
 from jisu.compiler.errors import CompileError, InputError, TargetError
+from jisu.targets.tpu.export import CHIPS
 
 DMA = ("on_wait", "eager")
 """When the interpreter's copies land."""
 AOT_PYTHON = "JISU_TPU_AOT_PYTHON"
 """The environment variable that names a Python with jax and libtpu, where this one has none."""
-_TOPOLOGY = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "v7x": "tpu7x:2x2x1"}
 _LOCK = threading.Lock()
 
 
@@ -99,9 +99,9 @@ def compile_ahead(sources: Sequence[str], chips: Sequence[str]) -> list[list[Acc
         raise TargetError(
             f'compiling for a TPU needs libtpu: pip install "jisu[tpu-aot]", or let {AOT_PYTHON} name a Python that has it'
         )
-    unknown = [chip for chip in chips if chip not in _TOPOLOGY]
+    unknown = [chip for chip in chips if chip not in CHIPS]
     if unknown:
-        raise TargetError(f"unknown TPU chip {unknown[0]!r}; known: {', '.join(_TOPOLOGY)}")
+        raise TargetError(f"unknown TPU chip {unknown[0]!r}; known: {', '.join(CHIPS)}")
     with tempfile.TemporaryDirectory() as folder:
         paths = [Path(folder) / f"kernel_{number}.py" for number in range(len(sources))]
         for path, source in zip(paths, sources, strict=True):
@@ -113,7 +113,7 @@ def compile_ahead(sources: Sequence[str], chips: Sequence[str]) -> list[list[Acc
             "JAX_PLATFORMS": "cpu",
             "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
         }
-        command = [python, "-c", _COMPILE, json.dumps([[chip, _TOPOLOGY[chip]] for chip in chips]), *map(str, paths)]
+        command = [python, "-c", _COMPILE, json.dumps([[chip, CHIPS[chip]] for chip in chips]), *map(str, paths)]
         done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
     match = re.search(r"^RESULT (.*)$", done.stdout, re.MULTILINE)
     if match is None:

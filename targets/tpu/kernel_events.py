@@ -18,11 +18,11 @@ from tvm import tirx
 from tvm.ir import Call
 
 from jisu.compiler.errors import CompileError
+from jisu.compiler.types import numpy_dtype
 from jisu.targets.tpu import walk
 from jisu.targets.tpu.chip import Chip
 from jisu.targets.tpu.events import HBM, VMEM, Allocate, Copy, Event, Free, Matmul, Vector, Wait
 from jisu.targets.tpu.product import Lowered
-from jisu.targets.tpu.spec import numpy_dtype
 from jisu.targets.tpu.tiles import Tiles, bytes_in_vmem
 from jisu.targets.tpu.walk import COMMIT, INFLIGHT, WAIT, Multiply, Region, Zero, elementwise, instruction, parts
 

@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from jisu.targets.tpu.spec import Product, numpy_dtype
+from jisu.compiler.types import numpy_dtype
+from jisu.targets.tpu.spec import Product
 
 _erf = np.vectorize(math.erf, otypes=[np.float64])
 _ACTIVATION: dict[str, Callable[[np.ndarray], np.ndarray]] = {

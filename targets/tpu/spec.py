@@ -10,19 +10,14 @@ from __future__ import annotations
 
 import attrs
 import numpy as np
-from ml_dtypes import bfloat16
 
 from jisu.compiler.errors import CompileError, InputError
+from jisu.compiler.types import numpy_dtype
 
 ACTIVATIONS = ("none", "relu", "relu2", "gelu", "gelu_tanh", "silu", "sigmoid")
 ACCUMULATOR = {"int8": "int32", "bfloat16": "float32"}
 """Operands' dtypes that the matrix unit multiplies, with what it sums in."""
 RESULTS = ("bfloat16", "float32")
-
-
-def numpy_dtype(dtype: str) -> np.dtype:
-    """NumPy's dtype of that name, bfloat16 included."""
-    return np.dtype(bfloat16 if dtype == "bfloat16" else dtype)
 
 
 def round_up(value: int, multiple: int) -> int:

@@ -246,9 +246,8 @@ class _Cache:
         if self.table is None:
             return b.let(self.cache.offset([sequence, group, place, i64(0)]), "base")
         page = b.let(tirx.Cast("int64", self.table[[sequence, tirx.floordiv(place, self.page)]]), "page")
-        if (
-            b.points_fail
-        ):  # who reads the page looks whether it's there; `check` would have every thread look at all of them
+        if b.points_fail:
+            # Who reads the page looks whether it's there; `check` would have every thread look at all of them.
             b.require(tirx.all(page >= i64(0), page < self.cache.shape[0]), "IndexError", _NO_PAGE)
             page = b.let(tirx.max(tirx.min(page, self.cache.shape[0] - i64(1)), i64(0)), "page")
         return b.let(self.cache.offset([page, group, tirx.floormod(place, self.page), i64(0)]), "base")

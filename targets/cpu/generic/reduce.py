@@ -117,9 +117,8 @@ def _reduce(b: Builder, pull: Pull, node: Node, target: Flat) -> None:
 
     work = x.tensor.size * cost(nodes)
     parallel = not is_checked(nodes)
-    if (
-        kept and (not reduced or kept[-1] > reduced[-1]) and not b.points_fail
-    ):  # a GPU's neighbouring threads take columns by themselves
+    # A GPU's neighbouring threads take columns by themselves.
+    if kept and (not reduced or kept[-1] > reduced[-1]) and not b.points_fail:
         _reduce_columns(b, kind, acc, sizes, [x.shape[k] for k in kept], kept, reduced, element, put, work, parallel)
         return
 
