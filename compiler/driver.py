@@ -1073,13 +1073,11 @@ def _simulated(
     graphs: Mapping[str, Graph], env: Mapping[str, int], machine: Any, sequence: str | None
 ) -> list[dict[str, Any]]:
     """What the timing model says of each entry, for machines that have one."""
-    if machine.kind != "tpu":
-        return []
-    from jisu.targets.tpu.chip import Chip
-    from jisu.targets.tpu.program import simulated_entries
+    from jisu.targets import facts
 
     known = {name: 1 for graph in graphs.values() for name in graph.symbols if not sequence} | dict(env)
-    return simulated_entries(graphs, known, Chip.named(machine.name), sequence=sequence)
+    found: list[dict[str, Any]] = facts.of(machine).simulated(graphs, known, machine, sequence)
+    return found
 
 
 def _op_report(graph: Graph, env: Mapping[str, int], machine: Any) -> list[dict[str, Any]]:

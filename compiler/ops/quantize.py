@@ -544,7 +544,7 @@ def quantized_take(
     return TensorType((*indices.shape, width), dtype)
 
 
-def _parts(operands: Sequence[Any], count: int, offset: bool, biased: bool) -> list[tuple[Any, ...]]:
+def layer_parts(operands: Sequence[Any], count: int, offset: bool, biased: bool) -> list[tuple[Any, ...]]:
     """Codes, scales, zeros and bias of each of several layers, whose operands stand kind by kind."""
     kinds = (True, True, offset, biased)
     starts = [count * sum(kinds[:i]) for i in range(4)]
@@ -556,7 +556,7 @@ def _parts(operands: Sequence[Any], count: int, offset: bool, biased: bool) -> l
 def _integer_projections(
     x: np.ndarray, *operands: np.ndarray, outputs: tuple[int, ...], offset: bool, biased: bool, **how: Any
 ) -> tuple[np.ndarray, ...]:
-    parts = _parts(operands, len(outputs), offset, biased)
+    parts = layer_parts(operands, len(outputs), offset, biased)
     return tuple(
         _integer_linear(x, c, s, z, b, None, outputs=n, gated=False, activation="none", **how)
         for (c, s, z, b), n in zip(parts, outputs, strict=True)
@@ -599,7 +599,7 @@ def integer_projections(
     wanted = count * (2 + offset + biased)
     require(len(operands) == wanted, f"{count} layers have {wanted} operands beside x, not {len(operands)}")
     how = {"k": k, "scheme": scheme, "group": group, "own": own, "dtype": dtype}
-    parts = _parts(operands, count, offset, biased)
+    parts = layer_parts(operands, count, offset, biased)
     assert integer_linear.rule is not None
     found = [
         integer_linear.rule(x, c, s, z, b, None, outputs=n, **how)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from jisu.compiler.graph import Node
+from collections.abc import Mapping
+from typing import Any
+
+from jisu.compiler.graph import Graph, Node
 from jisu.targets.target import Target
 
 
@@ -40,3 +43,10 @@ def sparse_gain(form: str, kept: float, target: Target) -> float | None:
 def sparse_limits(target: Target) -> dict[str, float]:
     """As `sparse_gain`: none."""
     return {}
+
+
+def simulated(
+    graphs: Mapping[str, Graph], sizes: Mapping[str, int], target: Target, sequence: str | None
+) -> list[dict[str, Any]]:
+    """What a timing model says of entries: there is none but the cost model."""
+    return []

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # a target's description comes from here
-    from jisu.compiler.graph import Node
+    from jisu.compiler.graph import Graph, Node
     from jisu.targets.target import Target
 
 
@@ -40,3 +41,13 @@ def sparse_gain(form: str, kept: float, target: Target) -> float | None:
 def sparse_limits(target: Target) -> dict[str, float]:
     """As `sparse_gain`: none."""
     return {}
+
+
+def simulated(
+    graphs: Mapping[str, Graph], sizes: Mapping[str, int], target: Target, sequence: str | None
+) -> list[dict[str, Any]]:
+    """Each entry's time on the chip, simulated; see `jisu.targets.tpu.program.simulated_entries`."""
+    from jisu.targets.tpu.chip import Chip
+    from jisu.targets.tpu.program import simulated_entries
+
+    return simulated_entries(graphs, sizes, Chip.named(target.name), sequence=sequence)

@@ -17,7 +17,7 @@ import attrs
 from jisu.compiler import levels, ops
 from jisu.compiler.errors import CompileError
 from jisu.compiler.graph import WEIGHT, Graph, Node, Op
-from jisu.compiler.ops.quantize import _parts
+from jisu.compiler.ops.quantize import layer_parts
 from jisu.compiler.schemes import SCHEMES
 from jisu.compiler.types import TensorType
 from jisu.targets.tpu import attention, splice
@@ -189,7 +189,7 @@ def _integer(node: Node) -> _Layer | None:
 def _integer_projections(node: Node) -> _Layer | None:
     if not _exact_levels(node, node.offset):
         return None
-    numbers = _parts(range(1, len(node.operands)), len(node.outputs), node.offset, node.biased)
+    numbers = layer_parts(range(1, len(node.operands)), len(node.outputs), node.offset, node.biased)
     return _Layer(
         "codes", tuple(_Product(n, w, None, s, b) for (w, s, _, b), n in zip(numbers, node.outputs, strict=True))
     )

@@ -10,7 +10,7 @@ import numpy as np
 
 from jisu.compiler import levels, ops
 from jisu.compiler.graph import Op
-from jisu.compiler.ops.quantize import _parts
+from jisu.compiler.ops.quantize import layer_parts
 from jisu.compiler.schemes import SCHEMES, Scheme, groups_of
 from jisu.targets.tpu.stablehlo.build import HALF, Body, Value
 from jisu.targets.tpu.stablehlo.contract import finish, gate
@@ -300,7 +300,7 @@ def _integer_linear(
 def _integer_projections(
     body: Body, x: Value, *operands: Value, outputs: tuple[int, ...], offset: bool, biased: bool, **how: Any
 ) -> tuple[Value, ...]:
-    parts = _parts(operands, len(outputs), offset, biased)
+    parts = layer_parts(operands, len(outputs), offset, biased)
     return tuple(
         _integer_linear(x, c, s, z, b, None, outputs=n, gated=False, activation="none", **how)
         for (c, s, z, b), n in zip(parts, outputs, strict=True)
