@@ -47,6 +47,9 @@ def pack_bits(codes: np.ndarray, bits: int) -> np.ndarray:
     if bits == 8:
         return np.ascontiguousarray(codes)
     k = codes.shape[-1]
+    if bits == 4 and k % 2 == 0:  # the usual ones, two by two
+        pairs = np.ascontiguousarray(codes).view("<u2") & np.uint16(0x0F0F)
+        return (pairs | pairs >> np.uint16(4)).astype(np.uint8)
     eights = _in_eights(codes, k, 8)  # eight codes take `bits` bytes
     packed = np.zeros((*eights.shape[:-1], bits), np.uint8)
     for i in range(8):
@@ -62,6 +65,9 @@ def unpack_bits(packed: np.ndarray, bits: int, k: int) -> np.ndarray:
     """The first k codes uint8 [..., k] of what `pack_bits` made."""
     if bits == 8:
         return packed[..., :k]
+    if bits == 4:
+        pairs = packed.astype("<u2")
+        return ((pairs | pairs << np.uint16(4)) & np.uint16(0x0F0F)).view(np.uint8)[..., :k]
     eights = _in_eights(packed, k, bits)
     codes = np.empty((*eights.shape[:-1], 8), np.uint8)
     for i in range(8):
@@ -130,16 +136,17 @@ class Scheme:
         return groups_of(k, group)
 
     def grid(
-        self, w: np.ndarray, symmetric: bool = True, shrink: np.ndarray | float = 1.0
+        self, low: np.ndarray, high: np.ndarray, symmetric: bool = True, shrink: np.ndarray | float = 1.0
     ) -> tuple[np.ndarray, np.ndarray | None]:
-        """(scales, zeros) float32 [n, groups] of w float32 [n, groups, g]; zeros is None for a symmetric grid.
+        """(scales, zeros) float32 [n, groups] of groups whose numbers go from `low` to `high` float32 [n, groups]; zeros is None for a
+        symmetric grid.
 
         shrink: the range that the grid covers, relative to that of the numbers (numbers outside are clipped).
         """
         if symmetric or not self.uniform:
-            reach = np.maximum(w.max(-1), -w.min(-1)) * shrink
+            reach = np.maximum(high, -low) * shrink
             return self.stored(np.where(reach > 0, reach / self.top, 1.0)), None
-        low, high = np.minimum(w.min(-1), 0) * shrink, np.maximum(w.max(-1), 0) * shrink
+        low, high = np.minimum(low, 0) * shrink, np.maximum(high, 0) * shrink
         span = (high - low).astype(np.float32)
         scale = self.stored(np.where(span > 0, span / (2**self.bits - 1), 1.0))
         return scale, np.clip(np.rint(-low / scale), 0, 2**self.bits - 1).astype(np.float32)
@@ -153,8 +160,9 @@ class Scheme:
         """The codes uint8, of w's shape, of the nearest levels; scales and zeros broadcast against w."""
         v = np.asarray(w / scales, np.float32)
         if self.uniform:
-            shift = self.middle if zeros is None else zeros
-            return np.clip(np.rint(v + shift), 0, 2**self.bits - 1).astype(np.uint8)
+            v += np.float32(self.middle) if zeros is None else zeros
+            np.minimum(np.maximum(np.rint(v, out=v), 0, out=v), 2**self.bits - 1, out=v)
+            return v.astype(np.uint8)
         order = np.argsort(self.levels, kind="stable")
         ranked = self.levels[order]
         return order[np.searchsorted((ranked[1:] + ranked[:-1]) / 2, v)].astype(np.uint8)

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import attrs
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -17,10 +19,10 @@ from hypothesis.extra import numpy as hnp
 from torch import nn
 
 import jisu
-from jisu.compiler import ops, schemes
+from jisu.compiler import ops, parallel, schemes
 from jisu.compiler.entry import stored
 from jisu.compiler.graph import ArrayStorage, Graph, Node, Storage, placeholder, weight
-from jisu.compiler.interpret import interpret
+from jisu.compiler.interpret import evaluate_node, interpret
 from jisu.compiler.pipeline import Pipeline, relative_error
 from jisu.compiler.recipe import QuantizeRecipe, Recipe
 from jisu.compiler.schemes import SCHEMES, Scheme, decode_scales, encode_scales
@@ -83,6 +85,43 @@ def test_packing_loses_nothing(kind: Scheme, data: st.DataObject) -> None:
     np.testing.assert_array_equal(kind.unpack(packed, k), codes)
 
 
+@every_scheme
+@given(data=st.data(), panel=st.integers(1, 5), word=st.sampled_from([1, 4]), near=st.sampled_from([1, 40, 1 << 17]))
+def test_codes_lie_in_panels_as_kernels_read_them(
+    kind: Scheme, data: st.DataObject, panel: int, word: int, near: int
+) -> None:
+    n, k = data.draw(sizes)
+    codes = data.draw(hnp.arrays(np.uint8, (n, k), elements=st.integers(0, 2**kind.bits - 1)))
+    with mock.patch.object(parallel, "NEAR", near):
+        packed = evaluate_node(
+            ops.pack_codes(
+                placeholder("codes", TensorType((n, kind.row_bytes(k)), "uint8")),
+                scheme=kind.name, k=k, panel=panel, word=word,
+            ),
+            [kind.pack(codes)],
+            {},
+        )  # fmt: skip
+    own = np.zeros((-(-n // panel), kind.panel_words(k, word), panel, word), np.uint8)
+    for row in range(n):
+        for i in range(k):
+            at, inside = divmod(i, kind.per_byte * word)
+            half, place = divmod(inside, word)
+            own[row // panel, at, row % panel, place] |= codes[row, i] << (4 * half)
+    np.testing.assert_array_equal(packed, own)
+
+
+@every_scheme
+@given(w=matrices(), group=st.sampled_from([0, 4, 16]), narrow=st.booleans())
+def test_parts_of_a_matrix_are_rounded_as_the_whole(kind: Scheme, w: np.ndarray, group: int, narrow: bool) -> None:
+    given_ = w.astype(ml_dtypes.bfloat16) if narrow else w
+    whole = choose_grid(given_.astype(np.float32), kind, group)
+    with mock.patch.object(parallel, "NEAR", 40):
+        grid = choose_grid(given_, kind, group)
+        codes = grid.nearest(given_)
+    np.testing.assert_array_equal(grid.scales, whole.scales)
+    np.testing.assert_array_equal(codes, whole.nearest(given_.astype(np.float32)))
+
+
 @pytest.mark.parametrize("kind", schemes.SCALES)
 @given(scales=hnp.arrays(np.float32, (3, 4), elements=st.floats(2**-12, 2**12, width=32)))
 def test_stored_scales_stay_what_they_are(kind: str, scales: np.ndarray) -> None:
@@ -96,7 +135,7 @@ def test_stored_scales_stay_what_they_are(kind: str, scales: np.ndarray) -> None
 def test_formats_mean_what_their_standards_say() -> None:
     assert sorted(SCHEMES["mxfp4"].levels)[-8:] == [0, 0.5, 1, 1.5, 2, 3, 4, 6]
     assert SCHEMES["fp8"].levels.max() == 448 and SCHEMES["fp8"].levels[0x38] == 1.0
-    scale, _ = SCHEMES["mxfp4"].grid(np.array([[[5.0, 1.0]], [[7.0, 1.0]], [[8.0, 1.0]]], np.float32))
+    scale, _ = SCHEMES["mxfp4"].grid(np.ones((3, 1), np.float32), np.array([[5.0], [7.0], [8.0]], np.float32))
     np.testing.assert_array_equal(scale[:, 0], [1.0, 1.0, 2.0])  # the power of two below the largest number, over 4
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from jisu.compiler import levels, masks, rows, schemes
 from jisu.compiler.graph import defop
 from jisu.compiler.ops.contract import ACTIVATIONS, _gated, _linear
+from jisu.compiler.parallel import in_parts
 from jisu.compiler.schemes import decode_scales, scheme
 from jisu.compiler.types import TensorType, TupleType, is_float, numpy_dtype, require, same_shape
 
@@ -301,11 +302,22 @@ def _out_of_panels(packed: np.ndarray, n: int) -> np.ndarray:
 
 
 def _pack_codes(codes: np.ndarray, *, scheme: str, k: int, panel: int, word: int) -> np.ndarray:
-    kind = _scheme(scheme)
-    single = kind.unpack(codes, k)
-    padded = np.pad(single, ((0, 0), (0, kind.panel_words(k, word) * kind.per_byte * word - k)))
-    parts = padded.reshape(len(single), -1, kind.per_byte, word)
-    return _in_panels(parts[:, :, 0] | parts[:, :, 1] << 4 if kind.per_byte == 2 else parts[:, :, 0], panel)
+    kind, n = _scheme(scheme), len(codes)
+    words = kind.panel_words(k, word)
+    if panel == word == 1 and kind.bits * kind.per_byte == 8:  # as they lie
+        return codes.reshape(n, words, 1, 1)
+    packed = np.zeros((-(-n // panel), words, panel, word), np.uint8)
+
+    def pack(rows: slice) -> None:
+        single = kind.unpack(codes[rows], k)
+        padded = np.pad(single, ((0, 0), (0, words * kind.per_byte * word - k)))
+        parts = padded.reshape(len(single), words, kind.per_byte, word)
+        whole = parts[:, :, 0] | parts[:, :, 1] << 4 if kind.per_byte == 2 else parts[:, :, 0]
+        panels = slice(rows.start // panel, -(-rows.stop // panel))
+        packed[panels] = _in_panels(whole, panel)
+
+    in_parts(n, k, pack, multiple=panel)
+    return packed
 
 
 def _unpack_codes(packed: np.ndarray, scheme: str, n: int, k: int) -> np.ndarray:

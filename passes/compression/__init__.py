@@ -137,7 +137,7 @@ def compress(
     solved: dict[Node, Solved] = {}
     if samples is None or not any(choice.calibrated for choice in choices.values()):
         for done, (node, choice) in enumerate(choices.items(), 1):
-            w = matrix_of(node, layers[node].names[0], graph.weights)
+            w = matrix_of(node, layers[node].names[0], graph.weights, wide=False)
             solved[node] = solve(w, choice, None, node.dtype, mask_of(node, graph.weights))
             progress(done / len(choices))
     else:

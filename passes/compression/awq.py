@@ -59,12 +59,13 @@ def clipped_grid(w: np.ndarray, scheme: Scheme, group: int, h: np.ndarray, *, sy
     short = groups * size - h.shape[0]
     padded = np.pad(h, ((0, short), (0, short))) if short else h
     blocks = np.stack([padded[i : i + size, i : i + size] for i in range(0, groups * size, size)])
-    reach = np.abs(parts).max(-1, keepdims=True)
-    best, zeros = scheme.grid(parts, symmetric)
+    low, high = parts.min(-1, keepdims=True), parts.max(-1, keepdims=True)
+    reach = np.maximum(high, -low)
+    best, zeros = scheme.grid(low[..., 0], high[..., 0], symmetric)
     least = np.full(parts.shape[:2], np.inf)
     for i in range(steps):
         limit = reach * np.float32(1 - i / 20)
-        s, z = scheme.grid(np.clip(parts, -limit, limit), symmetric)
+        s, z = scheme.grid(np.maximum(low, -limit)[..., 0], np.minimum(high, limit)[..., 0], symmetric)
         wide = (s[..., None], None if z is None else z[..., None])
         e = (scheme.decode(scheme.encode(parts, *wide), *wide) - parts).transpose(1, 0, 2)
         error = np.einsum("gnk,gnk->ng", e @ blocks, e)

@@ -6,12 +6,12 @@ in its outputs. All arrays here are NumPy's: W [n, k] float32, H [k, k] float64;
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
-
 import attrs
 import numpy as np
 
-from jisu.compiler.schemes import Scheme
+from jisu.compiler.interpret import widen
+from jisu.compiler.parallel import in_parts
+from jisu.compiler.schemes import Scheme, groups_of
 
 
 @attrs.frozen(eq=False)
@@ -32,19 +32,17 @@ class Grid:
         return spread[0], spread[1]
 
     def nearest(self, w: np.ndarray) -> np.ndarray:
-        """Codes of the nearest points."""
+        """Codes of the nearest points; w: floats of any width."""
         n, k = w.shape
         codes = np.empty((n, k), np.uint8)
 
-        def round_rows(begin: int) -> None:
-            rows = np.s_[begin : begin + step]
-            codes[rows] = self.scheme.encode(w[rows], *self.rows(rows).at(k))
+        def round_rows(rows: slice) -> None:
+            parts = in_groups(widen(w[rows], "float32"), self.group)
+            zeros = None if self.zeros is None else self.zeros[rows, :, None]
+            found = self.scheme.encode(parts, self.scales[rows, :, None], zeros)
+            codes[rows] = found.reshape(len(found), -1)[:, :k]
 
-        # Parts stay in a core's cache, and NumPy lets go of Python's lock.
-        step = max(1, _NEAR // k)
-        with ThreadPoolExecutor() as pool:
-            for _ in pool.map(round_rows, range(0, n, step)):
-                pass
+        in_parts(n, k, round_rows)
         return codes
 
     def rows(self, rows: np.ndarray | slice) -> Grid:
@@ -62,7 +60,6 @@ def row_blocks(n: int, k: int) -> list[np.ndarray]:
     return np.array_split(np.arange(n), max(1, -(-n * k // _BLOCK)))
 
 
-_NEAR = 1 << 17  # numbers that a core rounds at once
 _BLOCK = 1 << 21
 """Numbers of a matrix that are worked on at once where rows don't depend on each other."""
 
@@ -73,6 +70,19 @@ def in_groups(w: np.ndarray, group: int) -> np.ndarray:
     size = group or k
     short = -k % size
     return (np.pad(w, ((0, 0), (0, short))) if short else w).reshape(n, -1, size)
+
+
+def ranges(w: np.ndarray, group: int) -> tuple[np.ndarray, np.ndarray]:
+    """The least and the greatest number of each group, float32 [n, groups], what the last group lacks being 0; w: floats of any width."""
+    n, k = w.shape
+    low, high = np.empty((2, n, groups_of(k, group)), np.float32)
+
+    def find(rows: slice) -> None:
+        parts = in_groups(widen(w[rows], "float32"), group)
+        low[rows], high[rows] = parts.min(-1), parts.max(-1)
+
+    in_parts(n, k, find)
+    return low, high
 
 
 def choose_grid(
@@ -86,16 +96,19 @@ def choose_grid(
 ) -> Grid:
     """The grid of a matrix: over each group's whole range, or of `steps` smaller ranges the one with the least squared error.
 
-    importance: how much an error at each input costs, [k] (the diagonal of H).
+    w: without `steps` floats of any width, else float32. importance: how much an error at each input costs, [k] (the diagonal of H).
     """
+    low, high = ranges(w, group)
+    best, zeros = scheme.grid(low, high, symmetric)
+    if not steps:
+        return Grid(scheme, group, best, zeros)
     parts = in_groups(w, group)
     weight = np.ones(w.shape[1]) if importance is None else importance / max(float(importance.mean()), 1e-30)
     weight = in_groups(weight[None].astype(np.float32), group)
-    best, zeros = scheme.grid(parts, symmetric)
     blocks = row_blocks(*w.shape)
     least: np.ndarray | None = None
-    for shrink in np.linspace(1.0, 0.5, steps) if steps else ():
-        s, z = scheme.grid(parts, symmetric, float(shrink))
+    for shrink in np.linspace(1.0, 0.5, steps):
+        s, z = scheme.grid(low, high, symmetric, float(shrink))
         error = np.concatenate([_error(parts[r], weight, scheme, s[r], None if z is None else z[r]) for r in blocks])
         better = np.ones_like(error, bool) if least is None else error < least
         least = error if least is None else np.where(better, error, least)

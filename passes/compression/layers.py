@@ -14,7 +14,9 @@ import numpy as np
 from jisu.compiler import ops
 from jisu.compiler.errors import InputError, RecipeError
 from jisu.compiler.graph import CONSTANT, WEIGHT, Graph, Node, Storage
+from jisu.compiler.interpret import widen
 from jisu.compiler.masks import unpack_mask
+from jisu.compiler.parallel import in_parts
 from jisu.compiler.recipe import SMALLEST_GROUP, PruneRecipe, QuantizeRecipe
 from jisu.compiler.schemes import SCHEMES
 from jisu.passes.layout import Derived, is_stored
@@ -149,11 +151,18 @@ def mask_of(node: Node, weights: Mapping[str, Storage]) -> np.ndarray | None:
     return unpack_mask(Derived(node.parents[1], weights).numpy(), node.k)
 
 
-def matrix_of(node: Node, name: str, weights: Mapping[str, Storage]) -> np.ndarray:
-    """The values float32 [n, k] of a matrix; raises InputError for NaN and infinities, which can't be compressed."""
-    w = Derived(node, weights).wide()
-    if not np.isfinite(w).all():
-        raise InputError(
-            f"{name}: the weight has {int((~np.isfinite(w)).sum())} NaN or infinite numbers; it can't be compressed"
-        )
+def matrix_of(node: Node, name: str, weights: Mapping[str, Storage], *, wide: bool = True) -> np.ndarray:
+    """The values float32 [n, k] of a matrix, or unless `wide` those of a stored one as they are; raises InputError for NaN and infinities,
+    which can't be compressed."""
+    w = weights[node.name].numpy() if node.op is WEIGHT and not wide else Derived(node, weights).wide()
+    lost = []
+
+    def count(rows: slice) -> None:
+        there = np.isfinite(widen(w[rows], "float32"))
+        if not there.all():
+            lost.append(int((~there).sum()))
+
+    in_parts(len(w), w.shape[1], count)
+    if lost:
+        raise InputError(f"{name}: the weight has {sum(lost)} NaN or infinite numbers; it can't be compressed")
     return w

@@ -9,6 +9,8 @@ import numpy as np
 
 from jisu.compiler import masks, ops, schemes
 from jisu.compiler.graph import ArrayStorage, Node, Storage, weight
+from jisu.compiler.interpret import widen
+from jisu.compiler.parallel import in_parts
 from jisu.compiler.pattern import Pattern
 from jisu.compiler.recipe import QuantizeRecipe
 from jisu.compiler.types import TensorType, numpy_dtype
@@ -129,18 +131,20 @@ def gather(layer: Node, now: Run, then: Run) -> Statistics:
 
 @attrs.frozen(eq=False)
 class Solved:
-    """A compressed matrix. mask: bool [n, k], what stays. Numbers [n, k] in the dtype of storage, or codes and their grid."""
+    """A compressed matrix. mask: bool [n, k], what stays. Numbers [n, k] in the dtype of storage, or codes of k inputs, packed as the scheme
+    does it (uint8 [n, bytes]), and their grid."""
 
     mask: np.ndarray | None = None
     numbers: np.ndarray | None = None
     grid: Grid | None = None
     codes: np.ndarray | None = None
+    k: int = 0
 
     @property
     def values(self) -> np.ndarray:
         """What the matrix is in computing, float32 [n, k]."""
         if self.grid is not None and self.codes is not None:
-            return self.grid.values(self.codes, self.mask)
+            return self.grid.values(self.grid.scheme.unpack(self.codes, self.k), self.mask)
         assert self.numbers is not None
         return self.numbers.astype(np.float32)
 
@@ -151,7 +155,7 @@ class Solved:
             found["numbers"] = self.numbers
         if self.grid is not None and self.codes is not None:
             found |= {"codes": self.codes, "scales": self.grid.scales, "scheme": np.array(self.grid.scheme.name)}
-            found |= {"group": np.array(self.grid.group)} | (
+            found |= {"group": np.array(self.grid.group), "k": np.array(self.k)} | (
                 {} if self.grid.zeros is None else {"zeros": self.grid.zeros}
             )
         return found
@@ -163,7 +167,7 @@ class Solved:
         if "codes" in arrays:
             kind = schemes.scheme(str(arrays["scheme"]))
             grid = Grid(kind, int(arrays["group"]), arrays["scales"], arrays.get("zeros"))
-        return cls(arrays.get("mask"), arrays.get("numbers"), grid, arrays.get("codes"))
+        return cls(arrays.get("mask"), arrays.get("numbers"), grid, arrays.get("codes"), int(arrays.get("k", 0)))
 
     def nodes(self, matrix: Node, name: str, weights: dict[str, Storage]) -> Node:
         """The node that takes the matrix' place; what it stores is added to `weights` under names that begin with `name`."""
@@ -183,12 +187,12 @@ class Solved:
         kind = self.grid.scheme
         scales, whole = schemes.encode_scales(self.grid.scales, kind.scale)
         zeros = None if self.grid.zeros is None else stored("zeros", self.grid.zeros.astype(np.uint8))
-        packed, present = kind.pack(self.codes), None
+        packed, present = self.codes, None
         if self.mask is not None:
-            packed, present = masks.compress_codes(self.codes, self.mask, kind.name)
+            packed, present = masks.compress_codes(kind.unpack(self.codes, self.k), self.mask, kind.name)
         attributes = {
             "scheme": kind.name,
-            "k": self.codes.shape[1],
+            "k": self.k,
             "group": self.grid.group,
             "whole": whole,
             "dtype": matrix.dtype,
@@ -206,12 +210,12 @@ def solve(
     w: np.ndarray, choice: Choice, statistics: Statistics | None, dtype: str, mask: np.ndarray | None = None,
     curvature: np.ndarray | None = None,
 ) -> Solved:  # fmt: skip
-    """Compress w float32 [n, k]; without statistics by its numbers alone. dtype: of numbers that aren't stored as codes. mask: of a
+    """Compress w [n, k], float32 or without statistics, by its numbers alone, floats of any width. dtype: of numbers that aren't stored as codes. mask: of a
     matrix that is pruned already, and only becomes codes. curvature: how errors in outputs count [n, n], if not alike."""
     if statistics is None or not choice.calibrated:
         if choice.cut is not None:
-            mask = prune.magnitude(w, choice.cut.pattern, choice.cut.sparsity)
-        kept = w if mask is None else np.where(mask, w, np.float32(0))
+            mask = prune.magnitude(widen(w, "float32"), choice.cut.pattern, choice.cut.sparsity)
+        kept = w if mask is None else np.where(mask, w, w.dtype.type(0))
         if choice.codes is None:
             return _in_floats(kept, mask, dtype)
         grid = choose_grid(
@@ -290,4 +294,11 @@ def _in_floats(w: np.ndarray, mask: np.ndarray | None, dtype: str) -> Solved:
 
 
 def _in_codes(grid: Grid, codes: np.ndarray, mask: np.ndarray | None) -> Solved:
-    return Solved(mask, None, grid, codes)
+    kind, (n, k) = grid.scheme, codes.shape
+    packed = np.empty((n, kind.row_bytes(k)), np.uint8)
+
+    def pack(rows: slice) -> None:
+        packed[rows] = kind.pack(codes[rows])
+
+    in_parts(n, k, pack)
+    return Solved(mask, None, grid, packed, k)

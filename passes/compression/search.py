@@ -256,9 +256,8 @@ def _form(graph: Graph, node: Node, option: Option, latency: Latency) -> tuple[f
     weights: dict[str, Storage] = dict(graph.weights)
     stored = node
     if option != Option():
-        stored = solve(matrix_of(node, "", graph.weights), option.nearest(), None, node.dtype).nodes(
-            node, "option", weights
-        )
+        w = matrix_of(node, "", graph.weights, wide=False)
+        stored = solve(w, option.nearest(), None, node.dtype).nodes(node, "option", weights)
     x = placeholder("x", TensorType((1, k), node.dtype))
     layer = Graph((x,), (ops.linear(x, stored),), weights).replace()
     assert n == layer.outputs[0].shape[1]
