@@ -966,7 +966,7 @@ def _lay_out(graph: Graph, recipe: Recipe, machine: Target, check: str, note: An
     kernels = facts.of(machine)
     panel, pair = kernels.packing(machine)
     limits = kernels.sparse_limits(machine) if recipe.pack else {}
-    steps = layout_passes(panel, pair if recipe.pack else {}, limits, kernels.INTEGERS, kernels.TOGETHER)
+    steps = layout_passes(panel, pair if recipe.pack else {}, limits, kernels.levels(machine), kernels.TOGETHER)
     # The kernels need every layout pass, so that JISU_BISECT, which limits the passes before, doesn't count here.
     light = "verify" if check == "numeric" else check
     return Pipeline(steps, check=light, dump=dump, limit=len(steps), on_pass=note).run(graph)[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from jisu.compiler.levels import Rule, whole_words
 from jisu.compiler.pipeline import Pass
 from jisu.passes.canonicalize import Canonicalize
 from jisu.passes.fusion import FUSIONS
@@ -22,10 +23,10 @@ def layout_passes(
     panel: int,
     pair: Mapping[str, int],
     sparse: Mapping[str, float] | None = None,
-    integers: bool = True,
+    levels: Rule = whole_words,
     together: bool = True,
 ) -> tuple[Pass, ...]:
     """The passes that bring weights into their kernels' order; the arguments come from the target (see `PackWeights`). together: whether
     kernels do several matrices of one input at once."""
-    pack = PackWeights(panel, pair, sparse or {}, integers)
+    pack = PackWeights(panel, pair, sparse or {}, levels)
     return (pack, MergeProjections(), FoldWeights()) if together else (SplitGated(), pack, FoldWeights())

@@ -17,6 +17,7 @@ import numpy as np
 from jisu.compiler import ops, schemes
 from jisu.compiler.graph import CONSTANT, INPUT, WEIGHT, Graph, Node, Storage, weight
 from jisu.compiler.interpret import evaluate_node, widen
+from jisu.compiler.levels import WORD, Rule, whole_words
 from jisu.compiler.text import attribute_text
 from jisu.compiler.types import TensorType, TupleType, numpy_dtype
 
@@ -28,14 +29,14 @@ class PackWeights:
     panel: outputs per panel. pair: dtype -> consecutive inputs in one word, for the dtypes that kernels pack. A weight
     that is also an embedding stays one tensor: rows are then looked up in the packed form. sparse: dtype, or
     scheme of codes -> the largest share of kept numbers at which a sparse matrix is smaller than a dense one and kernels read it as
-    fast; above, or where there is no entry, it is stored dense with its zeros. integers: whether kernels multiply rounded activations and
-    codes as integers; else they are multiplied as what they stand for.
+    fast; above, or where there is no entry, it is stored dense with its zeros. levels: whether kernels multiply rounded activations and codes
+    as levels; else they are multiplied as what they stand for.
     """
 
     panel: int
     pair: Mapping[str, int] = attrs.field(hash=False)
     sparse: Mapping[str, float] = attrs.field(factory=dict, hash=False)
-    integers: bool = True
+    levels: Rule = attrs.field(default=whole_words, hash=False)
     name: str = "pack weights"
     exact: bool = True
 
@@ -44,7 +45,7 @@ class PackWeights:
         packs = {n.operands[1] for n in graph.nodes if n.op is ops.linear and self._packs(n.operands[1])}
         # Matrices of codes that linear layers read, and in which form.
         words = {
-            w: WORD if x is not None and self._integers(x, w) else 1
+            w: WORD if x is not None and self._in_levels(x, w) else 1
             for x, w in (n.operands[:2] for n in graph.nodes if n.op is ops.linear)
             if w is not None and self._quantized(w)
         }
@@ -77,14 +78,15 @@ class PackWeights:
                 "gated": len(weights) > 1,
                 "activation": new.activation,
             }
-            if not self._integers(x, first):
+            if not self._in_levels(x, first):
                 return ops.quantized_linear.make((x, *coded(weights, 1), b, r), attributes, source)
             how = {"group": first.group, "own": x.attributes["group"] > 0}
             key = (x, first.group)
             if key not in packed:
                 packed[key] = ops.encode_levels.make(x.operands, {"scheme": x.scheme, **how}, x.source)
             operands = (packed[key], *coded(weights, WORD), b, r)
-            return ops.integer_linear.make(operands, {**attributes, **how, "k": first.k, "dtype": new.dtype}, source)
+            attributes |= {**how, "k": first.k, "dtype": new.dtype, "records": x.scheme}
+            return ops.integer_linear.make(operands, attributes, source)
 
         def transform(old: Node, new: Node) -> Node:
             found = sparse.rewritten(new)
@@ -152,12 +154,11 @@ class PackWeights:
             and is_stored(node)
         )
 
-    def _integers(self, x: Node, w: Node) -> bool:
-        """Whether a product of x and codes is one of integers: both are, and groups end where words do."""
-        if not self.integers or x.op is not ops.fake_quantize or x.attributes["group"] not in (0, w.group):
+    def _in_levels(self, x: Node, w: Node) -> bool:
+        """Whether a product of x and codes is one of levels: x has such, and scales where the codes have."""
+        if x.op is not ops.fake_quantize or x.attributes["group"] not in (0, w.group):
             return False
-        kinds = [schemes.scheme(n.scheme) for n in (x, w)]
-        return all(kind.uniform for kind in kinds) and w.group % (WORD * kinds[1].per_byte) == 0
+        return self.levels(schemes.scheme(x.scheme), schemes.scheme(w.scheme), w.k, w.group)
 
     def _quantized(self, *nodes: Node | None) -> bool:
         """Whether all are matrices of codes that kernels read."""
@@ -208,10 +209,6 @@ def _filled(node: Node) -> Node:
 def _form(w: Node) -> tuple[Any, ...]:
     """What codes of gate and up must have in common to lie side by side."""
     return (w.scheme, w.group, w.operands[2] is None)
-
-
-WORD = 4
-"""Inputs of an output that lie side by side where products are sums of integers."""
 
 
 def scaled(w: Node, panel: int, made: dict[tuple[Any, ...], Node]) -> list[Node | None]:
@@ -431,7 +428,7 @@ class MergeProjections:
                 op = ops.packed_projections
                 if old.op is ops.integer_linear:
                     op = ops.integer_projections
-                    attributes |= {a: old.attributes[a] for a in ("k", "scheme", "group", "own", "dtype")}
+                    attributes |= {a: old.attributes[a] for a in ("k", "scheme", "group", "own", "dtype", "records")}
                     attributes["offset"] = old.operands[3] is not None
                 merged[id(group)] = op.make((new.operands[0], *stored), attributes, new.source)
             return ops.get(merged[id(group)], index=index)

@@ -369,18 +369,18 @@ def _present_gpu() -> Target:
     major, minor = driver.capability
     names = [n for n in known_targets() if n.startswith("cuda:sm_")]
     # Code for an older architecture of the same generation runs.
-    fits = [n for n in names if _capability(n)[0] == major and _capability(n)[1] <= minor]
+    fits = [n for n in names if capability(n)[0] == major and capability(n)[1] <= minor]
     if not fits:
         raise TargetError(
             f"there is no description of the GPU here ({driver.name}, sm_{major}{minor}); known: {', '.join(names)}"
         )
-    base = Target.describe(max(fits, key=_capability))
+    base = Target.describe(max(fits, key=capability))
     return attrs.evolve(base, cores=driver.multiprocessors, source=f"detected: {driver.name}; speeds of {base.name}")
 
 
-def _capability(name: str) -> tuple[int, int]:
-    """(9, 0) of "cuda:sm_90"."""
-    digits = name.removeprefix("cuda:sm_")
+def capability(name: str) -> tuple[int, int]:
+    """The number of an NVIDIA GPU's architecture: (9, 0) of "cuda:sm_90", "sm_90" and "sm_90a"."""
+    digits = name.removeprefix("cuda:").removeprefix("sm_").rstrip("af")
     return int(digits[:-1]), int(digits[-1])
 
 

@@ -99,6 +99,7 @@ def _build_device(
     from jisu.compiler.launches import CUBIN, OWN_PTX, PLANS, PTX
     from jisu.targets.cuda import emulated, ptx
     from jisu.targets.cuda.lowering import lower
+    from jisu.targets.target import capability
 
     lowered = lower(graphs, target)
     (out / IR).write_text("\n".join(map(str, lowered.functions.values())))
@@ -124,7 +125,7 @@ def _build_device(
             (out / CUBIN).write_bytes(cubin)
             files.append(CUBIN)
     plans = {
-        "capability": ptx.capability(target),
+        "capability": capability(target.mcpu),
         "faults": [[f.kind, f.message] for f in lowered.faults],
         "entries": {name: plan.to_json() for name, plan in lowered.plans.items()},
     }

@@ -2,6 +2,7 @@
  *
  * A launch fails, with a message, where threads don't do together what they should, and where copies are not waited for. Asynchronous
  * copies come either at once or only when they are waited for; shared memory begins as NaN. */
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -296,6 +297,67 @@ void emulated_ldmatrix_trans(uint32_t *result, const uint8_t *row) {
             }
     });
     std::memcpy(result, w.out[lane()], 16);
+}
+
+static float of_e4m3(uint32_t bits) {
+    int e = bits >> 3 & 15, m = bits & 7;
+    if (e == 15 && m == 7) return __builtin_nanf("");
+    float value = e ? std::ldexp(1 + m / 8.0f, e - 7) : std::ldexp(m / 8.0f, -6);
+    return bits & 128 ? -value : value;
+}
+
+/* To the nearest e4m3, halves to the even one; numbers beyond the largest become it. */
+static uint32_t to_e4m3(float value) {
+    if (std::isnan(value)) return 0x7f;
+    uint32_t best = 0;
+    float size = std::min(std::fabs(value), 448.0f);
+    for (uint32_t code = 0; code < 0x7f; code++) {
+        float near = std::fabs(of_e4m3(code) - size), least = std::fabs(of_e4m3(best) - size);
+        if (near < least || (near == least && code % 2 == 0)) best = code;
+    }
+    return best | (std::signbit(value) ? 128 : 0);
+}
+
+uint16_t emulated_e4m3(float high, float low) __asm__("emulated.ff.to.e4m3x2.rn");
+uint16_t emulated_e4m3(float high, float low) { return uint16_t(to_e4m3(high) << 8 | to_e4m3(low)); }
+
+/* Products of bytes: int8 with sums of 32 bits, or e4m3 with sums in float32. */
+static void multiply_bytes(uint32_t *result, const uint32_t *mine, bool integers) {
+    Meeting &w = warp();
+    std::memcpy(w.in[lane()], mine, 10 * sizeof *mine);
+    meet(w, integers ? 7 : 8, 32, [&] {
+        uint32_t a[16][32], b[32][8];
+        for (int i = 0; i < 32; i++)
+            for (int h = 0; h < 4; h++)
+                for (int r = 0; r < 4; r++) {
+                    a[i / 4 + 8 * (r & 1)][4 * (i % 4) + h + 16 * (r >> 1)] = w.in[i][r] >> (8 * h) & 255;
+                    if (r < 2) b[4 * (i % 4) + h + 16 * r][i / 4] = w.in[i][4 + r] >> (8 * h) & 255;
+                }
+        for (int i = 0; i < 32; i++)
+            for (int r = 0; r < 4; r++) {
+                int row = i / 4 + 8 * (r >> 1), column = 2 * (i % 4) + (r & 1);
+                int32_t whole = int32_t(w.in[i][6 + r]);
+                float sum = of_bits(w.in[i][6 + r]);
+                for (int k = 0; k < 32; k++) {
+                    whole += int8_t(a[row][k]) * int8_t(b[k][column]);
+                    sum += of_e4m3(a[row][k]) * of_e4m3(b[k][column]);
+                }
+                w.out[i][r] = integers ? uint32_t(whole) : bits_of(sum);
+            }
+    });
+    std::memcpy(result, w.out[lane()], 16);
+}
+
+void emulated_mma_s8(uint32_t *result, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1, uint32_t c0, uint32_t c1,
+                     uint32_t c2, uint32_t c3) {
+    uint32_t mine[] = {a0, a1, a2, a3, b0, b1, c0, c1, c2, c3};
+    multiply_bytes(result, mine, true);
+}
+
+void emulated_mma_e4m3(uint32_t *result, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1, float c0, float c1,
+                       float c2, float c3) {
+    uint32_t mine[] = {a0, a1, a2, a3, b0, b1, bits_of(c0), bits_of(c1), bits_of(c2), bits_of(c3)};
+    multiply_bytes(result, mine, false);
 }
 
 static void multiply(uint32_t *result, const uint32_t *mine, float (*number)(uint32_t)) {

@@ -34,31 +34,31 @@ INTEGERS = [name for name, kind in SCHEMES.items() if kind.uniform]
 FLOATS = hnp.arrays(np.float32, (3, 70), elements=st.floats(-1e6, 1e6, width=32))
 
 
-@given(FLOATS, st.sampled_from([0, 1, 7, 35, 70]), st.booleans(), st.sampled_from(["int8", "int4"]))
+@given(FLOATS, st.sampled_from([0, 1, 7, 35, 70]), st.booleans(), st.sampled_from(["int8", "int4", "fp8"]))
 def test_a_record_means_what_fake_quantize_rounds_to(x: np.ndarray, group: int, own: bool, scheme: str) -> None:
     records = levels.encode(x, SCHEMES[scheme], group, own)
     assert records.shape == (3, levels.record_bytes(70, group, own)) and records.shape[-1] % 128 == 64
     node = ops.fake_quantize(placeholder("x", TensorType(x.shape, "float32")), scheme=scheme, group=group if own else 0)
     (want,) = interpret(Graph(tuple(node.parents), (node,)), [x])
-    np.testing.assert_array_equal(levels.decode(records, 70, group, own), want)
+    np.testing.assert_array_equal(levels.decode(records, 70, group, own, SCHEMES[scheme]), want)
     size, at = group or 70, levels.sum_offset(70, group, own)
     for i in range(70 // size):
         total = np.ascontiguousarray(records[:, at + 4 * i : at + 4 * i + 4]).view(np.int32)[:, 0]
         part = records[:, i * size : (i + 1) * size].view(np.int8)
-        np.testing.assert_array_equal(total, part.sum(1, dtype=np.int32))
+        np.testing.assert_array_equal(total, part.sum(1, dtype=np.int32) if scheme != "fp8" else 0)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_a_row_that_is_no_number_stays_none(bad: float) -> None:
     x = np.ones((2, 5), np.float32)
     x[1, 3] = bad
-    back = levels.decode(levels.encode(x, SCHEMES["int8"], 0, False), 5, 0, False)
+    back = levels.decode(levels.encode(x, SCHEMES["int8"], 0, False), 5, 0, False, SCHEMES["int8"])
     assert np.isfinite(back[0]).all() and np.isnan(back[1]).all()
 
 
-@pytest.mark.parametrize("scheme", ["fp8", "mxfp4"])
-def test_only_integers_have_levels(scheme: str) -> None:
-    with pytest.raises(TypeRuleError, match="no integer levels"):
+@pytest.mark.parametrize("scheme", ["nf4", "mxfp4", "nvfp4"])
+def test_other_schemes_have_no_levels_of_a_byte(scheme: str) -> None:
+    with pytest.raises(TypeRuleError, match="no levels of 8 bits"):
         ops.encode_levels(placeholder("x", TensorType((2, 32), "float32")), scheme=scheme, group=0, own=False)
 
 

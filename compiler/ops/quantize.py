@@ -248,7 +248,7 @@ def decode_rows(records: TensorType, *, scheme: str, dtype: str = "float32") -> 
     return TensorType((*records.shape[:-1], rows.row_length(scheme, size)), dtype)
 
 
-# --- Levels in integers ------------------------------------------------------------------------------------------------
+# --- Levels in 8 bits ---------------------------------------------------------------------------------------------------
 
 
 def _encode_levels(x: np.ndarray, scale: np.ndarray | None, *, scheme: str, group: int, own: bool) -> np.ndarray:
@@ -264,17 +264,18 @@ def _encode_levels(x: np.ndarray, scale: np.ndarray | None, *, scheme: str, grou
             (("float32[2, 3, 5]", None), {"scheme": "int8", "group": 0, "own": False}),
             (("float32[2, 6]", "float32[]"), {"scheme": "int8", "group": 4, "own": False}),
             (("bfloat16[2, 70]", None), {"scheme": "int4", "group": 8, "own": True}),
+            (("float32[2, 70]", None), {"scheme": "fp8", "group": 0, "own": False}),
         ]
     ),
 )
 def encode_levels(x: TensorType, scale: TensorType | None = None, *, scheme: str, group: int, own: bool) -> TensorType:
-    """Records uint8 [*b, bytes] (see `jisu.compiler.levels`) of x [*b, k], rounded as `fake_quantize` rounds it with an integer scheme.
+    """Records uint8 [*b, bytes] (see `jisu.compiler.levels`) of x [*b, k], rounded as `fake_quantize` rounds it with a scheme of integers or fp8.
 
     group: inputs per sum in the record (0: all of them), and if `own` per scale; else x has one per row, or the one given, float32 [].
     """
     kind, k = _scheme(scheme), x.shape[-1] if x.rank else 0
     require(isinstance(k, int) and k > 0 and is_float(x.dtype), f"needs floats with a last axis of fixed size, got {x}")
-    require(kind.uniform and kind.scale == "float16" and kind.bits <= 8, f"{scheme} has no integer levels of 8 bits")
+    require(levels.multiplied(kind, kind), f"{scheme} has no levels of 8 bits with scales of their own")
     require(group >= 0, f"a group has inputs, not {group}")
     require(scale is None or scale == TensorType((), "float32"), f"the scale must be float32[], got {scale}")
     require(scale is None or not own, "one scale for all leaves none to groups")
@@ -426,9 +427,9 @@ def _quantized_linear(
 
 def _integer_linear(
     x: np.ndarray, codes: np.ndarray, scales: np.ndarray, zeros: np.ndarray | None, b: np.ndarray | None, r: np.ndarray | None, *,
-    outputs: int, k: int, scheme: str, group: int, own: bool, gated: bool, activation: str, dtype: str,
+    outputs: int, k: int, scheme: str, group: int, own: bool, gated: bool, activation: str, dtype: str, records: str = "int8",
 ) -> np.ndarray:  # fmt: skip
-    values, to = levels.decode(x, k, group, own), numpy_dtype(dtype)
+    values, to = levels.decode(x, k, group, own, _scheme(records)), numpy_dtype(dtype)
     if codes.dtype == np.int8:
         codes = codes.view(np.uint8) ^ np.uint8(128)
     return _quantized(values, codes, scales, zeros, b, r, k, outputs, scheme, group, gated, activation, to)
@@ -469,6 +470,10 @@ def _integer_samples() -> Samples:
         ("uint8[3, 192]", "uint8[2, 2, 2, 4, 4]", "float16[2, 2, 1, 4]", None, None, None),
         {**gated, "scheme": "int4", "group": 0, "k": 12, "own": False},
     )
+    yield (
+        ("uint8[2, 192]", "uint8[2, 4, 4, 4]", "float16[2, 2, 4]", None, None, None),
+        {**plain, "scheme": "fp8", "group": 8, "k": 14, "own": True, "records": "fp8"},
+    )
 
 
 @defop(
@@ -503,16 +508,17 @@ def quantized_linear(
 def integer_linear(
     x: TensorType, codes: TensorType, scales: TensorType, zeros: TensorType | None = None, b: TensorType | None = None,
     r: TensorType | None = None, *, outputs: int, k: int, scheme: str, group: int, own: bool, gated: bool = False,
-    activation: str = "none", dtype: str,
+    activation: str = "none", dtype: str, records: str = "int8",
 ) -> TensorType:  # fmt: skip
-    """`quantized_linear` of integers: x uint8 [*b, bytes] are records of `encode_levels` with sums (`own`: and
+    """`quantized_linear` of levels: x uint8 [*b, bytes] are records of `encode_levels` of the scheme `records` with sums (`own`: and
     scales) of the same group. Codes of 8 bits may also be their levels, int8, as machines multiply them that have no offset.
 
-    Products are sums of integers per group, exact; these are scaled and added in float32, and rounded as results of `linear` in `dtype`.
+    Levels and codes are multiplied as they are, integers by integers and fp8 by fp8, and summed per group, integers exactly and small floats
+    in float32; these sums are scaled and added in float32, and rounded as results of `linear` in `dtype`.
     """
     wanted = levels.record_bytes(k, group, own)
     require(x.rank > 0 and x.dtype == "uint8" and x.shape[-1] == wanted, f"needs records uint8[..., {wanted}], got {x}")
-    require(_scheme(scheme).uniform, f"codes of {scheme} are no integers")
+    require(levels.multiplied(_scheme(records), _scheme(scheme)), f"levels of {records} aren't multiplied by {scheme}")
     require(is_float(dtype), f"the result is a float, not {dtype}")
     result = TensorType((*x.shape[:-1], outputs), dtype)
     _check_quantized(codes, scales, zeros, b, r, result, k, scheme, group, gated, activation, levelled=True)
@@ -601,7 +607,7 @@ def _integer_projections_samples() -> Samples:
 )
 def integer_projections(
     x: TensorType, *operands: TensorType, outputs: tuple[int, ...], k: int, scheme: str, group: int, own: bool, offset: bool,
-    biased: bool, dtype: str,
+    biased: bool, dtype: str, records: str = "int8",
 ) -> TupleType:  # fmt: skip
     """Several `integer_linear` of one x at once (queries, keys and values): their results [*b, outputs[i]], in order.
 
@@ -610,7 +616,7 @@ def integer_projections(
     count = len(outputs)
     wanted = count * (2 + offset + biased)
     require(len(operands) == wanted, f"{count} layers have {wanted} operands beside x, not {len(operands)}")
-    how = {"k": k, "scheme": scheme, "group": group, "own": own, "dtype": dtype}
+    how = {"k": k, "scheme": scheme, "group": group, "own": own, "dtype": dtype, "records": records}
     parts = layer_parts(operands, count, offset, biased)
     assert integer_linear.rule is not None
     found = [

@@ -77,7 +77,7 @@ def _passes(options: Options) -> tuple[Pass, ...]:
     panel, pair = kernels.packing(machine)
     return (
         *default_passes(recipe.fuse, recipe.max_fold_bytes),
-        *layout_passes(panel, pair if recipe.pack else {}, integers=kernels.INTEGERS),
+        *layout_passes(panel, pair if recipe.pack else {}, levels=kernels.levels(machine)),
     )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from jisu.compiler import ops
 from jisu.compiler.graph import Graph, Node
+from jisu.compiler.levels import Rule, whole_words
 from jisu.compiler.schemes import SCHEMES
 from jisu.compiler.types import numpy_dtype
 from jisu.targets.target import Target
@@ -26,8 +27,11 @@ FETCHED = False
 SIMULATED = ""
 """This machine is the target."""
 
-INTEGERS = True
-"""Rounded activations and codes are multiplied as integers."""
+
+def levels(target: Target) -> Rule:
+    """Rounded activations and codes are multiplied as integers where both are such."""
+    return whole_words
+
 
 _FLOATS = frozenset({ops.packed_linear, ops.packed_gated_linear, ops.packed_projections})
 _CODES = frozenset({ops.quantized_linear, ops.integer_linear, ops.integer_projections})

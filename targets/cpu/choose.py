@@ -7,6 +7,7 @@ from typing import Any
 
 from jisu.compiler import ops
 from jisu.compiler.graph import Node, Op
+from jisu.compiler.levels import WORD
 from jisu.compiler.types import Dim, product, same_dim
 from jisu.targets.cpu.isa import FLOATS
 from jisu.targets.cpu.kernels import attention, codes, embedding, integer, matmul, moe, norm, rotary, sparse
@@ -73,7 +74,7 @@ def _quantized(node: Node, target: Target) -> Kernel | None:
 
 def _integer(node: Node, target: Target) -> Kernel | None:
     packed = _operand(node, 1)
-    if not _computes(node, target) or packed.shape[-2:] != (matmul.panel_width(target), integer.WORD):
+    if not _computes(node, target) or packed.shape[-2:] != (matmul.panel_width(target), WORD):
         return None
     function = integer.integer_linear(
         node.outputs, node.k, node.dtype, target, scheme=node.scheme, group=node.group, own=node.own, **_scales(node, 2),
@@ -85,7 +86,7 @@ def _integer(node: Node, target: Target) -> Kernel | None:
 
 def _integer_projections(node: Node, target: Target) -> Kernel | None:
     x, packed = _operand(node, 0), _operand(node, 1)
-    if node.attributes["dtype"] not in FLOATS or packed.shape[-2:] != (matmul.panel_width(target), integer.WORD):
+    if node.attributes["dtype"] not in FLOATS or packed.shape[-2:] != (matmul.panel_width(target), WORD):
         return None
     count = len(node.outputs)
     function = integer.integer_projections(

@@ -123,6 +123,9 @@ class Val:
     def __or__(self, other: Val | int) -> Val:
         return self._arith(other, "or", "or")
 
+    def __xor__(self, other: Val | int) -> Val:
+        return self._arith(other, "xor", "xor")
+
     def __lshift__(self, other: int) -> Val:
         return self._arith(other, "shl", "shl")
 

@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from jisu.compiler.graph import Graph, Node
-from jisu.targets.target import Target
+from jisu.compiler.levels import Rule, multiplied
+from jisu.compiler.schemes import Scheme
+from jisu.targets.target import Target, capability
 
 
 def packing(target: Target) -> tuple[int, dict[str, int]]:
@@ -17,6 +19,9 @@ def packing(target: Target) -> tuple[int, dict[str, int]]:
     return 1, {"float32": 1, "bfloat16": 1, "float16": 1}
 
 
+STEP = 64
+"""Inputs that kernels multiply at once where both operands have 8 bits; groups of codes are as many, or several times so many."""
+
 TOGETHER = True
 """Kernels do several matrices of one input at once."""
 
@@ -26,8 +31,15 @@ FETCHED = True
 SIMULATED = ""
 """Programs run on a GPU, or nowhere."""
 
-INTEGERS = False
-"""Rounded activations are multiplied as the bfloat16 that they stand for."""
+
+def levels(target: Target) -> Rule:
+    """Tensor cores multiply levels of 8 bits: integers, and from sm_89 on fp8; groups end where kernels can scale sums."""
+    small_floats = capability(target.mcpu) >= (8, 9)
+
+    def rule(x: Scheme, w: Scheme, k: int, group: int) -> bool:
+        return multiplied(x, w) and (x.uniform or small_floats) and k % STEP == 0 and group % (STEP * w.per_byte) == 0
+
+    return rule
 
 
 def variants(node: Node, target: Target) -> dict[str, tuple[int, ...]]:

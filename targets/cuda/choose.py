@@ -10,12 +10,14 @@ import sympy
 from jisu.compiler import ops
 from jisu.compiler.errors import TargetError
 from jisu.compiler.graph import Node
+from jisu.compiler.ops.quantize import layer_parts
 from jisu.compiler.types import Dim, dim, product
 from jisu.targets.cpu.isa import FLOATS, require_activation
 from jisu.targets.cuda.device import PAIRS, DeviceKernel
-from jisu.targets.cuda.kernels import experts, norm, products, records, rounding, thin, top
+from jisu.targets.cuda.kernels import experts, levels, norm, products, records, rounding, thin, top
 from jisu.targets.cuda.kernels.attention import QUERIES, Form, attend_token, attend_tokens, merge_parts, sharing
 from jisu.targets.cuda.kernels.layers import Layer
+from jisu.targets.cuda.kernels.levels import Levels
 from jisu.targets.cuda.lowering import DeviceCall, DeviceFunction
 from jisu.targets.steps import Argument, Choosers, Kernel
 from jisu.targets.target import Target
@@ -38,7 +40,7 @@ def _layer(layer: Layer, rows: Dim, operands: tuple[int, ...], target: Target) -
     arguments = (*numbers, ("size", rows))
     variants: list[tuple[tuple[tuple[Dim, int], ...], tuple[DeviceCall, ...]]] = []
     for most in thin.ROWS:
-        kernel = thin.thin(layer, most, target)
+        kernel = levels.few(layer, most, target) if isinstance(layer, Levels) else thin.thin(layer, most, target)
         call = DeviceCall(kernel, (layer.tiles(thin.OUTPUTS), _ceiling(rows, most), 1), arguments)
         variants.append((((rows, most),), (call,)))
     for kernel, tile, most in _products(layer, target):
@@ -55,6 +57,11 @@ def _products(layer: Layer, target: Target) -> Iterator[tuple[DeviceKernel, prod
     large, small = products.LARGE, products.SMALL
     # So many large tiles as there are multiprocessors keep all of them busy.
     few = target.cores // max(1, layer.tiles(large.outputs)) * large.rows
+    if isinstance(layer, Levels):
+        if few >= small.rows:
+            yield levels.many(layer, small, target), small, few
+        yield levels.many(layer, large, target), large, 0
+        return
     with contextlib.suppress(TargetError):  # not for this layer
         if few >= small.rows:
             yield products.product(layer, small, target), small, few
@@ -113,6 +120,44 @@ def _quantized(node: Node, target: Target) -> Kernel | None:
         node.scheme, node.group, scales.dtype, zeros is not None,
     )  # fmt: skip
     return _layer(layer, product(x.shape[:-1]), (0, 1, 2, *_present(node, 3, 4, 5)), target)
+
+
+def _levels(node: Node, target: Target) -> Kernel | None:
+    x, codes, scales, zeros, bias, residual = node.operands
+    assert x is not None and codes is not None and scales is not None
+    if not _one_output_per_panel(codes, -2) or codes.dtype != "uint8":
+        return None
+    layer = Levels(
+        node.k, (node.outputs,), node.dtype, node.gated, False, node.activation, bias is not None, residual is not None,
+        node.scheme, node.group, scales.dtype, zeros is not None, node.records, node.own,
+    )  # fmt: skip
+    return _layer(layer, product(x.shape[:-1]), (0, 1, 2, *_present(node, 3, 4, 5)), target)
+
+
+def _levels_projections(node: Node, target: Target) -> Kernel | None:
+    x, *given = node.operands
+    assert x is not None
+    parts = layer_parts(given, len(node.outputs), node.offset, node.biased)
+    codes, scales, zeros, biases = zip(*parts, strict=True)
+    if not all(_one_output_per_panel(c, -2) and c.dtype == "uint8" for c in codes):
+        return None
+    layer = Levels(
+        node.k, tuple(node.outputs), node.dtype, bias=node.biased, scheme=node.scheme, group=node.group, scales=scales[0].dtype,
+        zeros=node.offset, levels=node.records, own=node.own,
+    )  # fmt: skip
+    return _layer(layer, product(x.shape[:-1]), tuple(range(len(node.operands))), target)
+
+
+def _encode_levels(node: Node, target: Target) -> Kernel | None:
+    x, scale = node.operands
+    assert x is not None
+    kernel = levels.encoded(
+        int(x.shape[-1]), x.dtype, node.scheme, node.group, node.own, scale is not None, target
+    )  # type: ignore[call-overload]  # fmt: skip
+    rows = product(x.shape[:-1])
+    operands = (0, *_present(node, 1))
+    call = DeviceCall(kernel, (_ceiling(rows, rounding.WARPS), 1, 1), (*range(len(operands) + 1), ("size", rows)))
+    return Kernel(DeviceFunction((((), (call,)),)), tuple(Argument(i) for i in operands))
 
 
 _KEYS_PER_PART = 256  # of one token's attention, at least, so that parts are worth their merging
@@ -325,5 +370,8 @@ CHOOSERS: Choosers = {
     ops.gated_linear: _gated,
     ops.packed_projections: _projections,
     ops.quantized_linear: _quantized,
+    ops.integer_linear: _levels,
+    ops.integer_projections: _levels_projections,
+    ops.encode_levels: _encode_levels,
 }
 """Choosers by op; see `jisu.targets.cuda.lowering.lower`."""

@@ -214,6 +214,15 @@ class Device(Function):
             found = self.call(kind, f"{self.prefix}mma.m16n8k16.row.col.f32.f32", *halves, *sums)
         return [self.op(f"extractvalue {kind} {found.name}, {i}", "float") for i in range(4)]
 
+    def mma_bytes(self, a: Sequence[Val], b: Sequence[Val], sums: Sequence[Val]) -> list[Val]:
+        """sums[16, 8] + a[16, 32] b[32, 8] of numbers of 8 bits on the tensor cores, by the warp: of int8 where the sums are i32, of fp8 (e4m3)
+        where they are float; a i32 [4], b i32 [2], sums [4] per thread."""
+        element = sums[0].type
+        kind = f"{{ {', '.join([element] * 4)} }}"
+        form = {"i32": "s8", "float": "f32.e4m3.e4m3.f32"}[element]
+        found = self.call(kind, f"{self.prefix}mma.m16n8k32.row.col.{form}", *a, *b, *sums)
+        return [self.op(f"extractvalue {kind} {found.name}, {i}", element) for i in range(4)]
+
     # Hopper: products of a warp group, straight from shared memory
 
     def tile_address(self, address: Val) -> Val:

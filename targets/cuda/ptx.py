@@ -23,7 +23,8 @@ from jisu.targets.cuda.device import DeviceKernel
 from jisu.targets.cuda.functions import called, library
 from jisu.targets.target import Target
 
-_VERSION = {"sm_80": "ptx71", "sm_86": "ptx71", "sm_89": "ptx78", "sm_90": "ptx80", "sm_90a": "ptx80", "sm_100": "ptx86", "sm_120": "ptx87"}  # fmt: skip
+_VERSION = {"sm_80": "ptx71", "sm_86": "ptx71", "sm_89": "ptx84", "sm_90": "ptx84", "sm_90a": "ptx84", "sm_100": "ptx86", "sm_120": "ptx87"}  # fmt: skip
+"""PTX by architecture: 8.4 is the first in which warps multiply fp8."""
 
 
 @attrs.frozen
@@ -93,12 +94,6 @@ def as_function(kernel: DeviceKernel, name: str, text: str, where: Any) -> Any:
 def entry_name(kernel: DeviceKernel) -> str:
     """The kernel's name in the module."""
     return f"kernel_{kernel.name}"
-
-
-def capability(target: Target) -> tuple[int, int]:
-    """The architecture's number: (9, 0) for sm_90 and sm_90a."""
-    digits = target.mcpu.removeprefix("sm_").rstrip("af")
-    return int(digits[:-1]), int(digits[-1])
 
 
 def find_assembler() -> str | None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from jisu.compiler.levels import Rule, whole_words
+
 if TYPE_CHECKING:  # a target's description comes from here
     from jisu.compiler.graph import Graph, Node
     from jisu.targets.target import Target
@@ -15,8 +17,10 @@ def packing(target: Target) -> tuple[int, dict[str, int]]:
     return 1, {}
 
 
-INTEGERS = True
-"""Rounded activations and codes are multiplied as integers, by the matrix units."""
+def levels(target: Target) -> Rule:
+    """Rounded activations and codes are multiplied as integers where both are such, by the matrix units."""
+    return whole_words
+
 
 TOGETHER = False
 """Kernels do one matrix at a time; XLA runs what reads the same one after the other anyway."""

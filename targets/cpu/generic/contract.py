@@ -289,7 +289,7 @@ def _integer_projections(b: Builder, pull: Pull, node: Node, targets: Sequence[F
     x, *operands = node.parents
     count = len(node.outputs)
     kinds = (True, True, node.offset, node.biased)
-    how = {a: node.attributes[a] for a in ("k", "scheme", "group", "own", "dtype")}
+    how = {a: node.attributes[a] for a in ("k", "scheme", "group", "own", "dtype", "records")}
     for i, (outputs, target) in enumerate(zip(node.outputs, targets, strict=True)):
         own = iter(operands[i::count])
         codes, scales, zeros, bias = (next(own) if there else None for there in kinds)
@@ -487,10 +487,10 @@ class Scaled:
 def _quantized(b: Builder, pull: Pull, node: Node, target: Flat) -> None:
     x, codes, scales, zeros = node.operands[:4]
     assert x is not None and codes is not None
-    integers = node.op is ops.integer_linear
+    levelled = node.op is ops.integer_linear
     dtype = compute_dtype(node.dtype)
     left, packed = pull.leaves[x], pull.leaves[codes]
-    k = int(node.k if integers else x.shape[-1])
+    k = int(node.k if levelled else x.shape[-1])
     scaled = Scaled(b, pull, node, scales, zeros, k)
     panels, panel, side = (int(codes.shape[i]) for i in (0, -2, -1))
     depth, width, m, stride = i64(k), i64(node.outputs), product(node.shape[:-1]), i64(int(x.shape[-1]))
@@ -499,7 +499,7 @@ def _quantized(b: Builder, pull: Pull, node: Node, target: Flat) -> None:
         row, p = outer
 
         def data(i: Expr) -> Expr:
-            if not integers:
+            if not levelled:
                 return load(b, left, row * depth + i)
             group = tirx.floordiv(i, i64(node.group)) if node.own and node.group else i64(0)
             at = b.let(row * stride + i64(levels.scale_offset(k)) + group * i64(4), "at")
@@ -507,8 +507,12 @@ def _quantized(b: Builder, pull: Pull, node: Node, target: Flat) -> None:
             for n in range(4):
                 bits = tirx.bitwise_or(bits, tirx.Cast("uint32", left[at + i64(n)]) << tirx.IntImm("uint32", 8 * n))
             scale = b.let(tirx.reinterpret("float32", b.let(bits)), "scale")
-            found = tirx.Cast("int8", b.let(left[row * stride + i]))
-            return b.let(tirx.Cast(dtype, b.let(tirx.Cast("float32", found) * scale)))
+            code = b.let(left[row * stride + i])
+            if schemes.scheme(node.records).uniform:
+                found: Expr = tirx.Cast("float32", tirx.Cast("int8", code))
+            else:
+                found = level(b, node.records, b.let(tirx.Cast("int32", code)))
+            return b.let(tirx.Cast(dtype, b.let(found * scale)))
 
         with b.loop((panel + TILE - 1) // TILE) as part:
             first = b.let(part * i64(TILE), "first")

@@ -77,6 +77,15 @@ def _fake_quantize(b: Builder, pull: Pull, node: Node, target: Flat) -> None:
     b.spread(x.shape[:-1], x.tensor.size * 8, row)
 
 
+def small_float(b: Builder, value: Expr) -> Expr:
+    """The code int32 of a float32 that e4m3 holds: sign, exponent and mantissa move down, subnormal numbers are counted."""
+    bits = b.let(tirx.reinterpret("int32", value), "bits")
+    size = tirx.bitwise_and(bits, 0x7FFFFFFF) >> 20
+    least = tirx.Cast("int32", intrinsic("fabs", value) * literal(2.0**9, "float32"))
+    code = b.let(tirx.Select(size < (121 << 3), least, size - (120 << 3)), "code")
+    return tirx.bitwise_or(code, tirx.Select(bits < 0, tirx.IntImm("int32", 128), tirx.IntImm("int32", 0)))
+
+
 def _encode_levels(b: Builder, pull: Pull, node: Node, target: Flat) -> None:
     x, given = node.operands
     assert x is not None
@@ -114,9 +123,11 @@ def _encode_levels(b: Builder, pull: Pull, node: Node, target: Flat) -> None:
             b.store(sums, i64(0), zero)
             with b.loop(count) as i:
                 near = rounded(b, kind, b.let(value(first + i) / scale))
-                level = b.let(tirx.Cast("int32", b.let(select(is_nan(near), literal(0, "float32"), near))), "level")
+                near = b.let(select(is_nan(near), literal(0, "float32"), near))
+                level = b.let(tirx.Cast("int32", near) if kind.uniform else small_float(b, near), "level")
                 b.store(target, [*outer, first + i], tirx.Cast("uint8", tirx.bitwise_and(level, 255)))
-                b.store(sums, i64(0), sums[i64(0)] + level)
+                if kind.uniform:
+                    b.store(sums, i64(0), sums[i64(0)] + level)
             if node.own:
                 put(i64(levels.scale_offset(k)) + part * i64(4), tirx.reinterpret("int32", scale))
             put(i64(levels.sum_offset(k, node.group, node.own)) + part * i64(4), sums[i64(0)])

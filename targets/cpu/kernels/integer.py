@@ -15,6 +15,7 @@ import attrs
 
 from jisu.compiler import levels, schemes
 from jisu.compiler.errors import TargetError
+from jisu.compiler.levels import WORD
 from jisu.targets.cpu.isa import ITEMSIZE, Arg, Function, Micro, Val, require_dtype, vector_type
 from jisu.targets.cpu.kernels import amx
 from jisu.targets.cpu.kernels.codes import Codes, zeros
@@ -29,10 +30,6 @@ from jisu.targets.cpu.kernels.matmul import (
 )
 from jisu.targets.cpu.kernels.norm import in_rows
 from jisu.targets.target import Target
-
-WORD = 4
-"""Inputs of an output that lie side by side."""
-
 
 _TILE_WORDS = amx.BLOCK * 32 + amx.CONFIG_WORDS
 """Of scratch memory: the tile unit's sums of a block of rows, and its configuration."""

@@ -7,6 +7,9 @@ neighbouring sums belong to one result; in memory they may be two matrices. Code
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import ClassVar
+
 import attrs
 
 from jisu.compiler.errors import TargetError
@@ -36,6 +39,9 @@ class Layer:
     group: int = 0
     scales: str = "float16"
     zeros: bool = False
+
+    dtypes: ClassVar[Sequence[str]] = tuple(PAIRS)
+    """Of results, that kernels have."""
 
     @property
     def parameters(self) -> list[tuple[str, str]]:
@@ -85,8 +91,8 @@ class Layer:
 
     def require(self) -> None:
         """Raise TargetError unless kernels can read it: rows in whole chunks of 16 bytes, which lie in one group."""
-        if self.dtype not in PAIRS:
-            raise TargetError(f"layers for GPUs compute in {' and '.join(PAIRS)}, not in {self.dtype}")
+        if self.dtype not in self.dtypes:
+            raise TargetError(f"layers for GPUs compute in {' and '.join(self.dtypes)}, not in {self.dtype}")
         chunk = self.codes_per_chunk
         shared = self.group and (
             self.group % chunk if self.group > chunk else chunk % self.group or self.group % self.per_word

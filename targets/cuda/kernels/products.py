@@ -52,8 +52,11 @@ LARGE, SMALL = Tile(128, 128, (2, 4)), Tile(64, 64, (2, 2))
 """Where there are rows enough for blocks on all multiprocessors, and where there aren't. Warp groups of Hopper multiply large ones."""
 
 
-class _Product:
-    """A layer in tiles under construction, `inputs` of k per step."""
+class Tiled:
+    """A layer in tiles under construction, `inputs` of k per step, whose rows of x are `x_bytes` apart."""
+
+    number_bytes = 2
+    """Of a number of x."""
 
     def __init__(
         self, f: Device, layer: Layer, tile: Tile, inputs: int, x: Val, part: Part, own: Rows, residual: Val | None
@@ -67,30 +70,33 @@ class _Product:
             own,
             residual,
         )
-        self.k, self.inputs, self.steps, self.chunks = layer.k, inputs, layer.k // inputs, inputs // EIGHT
+        self.inputs, self.steps = inputs, layer.k // inputs
+        self.x_bytes = layer.k * self.number_bytes
+        self.step_bytes = inputs * self.number_bytes  # of a row of x
+        self.chunks = self.step_bytes // 16
         self.row_bytes = inputs * 16 // layer.codes_per_chunk  # of W, per step
-        self.stage_bytes = self.tile.rows * inputs * 2 + self.tile.outputs * self.row_bytes
+        self.turned = not layer.scheme  # whether W stands in shared memory as x does
+        self.stage_bytes = self.tile.rows * self.step_bytes + self.tile.outputs * self.row_bytes
         self.held = f.shared(_STAGES * self.stage_bytes, 1024)
 
     def stage(self, step: Val) -> tuple[Val, Val]:
         """Where a step's rows and weights are in shared memory."""
         rows = self.f.at(self.held, step % _STAGES * self.stage_bytes, "i8")
-        return rows, self.f.at(rows, self.tile.rows * self.inputs * 2, "i8")
+        return rows, self.f.at(rows, self.tile.rows * self.step_bytes, "i8")
 
     def fetch(self, step: Val) -> None:
         """Begin to copy a step's inputs."""
         f, part, (rows, weights) = self.f, self.part, self.stage(step)
-        first = step * self.inputs
 
         def row_of_x(r: Val) -> Val:
-            return f.at(self.x, self.own.source(r) * self.k + first, self.layer.dtype)
+            return f.at(self.x, self.own.source(r) * self.x_bytes + step * self.step_bytes, "i8")
 
         def row_of_w(r: Val) -> Val:
             row = f.minimum(part.first + r, part.rows - 1)
             return f.at(row_address(f, self.layer, part, row), step * self.row_bytes, "i8")
 
         f.copy_tile(rows, self.tile.rows, self.chunks, row_of_x)
-        if not self.layer.scheme:
+        if self.turned:
             f.copy_tile(weights, self.tile.outputs, self.chunks, row_of_w)
             return
         per_row = self.row_bytes // 16
@@ -115,6 +121,13 @@ class _Product:
         later = step + (_STAGES - 1)
         self.f.when(later < self.steps, lambda: self.fetch(later))
         self.f.commit_copies()
+
+    def arrived(self, step: Val) -> tuple[Val, Val]:
+        """A step's rows and weights, which have come; the stage that was read before is filled again."""
+        self.f.copies_done(_STAGES - 2)
+        self.f.barrier()  # all threads' copies have come, and nobody reads the stage that is filled next
+        self.fetch_ahead(step)
+        return self.stage(step)
 
     def store(self, row: Val, column: Val, sums: Sequence[Val]) -> None:
         """Four sums of a thread as `mma` and `wgmma` leave them: two neighbouring columns of a row of the tile, and of the eighth row below."""
@@ -160,7 +173,7 @@ def multiply_product(
     f: Device, layer: Layer, tile: Tile, x: Val, part: Part, own: Rows, residual: Val | None = None
 ) -> None:
     """What a thread of `product` does: up to a tile's rows of x times its rows of W."""
-    p, thread = _Product(f, layer, tile, 32, x, part, own, residual), f.thread()
+    p, thread = Tiled(f, layer, tile, 32, x, part, own, residual), f.thread()
     lane, warp = thread % WARP, thread / WARP
     tiles_m, tiles_n = tile.of_warp[0] // 16, tile.of_warp[1] // 8
     warp_row, warp_column = warp / tile.warps[1] * tile.of_warp[0], warp % tile.warps[1] * tile.of_warp[1]
@@ -187,20 +200,12 @@ def multiply_product(
 _Halves = Callable[[], Iterator[tuple[list[list[Val]], list[list[Val]]]]]
 
 
-def _arrived(p: _Product, step: Val) -> tuple[Val, Val]:
-    """A step's rows and weights, which have come; the stage that was read before is filled again."""
-    p.f.copies_done(_STAGES - 2)
-    p.f.barrier()  # all threads' copies have come, and nobody reads the stage that is filled next
-    p.fetch_ahead(step)
-    return p.stage(step)
-
-
-def _plain(p: _Product, lane: Val, warp_row: Val, warp_column: Val) -> Callable[[Val], _Halves]:
+def _plain(p: Tiled, lane: Val, warp_row: Val, warp_column: Val) -> Callable[[Val], _Halves]:
     """Both operands of the two products of a step, from tiles of floats."""
     f, matrix, line = p.f, lane / 8, lane % 8
 
     def read(step: Val) -> _Halves:
-        rows, weights = _arrived(p, step)
+        rows, weights = p.arrived(step)
 
         def halves() -> Iterator[tuple[list[list[Val]], list[list[Val]]]]:
             for half in range(p.inputs // 16):
@@ -220,7 +225,7 @@ def _plain(p: _Product, lane: Val, warp_row: Val, warp_column: Val) -> Callable[
     return read
 
 
-def _coded(p: _Product, lane: Val, warp_row: Val, warp_column: Val) -> Callable[[Val], _Halves]:
+def _coded(p: Tiled, lane: Val, warp_row: Val, warp_column: Val) -> Callable[[Val], _Halves]:
     """The same from a tile of codes: four threads share a row's inputs, eight neighbouring ones each, in whatever order `decoded` gives."""
     f, layer, line, place = p.f, p.layer, lane / 4, lane % 4
     slice_bytes = 8 // SCHEMES[layer.scheme].per_byte  # of eight codes
@@ -235,7 +240,7 @@ def _coded(p: _Product, lane: Val, warp_row: Val, warp_column: Val) -> Callable[
             )
             for output in outputs
         ]  # fmt: skip
-        rows, weights = _arrived(p, step)
+        rows, weights = p.arrived(step)
 
         def halves() -> Iterator[tuple[list[list[Val]], list[list[Val]]]]:
             left, right = [], []
@@ -280,7 +285,7 @@ def multiply_hopper(
     f: Device, layer: Layer, tile: Tile, x: Val, part: Part, own: Rows, residual: Val | None = None
 ) -> None:
     """What a thread of `product_hopper` does, as `multiply_product`."""
-    p, thread = _Product(f, layer, tile, 64, x, part, own, residual), f.thread()
+    p, thread = Tiled(f, layer, tile, 64, x, part, own, residual), f.thread()
     group = thread / GROUP
     p.begin()
 

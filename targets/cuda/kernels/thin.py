@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from jisu.targets.cpu.isa import Val
 from jisu.targets.cuda.device import WARP, Device, DeviceKernel
 from jisu.targets.cuda.kernels.layers import (
@@ -36,11 +38,17 @@ def thin(layer: Layer, rows: int, target: Target) -> DeviceKernel:
     warps meet in shared memory in a fixed order, which depends on k alone. Raises TargetError for a layer that it can't read.
     """
     layer.require()
+    return of_rows(layer, rows, target, Thin)
+
+
+def of_rows(layer: Layer, rows: int, target: Target, kind: Callable[..., Thin]) -> DeviceKernel:
+    """A kernel as `thin`, whose threads do what `kind` says."""
     f = Device(f"thin{rows}_{layer.name}", layer.parameters, target, WARPS * WARP)
     given = {name: value for (_, name), value in zip(layer.parameters, f.params(), strict=True)}
     residual = f.memory(given["r"]) if layer.residual else None
     own = Rows(f, f.block("y") * rows, given["m"])
-    multiply_thin(f, layer, rows, f.memory(given["x"]), part_of(f, layer, f.block(), OUTPUTS), own, residual)
+    t = kind(f, layer, rows, f.memory(given["x"]), part_of(f, layer, f.block(), OUTPUTS), own)
+    t.leave(t.sums(), residual)
     return f.built()
 
 
@@ -48,12 +56,12 @@ def multiply_thin(
     f: Device, layer: Layer, rows: int, x: Val, part: Part, own: Rows, residual: Val | None = None
 ) -> None:
     """What a thread of `thin` does: up to `rows` rows of x times 16 rows of W, with `WARPS` warps."""
-    t = _Thin(f, layer, rows, x, part, own)
+    t = Thin(f, layer, rows, x, part, own)
     t.leave(t.sums(), residual)
 
 
-class _Thin:
-    """The kernel under construction."""
+class Thin:
+    """The kernel under construction: what one thread of it does."""
 
     def __init__(self, f: Device, layer: Layer, rows: int, x: Val, part: Part, own: Rows) -> None:
         self.f, self.layer, self.rows, self.x, self.part, self.own = f, layer, rows, x, part, own
@@ -73,8 +81,11 @@ class _Thin:
 
     def sums(self) -> list[Val]:
         """The sums of this thread's chunks: per eight rows of x those of `mma`."""
+        return self.along([self.f.const(0.0, "float")] * (4 * self.columns))
+
+    def along(self, sums: list[Val]) -> list[Val]:
+        """`multiply` of all of this thread's chunks, one after the other."""
         f = self.f
-        sums = [f.const(0.0, "float")] * (4 * self.columns)
         if self.turns:
             for early in range(_STAGES - 1):
                 if early < self.turns:

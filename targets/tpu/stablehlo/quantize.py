@@ -266,7 +266,8 @@ def code_levels(codes: Value, kind: Scheme, n: int, k: int) -> Value:
 def integer_product(
     x: Value, codes: Value, scales: Value, zeros: Value | None, kind: Scheme, group: int, own: bool, n: int, k: int
 ) -> Value:
-    """Records of levels x uint8 [*b, bytes] times codes in panels: float32 [*b, n]. Sums within a group are exact integers."""
+    """Records of levels x uint8 [*b, bytes] times codes in panels: float32 [*b, n]. Sums of integers within a group are exact; small floats
+    are multiplied as the bfloat16 that they are."""
     lead, size, count = x.shape[:-1], group or k, groups_of(k, group)
     rows = math.prod(lead)
     records = x.reshape(rows, x.shape[-1])
@@ -274,9 +275,15 @@ def integer_product(
     def numbers(offset: int, number: int, dtype: str) -> Value:
         return records.part(-1, offset, offset + 4 * number).reshape(rows, number, 4).bits(dtype)
 
-    a = records.part(-1, 0, k).bits("int8").padded(-1, count * size).reshape(rows, count, size)
-    c = code_levels(codes, kind, n, k).padded(-1, count * size).reshape(n, count, size)
-    sums = a.dot(c, (-1, -1), [(1, 1)], to="int32")  # [count, rows, n]
+    bytes_ = records.part(-1, 0, k)
+    if kind.uniform:
+        left, right, to = bytes_.bits("int8"), code_levels(codes, kind, n, k), "int32"
+    else:
+        left, right = (level(v, kind).astype("bfloat16") for v in (bytes_, unpack_codes(codes, kind, n, k)))
+        to = "float32"
+    a = left.padded(-1, count * size).reshape(rows, count, size)
+    c = right.padded(-1, count * size).reshape(n, count, size)
+    sums = a.dot(c, (-1, -1), [(1, 1)], to=to)  # [count, rows, n]
     if zeros is not None:  # code - zero is (code - middle) + (middle - zero)
         shift = out_of_panels(zeros, n).astype("int32") * -1 + int(kind.middle)
         total = a.astype("int32").sum(-1)
@@ -288,7 +295,7 @@ def integer_product(
 
 def _integer_linear(
     x: Value, codes: Value, scales: Value, zeros: Value | None, b: Value | None, r: Value | None, *, outputs: int, k: int, scheme: str,
-    group: int, own: bool, gated: bool, activation: str, dtype: str,
+    group: int, own: bool, gated: bool, activation: str, dtype: str, records: str = "int8",
 ) -> Value:  # fmt: skip
     def product(c: Value, s: Value, z: Value | None, n: int) -> Value:
         found = integer_product(x, c, s, z, SCHEMES[scheme], group, own, n, k)

@@ -116,6 +116,14 @@ def decode(records: Value, scheme: str) -> Value:
 # --- Records of levels ------------------------------------------------------------------------------------------------------
 
 
+def _small_float(value: Value) -> Value:
+    """The code int32, from -128 to 127, of float32 that e4m3 holds."""
+    bits = value.bits("int32")
+    size = (bits & 0x7FFFFFFF) >> 20
+    code = (size < (121 << 3)).select((value.unary("abs") * 2.0**9).astype("int32"), size - (120 << 3))
+    return (bits < 0).select(code - 128, code)
+
+
 def _encode_levels(x: Value, scale: Value | None, *, scheme: str, group: int, own: bool) -> Value:
     body, kind, (*lead, k) = x.body, SCHEMES[scheme], x.shape
     size, count = group or k, groups_of(k, group)
@@ -124,8 +132,9 @@ def _encode_levels(x: Value, scale: Value | None, *, scheme: str, group: int, ow
     found = nearest(shared / scales, kind)
     lost = shared.isnan().reduce("or", [-1], keepdims=True) | ~scales.isfinite()
     scales = lost.select(float("nan"), scales).reshape(*lead, -1)
-    whole = found.isnan().select(0, found).astype("int32").astype("int8").reshape(*lead, count, size)
-    sums = whole.astype("int32").sum(-1)
+    found = found.isnan().select(0, found)
+    whole = (found.astype("int32") if kind.uniform else _small_float(found)).astype("int8").reshape(*lead, count, size)
+    sums = whole.astype("int32").sum(-1) if kind.uniform else body.full(0, (*lead, count), "int32")
     records = levels.record_bytes(k, group, own)
     first = whole.reshape(*lead, count * size).part(-1, 0, k).bits("uint8").padded(-1, levels.scale_offset(k))
     parts = [first, *(v.bits("uint8").reshape(*lead, -1) for v in (scales, sums))]

@@ -1,0 +1,428 @@
+"""Layers that read rounded inputs (`jisu.compiler.levels`) on NVIDIA GPUs: levels times codes, of 8 bits both, on tensor cores.
+
+They do twice as many products per second as of 16-bit numbers, and sums of integers are exact. Sums are scaled where a group of weights
+ends: by the weights' scale, and by the row's (or the group's own).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import attrs
+
+from jisu.compiler.errors import TargetError
+from jisu.compiler.levels import multiplied, record_bytes, scale_offset, sum_offset
+from jisu.compiler.schemes import SCHEMES
+from jisu.targets.cpu.isa import FLOATS, Val
+from jisu.targets.cuda import STEP, levels
+from jisu.targets.cuda.device import WARP, Device, DeviceKernel
+from jisu.targets.cuda.kernels import thin
+from jisu.targets.cuda.kernels.layers import Layer, Part, Rows, part_of
+from jisu.targets.cuda.kernels.products import Tile, Tiled
+from jisu.targets.cuda.kernels.rounding import WARPS
+from jisu.targets.target import Target
+
+
+@attrs.frozen
+class Levels(Layer):
+    """A layer whose x are records of levels of the scheme `levels`, with a scale per row, or if `own` one per group. `dtype` is that of results."""
+
+    levels: str = "int8"
+    own: bool = False
+
+    dtypes: ClassVar[Sequence[str]] = FLOATS
+
+    @property
+    def integers(self) -> bool:
+        """Whether levels and codes are such, or small floats."""
+        return SCHEMES[self.scheme].uniform
+
+    @property
+    def x_bytes(self) -> int:
+        """Of a row of x."""
+        return record_bytes(self.k, self.group, self.own)
+
+    @property
+    def name(self) -> str:
+        """What distinguishes its kernels."""
+        return f"{self.levels}{'_own' if self.own else ''}_{super().name}"
+
+    def require(self) -> None:
+        """Raise TargetError unless kernels can read it: four threads that share a row's inputs come to the end of a group together."""
+        super().require()
+        if self.k % STEP or self.group % (4 * self.codes_per_chunk):
+            raise TargetError(f"{self.name}: inputs or groups are no multiple of {4 * self.codes_per_chunk}")
+
+
+def require_levels(layer: Levels, target: Target) -> None:
+    """Raise TargetError unless the target's tensor cores multiply the layer's levels."""
+    layer.require()
+    if not levels(target)(SCHEMES[layer.levels], SCHEMES[layer.scheme], layer.k, layer.group):
+        raise TargetError(f"{layer.name}: {target.mcpu} multiplies no {layer.levels} by {layer.scheme}")
+
+
+def words_of_levels(layer: Levels, word: Val) -> list[Val]:
+    """Four bytes of codes as words of four levels each, in the order of the inputs; each `factor` times what it means."""
+    kind = SCHEMES[layer.scheme]
+    if not kind.uniform:
+        return [word]
+    if kind.per_byte == 1:
+        # The grid's middle becomes 0: bytes never carry, and the highest bit is the sign.
+        shifted = word if kind.bits == 8 else word + _every(128 - int(kind.middle), 8)
+        return [shifted ^ _every(128, 8)]
+    shifted = word if kind.bits == 4 else word + _every(8 - int(kind.middle), 4)
+    signed = shifted ^ _every(8, 4)
+    return [(signed << 4) & _every(0xF0, 8), signed & _every(0xF0, 8)]
+
+
+def _every(number: int, bits: int) -> int:
+    """A number of so many bits in every such part of an i32."""
+    word = sum(number << at for at in range(0, 32, bits))
+    return word - (1 << 32) if word >= 1 << 31 else word
+
+
+def factor(layer: Levels) -> float:
+    """How often a level is in what `words_of_levels` gives."""
+    return 16.0 if SCHEMES[layer.scheme].per_byte == 2 else 1.0
+
+
+@attrs.frozen(eq=False)
+class Scaling:
+    """What a group's sums are scaled by."""
+
+    f: Device
+    layer: Levels
+    part: Part
+    x: Val
+
+    def of_weights(self, row: Val, group: Val) -> Val:
+        """A group's scale of a row of W, float32."""
+        assert self.part.s is not None
+        return self.f.load_f32(self.part.s, row * self.layer.groups + group, self.layer.scales, lanes=1) / factor(
+            self.layer
+        )
+
+    def of_levels(self, row: Val, group: Val | None = None) -> Val:
+        """The scale of a row of x, or of its group, float32."""
+        begin = self.f.at(self.x, row * self.layer.x_bytes + scale_offset(self.layer.k), "i8")
+        return self.f.load("float", begin if group is None else self.f.at(begin, group, "float32"))
+
+    def sum_of_levels(self, row: Val, group: Val) -> Val:
+        """The sum of a group's levels, i32."""
+        k, how = self.layer.k, (self.layer.group, self.layer.own)
+        return self.f.load(
+            "i32", self.f.at(self.f.at(self.x, row * self.layer.x_bytes + sum_offset(k, *how), "i8"), group, "float32")
+        )
+
+    def shift(self, row: Val, group: Val) -> Val:
+        """What a group's zero is below the grid's middle, as often as levels are in sums, i32."""
+        assert self.part.z is not None
+        stored = self.f.load("i8", self.f.at(self.part.z, row * self.layer.groups + group, "uint8"))
+        middle = int(SCHEMES[self.layer.scheme].middle)
+        return (self.f.cast("zext", stored, "i32") * -1 + middle) * int(factor(self.layer))
+
+    def number(self, sum_: Val) -> Val:
+        """A sum as float32."""
+        return self.f.cast("sitofp", sum_, "float") if self.layer.integers else sum_
+
+    def zero(self) -> Val:
+        """The empty sum."""
+        return self.f.const(0, "i32") if self.layer.integers else self.f.const(0.0, "float")
+
+
+# --- Few rows --------------------------------------------------------------------------------------------------------------
+
+
+def few(layer: Levels, rows: int, target: Target) -> DeviceKernel:
+    """As `thin.thin`. Raises TargetError for a layer that it can't read."""
+    require_levels(layer, target)
+    return thin.of_rows(layer, rows, target, _Few)
+
+
+class _Few(thin.Thin):
+    """As there, but sums are those of levels, scaled where a group ends: every chunk of four threads is in one."""
+
+    layer: Levels
+
+    def __init__(self, f: Device, layer: Levels, rows: int, x: Val, part: Part, own: Rows) -> None:
+        super().__init__(f, layer, rows, x, part, own)
+        self.scaling = Scaling(f, layer, part, x)
+
+    def sums(self) -> list[Val]:
+        """Without groups sums of integers go on to the end."""
+        if self.layer.group:
+            return super().sums()
+        return [self.scaling.number(s) for s in self.along([self.scaling.zero()] * (4 * self.columns))]
+
+    def multiply(self, number: Val, words: list[Val], sums: list[Val], inside: Val | None) -> list[Val]:
+        """Add the products of a chunk; what isn't `inside` counts as zeros."""
+        f, layer, scaling = self.f, self.layer, self.scaling
+        weights = [[level for w in own for level in words_of_levels(layer, w)] for own in (words[:4], words[4:])]
+        if inside is not None:
+            weights = [[f.select(inside, w, 0) for w in own] for own in weights]
+        result = list(sums)
+        group = number * self.chunk / layer.group if layer.group else f.i64(0)
+        steps = [scaling.of_weights(row, group) for row in self.places] if layer.group else []
+        for c, row in enumerate(self.lines):
+            inputs: list[Val] = []
+            for piece in range(0, self.chunk, 16):
+                inputs += f.words(
+                    f.load16("<4 x i32>", f.at(self.x, row * layer.x_bytes + number * self.chunk + piece, "i8"))
+                )
+            mine = result[4 * c : 4 * c + 4]
+            found = [scaling.zero()] * 4 if layer.group else mine
+            for i in range(0, len(inputs), 2):
+                a = [weights[0][i], weights[1][i], weights[0][i + 1], weights[1][i + 1]]
+                found = f.mma_bytes(a, inputs[i : i + 2], found)
+            if layer.group:
+                found = [scaling.number(s) * steps[i // 2] for i, s in enumerate(found)]
+                if layer.own:
+                    rows = [self.own.source(self.place * 2 + (i % 2 + 8 * c)) for i in range(4)]
+                    found = [s * scaling.of_levels(r, group) for s, r in zip(found, rows, strict=True)]
+                found = [a + b for a, b in zip(mine, found, strict=True)]
+            result[4 * c : 4 * c + 4] = found
+        return result
+
+    def total(self, output: Val, row: Val) -> Val:
+        """The sum of all warps, scaled by what belongs to whole rows, with what zeros add."""
+        f, layer, scaling = self.f, self.layer, self.scaling
+        value, source = super().total(output, row), self.own.source(row)
+        place = f.minimum(self.part.first + output, self.part.rows - 1)
+        if not layer.group:
+            value = value * scaling.of_weights(place, f.i64(0))
+
+        def more(group: Val, carried: list[Val]) -> list[Val]:
+            added = scaling.number(scaling.shift(place, group) * scaling.sum_of_levels(source, group))
+            added = added * scaling.of_weights(place, group)
+            return [carried[0] + (added * scaling.of_levels(source, group) if layer.own else added)]
+
+        if layer.zeros:
+            value, _ = f.loop(0, layer.groups, 1, [value], more)
+        return value if layer.own else value * scaling.of_levels(source)
+
+
+# --- Many rows -------------------------------------------------------------------------------------------------------------
+
+
+def many(layer: Levels, tile: Tile, target: Target) -> DeviceKernel:
+    """As `products.product`. Raises TargetError for a layer that it can't read."""
+    require_levels(layer, target)
+    f = Device(f"product{tile.rows}_{layer.name}", layer.parameters, target, tile.threads)
+    given = {name: value for (_, name), value in zip(layer.parameters, f.params(), strict=True)}
+    own = Rows(f, f.block() * tile.rows, given["m"])
+    part = part_of(f, layer, f.block("y"), tile.outputs)
+    _Many(f, layer, tile, f.memory(given["x"]), part, own, f.memory(given["r"]) if layer.residual else None).run()
+    return f.built()
+
+
+class _Many(Tiled):
+    """The kernel under construction: `mma` sums a group's products, and then they are scaled and added."""
+
+    layer: Levels
+    number_bytes = 1
+
+    def __init__(
+        self, f: Device, layer: Levels, tile: Tile, x: Val, part: Part, own: Rows, residual: Val | None
+    ) -> None:
+        super().__init__(f, layer, tile, STEP, x, part, own, residual)
+        self.x_bytes, self.turned = layer.x_bytes, SCHEMES[layer.scheme].per_byte == 1
+        self.scaling = Scaling(f, layer, part, x)
+        thread = f.thread()
+        lane, warp = thread % WARP, thread / WARP
+        self.line, self.place, self.matrix = lane / 4, lane % 4, lane / 8
+        self.row = warp / tile.warps[1] * tile.of_warp[0]
+        self.column = warp % tile.warps[1] * tile.of_warp[1]
+        self.tiles = tile.of_warp[0] // 16, tile.of_warp[1] // 8
+
+    def run(self) -> None:
+        """Everything that a thread does."""
+        f, layer, scaling, (tiles_m, tiles_n) = self.f, self.layer, self.scaling, self.tiles
+        count = 4 * tiles_m * tiles_n
+        per_group = layer.group // STEP if layer.group else self.steps
+        rows = [self.own.source(self.row + 16 * i + self.line + 8 * half) for i in range(tiles_m) for half in (0, 1)]
+        outputs = [
+            f.minimum(self.part.first + self.column + 8 * j + self.place * 2 + side, self.part.rows - 1)
+            for j in range(tiles_n)
+            for side in (0, 1)
+        ]
+        self.begin()
+
+        def of_group(group: Val, totals: list[Val]) -> list[Val]:
+            # What sums are scaled by comes from the GPU's memory: it is asked for before they are made.
+            steps = [scaling.of_weights(output, group) for output in outputs]
+            levels = [scaling.of_levels(row, group) for row in rows] if layer.own else []
+            shifts = [scaling.shift(output, group) for output in outputs] if layer.zeros else []
+            added = [scaling.sum_of_levels(row, group) for row in rows] if layer.zeros else []
+            first = group * per_group
+            *sums, _ = f.loop(first, first + per_group, 1, [scaling.zero()] * count, self.multiply)
+            result = list(totals)
+            for i in range(tiles_m):
+                for j in range(tiles_n):
+                    for part in range(4):
+                        at, row, output = 4 * (i * tiles_n + j) + part, 2 * i + part // 2, 2 * j + part % 2
+                        whole_sum = sums[at] + added[row] * shifts[output] if layer.zeros else sums[at]
+                        scaled = scaling.number(whole_sum) * steps[output]
+                        result[at] = result[at] + (scaled * levels[row] if layer.own else scaled)
+            return result
+
+        *totals, _ = f.loop(0, layer.groups, 1, [f.const(0.0, "float")] * count, of_group)
+        whole = [] if layer.own else [scaling.of_levels(row) for row in rows]
+        for i in range(tiles_m):
+            for j in range(tiles_n):
+                at = 4 * (i * tiles_n + j)
+                for part in range(0 if layer.own else 4):
+                    totals[at + part] = totals[at + part] * whole[2 * i + part // 2]
+                self.store(self.row + 16 * i + self.line, self.column + 8 * j + self.place * 2, totals[at : at + 4])
+
+    def multiply(self, step: Val, sums: list[Val]) -> list[Val]:
+        """A step's products."""
+        rows, weights = self.arrived(step)
+        result = list(sums)
+        for half in (0, 1):  # of 32 inputs
+            left, right = (self.plain if self.turned else self.coded)(rows, weights, half)
+            for i, a in enumerate(left):
+                for j, b in enumerate(right):
+                    at = 4 * (i * self.tiles[1] + j)
+                    result[at : at + 4] = self.f.mma_bytes(a, b, result[at : at + 4])
+        return result
+
+    def plain(self, rows: Val, weights: Val, half: int) -> tuple[list[list[Val]], list[list[Val]]]:
+        """Both operands from tiles of bytes: four threads have a row's 16 bytes, as `mma` wants them."""
+        f, matrix, line = self.f, self.matrix, self.f.thread() % 8
+        left = []
+        for i in range(self.tiles[0]):
+            row, chunk = self.row + 16 * i + (line + (matrix & 1) * 8), (matrix >> 1) + 2 * half
+            left.append(f.fragments(f.at(rows, f.place(row, chunk, self.chunks), "i8")))
+        right: list[list[Val]] = []
+        for j in range(0, self.tiles[1], 2):
+            row, chunk = self.column + 8 * j + (line + (matrix >> 1) * 8), (matrix & 1) + 2 * half
+            four = f.fragments(f.at(weights, f.place(row, chunk, self.chunks), "i8"))
+            levels = [word for w in four for word in words_of_levels(self.layer, w)]
+            right += [levels[:2], levels[2:]]
+        return left, right
+
+    def coded(self, rows: Val, weights: Val, half: int) -> tuple[list[list[Val]], list[list[Val]]]:
+        """The same with two codes in a byte: four threads share 32 inputs of a row, each of them eight neighbouring ones."""
+        f, left, right = self.f, [], []
+        within = half * 2 + self.place / 2
+        for i in range(self.tiles[0]):
+            both = []
+            for lower in (0, 1):
+                chunk = f.place(self.row + 16 * i + self.line + 8 * lower, within, self.chunks)
+                at = f.at(rows, chunk + self.place % 2 * 8, "i8")
+                both.append([f.load("i32", f.at(at, 4 * n, "i8")) for n in (0, 1)])
+            left.append([both[0][0], both[1][0], both[0][1], both[1][1]])
+        for j in range(self.tiles[1]):
+            at = (self.column + 8 * j + self.line) * self.row_bytes + (self.place * 4 + 16 * half)
+            right.append(words_of_levels(self.layer, f.load("i32", f.at(weights, at, "i8"))))
+        return left, right
+
+
+# --- Rounding --------------------------------------------------------------------------------------------------------------
+
+
+def encoded(k: int, dtype: str, scheme: str, group: int, own: bool, given: bool, target: Target) -> DeviceKernel:
+    """`encode_levels` of rows of k numbers (a multiple of 4, as groups are), one behind the other: a warp per row.
+
+    Parameters: x, if `given` the scale, the records, the number of rows. Grid: ceil(rows / `WARPS`). Raises TargetError for other rows.
+    """
+    kind = SCHEMES[scheme]
+    if not multiplied(kind, kind) or dtype not in FLOATS or k % 4 or group % 4:
+        raise TargetError(f"no kernel for GPUs makes levels of {scheme} of {k} numbers of {dtype}")
+    names = ["x", *(["s"] if given else []), "y"]
+    form = f"{scheme}_{k}{f'_{group}' if group else ''}{'_own' if own else ''}{'_given' if given else ''}_{dtype}"
+    f = Device(f"levels_{form}", [*(("ptr", n) for n in names), ("i64", "count")], target, WARPS * WARP)
+    x, *scale_at, y, count = f.params()
+    x, y, thread = f.memory(x), f.memory(y), f.thread()
+    lane, wanted = thread % WARP, f.block() * WARPS + thread / WARP
+    row = f.minimum(wanted, count - 1)  # all threads of a warp act together
+    size, groups = group or k, -(-k // (group or k))
+    record = f.at(y, row * record_bytes(k, group, own), "i8")
+    stored = f.load("float", f.memory(scale_at[0])) if given else None
+
+    def quad(first: Val) -> list[Val]:
+        return [f.load_f32(x, row * k + (first + i), dtype, lanes=1) for i in range(4)]
+
+    def steps(begin: Val, end: Val) -> tuple[Val, Val]:
+        """The scale of numbers begin to end as it divides, and as it is stored."""
+
+        def look(at: Val, carried: list[Val]) -> list[Val]:
+            reach, lost = carried
+            for value in quad(at):
+                reach = f.maximum(reach, f.call("float", "llvm.fabs.f32", value))
+                lost = f.select(value.cmp("uno", value), f.const(1.0, "float"), lost)
+            return [reach, lost]
+
+        reach, lost, _ = f.loop(begin + lane * 4, end, 4 * WARP, [f.const(0.0, "float")] * 2, look)
+        for distance in (16, 8, 4, 2, 1):
+            reach, lost = f.maximum(reach, f.other(reach, distance)), f.maximum(lost, f.other(lost, distance))
+        scale = reach / kind.top if stored is None else stored
+        scale = f.select(scale.cmp("oeq", 0.0), f.const(1.0, "float"), scale)
+        infinite = f.call("float", "llvm.fabs.f32", scale).cmp("oeq", float("inf"))
+        sound = f.select(infinite, f.const(float("nan"), "float"), scale)
+        return scale, f.select(lost > 0.0, f.const(float("nan"), "float"), sound)
+
+    def level(value: Val, scale: Val) -> Val:
+        """The level as float32; 0 of NaN."""
+        found = value / scale
+        if kind.uniform:
+            found = f.call("float", "llvm.rint.f32", found)
+        found = f.select(found < -kind.top - kind.uniform, f.const(-kind.top - kind.uniform, "float"), found)
+        found = f.select(found > kind.top, f.const(kind.top, "float"), found)
+        return f.select(found.cmp("uno", found), f.const(0.0, "float"), found)
+
+    def word(values: Sequence[Val]) -> Val:
+        """Four levels in bytes."""
+        if not kind.uniform:
+            halves = [f.call("i16", f"{f.prefix}ff.to.e4m3x2.rn", values[i + 1], values[i]) for i in (0, 2)]
+            return f.cast("zext", halves[0], "i32") | (f.cast("zext", halves[1], "i32") << 16)
+        bytes_ = [f.cast("fptosi", v, "i32") & 255 for v in values]
+        return bytes_[0] | (bytes_[1] << 8) | (bytes_[2] << 16) | (bytes_[3] << 24)
+
+    def write() -> None:
+        shared = None if own else steps(f.i64(0), f.i64(k))
+        first_lane = lane.cmp("eq", 0)
+        if shared is not None:
+            f.when(first_lane, lambda: f.store(shared[1], f.at(record, scale_offset(k), "i8")))
+
+        def of_group(number: Val, nothing: list[Val]) -> list[Val]:
+            begin = number * size
+            end = f.minimum(begin + size, f.i64(k))
+            scale, kept = shared if shared is not None else steps(begin, end)
+
+            def put(at: Val, carried: list[Val]) -> list[Val]:
+                values = [level(v, scale) for v in quad(at)]
+                f.store(word(values), f.at(record, at, "i8"))
+                return [carried[0] + (values[0] + values[1] + values[2] + values[3])]
+
+            whole, _ = f.loop(begin + lane * 4, end, 4 * WARP, [f.const(0.0, "float")], put)
+            # Sums of levels are below 2^24: exact. Those of small floats stand for nothing.
+            total = f.cast("fptosi", f.sum_of_warp(whole), "i32") if kind.uniform else f.const(0, "i32")
+
+            def finish() -> None:
+                f.store(total, f.at(f.at(record, sum_offset(k, group, own), "i8"), number, "float32"))
+                if own:
+                    f.store(kept, f.at(f.at(record, scale_offset(k), "i8"), number, "float32"))
+
+            f.when(first_lane, finish)
+            return []
+
+        f.loop(0, groups, 1, [], of_group)
+        _zeros(f, record, k, group, own, lane)
+
+    f.when(wanted < count, write)
+    return f.built()
+
+
+def _zeros(f: Device, record: Val, k: int, group: int, own: bool, lane: Val) -> None:
+    """What a record holds between its levels and scales, and behind its sums."""
+    groups = -(-k // group) if group else 1
+    ends = ((k, scale_offset(k)), (sum_offset(k, group, own) + 4 * groups, record_bytes(k, group, own)))
+    for begin, end in ends:
+
+        def clear(at: Val, _: list[Val]) -> list[Val]:
+            f.store(f.const(0, "i32"), f.at(record, at, "i8"))
+            return []
+
+        f.loop(lane * 4 + begin, end, 4 * WARP, [], clear)

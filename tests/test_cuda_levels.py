@@ -1,0 +1,232 @@
+# ruff: noqa: F811
+"""Products of levels of 8 bits on NVIDIA GPUs: kernels on an emulated one, against the ops' meaning."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import attrs
+import numpy as np
+import pytest
+from test_cuda import GPU, REAL, Launch, drawn, emulator, launch  # noqa: F401
+from test_cuda_models import run_all
+from test_quantization import coded
+
+from jisu.compiler import levels as records
+from jisu.compiler import ops
+from jisu.compiler.entry import stored
+from jisu.compiler.errors import TargetError
+from jisu.compiler.graph import ArrayStorage, Graph, Storage, placeholder, weight
+from jisu.compiler.interpret import evaluate_node, interpret
+from jisu.compiler.pipeline import Pipeline, relative_error
+from jisu.compiler.schemes import SCHEMES
+from jisu.compiler.types import TensorType, numpy_dtype, symbol
+from jisu.passes import layout_passes
+from jisu.passes.compression.gptq import choose_grid
+from jisu.targets import facts
+from jisu.targets.cuda import ptx
+from jisu.targets.cuda.device import Device
+from jisu.targets.cuda.kernels import levels, products, thin
+from jisu.targets.cuda.kernels.levels import Levels
+from jisu.targets.target import Target
+
+ADA = attrs.evolve(GPU, mcpu="sm_89")
+
+
+def case(layer: Levels, m: int, seed: int = 0) -> tuple[list[np.ndarray], np.ndarray]:
+    """What a kernel reads (records, codes, scales and, if there are, zeros, bias, residual), and what the op makes of it."""
+    rng = np.random.default_rng(seed)
+    (n,), k, kind = layer.outputs, layer.k, SCHEMES[layer.scheme]
+    x = records.encode(rng.standard_normal((m, k)).astype(np.float32), SCHEMES[layer.levels], layer.group, layer.own)
+    rows = n * layer.per_weight_row
+    grid = choose_grid(
+        rng.standard_normal((rows, k)).astype(np.float32) + 0.3, kind, layer.group, symmetric=not layer.zeros
+    )
+    codes = grid.nearest(grid.values(rng.integers(0, 2**kind.bits, (rows, k), np.uint8)))
+    packing = ops.pack_codes(
+        placeholder("codes", TensorType((rows, kind.row_bytes(k)), "uint8")), scheme=kind.name, k=k, panel=1, word=4
+    )
+    packed = evaluate_node(packing, [kind.pack(codes)], {})
+    given_: list[Any] = [
+        x,
+        packed,
+        grid.scales.astype(layer.scales),
+        None if grid.zeros is None else grid.zeros.astype(np.uint8),
+    ]
+    bias = drawn(seed + 1, n) if layer.bias else None
+    residual = drawn(seed + 2, m, n) if layer.residual else None
+    lead = (n, 2) if layer.gated else (n,)
+    shaped = [
+        x,
+        packed.reshape(*lead, *packed.shape[1:]),
+        *(None if v is None else v.reshape(*lead, -1, 1) for v in given_[2:]),
+        bias,
+        residual,
+    ]
+    node = ops.integer_linear.make(
+        [None if v is None else placeholder(f"o{i}", TensorType(v.shape, v.dtype.name)) for i, v in enumerate(shaped)],
+        {
+            "outputs": n, "k": k, "scheme": layer.scheme, "group": layer.group, "own": layer.own, "gated": layer.gated,
+            "activation": layer.activation, "dtype": layer.dtype, "records": layer.levels,
+        },
+    )  # fmt: skip
+    want = evaluate_node(node, shaped, {})
+    return [v for v in (*given_, bias, residual) if v is not None], want
+
+
+def check(layer: Levels, m: int, launch: Launch, many: products.Tile | None = None, **how: Any) -> None:
+    arrays, want = case(layer, m)
+    y = drawn(9, m + 1, layer.outputs[0])
+    guard = y[-1].copy()
+    if many is None:
+        rows = min(r for r in thin.ROWS if r >= min(m, thin.ROWS[-1]))
+        launch(levels.few(layer, rows, ADA), (layer.tiles(thin.OUTPUTS), -(-m // rows)), *arrays, y, m, **how)
+    else:
+        launch(levels.many(layer, many, ADA), (-(-m // many.rows), layer.tiles(many.outputs)), *arrays, y, m, **how)
+    scale = float(np.abs(want.astype(np.float32)).max())
+    np.testing.assert_allclose(y[:m].astype(np.float32), want.astype(np.float32), rtol=1e-2, atol=1e-3 * scale)
+    np.testing.assert_array_equal(y[-1], guard)
+
+
+FORMS = [
+    Levels(128, (40,), scheme="int8", scales="float32"),
+    Levels(256, (33,), scheme="int8", group=64, own=True, scales="float32", residual=True, bias=True),
+    Levels(256, (40,), scheme="int4", group=128, zeros=True, scales="float32"),
+    Levels(
+        1152, (20,), scheme="int4", group=128, zeros=True, own=True, gated=True, activation="silu", scales="float32"
+    ),
+    Levels(256, (24,), scheme="int8", zeros=True, scales="float32"),
+    Levels(128, (40,), scheme="int6", group=64, scales="float32", activation="relu"),
+    Levels(256, (40,), scheme="int3", group=256, scales="float32"),
+    Levels(128, (40,), scheme="fp8", levels="fp8", scales="float32"),
+    Levels(256, (40,), scheme="fp8", levels="fp8", group=128, own=True, scales="float32"),
+]
+
+
+@pytest.mark.parametrize("layer", FORMS, ids=lambda layer: layer.name)
+@pytest.mark.parametrize("m", [1, 11, 20])
+def test_few_rows(layer: Levels, m: int, launch: Launch) -> None:
+    check(layer, m, launch)
+
+
+@pytest.mark.parametrize("layer", FORMS, ids=lambda layer: layer.name)
+@pytest.mark.parametrize(("late", "order"), [(True, 1), (False, -1)])
+def test_many_rows(layer: Levels, late: bool, order: int, launch: Launch) -> None:
+    check(layer, 70, launch, products.SMALL, late=late, order=order)
+
+
+@pytest.mark.parametrize("missing", ["copies_done", "barrier"])
+def test_what_is_missing_shows(missing: str, launch: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Device, missing, lambda self, *_: None)
+    with pytest.raises((AssertionError, RuntimeError)):
+        check(Levels(512, (64,), scheme="int8", scales="float32"), 64, launch, products.SMALL)
+
+
+@pytest.mark.parametrize(
+    ("k", "scheme", "group", "own"),
+    [(64, "int8", 0, False), (260, "int8", 128, True), (384, "int4", 128, False), (192, "fp8", 0, False), (100, "fp8", 64, True)],
+)  # fmt: skip
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("static", [False, True])
+def test_records(k: int, scheme: str, group: int, own: bool, dtype: str, static: bool, launch: Launch) -> None:
+    """Byte by byte what the op means; rows that are no numbers decode to none."""
+    if static and own:
+        return
+    x = np.random.default_rng(k).standard_normal((7, k)).astype(np.float32) * 10
+    x[2], x[3, 5], x[4, 6], x[5, -1] = 0, np.nan, np.inf, -np.inf
+    x = x.astype(numpy_dtype(dtype))
+    scale = np.array(0.05, np.float32) if static else None
+    got = np.full((8, records.record_bytes(k, group, own)), 77, np.uint8)
+    kernel = levels.encoded(k, dtype, scheme, group, own, static, ADA)
+    launch(kernel, (2,), x, *([] if scale is None else [scale]), got, 7)
+    want = records.encode(x.astype(np.float32), SCHEMES[scheme], group, own, scale)
+    assert (got[7] == 77).all()
+    with np.errstate(invalid="ignore"):
+        values, wanted = (records.decode(r, k, group, own, SCHEMES[scheme]) for r in (got[:7], want))
+    np.testing.assert_array_equal(values, wanted)
+    sound = [0, 1, 2, 6]  # what rows hold that decode to NaN is nobody's business
+    np.testing.assert_array_equal(got[sound], want[sound])
+
+
+@pytest.mark.parametrize("mcpu", ["sm_80", "sm_90a"])
+def test_ptx_has_the_instructions(mcpu: str) -> None:
+    target = attrs.evolve(REAL, mcpu=mcpu)
+    made = {
+        "bytes": levels.many(Levels(4096, (4096,), scheme="int8"), products.LARGE, target),
+        "few bytes": levels.few(Levels(4096, (4096,), scheme="int8"), 8, target),
+        "codes": levels.many(Levels(4096, (4096,), scheme="int4", group=128, zeros=True), products.LARGE, target),
+        "few codes": levels.few(Levels(4096, (4096,), scheme="int4", group=128, zeros=True), 8, target),
+        "gated": levels.many(Levels(4096, (14336,), scheme="int4", group=128, zeros=True, gated=True), products.LARGE, target),
+        "records": levels.encoded(4096, "bfloat16", "int8", 128, False, False, target),
+    }  # fmt: skip
+    if mcpu != "sm_80":
+        fp8 = Levels(4096, (4096,), scheme="fp8", levels="fp8")
+        made |= {"floats": levels.many(fp8, products.LARGE, target), "few floats": levels.few(fp8, 8, target)}
+        made["records of floats"] = levels.encoded(4096, "bfloat16", "fp8", 0, False, False, target)
+    else:
+        with pytest.raises(TargetError, match="sm_80 multiplies no fp8"):
+            levels.few(Levels(4096, (4096,), scheme="fp8", levels="fp8"), 8, target)
+    text = ptx.to_ptx(list(made.values()), target)
+    for kind, kernel in made.items():
+        body = text.partition(f".entry {ptx.entry_name(kernel)}(")[2].partition("\n}")[0]
+        if "records" not in kind:
+            form = "f32.e4m3.e4m3.f32" if "floats" in kind else "s32.s8.s8.s32"
+            assert f"mma.sync.aligned.m16n8k32.row.col.{form}" in body and "cp.async.cg.shared.global" in body, kind
+        assert not re.search(r"\.local\b|call\.uni", body), kind
+    if ptx.find_assembler() is None:
+        pytest.skip("there is no ptxas here")
+    _, usage = ptx.assemble(text, target)
+    assert all(u.spilled_bytes == u.stack_bytes == 0 for u in usage.values())
+    assert all(usage[ptx.entry_name(made[kind])].registers <= 64 for kind in made if kind.startswith("few")), usage
+    assert all(k.shared_bytes <= 227 << 10 for k in made.values())
+
+
+@pytest.mark.parametrize(("scheme", "group", "symmetric"), [("int8", 0, True), ("int4", 128, False), ("fp8", 0, True)])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_layers_of_rounded_inputs(
+    scheme: str, group: int, symmetric: bool, dtype: str, emulated_gpu: Target, tmp_path: Path
+) -> None:
+    """From the graph to the GPU: records once, projections in one launch, epilogues, few rows and many."""
+    target, rng, k = attrs.evolve(emulated_gpu, cores=1), np.random.default_rng(0), 256
+    graphs = {}
+    activations = "fp8" if scheme == "fp8" else "int8"
+    for own in (False, True) if group else (False,):
+        held: dict[str, Storage] = {}
+        x = placeholder("x", TensorType((symbol("m"), k), dtype))
+        read = ops.fake_quantize(x, scheme=activations, group=group if own else 0)
+        w, v, u = (coded(c, SCHEMES[scheme], (70, k), group, symmetric, dtype, held) for c in "wvu")
+        held["b"] = ArrayStorage(rng.standard_normal(70).astype(numpy_dtype(dtype)))
+        bias = weight("b", TensorType((70,), dtype))
+        outputs = (
+            ops.linear(read, w), ops.linear(read, v), ops.linear(read, u, bias, ops.linear(read, v), activation="relu"),
+            ops.gated_linear(read, w, v, activation="silu"),
+        )  # fmt: skip
+        graphs[f"own_{own}"] = Graph((x,), outputs, held)
+    room = facts.of(target)
+    panel, pair = room.packing(target)
+    layout = layout_passes(panel, pair, levels=room.levels(target))
+    laid_out = {name: Pipeline(layout).run(graph)[0] for name, graph in graphs.items()}
+    for graph in laid_out.values():
+        assert graph.count(ops.encode_levels) == 1 and not graph.count(ops.quantized_linear, ops.fake_quantize)
+        assert graph.count(ops.integer_linear) == 2 and graph.count(ops.integer_projections) == 1
+    run = run_all(laid_out, target, tmp_path)
+    for name, graph in laid_out.items():
+        weights = {n: s.numpy() for n, s in stored(graph).items()}
+        for m in (1, 12, 40, 130):
+            array = rng.standard_normal((m, k)).astype(numpy_dtype(dtype))
+            for got, want in zip(run.call(name, [array], weights), interpret(graphs[name], [array]), strict=True):
+                assert relative_error(np.asarray(got), want) < (2e-2 if dtype == "bfloat16" else 2e-5), (name, m)
+
+
+def test_rounded_inputs_that_tensor_cores_do_not_take() -> None:
+    """What has no kernel is multiplied as the numbers that it stands for."""
+    kinds = [SCHEMES[name] for name in ("int8", "int4", "fp8", "mxfp4")]
+    rules = {mcpu: facts.of(REAL).levels(attrs.evolve(REAL, mcpu=mcpu)) for mcpu in ("sm_80", "sm_90a")}
+    byte, half, small, tiny = kinds
+    for rule in rules.values():
+        assert rule(byte, byte, 4096, 0) and rule(byte, half, 4096, 128) and rule(half, byte, 4096, 64)
+        assert not rule(byte, half, 4096, 64) and not rule(byte, byte, 4080, 0) and not rule(byte, tiny, 4096, 32)
+        assert not rule(byte, small, 4096, 0) and not rule(small, byte, 4096, 0)
+    assert rules["sm_90a"](small, small, 4096, 0) and not rules["sm_80"](small, small, 4096, 0)
