@@ -132,13 +132,18 @@ class Rows:
         """Whether that is one."""
         return place < self.count
 
+    @property
+    def weighs(self) -> bool:
+        """Whether `weighed` changes anything."""
+        return False
+
     def weighed(self, value: Val, place: Val) -> Val:
         """A result before it is rounded and stored."""
         return value
 
 
-def part_of(f: Device, layer: Layer, block: Val, rows: int) -> Part:
-    """What block number `block` of tiles of `rows` rows of W works on."""
+def part_of(f: Device, layer: Layer, block: Val, rows: int, *, mapped: bool = False) -> Part:
+    """What block number `block` of tiles of `rows` rows of W works on; mapped: whether matrices are tensor maps."""
     given = {name: value for (_, name), value in zip(layer.parameters, f.params(), strict=True)}
 
     starts = [0]
@@ -154,7 +159,9 @@ def part_of(f: Device, layer: Layer, block: Val, rows: int) -> Part:
 
     def pointer(letter: str) -> Val | None:
         own = [given[f"{letter}{i}"] for i in range(len(layer.outputs)) if f"{letter}{i}" in given]
-        return f.memory(chosen(own)) if own else None
+        if not own:
+            return None
+        return chosen(own) if mapped and letter in "wv" else f.memory(chosen(own))
 
     begin, n = chosen([f.i64(s) for s in starts]), chosen([f.i64(n) for n in layer.outputs])
     w, y = pointer("w"), pointer("y")

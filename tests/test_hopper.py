@@ -1,0 +1,275 @@
+"""Kernels for Hopper: copies of tiles by tensor maps, barriers in shared memory, products of warp groups; on an emulated block of threads, where
+each of these comes as late, or as early, as it may."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import attrs
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_cuda import HOPPER, RACES, REAL, Launch, drawn, emulator, launch  # noqa: F401
+
+from jisu.compiler.gpu import tensor_map
+from jisu.targets.cuda import device, ptx
+from jisu.targets.cuda.device import Device
+from jisu.targets.cuda.kernels import experts, hopper
+from jisu.targets.cuda.kernels.layers import Layer
+
+Map = Callable[..., np.ndarray]
+
+
+@pytest.fixture
+def mapped(emulator: Any) -> Map:  # noqa: F811
+    """mapped(matrix, rows of a box): its tensor map, as a driver makes it."""
+
+    def encode(*args: Any) -> None:
+        assert emulator.cuTensorMapEncodeTiled(*args) == 0
+
+    def run(matrix: np.ndarray, rows: int) -> np.ndarray:
+        height, width = matrix.shape
+        raw = tensor_map(encode, matrix.ctypes.data, matrix.dtype.name, (height, width), (rows, hopper.INPUTS))
+        return np.frombuffer(raw, np.uint8).copy()
+
+    return run
+
+
+def activated(name: str, x: np.ndarray) -> np.ndarray:
+    return {"none": lambda: x, "relu": lambda: np.maximum(x, 0), "silu": lambda: x / (1 + np.exp(-x))}[name]()
+
+
+def multiplied(
+    launch: Launch,  # noqa: F811
+    mapped: Map,
+    layer: Layer,
+    outputs: int,
+    m: int,
+    blocks: int = 3,
+    **how: Any,
+) -> None:
+    """Run a layer; nothing is written beyond its results."""
+    per_row, dtype = (1 if layer.apart else layer.per_weight_row), layer.dtype
+    x = drawn(0, m, layer.k, dtype=dtype)
+    matrices = [drawn(1 + i, n * per_row, layer.k, dtype=dtype) for i, n in enumerate(layer.outputs)]
+    matrices += [drawn(9, layer.outputs[0], layer.k, dtype=dtype)] if layer.apart else []
+    biases = [drawn(20 + i, n, dtype=dtype) for i, n in enumerate(layer.outputs)] if layer.bias else []
+    residual = [drawn(30, m, layer.outputs[0], dtype=dtype)] if layer.residual else []
+    results = [drawn(40, m + 1, n, dtype=dtype) for n in layer.outputs]
+    before = [y.copy() for y in results]
+    boxes = [mapped(x, hopper.ROWS), *(mapped(w, hopper.rows_of_box(layer, outputs)) for w in matrices)]
+    kernel = hopper.product_hopper(layer, outputs, HOPPER)
+    assert kernel.parameters[: len(boxes)] == (device.MAP,) * len(boxes)
+    launch(kernel, (blocks,), *boxes, *biases, *residual, *results, m, **how)
+    exact = [x.astype(np.float64) @ w.astype(np.float64).T for w in matrices]
+    if layer.gated:
+        gates, ups = exact if layer.apart else (exact[0][:, ::2], exact[0][:, 1::2])
+        exact = [activated(layer.activation, gates) * ups]
+    else:
+        added = [b.astype(np.float64) for b in biases] or [np.zeros(n) for n in layer.outputs]
+        exact = [activated(layer.activation, y + b) for y, b in zip(exact, added, strict=True)]
+    exact = [y + residual[0].astype(np.float64) if residual else y for y in exact]
+    for got, want, old in zip(results, exact, before, strict=True):
+        scale = np.sqrt(layer.k) * (np.sqrt(layer.k) if layer.gated else 1)
+        np.testing.assert_allclose(got[:m].astype(np.float64), want, rtol=2e-2, atol=1e-2 * scale)
+        np.testing.assert_array_equal(got[m:], old[m:])
+
+
+@pytest.mark.parametrize(("m", "n", "k"), [(128, 256, 64), (1, 5, 64), (130, 300, 320), (300, 72, 128), (2300, 24, 64)])
+@pytest.mark.parametrize("outputs", [hopper.NARROW, hopper.WIDE])
+@RACES
+def test_tiles(m: int, n: int, k: int, outputs: int, late: bool, order: int, launch: Launch, mapped: Map) -> None:  # noqa: F811
+    """Edge tiles, more tiles than blocks, blocks without a tile, and more than one band of rows."""
+    layer = Layer(k, (n,), "bfloat16" if late else "float16")
+    multiplied(launch, mapped, layer, outputs, m, late=late, order=order)
+
+
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(data=st.data())
+def test_layers(data: st.DataObject, launch: Launch, mapped: Map) -> None:  # noqa: F811
+    """All that may follow a product, in one launch for several matrices."""
+    gated, outputs = data.draw(st.booleans()), data.draw(st.sampled_from([hopper.NARROW, hopper.WIDE]))
+    sizes = st.one_of(st.integers(1, 300), st.integers(1, 40).map(lambda n: 8 * n))
+    several = st.lists(sizes, min_size=1, max_size=1 if gated else 3).map(tuple)
+    widths = data.draw(several)
+    layer = Layer(
+        64 * data.draw(st.integers(1, 7)), widths, data.draw(st.sampled_from(["bfloat16", "float16"])), gated=gated,
+        apart=gated and data.draw(st.booleans()), activation=data.draw(st.sampled_from(["none", "relu", "silu"])),
+        bias=not gated and data.draw(st.booleans()),
+        residual=not gated and len(widths) == 1 and data.draw(st.booleans()),
+    )  # fmt: skip
+    late = data.draw(st.booleans())
+    multiplied(
+        launch, mapped, layer, outputs, data.draw(st.integers(1, 280)), data.draw(st.integers(1, 4)), late=late,
+        order=data.draw(st.sampled_from([1, -1, 2, 3, 4])),
+    )  # fmt: skip
+
+
+def grouped(launch: Launch, mapped: Map, last: bool, apart: bool, **how: Any) -> None:  # noqa: F811
+    """Run a layer of experts; groups of no expert stand between others, and not all are full."""
+    mixture = experts.Mixture(3, 2, 128, 192, "bfloat16", "silu", apart=apart)
+    layer, groups, tokens = mixture.layer(last), 5, 150
+    rng = np.random.default_rng(0)
+    order = np.full((groups, hopper.ROWS), -1, np.int32)
+    names = np.array([2, 0, -1, 0, 1], np.int32)
+    free = iter(rng.permutation(tokens * mixture.chosen).astype(np.int32))
+    for group, count in enumerate((128, 7, 0, 60, 1)):
+        order[group, :count] = [next(free) for _ in range(count)]
+    x = drawn(0, tokens * (mixture.chosen if last else 1), layer.k)
+    height = layer.outputs[0] * layer.per_weight_row
+    w, scores = drawn(1, mixture.count * height, layer.k), drawn(2, tokens * mixture.chosen)
+    y = drawn(3, tokens * mixture.chosen, layer.outputs[0])
+    want = y.astype(np.float64)
+    kernel = experts.of_groups_hopper(mixture, last, HOPPER)
+    box = mapped(w, hopper.rows_of_box(layer, hopper.WIDE))
+    launch(kernel, (4,), box, x, order, names, *([scores] if last else []), y, groups, **how)
+    for name, pairs in zip(names, order, strict=True):
+        for pair in pairs[pairs >= 0]:
+            own = w[name * height : (name + 1) * height].astype(np.float64)
+            sums = own @ x[pair if last else pair // mixture.chosen].astype(np.float64)
+            if last:
+                want[pair] = sums * float(scores[pair])
+                continue
+            gates, ups = np.split(sums, 2) if apart else (sums[::2], sums[1::2])
+            want[pair] = activated("silu", gates) * ups
+    np.testing.assert_allclose(y.astype(np.float64), want, rtol=3e-2, atol=1.0 if last else 8.0)
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("apart", [False, True])
+@RACES
+def test_experts(last: bool, apart: bool, late: bool, order: int, launch: Launch, mapped: Map) -> None:  # noqa: F811
+    """Rows that lie anywhere."""
+    grouped(launch, mapped, last, apart, late=late, order=order)
+
+
+# --- Negative controls ----------------------------------------------------------------------------------------------------
+
+Patch = Callable[[pytest.MonkeyPatch], None]
+
+
+def changed(name: str, change: Callable[..., Any]) -> Patch:
+    """change(the device function, its receiver, *arguments) instead of a device function."""
+
+    def apply(patch: pytest.MonkeyPatch) -> None:
+        before = getattr(Device, name)
+        patch.setattr(Device, name, lambda self, *given, **how: change(before, self, *given, **how))
+
+    return apply
+
+
+def without(*names: str) -> Patch:
+    """Device functions that do nothing."""
+
+    def apply(patch: pytest.MonkeyPatch) -> None:
+        for name in names:
+            changed(name, lambda *_, **__: None)(patch)
+
+    return apply
+
+
+def no_wait_for(which: str) -> Patch:
+    """Those who fetch, or those who multiply, don't wait."""
+
+    def apply(patch: pytest.MonkeyPatch) -> None:
+        kept, before = getattr(hopper, which), Device.wait_for
+
+        def run(*given: Any) -> None:
+            patch.setattr(Device, "wait_for", lambda *_: None)
+            kept(*given)
+            patch.setattr(Device, "wait_for", before)
+
+        patch.setattr(hopper, which, run)
+
+    return apply
+
+
+WRONG: dict[str, Patch] = {
+    "no wait for what comes": no_wait_for("_multiply"),
+    "no wait for what is read": no_wait_for("_fetch"),
+    "no wait for products": changed("products_done", lambda _, f, but, sums: sums),
+    "products are released early": changed(
+        "products_done", lambda old, f, but, sums: old(f, but + 1 if but else 0, sums)
+    ),
+    "no commit": without("commit_products"),
+    "no fence before products": without("begin_products"),
+    "barriers are not shown": without("barriers_made"),
+    "no barrier behind new barriers": without("barrier", "registers"),
+    "too few bytes": changed("arrive_expecting", lambda old, f, b, n: old(f, b, n - 16384)),
+    "too many bytes": changed("arrive_expecting", lambda old, f, b, n: old(f, b, n + 16)),
+    "another parity": changed("wait_for", lambda old, f, b, p: old(f, b, 1 - p)),
+    "stages are never released": without("arrive"),
+    "too many arrivals": changed("make_barrier", lambda old, f, b, n: old(f, b, n + 1)),
+    "too few arrivals": changed("make_barrier", lambda old, f, b, n: old(f, b, max(1, n - 1))),
+    "too many registers": changed("registers", lambda old, f, n, more: old(f, n, more=more) if more else None),
+    "results are taken early": without("meet"),
+}
+WRONG_WHERE_GATHERED: dict[str, Patch] = {
+    "no wait for copies": without("copies_done"),
+    "copies are not shown": without("copies_shown"),
+    "no swizzle": changed("place", lambda _, f, row, chunk, chunks: row * (16 * chunks) + chunk * 16),
+}
+SCHEDULES = [(late, order) for late in (True, False) for order in (1, -1, 2)]
+
+
+def shows(run: Callable[[bool, int], None]) -> bool:
+    """Whether a schedule of threads and copies finds it."""
+    for late, order in SCHEDULES:
+        try:
+            run(late, order)
+        except (RuntimeError, AssertionError):
+            return True
+    return False
+
+
+@pytest.mark.parametrize("wrong", list(WRONG))
+def test_what_is_wrong_shows(wrong: str, launch: Launch, mapped: Map, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    WRONG[wrong](monkeypatch)
+    layer = Layer(64 * 34, (256,))
+    assert shows(lambda late, order: multiplied(launch, mapped, layer, hopper.WIDE, 128, 1, late=late, order=order))
+
+
+@pytest.mark.parametrize("wrong", list(WRONG_WHERE_GATHERED))
+def test_what_is_wrong_with_gathered_rows_shows(
+    wrong: str,
+    launch: Launch,  # noqa: F811
+    mapped: Map,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    WRONG_WHERE_GATHERED[wrong](monkeypatch)
+    assert shows(lambda late, order: grouped(launch, mapped, False, False, late=late, order=order))
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_what_is_right_does_not(schedule: tuple[bool, int], launch: Launch, mapped: Map) -> None:  # noqa: F811
+    """What the controls run, as it is."""
+    late, order = schedule
+    multiplied(launch, mapped, Layer(64 * 34, (256,)), hopper.WIDE, 128, 1, late=late, order=order)
+    grouped(launch, mapped, False, False, late=late, order=order)
+
+
+# --- PTX ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wide", [True, False])
+def test_the_assembler_serialises_nothing(wide: bool, tmp_path: Path) -> None:
+    """It says so where it gives up products that are under way, or the warp groups' registers."""
+    target = attrs.evolve(HOPPER, triple=REAL.triple)
+    outputs = hopper.WIDE if wide else hopper.NARROW
+    layers = [Layer(4096, (4096,), residual=True), Layer(4096, (512, 256), bias=True), Layer(64, (8,))]
+    kernels = [hopper.product_hopper(layer, outputs, target) for layer in layers]
+    gated = Layer(4096, (14336,), gated=True, apart=True, activation="silu")
+    kernels.append(hopper.product_hopper(gated, outputs, target))
+    kernels.append(experts.of_groups_hopper(experts.Mixture(8, 2, 4096, 14336, "bfloat16", "silu"), wide, target))
+    assembler = ptx.find_assembler()
+    if assembler is None:
+        pytest.skip("there is no ptxas here")
+    source = tmp_path / "k.ptx"
+    source.write_text(ptx.to_ptx(kernels, target))
+    command = [assembler, "-arch=sm_90a", "-v", "-o", str(tmp_path / "k.cubin"), str(source)]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    assert said.count(" 0 bytes spill stores") == len(kernels) and "Potential Performance Loss" not in said, said
