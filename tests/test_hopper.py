@@ -3,6 +3,7 @@ each of these comes as late, or as early, as it may."""
 
 from __future__ import annotations
 
+import json
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -15,11 +16,20 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_cuda import HOPPER, RACES, REAL, Launch, drawn, emulator, launch  # noqa: F401
 
+from jisu.compiler import ops
+from jisu.compiler.errors import JisuError
 from jisu.compiler.gpu import tensor_map
+from jisu.compiler.graph import ArrayStorage, Graph, placeholder, weight
+from jisu.compiler.launches import Plan, TensorMap
+from jisu.compiler.pipeline import Pipeline
+from jisu.compiler.types import TensorType, numpy_dtype, substitute, symbol
+from jisu.passes import layout_passes
+from jisu.targets import facts
 from jisu.targets.cuda import device, ptx
 from jisu.targets.cuda.device import Device
 from jisu.targets.cuda.kernels import experts, hopper
 from jisu.targets.cuda.kernels.layers import Layer
+from jisu.targets.cuda.lowering import lower
 
 Map = Callable[..., np.ndarray]
 
@@ -250,6 +260,48 @@ def test_what_is_right_does_not(schedule: tuple[bool, int], launch: Launch, mapp
     late, order = schedule
     multiplied(launch, mapped, Layer(64 * 34, (256,)), hopper.WIDE, 128, 1, late=late, order=order)
     grouped(launch, mapped, False, False, late=late, order=order)
+
+
+# --- Plans ----------------------------------------------------------------------------------------------------------------
+
+
+def test_plans_say_what_is_copied() -> None:
+    """Of rows as many as a call has; plans come back from JSON as they were. Other GPUs get other kernels."""
+    x = placeholder("x", TensorType((symbol("m"), 128), "bfloat16"))
+    w = weight("w", TensorType((5120, 128), "bfloat16"))
+    storage = ArrayStorage(np.zeros((5120, 128), numpy_dtype("bfloat16")))
+    graph = Graph((x,), (ops.linear(x, w),), {"w": storage})
+    for mcpu in ("sm_80", "sm_90", "sm_90a"):
+        target = attrs.evolve(REAL, mcpu=mcpu, cores=64)
+        panel, pair = facts.of(target).packing(target)
+        lowered = lower({"main": Pipeline(layout_passes(panel, pair)).run(graph)[0]}, target)
+        plan = lowered.plans["main"]
+        assert Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
+        launches = [own for variant in plan.steps[0] for own in variant.launches if "hopper" in own.kernel]
+        assert len(launches) == 2 * (mcpu == "sm_90a")
+        for own, outputs in zip(launches, (hopper.NARROW, hopper.WIDE), strict=False):
+            of_x, of_w = (a for a in own.arguments if isinstance(a, TensorMap))
+            assert of_x == TensorMap(("input", 0), "bfloat16", symbol("m"), 128, (128, 64))
+            assert of_w == TensorMap(("weight", 0), "bfloat16", 5120, 128, (outputs, 64))
+            for m in (1, 300, 5000):
+                tiles = -(-m // hopper.ROWS) * (5120 // outputs)
+                assert substitute(own.grid[0], {"m": m}) == min(tiles, 64) and own.grid[1:] == (1, 1)
+
+
+def test_maps_that_a_gpu_cannot_use_are_refused(emulator: Any) -> None:  # noqa: F811
+    """As by the driver: memory that isn't aligned, rows of other than whole 16 bytes, boxes of other rows or of too many, nothing."""
+    matrix = drawn(0, 64, 128)
+
+    def encode(*args: Any) -> None:
+        if emulator.cuTensorMapEncodeTiled(*args):
+            raise JisuError("refused")
+
+    for address, shape, box in (
+        (2, (64, 128), (64, 64)), (0, (64, 100), (64, 64)), (0, (64, 128), (64, 32)), (0, (64, 128), (257, 64)),
+        (0, (0, 128), (64, 64)),
+    ):  # fmt: skip
+        with pytest.raises(JisuError):
+            tensor_map(encode, matrix.ctypes.data + address, "bfloat16", shape, box)
 
 
 # --- PTX ------------------------------------------------------------------------------------------------------------------
