@@ -10,14 +10,16 @@ from contextlib import contextmanager
 from typing import Any
 
 from jisu.compiler.errors import JisuError, TargetError, TensorMemoryError
+from jisu.compiler.types import numpy_dtype
 
 DRIVER = "JISU_CUDA_DRIVER"
 """The environment variable that names another library than the system's libcuda.so.1."""
 _MULTIPROCESSORS, _MAJOR, _MINOR = 16, 75, 76  # CU_DEVICE_ATTRIBUTE_…
 _OUT_OF_MEMORY = 2
 _MAP_BYTES, _MAP_ALIGNMENT = 128, 64  # of a CUtensorMap
-_MAP_DTYPES = {"float16": 6, "bfloat16": 9}  # CU_TENSOR_MAP_DATA_TYPE_…
-_SWIZZLE_128B, _PROMOTION_256B = 3, 3  # CU_TENSOR_MAP_…
+_MAP_DTYPES = {"uint8": 0, "float16": 6, "bfloat16": 9}  # CU_TENSOR_MAP_DATA_TYPE_…
+_SWIZZLES = {32: 1, 64: 2, 128: 3}  # CU_TENSOR_MAP_SWIZZLE_…B
+_PROMOTION_256B = 3  # CU_TENSOR_MAP_L2_PROMOTION_L2_256B
 _NON_BLOCKING = 1
 
 
@@ -112,15 +114,15 @@ class Driver:
 def tensor_map(
     encode: Callable[..., Any], address: int, dtype: str, shape: tuple[int, int], box: tuple[int, int]
 ) -> bytes:
-    """The 128 bytes by which kernels know a matrix of `shape` in the GPU's memory, to copy boxes of rows of 128 bytes out of it, chunks of 16
-    bytes swizzled, and zeros for what lies beyond its end. encode: the driver's cuTensorMapEncodeTiled. dtype: of 16 bits."""
+    """The 128 bytes by which kernels know a matrix of `shape` in the GPU's memory, to copy boxes of rows of 32, 64 or 128 bytes out of it, chunks
+    of 16 bytes swizzled over as many, and zeros for what lies beyond its end. encode: the driver's cuTensorMapEncodeTiled."""
     room = ctypes.create_string_buffer(_MAP_BYTES + _MAP_ALIGNMENT)
     begin = -ctypes.addressof(room) % _MAP_ALIGNMENT
-    (rows, columns), itemsize = shape, 2
+    (rows, columns), itemsize = shape, numpy_dtype(dtype).itemsize
     sizes, strides = (ctypes.c_uint64 * 2)(columns, rows), (ctypes.c_uint64 * 1)(columns * itemsize)
     extents, steps = (ctypes.c_uint32 * 2)(box[1], box[0]), (ctypes.c_uint32 * 2)(1, 1)
     encode(
         ctypes.c_void_p(ctypes.addressof(room) + begin), _MAP_DTYPES[dtype], ctypes.c_uint32(2), ctypes.c_void_p(address),
-        sizes, strides, extents, steps, 0, _SWIZZLE_128B, _PROMOTION_256B, 0,
+        sizes, strides, extents, steps, 0, _SWIZZLES[box[1] * itemsize], _PROMOTION_256B, 0,
     )  # fmt: skip
     return room.raw[begin : begin + _MAP_BYTES]

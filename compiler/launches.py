@@ -23,9 +23,9 @@ FAULT = "fault"
 
 @attrs.frozen
 class TensorMap:
-    """A matrix of 16-bit numbers, row by row, of which a kernel copies boxes of `box` rows and columns, 128 bytes a row: what GPUs from sm_90 on
-    (their tensor memory accelerator) want to know of it. tensor: as an `Argument` names it. The driver writes it as 128 bytes, which are the
-    kernel's argument."""
+    """A matrix of 16-bit numbers or of bytes, row by row, of which a kernel copies boxes of `box` rows and columns, 32, 64 or 128 bytes a row: what
+    GPUs from sm_90 on (their tensor memory accelerator) want to know of it. tensor: as an `Argument` names it. The driver writes it as 128
+    bytes, which are the kernel's argument."""
 
     tensor: tuple[str, int]
     dtype: str

@@ -27,8 +27,8 @@ constexpr int ARGUMENTS = 48; /* of a kernel, at most; more than it takes are pa
 
 struct Copy { void *to; const void *from; };
 
-/* A product of a warp group, which adds to the sums of a number. */
-struct Product { uint32_t sums; uint64_t a, b; int outputs; bool half; };
+/* A product of a warp group, which adds to the sums of a number. a: a tile, or what this thread has of it in registers. */
+struct Product { uint32_t sums; bool registers; uint64_t a; uint32_t own[4]; uint64_t b; int outputs; bool half; };
 
 struct Fiber {
     ucontext_t context;
@@ -42,6 +42,7 @@ struct Fiber {
     std::map<uint32_t, std::vector<float>> sums; /* of products not waited for */
     uint32_t last_sums;
     float *held;
+    Product product; /* the last one begun */
 };
 
 /* A matrix as a driver describes it in 128 bytes to those who copy boxes of it. */
@@ -49,7 +50,7 @@ struct TensorMap {
     uint64_t mark;
     const char *address;
     int64_t columns, rows, stride;
-    int box_columns, box_rows, itemsize;
+    int box_columns, box_rows, itemsize, turned; /* bits of the chunk's number in a row */
 };
 constexpr uint64_t TENSOR_MAP = 0x70616d726f736e65;
 
@@ -305,7 +306,7 @@ static void come(Barrier &b, Box box) {
     for (int r = 0; r < m.box_rows; r++)
         for (int c = 0; c < m.box_columns; c++) {
             uintptr_t to = reinterpret_cast<uintptr_t>(box.to) + (int64_t(r) * m.box_columns + c) * m.itemsize;
-            to ^= ((to >> 7) & 7) << 4;
+            to ^= ((to >> 7) & ((1 << m.turned) - 1)) << 4;
             int64_t row = int64_t(box.row) + r, column = int64_t(box.column) + c;
             if (row < 0 || row >= m.rows || column < 0 || column >= m.columns) std::memset((void *)to, 0, m.itemsize);
             else std::memcpy((void *)to, m.address + row * m.stride + column * m.itemsize, m.itemsize);
@@ -371,14 +372,14 @@ void emulated_box(char *to, void *at, const TensorMap *from, int32_t column, int
 /* The driver's, for matrices: what it refuses is refused. */
 int cuTensorMapEncodeTiled(TensorMap *map, int dtype, uint32_t rank, void *address, const uint64_t *sizes, const uint64_t *strides, const uint32_t *box,
                            const uint32_t *steps, int interleave, int swizzle, int promotion, int fill) {
-    int itemsize = dtype == 6 || dtype == 9 ? 2 : 0; /* float16 and bfloat16 */
+    int itemsize = dtype == 6 || dtype == 9 ? 2 : dtype == 0 ? 1 : 0; /* float16, bfloat16 and bytes */
     auto fits = [](uint64_t size, uint32_t box) { return size && size <= uint64_t(1) << 32 && box && box <= 256; };
     if (reinterpret_cast<uintptr_t>(map) % 64 || !itemsize || rank != 2 || reinterpret_cast<uintptr_t>(address) % 16) return 1;
     if (!fits(sizes[0], box[0]) || !fits(sizes[1], box[1]) || strides[0] % 16 || strides[0] >= uint64_t(1) << 40) return 1;
     if (strides[0] < sizes[0] * itemsize || steps[0] != 1 || steps[1] != 1 || interleave || promotion < 0 || promotion > 3 || fill) return 1;
-    if (swizzle != 3 || box[0] * itemsize != 128) return 1; /* rows of 128 bytes with the swizzle of as many */
+    if (swizzle < 1 || swizzle > 3 || box[0] * itemsize != 16u << swizzle) return 1; /* rows with the swizzle of as many bytes */
     std::memset((void *)map, 0xff, 128);
-    *map = {TENSOR_MAP, (const char *)address, (int64_t)sizes[0], (int64_t)sizes[1], (int64_t)strides[0], (int)box[0], (int)box[1], itemsize};
+    *map = {TENSOR_MAP, (const char *)address, (int64_t)sizes[0], (int64_t)sizes[1], (int64_t)strides[0], (int)box[0], (int)box[1], itemsize, swizzle};
     return 0;
 }
 
@@ -435,11 +436,20 @@ static void read_tile(float (*to)[16], uint64_t descriptor, int first, int rows,
         }
 }
 
-/* Add a product to what threads hold, from the first of a warp on. */
-static void add_product(const Product &p, int begin, int count, const std::function<float *(int)> &held) {
+/* Add a product of each of some threads, whole warps, to what they hold. */
+static void add_product(int begin, int count, const std::function<const Product &(int)> &product, const std::function<float *(int)> &held) {
     static float a[64][16], b[256][16];
-    int first = begin % 128 / 2; /* 16 rows per warp */
-    read_tile(a, p.a, first, count / 2, p.half);
+    const Product &p = product(begin);
+    if (p.registers) {
+        for (int i = 0; i < count; i++)
+            for (int r = 0; r < 4; r++)
+                for (int h = 0; h < 2; h++) {
+                    uint32_t bits = product(begin + i).own[r] >> (16 * h) & 0xffff;
+                    a[i / 32 * 16 + i % 32 / 4 + 8 * (r & 1)][2 * (i % 4) + h + 8 * (r >> 1)] = p.half ? of_f16(bits) : of_bf16(bits);
+                }
+    } else {
+        read_tile(a, p.a, begin % 128 / 2, count / 2, p.half); /* 16 rows per warp */
+    }
     read_tile(b, p.b, 0, p.outputs, p.half);
     for (int i = 0; i < count; i++) {
         float *sums = held(begin + i);
@@ -456,26 +466,38 @@ static uint32_t to_come(const float *sums) {
     return fibers[current].sums.count(number) ? number : 0;
 }
 
-void emulated_wgmma(float *sums, int32_t count, uint64_t a, uint64_t b, int32_t outputs, int32_t half) __asm__("emulated.wgmma");
-void emulated_wgmma(float *sums, int32_t count, uint64_t a, uint64_t b, int32_t outputs, int32_t half) {
+static void begin_product(float *sums, int32_t count, Product p) {
     Fiber &f = fibers[current];
     Meeting &g = warp_groups[current / 128];
     if (!f.ready) fail("sums are changed without a fence behind what was done to them");
-    if (outputs % 8 || outputs > 256 || count != outputs / 2) fail("a product of another form");
-    if (!g.arrived) g.tile_a = a, g.tile_b = b;
-    if (a != g.tile_a || b != g.tile_b) fail("threads of a warp group name different tiles");
-    f.held = sums;
+    if (p.outputs % 8 || p.outputs > 256 || count != p.outputs / 2) fail("a product of another form");
+    if (!g.arrived) g.tile_a = p.a, g.tile_b = p.b;
+    if (p.a != g.tile_a || p.b != g.tile_b) fail("threads of a warp group name different tiles");
+    f.held = sums, f.product = p;
     int begin = current / 128 * 128;
-    meet(g, 5, 128, [&] {
+    meet(g, p.registers ? 6 : 5, 128, [&] {
         for (Fiber &other : fibers)
             if (other.unfenced) fail("shared memory is multiplied without a fence behind what was copied to it");
-        if (!late_products) add_product({0, a, b, outputs, half != 0}, begin, 128, [](int thread) { return fibers[thread].held; });
+        if (!late_products)
+            add_product(begin, 128, [](int t) -> const Product & { return fibers[t].product; }, [](int t) { return fibers[t].held; });
     });
     if (!late_products) return;
     uint32_t number = to_come(sums);
     if (!number) f.sums[number = ++f.last_sums].assign(sums, sums + count);
-    f.products.push_back({number, a, b, outputs, half != 0});
+    p.sums = number;
+    f.products.push_back(p);
     for (int i = 0; i < count; i++) sums[i] = of_bits(SUMS_TO_COME + number);
+}
+
+void emulated_wgmma(float *sums, int32_t count, uint64_t a, uint64_t b, int32_t outputs, int32_t half) __asm__("emulated.wgmma");
+void emulated_wgmma(float *sums, int32_t count, uint64_t a, uint64_t b, int32_t outputs, int32_t half) {
+    begin_product(sums, count, {0, false, a, {}, b, outputs, half != 0});
+}
+
+void emulated_wgmma_registers(float *sums, int32_t count, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint64_t b, int32_t outputs, int32_t half)
+    __asm__("emulated.wgmma.registers");
+void emulated_wgmma_registers(float *sums, int32_t count, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint64_t b, int32_t outputs, int32_t half) {
+    begin_product(sums, count, {0, true, 0, {a0, a1, a2, a3}, b, outputs, half != 0});
 }
 
 void emulated_wgmma_wait(float *sums, int32_t count, int32_t but) __asm__("emulated.wgmma.wait");
@@ -485,8 +507,10 @@ void emulated_wgmma_wait(float *sums, int32_t count, int32_t but) {
     int begin = current / 32 * 32;
     meet(warp(), 9, 32, [&] {
         while ((int)f.product_groups.size() > but) {
-            for (const Product &p : f.product_groups.front())
-                add_product(p, begin, 32, [&](int thread) { return fibers[thread].sums[p.sums].data(); });
+            for (size_t i = 0; i < f.product_groups.front().size(); i++) {
+                auto own = [&](int t) -> const Product & { return fibers[t].product_groups.front()[i]; };
+                add_product(begin, 32, own, [&](int t) { return fibers[t].sums[own(t).sums].data(); });
+            }
             for (int i = 0; i < 32; i++) fibers[begin + i].product_groups.pop_front();
         }
     });

@@ -410,6 +410,7 @@ def of_hot_kernels(target: Target) -> dict[str, device.DeviceKernel]:
         projections = Layer(4096, (4096, 1024, 1024), bias=True)
         made["projections on hopper"] = hopper.product_hopper(projections, hopper.WIDE, target)
         made["residual on hopper"] = hopper.product_hopper(Layer(4096, (4099,), residual=True), hopper.WIDE, target)
+        made["codes on hopper"] = hopper.product_hopper(Layer(4096, (4096,), **CODES), hopper.HIGH, target)
         made["hopper of experts"] = experts.of_groups_hopper(MIXTRAL, False, target)
         made["hopper of experts' last layer"] = experts.of_groups_hopper(MIXTRAL, True, target)
     return made
@@ -429,6 +430,7 @@ WORDS = {
                "mbarrier.arrive.expect_tx", "setmaxnreg.inc", "setmaxnreg.dec", "cvta.param", ".minnctapersm 1",
                "st.global.v4"),
     "narrow on hopper": ("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16", "cp.async.bulk.tensor.2d"),
+    "codes on hopper": ("wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16", "cp.async.bulk.tensor.2d", "ld.shared.v4"),
     "hopper of experts": ("wgmma.mma_async.sync.aligned.m64n256k16", "cp.async.bulk.tensor.2d", "cp.async.cg.shared.global",
                           "fence.proxy.async"),
 }  # fmt: skip

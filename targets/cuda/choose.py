@@ -57,7 +57,8 @@ def _products(layer: Layer, rows: Dim, arguments: Arguments, target: Target) -> 
     loads is."""
     large, small = products.LARGE, products.SMALL
     on_hopper = list(_on_hopper(layer, rows, arguments, target))
-    # So many large tiles as there are multiprocessors keep all of them busy; on half of them, warp groups are faster still than small tiles on all.
+    # So many large tiles as there are multiprocessors keep all of them busy; on half of them, warp groups should still be faster than small tiles
+    # on all: by peak rates, `wgmma` does about twice what `mma` does.
     few = target.cores // (2 if on_hopper else 1) // max(1, layer.tiles(large.outputs)) * large.rows
 
     def call(tile: products.Tile) -> DeviceCall:
@@ -74,16 +75,14 @@ def _products(layer: Layer, rows: Dim, arguments: Arguments, target: Target) -> 
 def _on_hopper(layer: Layer, rows: Dim, arguments: Arguments, target: Target) -> Iterator[tuple[DeviceCall, int]]:
     """The same of Hopper's warp groups, if they can."""
     with contextlib.suppress(TargetError):  # not for this layer, or not on this machine
-        few = target.cores // max(1, layer.tiles(hopper.WIDE)) * hopper.ROWS
-        for outputs, most in ((hopper.NARROW, few), (hopper.WIDE, 0)) if few else ((hopper.WIDE, 0),):
-            kernel = hopper.product_hopper(layer, outputs, target)
+        narrow, wide = hopper.tiles_of(layer)
+        few = target.cores // max(1, layer.tiles(wide.outputs)) * wide.rows
+        for tile, most in ((narrow, few), (wide, 0)) if few else ((wide, 0),):
+            kernel = hopper.product_hopper(layer, tile, target)
             matrices = layer.outputs * 2 if layer.apart else [n * layer.per_weight_row for n in layer.outputs]
-            boxes = [(rows, hopper.ROWS), *((n, hopper.rows_of_box(layer, outputs)) for n in matrices)]
-            maps = [
-                TensorMap(("step", number), layer.dtype, height, layer.k, (own, hopper.INPUTS))
-                for number, (height, own) in enumerate(boxes)
-            ]
-            grid = (_least(_ceiling(rows, hopper.ROWS) * layer.tiles(outputs), target.cores), 1, 1)
+            maps = [hopper.map_of_x(layer, tile, ("step", 0), rows)]
+            maps += [hopper.map_of_w(layer, tile, ("step", i), n) for i, n in enumerate(matrices, 1)]
+            grid = (_least(_ceiling(rows, tile.rows) * layer.tiles(tile.outputs), target.cores), 1, 1)
             yield DeviceCall(kernel, grid, (*maps, *arguments[len(maps) :])), most
 
 
@@ -317,7 +316,7 @@ def _experts(node: Node, target: Target) -> Kernel | None:
 
     forms = [(thin.ROWS[0], False), (thin.ROWS[-1], False)]  # rows of a group, and whether warp groups multiply it
     if fits(hopper.require_hopper, target):  # the first one that is in the code that a GPU loads
-        forms.append((hopper.ROWS, True))
+        forms.append((hopper.WIDE.rows, True))
     if fits(products.require_product):
         forms.append((products.LARGE.rows, False))
     for rows, by_warp_groups in forms:
@@ -332,9 +331,9 @@ def _experts(node: Node, target: Target) -> Kernel | None:
             if by_warp_groups:
                 kernel = experts.of_groups_hopper(how, last, target)
                 height = how.count * layer.outputs[0] * layer.per_weight_row
-                box = (hopper.rows_of_box(layer, hopper.WIDE), hopper.INPUTS)
-                matrices = TensorMap(("step", weights), layer.dtype, height, layer.k, box)
-                grid: tuple[Dim, Dim] = (_least(blocks * layer.tiles(hopper.WIDE), target.cores), 1)
+                matrices = hopper.map_of_w(layer, hopper.WIDE, ("step", weights), height)
+                tiles = blocks * layer.tiles(hopper.WIDE.outputs)
+                grid: tuple[Dim, Dim] = (_least(tiles, target.cores), 1)
                 arguments = (matrices, source, order, names, *rest, ("size", blocks))
             else:
                 kernel = experts.of_groups(how, last, rows, target)

@@ -130,11 +130,11 @@ class Device(Function):
         self.run(f"{self.prefix}cp.async.cg.shared.global.16", to, source)
 
     def place(self, row: Val, chunk: Val, chunks: int) -> Val:
-        """Where a chunk of 16 bytes of a tile's row lies in shared memory, in bytes, `chunks` (4 or more) making up a row.
+        """Where a chunk of 16 bytes of a tile's row lies in shared memory, in bytes, `chunks` (2, 4, 8 or more) making up a row.
 
-        Chunks are turned so that one chunk of eight rows lies in different banks; with 8 per row it is the swizzle of 128 bytes.
+        Chunks are turned so that one chunk of eight rows lies in different banks; with up to 8 per row it is the swizzle of as many bytes.
         """
-        by = ((row >> 1) & 3) if chunks == 4 else row & 7
+        by = {2: (row >> 2) & 1, 4: (row >> 1) & 3}.get(chunks, row & 7)
         turned = self.op(f"xor i64 {chunk.name}, {by.name}", "i64")
         return row * (16 * chunks) + turned * 16
 
@@ -270,7 +270,7 @@ class Device(Function):
 
     def copy_box(self, to: Val, tensor: Val, row: Val, column: Val, barrier: Val) -> None:
         """Begin to copy a box of a tensor map's matrix, from a row and a column on, to a multiple of 1024 in shared memory; its bytes count for
-        the barrier. Chunk c of row r comes to c ^ (r & 7) (the swizzle of 128 bytes); what lies beyond the matrix's end is zero."""
+        the barrier. Chunks come to their `place`; what lies beyond the matrix's end is zero."""
         where = self.op(f"addrspacecast {SHARED} {to.name} to {_CLUSTER}", _CLUSTER)
         at = (self.cast("trunc", c, "i32") for c in (column, row))
         unused = (self.const(0, "i16"), self.i64(0), self.const(0, "i1"), self.const(0, "i1"), self.const(0, "i32"))
@@ -306,22 +306,31 @@ class Device(Function):
         """This thread's sums are ready for `multiply_group`."""
         self.run(f"{self.prefix}wgmma.fence.sync.aligned")
 
-    def multiply_group(self, a: Val, b: Val, sums: Sequence[Val], outputs: int, dtype: str) -> list[Val]:
+    def multiply_group(
+        self, a: Val | Sequence[Val], b: Val, sums: Sequence[Val], outputs: int, dtype: str
+    ) -> list[Val]:
         """Begin sums[64, outputs] += a[64, 16] b[outputs, 16]^T in a 16-bit dtype, by the warp group.
 
-        a, b: descriptors, advanced by 2 for each 16 inputs of a row. sums: float [outputs / 2] of this thread; thread t has, for each 8 outputs
-        j, columns 8 j + 2 (t % 4) and the next of row 16 (t / 32) + (t % 32) / 4, then of that row + 8. What is returned may be given to
-        another product or to `products_done`, which returns the numbers.
+        a, b: descriptors, advanced by 2 for each 16 inputs of a row; or a: i32 [4], each warp's 16 rows as `mma` takes them. sums: float
+        [outputs / 2] of this thread; thread t has, for each 8 outputs j, columns 8 j + 2 (t % 4) and the next of row
+        16 (t / 32) + (t % 32) / 4, then of that row + 8. What is returned may be given to another product or to `products_done`, which
+        returns the numbers.
         """
         self.portable = False
+        left = (a,) if isinstance(a, Val) else tuple(a)
         if self._held is not None:
             given = (self.const(outputs, "i32"), self.const(dtype == "float16", "i32"))
-            return self._through_memory("wgmma", sums, a, b, *given)
+            return self._through_memory("wgmma" if len(left) == 1 else "wgmma.registers", sums, *left, b, *given)
         count = outputs // 2
         short = {"bfloat16": "bf16", "float16": "f16"}[dtype]
         registers = ",".join(f"${i}" for i in range(count))
-        text = f"wgmma.mma_async.sync.aligned.m64n{outputs}k16.f32.{short}.{short} {{{registers}}}, ${2 * count}, ${2 * count + 1}, 1, 1, 1, 0, 0;"
-        return self._changed(text, sums, a, b)
+        operand = ",".join(f"${2 * count + i}" for i in range(len(left)))
+        of_a, turned = (operand, "0, 0") if len(left) == 1 else (f"{{{operand}}}", "0")
+        text = (
+            f"wgmma.mma_async.sync.aligned.m64n{outputs}k16.f32.{short}.{short} {{{registers}}}, {of_a}, "
+            f"${2 * count + len(left)}, 1, 1, 1, {turned};"
+        )
+        return self._changed(text, sums, *left, b)
 
     def commit_products(self) -> None:
         """The products begun since the last call are one group."""
@@ -338,7 +347,8 @@ class Device(Function):
         count = len(sums)
         kind = "{ " + ", ".join(["float"] * count) + " }"
         operands = ", ".join(f"{v.type} {v.name}" for v in (*sums, *given))
-        constraints = ",".join(["=f"] * count + [str(i) for i in range(count)] + ["l"] * len(given) + ["~{memory}"])
+        kinds = [{"i64": "l", "i32": "r"}[v.type] for v in given]
+        constraints = ",".join(["=f"] * count + [str(i) for i in range(count)] + kinds + ["~{memory}"])
         both = self.op(f'call {kind} asm sideeffect "{text}", "{constraints}"({operands}) convergent', kind)
         return [self.op(f"extractvalue {kind} {both.name}, {i}", "float") for i in range(count)]
 

@@ -169,7 +169,7 @@ def _pairs_of(f: Device, how: Mixture, down: bool, group: Val, rows: int, given:
 
 
 def of_groups_hopper(how: Mixture, down: bool, target: Target) -> DeviceKernel:
-    """`of_groups` of up to `hopper.ROWS` pairs, for sm_90a. Grid: as many blocks as there are tiles (groups times `Layer.tiles(hopper.WIDE)`) or
+    """`of_groups` of up to `hopper.WIDE.rows` pairs, for sm_90a. Grid: as many blocks as there are tiles (groups times `Layer.tiles(hopper.WIDE.outputs)`) or
     multiprocessors.
 
     Parameters: all experts' weights as one tensor map, then those of `of_groups` without them, and the number of groups. Raises TargetError for a
@@ -188,15 +188,15 @@ def of_groups_hopper(how: Mixture, down: bool, target: Target) -> DeviceKernel:
         group, tile = number % groups, number / groups
         expert = f.cast("sext", f.load("i32", f.at(given["experts"], group, "int32")), "i64")
         own = expert * (n * layer.per_weight_row)
-        first = tile * hopper.WIDE
+        first = tile * hopper.WIDE.outputs
         part = Part(
             given["w"], None, None, None, None, given["y"], f.i64(n * layer.per_weight_row), first, f.i64(n), None
         )
         gates = own + (first / 2 if layer.apart else first)
         weights = ((given["w"], gates), *([(given["w"], gates + n)] if layer.apart else []))
-        return hopper.Piece(part, _pairs_of(f, how, down, group, hopper.ROWS, given), weights, expert >= 0)
+        return hopper.Piece(part, _pairs_of(f, how, down, group, hopper.WIDE.rows, given), weights, expert >= 0)
 
-    work = hopper.Work(groups * layer.tiles(hopper.WIDE), piece)
+    work = hopper.Work(groups * layer.tiles(hopper.WIDE.outputs), piece)
     hopper.multiply_hopper(f, layer, hopper.WIDE, hopper.Gathered(given["x"]), work)
     return f.built()
 

@@ -1,35 +1,63 @@
-"""Linear layers of many rows on Hopper: of a block's three warp groups one fetches tiles, two multiply them straight from shared memory.
+"""Linear layers of many rows on Hopper: of a block's three warp groups one fetches tiles, two multiply them.
 
 Tiles of x and W come into a ring of stages. Two barriers per stage say that it is full and that it is empty again, so that copies, products
-and the block's other groups never wait for all threads. Blocks stay, one per multiprocessor, and take tiles of the results in turn: the first
-inputs of one come while the one before is finished and stored.
+and the block's other groups never wait for all threads. Floats are multiplied straight from shared memory; codes of W become floats in registers,
+from which tensor cores take them: then it is W's rows that are the sums' rows. Blocks stay, one per multiprocessor, and take tiles of the results
+in turn: the first inputs of one come while the one before is finished and stored.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import attrs
 
 from jisu.compiler.errors import TargetError
+from jisu.compiler.launches import TensorMap
+from jisu.compiler.schemes import SCHEMES
+from jisu.compiler.types import Dim
 from jisu.targets.cpu.isa import Val
-from jisu.targets.cuda.device import GROUP, MAP, WARP, Device, DeviceKernel
-from jisu.targets.cuda.kernels.layers import Layer, Part, Rows, finished, part_of
+from jisu.targets.cuda.device import GROUP, MAP, PAIRS, WARP, Device, DeviceKernel
+from jisu.targets.cuda.kernels.layers import (
+    Layer,
+    Part,
+    Rows,
+    decoded_pair,
+    finished,
+    part_of,
+    scale_and_zero,
+    table_of,
+)  # fmt: skip
 from jisu.targets.target import Target
 
-ROWS = 128
-"""Rows of x in a tile: 64 for each of the warp groups that multiply."""
-WIDE, NARROW = 256, 128
-"""Rows of W in a tile: where there are tiles enough for all multiprocessors, and where there aren't."""
 INPUTS = 64
-"""Inputs per stage: rows of 128 bytes, which is what the swizzle is for."""
+"""Inputs per stage: of 16-bit floats rows of 128 bytes, as many as a swizzle goes over."""
 THREADS = 3 * GROUP
 _ROW_BYTES = 2 * INPUTS
-_RING_BYTES = 192 << 10  # of shared memory; what else there is, results pass through
-_SLICE = 64  # results of a row that pass through shared memory at a time
+_RING_BYTES, _MOST_STAGES = 192 << 10, 8  # of shared memory; through what there is besides, results pass
+_RESULT_BYTES = 64 * 64 * 2  # of a warp group's results that pass at a time
+_SLICE = 64  # results, or rows of them, that pass through shared memory at a time
 _FETCHING, _MULTIPLYING = 56, 224  # registers per thread
-_BAND = 16  # tiles of rows whose results are computed together, so that what blocks read at a time stays in the second cache
+_BAND = 2048  # rows whose results are computed together, so that what blocks read at a time stays in the second cache
 _LAG = 2  # stages of gathered rows that are under way when the next one is begun
+
+
+@attrs.frozen
+class Tile:
+    """Rows of x and of W whose products a block computes at a time."""
+
+    rows: int
+    outputs: int
+
+
+NARROW, WIDE, HIGH = Tile(128, 128), Tile(128, 256), Tile(256, 128)
+
+
+def tiles_of(layer: Layer) -> tuple[Tile, Tile]:
+    """The tiles where there are few of them for so many multiprocessors, and where there are enough. A warp group has 64 rows of what it multiplies:
+    of x or, for codes, which pass through its registers, of W; all groups multiply them by the same up to 256 rows of the other one."""
+    return NARROW, HIGH if layer.scheme else WIDE
 
 
 @attrs.frozen(eq=False)
@@ -69,57 +97,74 @@ class Work:
 
 
 def parameters(layer: Layer) -> list[tuple[str, str]]:
-    """Those of `Layer`, but x and the matrices as tensor maps of boxes of `INPUTS` columns, of x `ROWS` rows, of the matrices `rows_of_box`."""
+    """Those of `Layer`, but x and the matrices as tensor maps, see `map_of_x` and `map_of_w`."""
     return [(MAP if name == "x" or name[0] in "wv" else kind, name) for kind, name in layer.parameters]
 
 
-def rows_of_box(layer: Layer, outputs: int) -> int:
-    """Rows of W that are copied at once for tiles of `outputs`: all, or the gates, or the ups."""
-    return outputs // 2 if layer.apart else outputs
+def map_of_x(layer: Layer, tile: Tile, tensor: tuple[str, int], rows: Dim) -> TensorMap:
+    """How kernels copy so many rows of x."""
+    return TensorMap(tensor, layer.dtype, rows, layer.k, (tile.rows, INPUTS))
 
 
-def product_hopper(layer: Layer, outputs: int, target: Target) -> DeviceKernel:
-    """The layer by tiles of `ROWS` rows of x and `outputs` of W (`WIDE` or `NARROW`). Parameters: `parameters`. Grid: as many blocks as there are
-    tiles or multiprocessors.
+def map_of_w(layer: Layer, tile: Tile, tensor: tuple[str, int], rows: int) -> TensorMap:
+    """How kernels copy a matrix of so many rows: all of a tile, or its gates, or its ups."""
+    height = tile.outputs // 2 if layer.apart else tile.outputs
+    if layer.scheme:
+        return TensorMap(tensor, "uint8", rows, layer.row_bytes, (height, _code_bytes(layer)))
+    return TensorMap(tensor, layer.dtype, rows, layer.k, (height, INPUTS))
 
-    Raises TargetError unless k is a multiple of 64, W is no matrix of codes and the target is sm_90a.
+
+def _code_bytes(layer: Layer) -> int:
+    """Of a row of codes, per stage."""
+    return INPUTS * 16 // layer.codes_per_chunk
+
+
+def product_hopper(layer: Layer, tile: Tile, target: Target) -> DeviceKernel:
+    """The layer by tiles of a form (one of `tiles_of`). Parameters: `parameters`. Grid: as many blocks as there are tiles or multiprocessors.
+
+    Raises TargetError unless k is a multiple of 64, groups of codes are parts or multiples of 64 and the target is sm_90a.
     """
     require_hopper(layer, target)
-    f = Device(f"product_hopper{outputs}_{layer.name}", parameters(layer), target, THREADS)
+    f = Device(f"product_hopper{tile.rows}x{tile.outputs}_{layer.name}", parameters(layer), target, THREADS)
     given = {name: value for (_, name), value in zip(layer.parameters, f.params(), strict=True)}
-    row_tiles, matrix_tiles = (given["m"] + (ROWS - 1)) / ROWS, layer.tiles(outputs)
+    row_tiles, matrix_tiles, band_tiles = (
+        (given["m"] + (tile.rows - 1)) / tile.rows,
+        layer.tiles(tile.outputs),
+        _BAND // tile.rows,
+    )
+    table = table_of(f, layer)
 
     def piece(number: Val) -> Piece:
         """Tile by tile of W, the bands' rows first."""
-        band, rest = number / (_BAND * matrix_tiles), number % (_BAND * matrix_tiles)
-        first = band * _BAND
-        high = f.minimum(row_tiles - first, _BAND)
-        part = part_of(f, layer, rest / high, outputs, mapped=True)
-        rows = Rows(f, (first + rest % high) * ROWS, given["m"])
+        band, rest = number / (band_tiles * matrix_tiles), number % (band_tiles * matrix_tiles)
+        first = band * band_tiles
+        high = f.minimum(row_tiles - first, band_tiles)
+        part = attrs.evolve(part_of(f, layer, rest / high, tile.outputs, mapped=True), table=table)
+        rows = Rows(f, (first + rest % high) * tile.rows, given["m"])
         if part.v is None:
             return Piece(part, rows, ((part.w, part.first),))
         return Piece(part, rows, ((part.w, part.first / 2), (part.v, part.first / 2)))
 
     residual = f.memory(given["r"]) if layer.residual else None
     work = Work(row_tiles * matrix_tiles, piece)
-    multiply_hopper(f, layer, outputs, Boxed(given["x"]), work, residual)
+    multiply_hopper(f, layer, tile, Boxed(given["x"]), work, residual)
     return f.built()
 
 
 def require_hopper(layer: Layer, target: Target) -> None:
     """Raise TargetError unless `multiply_hopper` reads the layer."""
     layer.require()
-    if target.mcpu != "sm_90a" or layer.scheme:
-        raise TargetError(f"warp groups multiply floats on sm_90a, not {layer.scheme or layer.dtype} on {target.mcpu}")
-    if layer.k % INPUTS:
-        raise TargetError(f"{layer.name}: inputs are no multiple of {INPUTS}")
+    if target.mcpu != "sm_90a" or layer.dtype not in PAIRS:
+        raise TargetError(f"warp groups multiply floats of 16 bits on sm_90a, not {layer.dtype} on {target.mcpu}")
+    if layer.k % INPUTS or (layer.group and (layer.group % 16 or (layer.group % INPUTS and INPUTS % layer.group))):
+        raise TargetError(f"{layer.name}: inputs or groups don't go into steps of {INPUTS}")
 
 
 def multiply_hopper(
-    f: Device, layer: Layer, outputs: int, source: Source, work: Work, residual: Val | None = None
+    f: Device, layer: Layer, tile: Tile, source: Source, work: Work, residual: Val | None = None
 ) -> None:
     """What a thread does: its share of all tiles of the block."""
-    ring = _Ring(f, layer, outputs, source)
+    ring = _Ring(f, layer, tile, source)
     f.when(f.thread() < GROUP, lambda: _fetch(ring, work), lambda: _multiply(ring, work, residual))
 
 
@@ -138,14 +183,15 @@ class _Turn:
 class _Ring:
     """Stages in shared memory, each with its barriers."""
 
-    def __init__(self, f: Device, layer: Layer, outputs: int, source: Source) -> None:
-        self.f, self.layer, self.outputs, self.source = f, layer, outputs, source
+    def __init__(self, f: Device, layer: Layer, tile: Tile, source: Source) -> None:
+        self.f, self.layer, self.tile, self.source = f, layer, tile, source
         self.gathered = isinstance(source, Gathered)
-        self.row_part, self.weight_part = ROWS * _ROW_BYTES, outputs * _ROW_BYTES
+        self.row_part = tile.rows * _ROW_BYTES
+        self.weight_part = tile.outputs * (_code_bytes(layer) if layer.scheme else _ROW_BYTES)
         self.stage_bytes = self.row_part + self.weight_part
-        self.stages = _RING_BYTES // self.stage_bytes
+        self.stages = min(_MOST_STAGES, _RING_BYTES // self.stage_bytes)
         self.held = f.shared(self.stages * self.stage_bytes, 1024)
-        self.results = f.shared(2 * 64 * 2 * _SLICE, 1024)  # of both warp groups that multiply
+        self.results = f.shared(2 * _RESULT_BYTES, 1024)  # of both warp groups that multiply
         self.barriers = f.shared(16 * self.stages, 16)
 
         def make() -> None:
@@ -210,9 +256,10 @@ def _weights(ring: _Ring, piece: Piece, step: Val, stage: Val, more: int = 0) ->
     """Begin to copy a step's weights; `more` bytes are expected besides."""
     f, (_, to), barrier = ring.f, ring.tiles(stage), ring.full(stage)
     f.arrive_expecting(barrier, ring.weight_part + more)
+    columns = _code_bytes(ring.layer) if ring.layer.scheme else INPUTS
     for number, (tensor, row) in enumerate(piece.weights):
         own = f.at(to, number * (ring.weight_part // len(piece.weights)), "i8")
-        f.copy_box(own, tensor, row, step * INPUTS, barrier)
+        f.copy_box(own, tensor, row, step * columns, barrier)
 
 
 def _fetch_boxes(ring: _Ring, source: Boxed, piece: Piece, steps: Val, turn: _Turn) -> _Turn:
@@ -235,7 +282,7 @@ def _fetch_gathered(ring: _Ring, source: Gathered, one: Val, piece: Piece, steps
     """The same, rows copied by all threads, which say so when their copies have come; `one` of them copies the weights."""
     f, layer = ring.f, ring.layer
     chunks, lag = INPUTS // 8, min(_LAG, layer.k // INPUTS)
-    places = list(f.chunks(ROWS, chunks, GROUP))
+    places = list(f.chunks(ring.tile.rows, chunks, GROUP))
     begins = [f.at(source.x, piece.rows.source(row) * layer.k + chunk * 8, layer.dtype) for row, chunk in places]
 
     def arrived(stage: Val, but: int) -> None:
@@ -265,42 +312,131 @@ def _fetch_gathered(ring: _Ring, source: Gathered, one: Val, piece: Piece, steps
     return after
 
 
+_Operand = Val | list[Val]
+_Read = Callable[[Val, Val, list[Val]], Callable[[], tuple[list[_Operand], list[Val]]]]
+
+
 def _multiply(ring: _Ring, work: Work, residual: Val | None) -> None:
     """What the other warp groups do: each 64 rows of every tile, one step's products under way while the next one's inputs are awaited."""
-    f, layer, outputs = ring.f, ring.layer, ring.outputs
+    f, layer = ring.f, ring.layer
     group = f.thread() / GROUP - 1
     one = (f.thread() % WARP).cmp("eq", 0)
+    other = ring.tile.rows if layer.scheme else ring.tile.outputs
     f.registers(_MULTIPLYING, more=True)
 
     def release(stage: Val, when: Val) -> None:
         f.when(f.op(f"and i1 {one.name}, {when.name}", "i1"), lambda: f.arrive(ring.empty(stage)))
 
-    def multiply(step: Val, values: list[Val]) -> list[Val]:
-        *sums, stage, parity = values
-        now = _Turn(stage, parity)
-        f.wait_for(ring.full(stage), parity)
-        rows, weights = ring.tiles(stage)
-        a, b = f.tile_address(f.at(rows, group * (64 * _ROW_BYTES), "i8")), f.tile_address(weights)
-        f.begin_products()
-        for part in range(INPUTS // 16):
-            sums = f.multiply_group(a + 2 * part, b + 2 * part, sums, outputs, layer.dtype)
-        f.commit_products()
-        sums = f.products_done(1, sums)
-        release(ring.before(stage, 1), step > 0)
-        return [*sums, *ring.after(now).values]
-
     def tile(piece: Piece, steps: Val, turn: _Turn) -> _Turn:
-        zeros = [f.const(0.0, "float")] * (outputs // 2)
-        *sums, stage, parity, _ = f.loop(0, steps, 1, [*zeros, *turn.values], multiply)
-        sums = f.products_done(0, sums)
-        release(ring.before(stage, 1), steps > 0)
+        held, read = _codes(ring, piece, group) if layer.scheme else _floats(ring, group)
+
+        def multiply(step: Val, values: list[Val]) -> list[Val]:
+            sums, held, now = values[: other // 2], values[other // 2 : -2], _Turn(*values[-2:])
+            operands = read(step, now.stage, held)
+            f.wait_for(ring.full(now.stage), now.parity)
+            left, held = operands()
+            right = f.tile_address(ring.tiles(now.stage)[0 if layer.scheme else 1])
+            f.begin_products()
+            for part, own in enumerate(left):
+                sums = f.multiply_group(own, right + 2 * part, sums, other, layer.dtype)
+            f.commit_products()
+            sums = f.products_done(1, sums)
+            release(ring.before(now.stage, 1), step > 0)
+            return [*sums, *held, *ring.after(now).values]
+
+        zeros = [f.const(0.0, "float")] * (other // 2)
+        *values, _ = f.loop(0, steps, 1, [*zeros, *held, *turn.values], multiply)
+        sums, after = f.products_done(0, values[: other // 2]), _Turn(*values[-2:])
+        release(ring.before(after.stage, 1), steps > 0)
+        store = functools.partial(_store_turned if layer.scheme else _store, ring, piece, group, sums, residual)
         if piece.there is None:
-            _store(ring, piece, group, sums, residual)
+            store()
         else:
-            f.when(piece.there, lambda: _store(ring, piece, group, sums, residual))
-        return _Turn(stage, parity)
+            f.when(piece.there, store)
+        return after
 
     ring.each(work, tile)
+
+
+def _floats(ring: _Ring, group: Val) -> tuple[list[Val], _Read]:
+    """A warp group's rows of x, as they lie in shared memory."""
+    f = ring.f
+
+    def read(step: Val, stage: Val, held: list[Val]) -> Callable[[], tuple[list[_Operand], list[Val]]]:
+        rows = f.tile_address(f.at(ring.tiles(stage)[0], group * (64 * _ROW_BYTES), "i8"))
+        return lambda: ([rows + 2 * part for part in range(INPUTS // 16)], held)
+
+    return [], read
+
+
+def _codes(ring: _Ring, piece: Piece, group: Val) -> tuple[list[Val], _Read]:
+    """A warp group's rows of W, each thread's numbers in its registers; held from step to step: their scales, which come from the GPU's memory and
+    are asked for a step before."""
+    f, layer, part = ring.f, ring.layer, piece.part
+    lane = f.thread() % WARP
+    place, lines = lane % 4, [group * 64 + f.thread() % GROUP / WARP * 16 + (lane / 4 + 8 * half) for half in (0, 1)]
+    outputs = [f.minimum(part.first + line, part.rows - 1) for line in lines]
+    of_step = range(0, INPUTS, layer.group) if layer.group and layer.group < INPUTS else (0,)
+    in_byte = SCHEMES[layer.scheme].per_byte
+
+    def scales(step: Val) -> list[Val]:
+        """Scale and zero, by group and row."""
+        return [
+            v
+            for first in of_step
+            for row in outputs
+            for v in scale_and_zero(f, layer, part, row, step * INPUTS + first)
+        ]
+
+    def words(at: Val) -> list[Val]:
+        """Of 16 bytes of a row: the words in whose lowest bits this thread's pairs stand, two per 16 inputs."""
+        if in_byte == 2:  # eight inputs in a word, of which four threads take two each
+            shift = f.cast("trunc", place * 8, "i32")
+            own = f.words(f.load_shared16(at))
+        else:  # four inputs
+            shift = f.cast("trunc", place % 2 * 16, "i32")
+            own = [f.load("i32", f.at(at, place / 2 * 4 + 8 * half, "i8")) for half in (0, 1)]
+        return [f.op(f"lshr i32 {word.name}, {shift.name}", "i32") for word in own]
+
+    once = None if layer.group else scales(f.i64(0))
+
+    def read(step: Val, stage: Val, held: list[Val]) -> Callable[[], tuple[list[_Operand], list[Val]]]:
+        later = scales(f.minimum(step + 1, layer.k // INPUTS - 1)) if once is None else []
+        now, (_, weights) = once or held, ring.tiles(stage)
+        chunks = _code_bytes(layer) // 16
+
+        def operands() -> tuple[list[_Operand], list[Val]]:
+            pairs: list[list[list[Val]]] = []  # by 16 inputs, row and eight inputs
+            for chunk in range(chunks):
+                both = [words(f.at(weights, f.place(line, f.i64(chunk), chunks), "i8")) for line in lines]
+                pairs += [[own[at : at + 2] for own in both] for at in range(0, len(both[0]), 2)]
+            found: list[_Operand] = []
+            for number, by_row in enumerate(pairs):
+                at = number * 16 // layer.group if len(of_step) > 1 else 0
+                scaled = [
+                    [decoded_pair(f, layer, part, word, *now[4 * at + 2 * row : 4 * at + 2 * row + 2]) for word in own]
+                    for row, own in enumerate(by_row)
+                ]
+                found.append([scaled[row][eight] for eight in (0, 1) for row in (0, 1)])
+            return found, later
+
+        return operands
+
+    return ([] if once is not None else scales(f.i64(0))), read
+
+
+def _pass(
+    ring: _Ring, group: Val, put: Callable[[Val, int], None], take: Callable[[Val, int], None], count: int
+) -> None:
+    """Parts of a warp group's results pass through its shared memory: put(there, part) by the threads that have them, take(there, part) by those that
+    store them."""
+    f = ring.f
+    own = f.at(ring.results, group * _RESULT_BYTES, "i8")
+    for part in range(count):
+        put(own, part)
+        f.meet(group + 1, GROUP)
+        take(own, part)
+        f.meet(group + 1, GROUP)
 
 
 def _store(ring: _Ring, piece: Piece, group: Val, sums: Sequence[Val], residual: Val | None) -> None:
@@ -308,34 +444,26 @@ def _store(ring: _Ring, piece: Piece, group: Val, sums: Sequence[Val], residual:
     f, layer, part = ring.f, ring.layer, piece.part
     thread = f.thread() % GROUP
     row, pair = thread / WARP * 16 + thread % WARP / 4, thread % 4 * 2
-    own = f.at(ring.results, group * (64 * 2 * _SLICE), "i8")
     first = part.first / layer.per_weight_row
 
-    def put(row: Val, begin: int, column: Val, results: Sequence[list[Val]]) -> None:
-        """Into shared memory; columns beyond the last are copies of it, which nobody stores."""
-        done = []
-        for number, own_sums in enumerate(results):
-            at_column = f.minimum(first + (column + (begin + number)), part.n - 1)
-            done.append(finished(f, layer, part, row, at_column, own_sums, None))
-        at = f.at(own, f.place(row, column / 8, 8) + column % 8 * 2, "i8")
-        f.store(f.pair(done[0], done[1], layer.dtype) if len(done) == 2 else f.narrow(done[0], layer.dtype), at)
-
-    def take(line: Val, chunk: Val, begin: int) -> None:
-        """From there to y."""
-        at_row, at_column = piece.rows.place(group * 64 + line), first + (chunk * 8 + begin)
-        words = f.load_shared16(f.at(own, f.place(line, chunk, 8), "i8"))
-        inside = f.op(f"and i1 {piece.rows.there(at_row).name}, {(at_column < part.n).name}", "i1")
-        f.when(inside, lambda: _store_eight(f, layer, piece, at_row, at_column, words, residual))
-
-    for begin in range(0, ring.outputs // layer.per_weight_row, _SLICE):
+    def put(own: Val, slice_: int) -> None:
         for half in (0, 1):
             pairs = [sums[i + 2 * half : i + 2 * half + 2] for i in range(0, len(sums), 4)]
-            for column, results in _results(layer, begin, pair, pairs):
-                put(row + 8 * half, begin, column, results)
-        f.meet(group + 1, GROUP)
+            for column, results in _results(layer, slice_ * _SLICE, pair, pairs):
+                done = []
+                for number, own_sums in enumerate(results):
+                    # Columns beyond the last are copies of it, which nobody stores.
+                    at_column = f.minimum(first + (column + (slice_ * _SLICE + number)), part.n - 1)
+                    done.append(finished(f, layer, part, row, at_column, own_sums, None))
+                at = f.at(own, f.place(row + 8 * half, column / 8, 8) + column % 8 * 2, "i8")
+                f.store(f.pair(done[0], done[1], layer.dtype) if len(done) == 2 else f.narrow(done[0], layer.dtype), at)
+
+    def take(own: Val, slice_: int) -> None:
         for line, chunk in f.chunks(64, 8, GROUP, thread):
-            take(line, chunk, begin)
-        f.meet(group + 1, GROUP)
+            words = f.load_shared16(f.at(own, f.place(line, chunk, 8), "i8"))
+            _store_eight(ring, piece, group * 64 + line, first + (chunk * 8 + slice_ * _SLICE), words, residual)
+
+    _pass(ring, group, put, take, ring.tile.outputs // layer.per_weight_row // _SLICE)
 
 
 def _results(layer: Layer, begin: int, pair: Val, sums: Sequence[Sequence[Val]]) -> list[tuple[Val, list[list[Val]]]]:
@@ -351,28 +479,62 @@ def _results(layer: Layer, begin: int, pair: Val, sums: Sequence[Sequence[Val]])
     return [(pair + 8 * j, [[s] for s in sums[begin // 8 + j]]) for j in range(blocks)]
 
 
-def _store_eight(
-    f: Device, layer: Layer, piece: Piece, row: Val, column: Val, words: Val, residual: Val | None
-) -> None:
-    """Store eight results of a row, in one piece where rows of y consist of such."""
-    part, at = piece.part, row * piece.part.n + column
+def _store_turned(ring: _Ring, piece: Piece, group: Val, sums: Sequence[Val], residual: Val | None) -> None:
+    """The same of sums whose rows are W's, and whose columns are x's. Gates and ups are other threads' and meet in shared memory."""
+    f, layer, part = ring.f, ring.layer, piece.part
+    thread = f.thread() % GROUP
+    row, pair = thread / WARP * 16 + thread % WARP / 4, thread % 4 * 2
+    first = part.first + group * 64
+    per = layer.per_weight_row
+
+    def put(own: Val, slice_: int) -> None:
+        for half in (0, 1):
+            column = row + 8 * half
+            at_column = f.minimum(first + column, part.rows - 1)
+            for j in range(_SLICE // 8):
+                for i in (0, 1):
+                    value = sums[4 * (slice_ * (_SLICE // 8) + j) + 2 * half + i]
+                    done = value if layer.gated else finished(f, layer, part, row, at_column, [value], None)
+                    at = f.at(own, f.place(pair + (8 * j + i), column / 8, 8) + column % 8 * 2, "i8")
+                    f.store(f.narrow(done, layer.dtype), at)
+
+    def take(own: Val, slice_: int) -> None:
+        for line, chunk in f.chunks(_SLICE, 8 // per, GROUP, thread):
+            found = [f.load_shared16(f.at(own, f.place(line, chunk * per + i, 8), "i8")) for i in range(per)]
+            words, at_column = found[0], first / per + chunk * 8
+            if layer.gated:
+                both = [value for four in found for value in f.unpacked(four, layer.dtype)]
+                results = [finished(f, layer, part, line, at_column, both[i : i + 2], None) for i in range(0, 16, 2)]
+                words = f.packed(results, layer.dtype)
+            _store_eight(ring, piece, line + slice_ * _SLICE, at_column, words, residual)
+
+    _pass(ring, group, put, take, ring.tile.rows // _SLICE)
+
+
+def _store_eight(ring: _Ring, piece: Piece, line: Val, column: Val, words: Val, residual: Val | None) -> None:
+    """Store eight results of a row of the tile, in one piece where rows of y consist of such."""
+    f, layer, part, rows = ring.f, ring.layer, piece.part, piece.rows
+    row = rows.place(line)
+    at = row * part.n + column
     whole = all(n % 8 == 0 for n in layer.outputs)
-    if whole and residual is None and not piece.rows.weighs:
-        f.store16(words, f.at(part.y, at, layer.dtype))
-        return
-    values = f.unpacked(words, layer.dtype)
-    if whole:
+
+    def put() -> None:
+        if whole and residual is None and not rows.weighs:
+            f.store16(words, f.at(part.y, at, layer.dtype))
+            return
+        values = f.unpacked(words, layer.dtype)
+        if not whole:
+            for i, value in enumerate(values):
+                f.when(column + i < part.n, functools.partial(put_one, i, value))
+            return
         if residual is not None:
             others = f.unpacked(f.load16("<4 x i32>", f.at(residual, at, layer.dtype)), layer.dtype)
             values = [value + other for value, other in zip(values, others, strict=True)]
-        values = [piece.rows.weighed(value, row) for value in values]
-        f.store16(f.packed(values, layer.dtype), f.at(part.y, at, layer.dtype))
-        return
-    for i, value in enumerate(values):
+        f.store16(f.packed([rows.weighed(value, row) for value in values], layer.dtype), f.at(part.y, at, layer.dtype))
 
-        def put(i: int = i, value: Val = value) -> None:
-            if residual is not None:
-                value = value + f.load_f32(residual, at + i, layer.dtype, lanes=1)
-            f.store_f32(piece.rows.weighed(value, row), part.y, at + i, layer.dtype)
+    def put_one(i: int, value: Val) -> None:
+        if residual is not None:
+            value = value + f.load_f32(residual, at + i, layer.dtype, lanes=1)
+        f.store_f32(rows.weighed(value, row), part.y, at + i, layer.dtype)
 
-        f.when(column + i < part.n, put)
+    f.when(f.op(f"and i1 {rows.there(row).name}, {(column < part.n).name}", "i1"), put)
