@@ -553,6 +553,35 @@ void emulated_ldmatrix_trans(uint32_t *result, const uint8_t *row) {
     std::memcpy(result, w.out[lane()], 16);
 }
 
+static void store_fragments(uint8_t *row, const uint32_t *mine, bool turned) {
+    if (reinterpret_cast<uintptr_t>(row) % 16) fail("a matrix row that is not aligned");
+    Meeting &w = warp();
+    std::memcpy(w.in[lane()], mine, 16);
+    std::memcpy(w.in[lane()] + 4, &row, sizeof row);
+    meet(w, turned ? 10 : 11, 32, [&] {
+        for (int i = 0; i < 32; i++) {
+            uint8_t *to;
+            std::memcpy(&to, w.in[i] + 4, sizeof to);
+            for (int c = 0; c < 8; c++) {
+                int r = turned ? c : i % 8, column = turned ? i % 8 : c;
+                uint16_t number = w.in[4 * r + column / 2][i / 8] >> (16 * (column % 2));
+                std::memcpy(to + 2 * c, &number, 2);
+            }
+        }
+    });
+}
+
+void emulated_stmatrix(uint8_t *row, uint32_t a, uint32_t b, uint32_t c, uint32_t d) __asm__("emulated.stmatrix.sync.aligned.m8n8.x4.b16.p3");
+void emulated_stmatrix(uint8_t *row, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+    uint32_t mine[] = {a, b, c, d};
+    store_fragments(row, mine, false);
+}
+void emulated_stmatrix_trans(uint8_t *row, uint32_t a, uint32_t b, uint32_t c, uint32_t d) __asm__("emulated.stmatrix.sync.aligned.m8n8.x4.trans.b16.p3");
+void emulated_stmatrix_trans(uint8_t *row, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+    uint32_t mine[] = {a, b, c, d};
+    store_fragments(row, mine, true);
+}
+
 static void multiply(uint32_t *result, const uint32_t *mine, float (*number)(uint32_t)) {
     Meeting &w = warp();
     std::memcpy(w.in[lane()], mine, 10 * sizeof *mine);

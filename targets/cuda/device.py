@@ -207,6 +207,12 @@ class Device(Function):
         )
         return [self.op(f"extractvalue {kind} {both.name}, {i}", "i32") for i in range(4)]
 
+    def store_fragments(self, address: Val, four: Sequence[Val], *, turned: bool = False) -> None:
+        """Store four 8x8 matrices of 16-bit numbers, i32 [4], that lie as `fragments` gives them, to rows of 16 bytes of shared memory; `turned`: each
+        transposed. address: as for `fragments`. From sm_90 on."""
+        kind = f"{self.prefix}stmatrix.sync.aligned.m8n8.x4{'.trans' if turned else ''}.b16.p3"
+        self.run(kind, address, *four)
+
     def words(self, four: Val) -> list[Val]:
         """The i32 of a <4 x i32>."""
         return [self.op(f"extractelement {four.type} {four.name}, i32 {i}", "i32") for i in range(4)]
@@ -218,6 +224,12 @@ class Device(Function):
     def twice(self, value: Val, dtype: str) -> Val:
         """A float32 rounded to a 16-bit dtype, twice, as LLVM's vector of two."""
         return self.as_type(self.pair(value, value, dtype), PAIRS[dtype])
+
+    def narrow(self, value: Val, dtype: str) -> Val:
+        """float32 as a stored element of `dtype`, rounded to nearest even, by one instruction."""
+        if dtype != "bfloat16":
+            return super().narrow(value, dtype)
+        return self.as_type(self.op(f"fptrunc float {value.name} to bfloat", "bfloat"), "i16")
 
     def pair(self, low: Val, high: Val, dtype: str) -> Val:
         """Two float32 rounded to a 16-bit dtype in one i32."""

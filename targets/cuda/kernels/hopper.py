@@ -443,60 +443,65 @@ def _store(ring: _Ring, piece: Piece, group: Val, sums: Sequence[Val], residual:
     """Finish a warp group's sums and store them, by way of shared memory, so that neighbouring threads store neighbouring 16 bytes."""
     f, layer, part = ring.f, ring.layer, piece.part
     thread = f.thread() % GROUP
-    row, pair = thread / WARP * 16 + thread % WARP / 4, thread % 4 * 2
-    first = part.first / layer.per_weight_row
+    lane, row = thread % WARP, thread / WARP * 16
+    pair, first = lane % 4 * 2, part.first / layer.per_weight_row
 
-    def put(own: Val, slice_: int) -> None:
-        for half in (0, 1):
-            pairs = [sums[i + 2 * half : i + 2 * half + 2] for i in range(0, len(sums), 4)]
-            for column, results in _results(layer, slice_ * _SLICE, pair, pairs):
-                done = []
-                for number, own_sums in enumerate(results):
-                    # Columns beyond the last are copies of it, which nobody stores.
-                    at_column = f.minimum(first + (column + (slice_ * _SLICE + number)), part.n - 1)
-                    done.append(finished(f, layer, part, row, at_column, own_sums, None))
-                at = f.at(own, f.place(row + 8 * half, column / 8, 8) + column % 8 * 2, "i8")
-                f.store(f.pair(done[0], done[1], layer.dtype) if len(done) == 2 else f.narrow(done[0], layer.dtype), at)
+    def result(column: Val | int, own: list[Val]) -> Val:
+        # Columns beyond the last are copies of it, which nobody stores.
+        return finished(f, layer, part, row, f.minimum(first + column, part.n - 1), own, None)
+
+    def put_neighbours(own: Val, slice_: int) -> None:
+        """Results of two neighbouring gates and ups each."""
+        for block in range(2 * _SLICE // 8):
+            for half in (0, 1):
+                at = 4 * (slice_ * (2 * _SLICE // 8) + block) + 2 * half
+                column = lane % 4 + 4 * block
+                value = f.narrow(result(column + slice_ * _SLICE, list(sums[at : at + 2])), layer.dtype)
+                f.store(value, f.at(own, f.place(row + lane / 4 + 8 * half, column / 8, 8) + column % 8 * 2, "i8"))
+
+    def put_pairs(own: Val, slice_: int) -> None:
+        """Results of single sums, or of gates and ups that stand in halves."""
+        ups = [len(sums) // 2] if layer.gated else []
+        for block in range(0, _SLICE // 8, 2):
+            four = []
+            for number in (block, block + 1):
+                for half in (0, 1):
+                    at, column = 4 * (slice_ * (_SLICE // 8) + number) + 2 * half, pair + (slice_ * _SLICE + 8 * number)
+                    both = [result(column + i, [sums[at + i + more] for more in (0, *ups)]) for i in (0, 1)]
+                    four.append(f.pair(both[0], both[1], layer.dtype))
+            matrix = lane / 8
+            at_row, chunk = row + lane % 8 + (matrix & 1) * 8, (matrix >> 1) + block
+            f.store_fragments(f.at(own, f.place(at_row, chunk, 8), "i8"), four)
 
     def take(own: Val, slice_: int) -> None:
         for line, chunk in f.chunks(64, 8, GROUP, thread):
             words = f.load_shared16(f.at(own, f.place(line, chunk, 8), "i8"))
             _store_eight(ring, piece, group * 64 + line, first + (chunk * 8 + slice_ * _SLICE), words, residual)
 
+    put = put_neighbours if layer.gated and not layer.apart else put_pairs
     _pass(ring, group, put, take, ring.tile.outputs // layer.per_weight_row // _SLICE)
-
-
-def _results(layer: Layer, begin: int, pair: Val, sums: Sequence[Sequence[Val]]) -> list[tuple[Val, list[list[Val]]]]:
-    """Of the results from `begin` on of a slice, what a thread has: columns in the slice, and there the sums of one or two neighbouring results.
-    sums: two per 8 rows of W."""
-    blocks = _SLICE // 8
-    if layer.gated and not layer.apart:  # a gate and its up are neighbours
-        return [(pair / 2 + 4 * j, [list(sums[begin // 4 + j])]) for j in range(2 * blocks)]
-    if layer.gated:
-        ups = len(sums) // 2
-        both = [(sums[begin // 8 + j], sums[begin // 8 + j + ups]) for j in range(blocks)]
-        return [(pair + 8 * j, [[g, u] for g, u in zip(*own, strict=True)]) for j, own in enumerate(both)]
-    return [(pair + 8 * j, [[s] for s in sums[begin // 8 + j]]) for j in range(blocks)]
 
 
 def _store_turned(ring: _Ring, piece: Piece, group: Val, sums: Sequence[Val], residual: Val | None) -> None:
     """The same of sums whose rows are W's, and whose columns are x's. Gates and ups are other threads' and meet in shared memory."""
     f, layer, part = ring.f, ring.layer, piece.part
-    thread = f.thread() % GROUP
-    row, pair = thread / WARP * 16 + thread % WARP / 4, thread % 4 * 2
-    first = part.first + group * 64
-    per = layer.per_weight_row
+    thread, per = f.thread() % GROUP, layer.per_weight_row
+    lane, warp, first = thread % WARP, thread / WARP, part.first + group * 64
 
     def put(own: Val, slice_: int) -> None:
-        for half in (0, 1):
-            column = row + 8 * half
-            at_column = f.minimum(first + column, part.rows - 1)
-            for j in range(_SLICE // 8):
-                for i in (0, 1):
-                    value = sums[4 * (slice_ * (_SLICE // 8) + j) + 2 * half + i]
-                    done = value if layer.gated else finished(f, layer, part, row, at_column, [value], None)
-                    at = f.at(own, f.place(pair + (8 * j + i), column / 8, 8) + column % 8 * 2, "i8")
-                    f.store(f.narrow(done, layer.dtype), at)
+        matrix = lane / 8
+        for block in range(0, _SLICE // 8, 2):
+            four = []
+            for number in (block, block + 1):
+                for half in (0, 1):
+                    at, row = 4 * (slice_ * (_SLICE // 8) + number) + 2 * half, warp * 16 + (lane / 4 + 8 * half)
+                    both = list(sums[at : at + 2])
+                    if not layer.gated:
+                        at_row = f.minimum(first + row, part.rows - 1)
+                        both = [finished(f, layer, part, row, at_row, [value], None) for value in both]
+                    four.append(f.pair(both[0], both[1], layer.dtype))
+            line, chunk = lane % 8 + ((matrix >> 1) + block) * 8, warp * 2 + (matrix & 1)
+            f.store_fragments(f.at(own, f.place(line, chunk, 8), "i8"), four, turned=True)
 
     def take(own: Val, slice_: int) -> None:
         for line, chunk in f.chunks(_SLICE, 8 // per, GROUP, thread):

@@ -190,18 +190,17 @@ def row_address(f: Device, layer: Layer, part: Part, row: Val) -> Val:
 
 
 def finished(f: Device, layer: Layer, part: Part, row: Val, column: Val, sums: list[Val], residual: Val | None) -> Val:
-    """A result from its sum, or the sums of gate and up: each step rounded as the ops' meaning says; float32."""
+    """A result from its sum, or the sums of gate and up: each step but the last is rounded as the ops' meaning says; float32."""
     if layer.gated:
         gate, up = (f.rounded(s, layer.dtype) for s in sums)
         return f.rounded(f.activate(layer.activation, gate), layer.dtype) * up
     (value,) = sums
     if part.b is not None:
         value = value + f.load_f32(part.b, column, layer.dtype, lanes=1)
-    value = f.rounded(value, layer.dtype)
     if layer.activation != "none":
-        value = f.rounded(f.activate(layer.activation, value), layer.dtype)
+        value = f.activate(layer.activation, f.rounded(value, layer.dtype))
     if residual is not None:
-        value = value + f.load_f32(residual, row * part.n + column, layer.dtype, lanes=1)
+        value = f.rounded(value, layer.dtype) + f.load_f32(residual, row * part.n + column, layer.dtype, lanes=1)
     return value
 
 
