@@ -5,16 +5,21 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from jisu.compiler.errors import JisuError, TargetError, TensorMemoryError
+from jisu.compiler.types import numpy_dtype
 
 DRIVER = "JISU_CUDA_DRIVER"
 """The environment variable that names another library than the system's libcuda.so.1."""
 _MULTIPROCESSORS, _MAJOR, _MINOR = 16, 75, 76  # CU_DEVICE_ATTRIBUTE_…
 _OUT_OF_MEMORY = 2
+_MAP_BYTES, _MAP_ALIGNMENT = 128, 64  # of a CUtensorMap
+_MAP_DTYPES = {"uint8": 0, "float16": 6, "bfloat16": 9}  # CU_TENSOR_MAP_DATA_TYPE_…
+_SWIZZLES = {32: 1, 64: 2, 128: 3}  # CU_TENSOR_MAP_SWIZZLE_…B
+_PROMOTION_256B = 3  # CU_TENSOR_MAP_L2_PROMOTION_L2_256B
 _NON_BLOCKING = 1
 
 
@@ -95,8 +100,29 @@ class Driver:
             self.fail("cuMemAlloc", code)
         return int(pointer.value or 0)
 
+    def tensor_map(self, address: int, dtype: str, shape: tuple[int, int], box: tuple[int, int]) -> bytes:
+        """See the function `tensor_map`; raises JisuError for what the GPU can't copy."""
+        return tensor_map(lambda *args: self.run("cuTensorMapEncodeTiled", *args), address, dtype, shape, box)
+
     def stream(self) -> ctypes.c_void_p:
         """A new stream."""
         made = ctypes.c_void_p()
         self.run("cuStreamCreate", ctypes.byref(made), _NON_BLOCKING)
         return made
+
+
+def tensor_map(
+    encode: Callable[..., Any], address: int, dtype: str, shape: tuple[int, int], box: tuple[int, int]
+) -> bytes:
+    """The 128 bytes by which kernels know a matrix of `shape` in the GPU's memory, to copy boxes of rows of 32, 64 or 128 bytes out of it, chunks
+    of 16 bytes swizzled over as many, and zeros for what lies beyond its end. encode: the driver's cuTensorMapEncodeTiled."""
+    room = ctypes.create_string_buffer(_MAP_BYTES + _MAP_ALIGNMENT)
+    begin = -ctypes.addressof(room) % _MAP_ALIGNMENT
+    (rows, columns), itemsize = shape, numpy_dtype(dtype).itemsize
+    sizes, strides = (ctypes.c_uint64 * 2)(columns, rows), (ctypes.c_uint64 * 1)(columns * itemsize)
+    extents, steps = (ctypes.c_uint32 * 2)(box[1], box[0]), (ctypes.c_uint32 * 2)(1, 1)
+    encode(
+        ctypes.c_void_p(ctypes.addressof(room) + begin), _MAP_DTYPES[dtype], ctypes.c_uint32(2), ctypes.c_void_p(address),
+        sizes, strides, extents, steps, 0, _SWIZZLES[box[1] * itemsize], _PROMOTION_256B, 0,
+    )  # fmt: skip
+    return room.raw[begin : begin + _MAP_BYTES]

@@ -20,8 +20,22 @@ PTX for it and later ones, and per entry its plan."""
 FAULT = "fault"
 """The address of the number of the first fault that a kernel met (int32, 0 for none; see `Plan.faults`)."""
 
-Argument = Union[tuple[str, int], "Dim"]
-"""("input" | "weight" | "output", number), ("arena", slot), (FAULT, 0), or a number."""
+
+@attrs.frozen
+class TensorMap:
+    """A matrix of 16-bit numbers or of bytes, row by row, of which a kernel copies boxes of `box` rows and columns, 32, 64 or 128 bytes a row: what
+    GPUs from sm_90 on (their tensor memory accelerator) want to know of it. tensor: as an `Argument` names it. The driver writes it as 128
+    bytes, which are the kernel's argument."""
+
+    tensor: tuple[str, int]
+    dtype: str
+    rows: Dim
+    columns: int
+    box: tuple[int, int]
+
+
+Argument = Union[tuple[str, int], TensorMap, "Dim"]
+"""("input" | "weight" | "output", number), ("arena", slot), (FAULT, 0), a tensor's map, or a number."""
 
 
 @attrs.frozen
@@ -68,7 +82,7 @@ class Plan:
                                 "grid": [_text(d) for d in launch.grid],
                                 "threads": launch.threads,
                                 "shared": launch.shared,
-                                "arguments": [list(a) if isinstance(a, tuple) else _text(a) for a in launch.arguments],
+                                "arguments": [_argument_text(a) for a in launch.arguments],
                             }
                             for launch in variant.launches
                         ],
@@ -90,9 +104,7 @@ class Plan:
                 launches = tuple(
                     Launch(
                         str(launch["kernel"]), _grid(launch["grid"]), int(launch["threads"]), int(launch["shared"]),
-                        tuple(
-                            (str(a[0]), int(a[1])) if isinstance(a, list) else _dim(a) for a in launch["arguments"]
-                        ),
+                        tuple(_argument(a) for a in launch["arguments"]),
                     )
                     for launch in variant["launches"]
                 )  # fmt: skip
@@ -101,6 +113,20 @@ class Plan:
             steps.append(tuple(variants))
         slots = tuple(tuple(_dim(d) for d in sizes) for sizes in data["slots"])
         return cls(slots, tuple(steps), tuple((_dim(a), _dim(b), str(who)) for a, b, who in data["equal"]))
+
+
+def _argument_text(value: Argument) -> Any:
+    if isinstance(value, TensorMap):
+        return attrs.asdict(value) | {"rows": _text(value.rows)}
+    return list(value) if isinstance(value, tuple) else _text(value)
+
+
+def _argument(value: Any) -> Argument:
+    if isinstance(value, Mapping):
+        rows, columns = map(int, value["box"])
+        tensor = (str(value["tensor"][0]), int(value["tensor"][1]))
+        return TensorMap(tensor, str(value["dtype"]), _dim(value["rows"]), int(value["columns"]), (rows, columns))
+    return (str(value[0]), int(value[1])) if isinstance(value, list) else _dim(value)
 
 
 def _text(value: Dim) -> int | str:

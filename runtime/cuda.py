@@ -28,7 +28,7 @@ from jisu.compiler.errors import (
 )
 from jisu.compiler.gpu import Driver
 from jisu.compiler.interpret import bind_types
-from jisu.compiler.launches import CUBIN, FAULT, OWN_PTX, PLANS, PTX, Plan, Variant
+from jisu.compiler.launches import CUBIN, FAULT, OWN_PTX, PLANS, PTX, Plan, TensorMap, Variant
 from jisu.compiler.storage import aligned
 from jisu.compiler.types import numpy_dtype, substitute
 from jisu.runtime.executable import Held, hold
@@ -503,13 +503,18 @@ class DeviceExecutable:
             "output": [None if own is None else own.array for own in outputs], "weight": weights.arrays,
         }  # fmt: skip
 
-        def value(argument: Any) -> int:
-            if not isinstance(argument, tuple):
-                return _size(argument, env)
-            kind, number = argument
+        def address(kind: str, number: int) -> int:
             if kind == "arena":
                 return base + places[number]
-            return self._fault.address if kind == FAULT else memory[kind][number].address
+            return int(self._fault.address if kind == FAULT else memory[kind][number].address)
+
+        def value(argument: Any) -> bytes:
+            """As the kernel's parameter."""
+            if isinstance(argument, TensorMap):
+                shape = (_size(argument.rows, env), argument.columns)
+                return self._driver.tensor_map(address(*argument.tensor), argument.dtype, shape, argument.box)
+            number = address(*argument) if isinstance(argument, tuple) else _size(argument, env)
+            return number.to_bytes(8, sys.byteorder, signed=True)
 
         calls = []
         for step in plan.steps:
@@ -521,8 +526,8 @@ class DeviceExecutable:
                 assert function is not None
                 if launch.shared > _PLAIN_SHARED:
                     self._driver.run("cuFuncSetAttribute", function, _MAX_SHARED, launch.shared)
-                values = (ctypes.c_int64 * len(launch.arguments))(*(value(a) for a in launch.arguments))
-                nbytes = ctypes.c_size_t(ctypes.sizeof(values))
+                raw = b"".join(map(value, launch.arguments))  # maps, which are aligned, stand first
+                values, nbytes = ctypes.create_string_buffer(raw, len(raw)), ctypes.c_size_t(len(raw))
                 extra = (ctypes.c_void_p * 5)(
                     1,
                     ctypes.cast(values, ctypes.c_void_p),

@@ -11,6 +11,7 @@
 #include <dlfcn.h>
 #include <functional>
 #include <map>
+#include <memory>
 #include <string>
 #include <unistd.h>
 #include <unordered_map>
@@ -18,7 +19,8 @@
 namespace {
 
 struct Function { void *code; int shared_limit = 48 << 10; };
-struct Launch { Function *function; int64_t grid[3]; int threads; std::vector<int64_t> arguments; };
+/* arguments: as kernels on this CPU take them; of tensor maps, which come by value, addresses in `maps`. */
+struct Launch { Function *function; int64_t grid[3]; int threads; std::shared_ptr<std::vector<TensorMap>> maps; std::vector<int64_t> arguments; };
 struct Graph { std::vector<Launch> launches; };
 
 std::unordered_map<void *, size_t> allocations;
@@ -205,8 +207,15 @@ int cuLaunchKernel(void *function, unsigned x, unsigned y, unsigned z, unsigned 
     if ((int)shared > f->shared_limit) return 1;
     if (extra[0] != (void *)1 || extra[2] != (void *)2 || extra[4]) return 1;
     size_t bytes = *(size_t *)extra[3];
-    const int64_t *values = (const int64_t *)extra[1];
-    Launch l{f, {x, y, z}, (int)tx, std::vector<int64_t>(values, values + bytes / 8)};
+    const int64_t *values = (const int64_t *)extra[1], *end = values + bytes / 8;
+    Launch l{f, {x, y, z}, (int)tx, std::make_shared<std::vector<TensorMap>>(), {}};
+    for (TensorMap map; end - values >= 16; values += 16) {
+        std::memcpy((void *)&map, values, sizeof map);
+        if (map.mark != TENSOR_MAP) break;
+        l.maps->push_back(map);
+    }
+    for (const TensorMap &map : *l.maps) l.arguments.push_back((int64_t)&map);
+    l.arguments.insert(l.arguments.end(), values, end);
     if (captured) {
         if (stream != capturing) return 901;
         captured->launches.push_back(l);

@@ -1,12 +1,17 @@
 /* A GPU's block of threads on a CPU: one fiber per thread, run in turns until all of a warp, or of the block, meet.
  *
- * A launch fails, with a message, where threads don't do together what they should, and where copies are not waited for. Asynchronous
- * copies come either at once or only when they are waited for; shared memory begins as NaN. */
+ * A launch fails, with a message, where threads don't do together what they should, and where copies are not waited for. Shared memory begins
+ * as NaN. Either asynchronous copies come only when they are waited for, and products of warp groups are made at once, or the other way
+ * round: what isn't waited for is read too early, or written over too early. */
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
+#include <deque>
+#include <functional>
+#include <map>
+#include <random>
 #include <utility>
 #include <vector>
 #include <ucontext.h>
@@ -17,9 +22,13 @@ alignas(SHARED_BYTES) uint8_t jisu_shared[SHARED_BYTES];
 
 namespace {
 
+constexpr int REGISTERS = 64 << 10; /* of a multiprocessor */
 constexpr int ARGUMENTS = 48; /* of a kernel, at most; more than it takes are passed */
 
 struct Copy { void *to; const void *from; };
+
+/* A product of a warp group, which adds to the sums of a number. a: a tile, or what this thread has of it in registers. */
+struct Product { uint32_t sums; bool registers; uint64_t a; uint32_t own[4]; uint64_t b; int outputs; bool half; };
 
 struct Fiber {
     ucontext_t context;
@@ -27,7 +36,33 @@ struct Fiber {
     std::vector<std::vector<Copy>> groups; /* those not waited for, oldest first */
     std::vector<Copy> open;
     bool unfenced; /* wrote to shared memory without a fence for the tensor cores that read it themselves */
-    int products;  /* groups of such products begun and not waited for */
+    bool ready;    /* its sums may be changed by products */
+    std::deque<std::vector<Product>> product_groups;
+    std::vector<Product> products; /* begun and not committed */
+    std::map<uint32_t, std::vector<float>> sums; /* of products not waited for */
+    uint32_t last_sums;
+    float *held;
+    Product product; /* the last one begun */
+};
+
+/* A matrix as a driver describes it in 128 bytes to those who copy boxes of it. */
+struct TensorMap {
+    uint64_t mark;
+    const char *address;
+    int64_t columns, rows, stride;
+    int box_columns, box_rows, itemsize, turned; /* bits of the chunk's number in a row */
+};
+constexpr uint64_t TENSOR_MAP = 0x70616d726f736e65;
+
+struct Box { char *to; const TensorMap *from; int row, column; };
+
+/* A barrier in shared memory. */
+struct Barrier {
+    int arrivals, pending, maker;
+    bool shown;
+    int64_t bytes; /* expected that haven't come */
+    int64_t phase;
+    std::deque<Box> coming;
 };
 
 struct Meeting {
@@ -38,10 +73,14 @@ struct Meeting {
 
 std::vector<Fiber> fibers;
 std::vector<std::vector<char>> stacks; /* kept from block to block */
-std::vector<Meeting> warps, warp_groups;
+std::vector<Meeting> warps, warp_groups, named;
+std::map<void *, Barrier> barriers;
+std::vector<int> registers; /* per thread of each warp group */
+int free_registers;
 Meeting block;
 ucontext_t scheduler;
-int current, threads, late_copies;
+int current, threads;
+bool late_copies, late_products;
 int64_t block_x, block_y, block_z, blocks_x;
 void *kernel;
 int64_t arguments[ARGUMENTS];
@@ -83,7 +122,8 @@ void body() {
     for (auto &group : fibers[current].groups)
         if (!group.empty()) fail("copies were never waited for");
     if (!fibers[current].open.empty()) fail("copies were never committed");
-    if (fibers[current].products) fail("products were never waited for");
+    if (!fibers[current].products.empty()) fail("products were never committed");
+    if (!fibers[current].product_groups.empty()) fail("products were never waited for");
     fibers[current].done = true;
     progress++;
     yield();
@@ -122,11 +162,12 @@ void come(const std::vector<Copy> &group) {
 
 extern "C" {
 
-/* Run a kernel over a grid; what went wrong, or nothing. order: -1 runs a block's threads from the last to the first, 1 from the first. */
+/* Run a kernel over a grid; what went wrong, or nothing. order: -1 runs a block's threads from the last to the first, 1 from the first; any other
+ * number has them take their turns in an order of its own. */
 const char *emulated_launch(void *function, const int64_t *args, int count, int64_t grid_x, int64_t grid_y, int64_t grid_z, int block_threads, int late, int order) {
     kernel = function;
     threads = block_threads;
-    late_copies = late;
+    late_copies = late, late_products = !late;
     failure[0] = 0;
     std::memset(arguments, 0, sizeof arguments);
     if (count > ARGUMENTS) return "too many arguments";
@@ -139,10 +180,14 @@ const char *emulated_launch(void *function, const int64_t *args, int count, int6
             fibers = std::vector<Fiber>(threads);
             warps = std::vector<Meeting>((threads + 31) / 32);
             warp_groups = std::vector<Meeting>((threads + 127) / 128);
+            named = std::vector<Meeting>(16);
+            barriers.clear();
+            registers = std::vector<int>((threads + 127) / 128, REGISTERS / threads / 8 * 8);
+            free_registers = REGISTERS - registers[0] * threads;
             block = Meeting();
             for (Fiber &f : fibers) {
-                f.done = f.unfenced = false;
-                f.products = 0;
+                f.done = f.unfenced = f.ready = false;
+                f.last_sums = 0;
                 auto &stack = stacks[&f - fibers.data()];
                 getcontext(&f.context);
                 f.context.uc_stack.ss_sp = stack.data();
@@ -150,11 +195,15 @@ const char *emulated_launch(void *function, const int64_t *args, int count, int6
                 f.context.uc_link = nullptr;
                 makecontext(&f.context, body, 0);
             }
+            std::vector<int> turns(threads);
+            for (int i = 0; i < threads; i++) turns[i] = order == -1 ? threads - 1 - i : i;
+            std::minstd_rand random(order);
             for (int running = threads; running;) {
                 running = 0;
                 long before = progress;
-                for (int i = 0; i < threads; i++) {
-                    current = order > 0 ? i : threads - 1 - i;
+                if (order != 1 && order != -1) std::shuffle(turns.begin(), turns.end(), random);
+                for (int turn : turns) {
+                    current = turn;
                     if (fibers[current].done) continue;
                     swapcontext(&scheduler, &fibers[current].context);
                     running += !fibers[current].done;
@@ -162,6 +211,8 @@ const char *emulated_launch(void *function, const int64_t *args, int count, int6
                 }
                 if (running && progress == before) return "threads wait for each other for ever";
             }
+            for (auto &barrier : barriers)
+                if (!barrier.second.coming.empty()) return "copies of boxes were never waited for";
         }
     return nullptr;
 }
@@ -230,43 +281,246 @@ void emulated_wait(int32_t but) {
     }
 }
 
-void emulated_fence() __asm__("emulated.fence.proxy.async.shared.cta");
+void emulated_fence() __asm__("emulated.fence.proxy.async.shared_cta");
 void emulated_fence() { fibers[current].unfenced = false; }
-void emulated_wgmma_fence() __asm__("emulated.wgmma.fence.sync.aligned");
-void emulated_wgmma_fence() {}
-void emulated_wgmma_commit() __asm__("emulated.wgmma.commit_group.sync.aligned");
-void emulated_wgmma_commit() { fibers[current].products++; }
-void emulated_wgmma_wait(int64_t but) __asm__("emulated.wgmma.wait_group.sync.aligned");
-void emulated_wgmma_wait(int64_t but) {
-    if (fibers[current].products > but) fibers[current].products = but;
+
+/* Barriers in shared memory, and copies of boxes. */
+
+static Barrier &barrier_at(void *at) {
+    auto found = barriers.find(at);
+    if (found == barriers.end()) fail("a barrier in shared memory that nobody made");
+    if (!found->second.shown && found->second.maker != current) fail("a barrier in shared memory that its maker didn't show");
+    return found->second;
 }
 
-/* A row's element of a tile that a descriptor names: rows of 128 bytes in blocks of eight, with the swizzle of 128 bytes. */
-static float tile_element(uint64_t descriptor, int row, int k, bool half) {
+static void settle(Barrier &b) {
+    if (b.pending < 0) fail("more threads arrive at a barrier in shared memory than it counts");
+    if (b.pending == 0 && b.bytes < 0) fail("more bytes come than a barrier in shared memory expects");
+    if (b.pending || b.bytes) return;
+    b.phase++, b.pending = b.arrivals;
+    progress++;
+}
+
+static void come(Barrier &b, Box box) {
+    const TensorMap &m = *box.from;
+    for (int r = 0; r < m.box_rows; r++)
+        for (int c = 0; c < m.box_columns; c++) {
+            uintptr_t to = reinterpret_cast<uintptr_t>(box.to) + (int64_t(r) * m.box_columns + c) * m.itemsize;
+            to ^= ((to >> 7) & ((1 << m.turned) - 1)) << 4;
+            int64_t row = int64_t(box.row) + r, column = int64_t(box.column) + c;
+            if (row < 0 || row >= m.rows || column < 0 || column >= m.columns) std::memset((void *)to, 0, m.itemsize);
+            else std::memcpy((void *)to, m.address + row * m.stride + column * m.itemsize, m.itemsize);
+        }
+    b.bytes -= int64_t(m.box_rows) * m.box_columns * m.itemsize;
+    settle(b);
+}
+
+void emulated_make(void *at, int32_t arrivals) __asm__("emulated.mbarrier.init.shared");
+void emulated_make(void *at, int32_t arrivals) {
+    if (reinterpret_cast<uintptr_t>(at) % 8) fail("a barrier in shared memory that is not aligned");
+    barriers[at] = Barrier{arrivals, arrivals, current, false, 0, 0, {}};
+}
+
+void emulated_made() __asm__("emulated.fence.mbarrier_init.release.cluster");
+void emulated_made() {
+    for (auto &b : barriers) b.second.shown |= b.second.maker == current;
+}
+
+int64_t emulated_arrive(void *at) __asm__("emulated.mbarrier.arrive.shared");
+int64_t emulated_arrive(void *at) {
+    Barrier &b = barrier_at(at);
+    b.pending--;
+    settle(b);
+    return 0;
+}
+
+int64_t emulated_expect(void *at, int32_t bytes) __asm__("emulated.mbarrier.arrive.expect.tx.scope.cta.space.cta");
+int64_t emulated_expect(void *at, int32_t bytes) {
+    Barrier &b = barrier_at(at);
+    b.bytes += bytes;
+    b.pending--;
+    settle(b);
+    return 0;
+}
+
+bool emulated_try(void *at, int32_t parity) __asm__("emulated.mbarrier.try.wait.parity.scope.cta.space.cta");
+bool emulated_try(void *at, int32_t parity) {
+    Barrier &b = barrier_at(at);
+    while ((b.phase & 1) == parity && !b.pending && !b.coming.empty()) {
+        Box box = b.coming.front();
+        b.coming.pop_front();
+        come(b, box);
+    }
+    if ((b.phase & 1) != parity) return true;
+    yield();
+    return false;
+}
+
+void emulated_box(char *to, void *at, const TensorMap *from, int32_t column, int32_t row, int16_t, int64_t, bool, bool, int32_t)
+    __asm__("emulated.cp.async.bulk.tensor.g2s.tile.2d");
+void emulated_box(char *to, void *at, const TensorMap *from, int32_t column, int32_t row, int16_t, int64_t, bool, bool, int32_t) {
+    Barrier &b = barrier_at(at);
+    if (!b.shown) fail("a copy names a barrier in shared memory that its maker didn't show");
+    if (from->mark != TENSOR_MAP) fail("a copy of a box names no tensor map");
+    if (reinterpret_cast<uintptr_t>(to) % 128) fail("a box that is not aligned");
+    if (to < (char *)jisu_shared || to + from->box_rows * from->box_columns * from->itemsize > (char *)jisu_shared + SHARED_BYTES)
+        fail("a box outside of shared memory");
+    if (late_copies) b.coming.push_back({to, from, row, column});
+    else come(b, {to, from, row, column});
+}
+
+/* The driver's, for matrices: what it refuses is refused. */
+int cuTensorMapEncodeTiled(TensorMap *map, int dtype, uint32_t rank, void *address, const uint64_t *sizes, const uint64_t *strides, const uint32_t *box,
+                           const uint32_t *steps, int interleave, int swizzle, int promotion, int fill) {
+    int itemsize = dtype == 6 || dtype == 9 ? 2 : dtype == 0 ? 1 : 0; /* float16, bfloat16 and bytes */
+    auto fits = [](uint64_t size, uint32_t box) { return size && size <= uint64_t(1) << 32 && box && box <= 256; };
+    if (reinterpret_cast<uintptr_t>(map) % 64 || !itemsize || rank != 2 || reinterpret_cast<uintptr_t>(address) % 16) return 1;
+    if (!fits(sizes[0], box[0]) || !fits(sizes[1], box[1]) || strides[0] % 16 || strides[0] >= uint64_t(1) << 40) return 1;
+    if (strides[0] < sizes[0] * itemsize || steps[0] != 1 || steps[1] != 1 || interleave || promotion < 0 || promotion > 3 || fill) return 1;
+    if (swizzle < 1 || swizzle > 3 || box[0] * itemsize != 16u << swizzle) return 1; /* rows with the swizzle of as many bytes */
+    std::memset((void *)map, 0xff, 128);
+    *map = {TENSOR_MAP, (const char *)address, (int64_t)sizes[0], (int64_t)sizes[1], (int64_t)strides[0], (int)box[0], (int)box[1], itemsize, swizzle};
+    return 0;
+}
+
+void emulated_meet(int32_t number, int32_t count) __asm__("emulated.barrier.cta.sync.aligned.count");
+void emulated_meet(int32_t number, int32_t count) {
+    if (number < 1 || number > 15 || count % 32) fail("a barrier of a number or of threads that there isn't");
+    meet(named[number], count, count, [] {});
+}
+
+static void share_registers(int count, bool more) {
+    int group = current / 128, before = registers[group];
+    if (count % 8 || count < 24 || count > 256 || (more ? count < before : count > before)) fail("a number of registers that can't be");
+    meet(warp_groups[group], more ? 7 : 8, 128, [] {});
+    if (current % 128 == 0) {
+        while (free_registers < (count - before) * 128) yield();
+        free_registers -= (count - before) * 128;
+        registers[group] = count;
+        progress++;
+    }
+    while (registers[group] != count) yield();
+}
+
+void emulated_more(int32_t count) __asm__("emulated.setmaxnreg.inc.sync.aligned.u32");
+void emulated_more(int32_t count) { share_registers(count, true); }
+void emulated_fewer(int32_t count) __asm__("emulated.setmaxnreg.dec.sync.aligned.u32");
+void emulated_fewer(int32_t count) { share_registers(count, false); }
+
+/* Products of a warp group. What isn't waited for is not a number: it says which sums it stands for. */
+
+constexpr uint32_t SUMS_TO_COME = 0x7fc00000;
+
+void emulated_wgmma_fence() __asm__("emulated.wgmma.fence.sync.aligned");
+void emulated_wgmma_fence() { fibers[current].ready = true; }
+
+void emulated_wgmma_commit() __asm__("emulated.wgmma.commit_group.sync.aligned");
+void emulated_wgmma_commit() {
+    Fiber &f = fibers[current];
+    f.product_groups.push_back(f.products);
+    f.products.clear();
+}
+
+/* 16 numbers of some rows of a tile that a descriptor names: rows of 128 bytes in blocks of eight, with the swizzle of 128 bytes. */
+static void read_tile(float (*to)[16], uint64_t descriptor, int first, int rows, bool half) {
     if (descriptor >> 62 != 1) fail("a tile with another swizzle than that of 128 bytes");
     uint64_t stride = ((descriptor >> 32) & 0x3fff) << 4;
-    uint64_t at = ((descriptor & 0x3fff) << 4) + row / 8 * stride + row % 8 * 128 + 2 * k;
-    at ^= ((at >> 7) & 7) << 4;
-    if (at >= SHARED_BYTES) fail("a tile outside of shared memory");
-    uint16_t bits;
-    std::memcpy(&bits, jisu_shared + at, 2);
-    return half ? of_f16(bits) : of_bf16(bits);
+    for (int row = first; row < first + rows; row++)
+        for (int k = 0; k < 16; k++) {
+            uint64_t at = ((descriptor & 0x3fff) << 4) + row / 8 * stride + row % 8 * 128 + 2 * k;
+            at ^= ((at >> 7) & 7) << 4;
+            if (at >= SHARED_BYTES) fail("a tile outside of shared memory");
+            uint16_t bits;
+            std::memcpy(&bits, jisu_shared + at, 2);
+            to[row - first][k] = half ? of_f16(bits) : of_bf16(bits);
+        }
 }
 
-void emulated_wgmma(float *sums, uint64_t a, uint64_t b, int32_t outputs, int32_t half) __asm__("emulated.wgmma");
-void emulated_wgmma(float *sums, uint64_t a, uint64_t b, int32_t outputs, int32_t half) {
+/* Add a product of each of some threads, whole warps, to what they hold. */
+static void add_product(int begin, int count, const std::function<const Product &(int)> &product, const std::function<float *(int)> &held) {
+    static float a[64][16], b[256][16];
+    const Product &p = product(begin);
+    if (p.registers) {
+        for (int i = 0; i < count; i++)
+            for (int r = 0; r < 4; r++)
+                for (int h = 0; h < 2; h++) {
+                    uint32_t bits = product(begin + i).own[r] >> (16 * h) & 0xffff;
+                    a[i / 32 * 16 + i % 32 / 4 + 8 * (r & 1)][2 * (i % 4) + h + 8 * (r >> 1)] = p.half ? of_f16(bits) : of_bf16(bits);
+                }
+    } else {
+        read_tile(a, p.a, begin % 128 / 2, count / 2, p.half); /* 16 rows per warp */
+    }
+    read_tile(b, p.b, 0, p.outputs, p.half);
+    for (int i = 0; i < count; i++) {
+        float *sums = held(begin + i);
+        int line = i / 32 * 16 + i % 32 / 4;
+        for (int j = 0; j < p.outputs / 8; j++)
+            for (int part = 0; part < 4; part++)
+                for (int k = 0; k < 16; k++) sums[4 * j + part] += a[line + 8 * (part / 2)][k] * b[8 * j + i % 4 * 2 + part % 2][k];
+    }
+}
+
+/* Which sums of this thread stand here, 0 for numbers. */
+static uint32_t to_come(const float *sums) {
+    uint32_t number = bits_of(sums[0]) - SUMS_TO_COME;
+    return fibers[current].sums.count(number) ? number : 0;
+}
+
+static void begin_product(float *sums, int32_t count, Product p) {
+    Fiber &f = fibers[current];
     Meeting &g = warp_groups[current / 128];
-    if (!g.arrived) g.tile_a = a, g.tile_b = b;
-    if (a != g.tile_a || b != g.tile_b) fail("threads of a warp group name different tiles");
-    meet(g, 5, 128, [] {
-        for (Fiber &f : fibers)
-            if (f.unfenced) fail("shared memory is multiplied without a fence behind what was copied to it");
+    if (!f.ready) fail("sums are changed without a fence behind what was done to them");
+    if (p.outputs % 8 || p.outputs > 256 || count != p.outputs / 2) fail("a product of another form");
+    if (!g.arrived) g.tile_a = p.a, g.tile_b = p.b;
+    if (p.a != g.tile_a || p.b != g.tile_b) fail("threads of a warp group name different tiles");
+    f.held = sums, f.product = p;
+    int begin = current / 128 * 128;
+    meet(g, p.registers ? 6 : 5, 128, [&] {
+        for (Fiber &other : fibers)
+            if (other.unfenced) fail("shared memory is multiplied without a fence behind what was copied to it");
+        if (!late_products)
+            add_product(begin, 128, [](int t) -> const Product & { return fibers[t].product; }, [](int t) { return fibers[t].held; });
     });
-    int thread = current % 128, line = thread / 32 * 16 + thread % 32 / 4;
-    for (int j = 0; j < outputs / 8; j++)
-        for (int part = 0; part < 4; part++)
-            for (int k = 0; k < 16; k++)
-                sums[4 * j + part] += tile_element(a, line + 8 * (part / 2), k, half) * tile_element(b, 8 * j + thread % 4 * 2 + part % 2, k, half);
+    if (!late_products) return;
+    uint32_t number = to_come(sums);
+    if (!number) f.sums[number = ++f.last_sums].assign(sums, sums + count);
+    p.sums = number;
+    f.products.push_back(p);
+    for (int i = 0; i < count; i++) sums[i] = of_bits(SUMS_TO_COME + number);
+}
+
+void emulated_wgmma(float *sums, int32_t count, uint64_t a, uint64_t b, int32_t outputs, int32_t half) __asm__("emulated.wgmma");
+void emulated_wgmma(float *sums, int32_t count, uint64_t a, uint64_t b, int32_t outputs, int32_t half) {
+    begin_product(sums, count, {0, false, a, {}, b, outputs, half != 0});
+}
+
+void emulated_wgmma_registers(float *sums, int32_t count, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint64_t b, int32_t outputs, int32_t half)
+    __asm__("emulated.wgmma.registers");
+void emulated_wgmma_registers(float *sums, int32_t count, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint64_t b, int32_t outputs, int32_t half) {
+    begin_product(sums, count, {0, true, 0, {a0, a1, a2, a3}, b, outputs, half != 0});
+}
+
+void emulated_wgmma_wait(float *sums, int32_t count, int32_t but) __asm__("emulated.wgmma.wait");
+void emulated_wgmma_wait(float *sums, int32_t count, int32_t but) {
+    Fiber &f = fibers[current];
+    f.ready = false;
+    int begin = current / 32 * 32;
+    meet(warp(), 9, 32, [&] {
+        while ((int)f.product_groups.size() > but) {
+            for (size_t i = 0; i < f.product_groups.front().size(); i++) {
+                auto own = [&](int t) -> const Product & { return fibers[t].product_groups.front()[i]; };
+                add_product(begin, 32, own, [&](int t) { return fibers[t].sums[own(t).sums].data(); });
+            }
+            for (int i = 0; i < 32; i++) fibers[begin + i].product_groups.pop_front();
+        }
+    });
+    uint32_t number = to_come(sums);
+    bool changing = false;
+    for (auto &group : f.product_groups)
+        for (const Product &p : group) changing |= p.sums == number;
+    if (!number || changing) return;
+    std::memcpy(sums, f.sums[number].data(), count * sizeof *sums);
+    f.sums.erase(number);
 }
 
 /* Results of several registers come back through memory. */
@@ -325,7 +579,7 @@ uint16_t emulated_e4m3(float high, float low) { return uint16_t(to_e4m3(high) <<
 static void multiply_bytes(uint32_t *result, const uint32_t *mine, bool integers) {
     Meeting &w = warp();
     std::memcpy(w.in[lane()], mine, 10 * sizeof *mine);
-    meet(w, integers ? 7 : 8, 32, [&] {
+    meet(w, integers ? 12 : 13, 32, [&] {
         uint32_t a[16][32], b[32][8];
         for (int i = 0; i < 32; i++)
             for (int h = 0; h < 4; h++)
@@ -358,6 +612,35 @@ void emulated_mma_e4m3(uint32_t *result, uint32_t a0, uint32_t a1, uint32_t a2, 
                        float c2, float c3) {
     uint32_t mine[] = {a0, a1, a2, a3, b0, b1, bits_of(c0), bits_of(c1), bits_of(c2), bits_of(c3)};
     multiply_bytes(result, mine, false);
+}
+
+static void store_fragments(uint8_t *row, const uint32_t *mine, bool turned) {
+    if (reinterpret_cast<uintptr_t>(row) % 16) fail("a matrix row that is not aligned");
+    Meeting &w = warp();
+    std::memcpy(w.in[lane()], mine, 16);
+    std::memcpy(w.in[lane()] + 4, &row, sizeof row);
+    meet(w, turned ? 10 : 11, 32, [&] {
+        for (int i = 0; i < 32; i++) {
+            uint8_t *to;
+            std::memcpy(&to, w.in[i] + 4, sizeof to);
+            for (int c = 0; c < 8; c++) {
+                int r = turned ? c : i % 8, column = turned ? i % 8 : c;
+                uint16_t number = w.in[4 * r + column / 2][i / 8] >> (16 * (column % 2));
+                std::memcpy(to + 2 * c, &number, 2);
+            }
+        }
+    });
+}
+
+void emulated_stmatrix(uint8_t *row, uint32_t a, uint32_t b, uint32_t c, uint32_t d) __asm__("emulated.stmatrix.sync.aligned.m8n8.x4.b16.p3");
+void emulated_stmatrix(uint8_t *row, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+    uint32_t mine[] = {a, b, c, d};
+    store_fragments(row, mine, false);
+}
+void emulated_stmatrix_trans(uint8_t *row, uint32_t a, uint32_t b, uint32_t c, uint32_t d) __asm__("emulated.stmatrix.sync.aligned.m8n8.x4.trans.b16.p3");
+void emulated_stmatrix_trans(uint8_t *row, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+    uint32_t mine[] = {a, b, c, d};
+    store_fragments(row, mine, true);
 }
 
 static void multiply(uint32_t *result, const uint32_t *mine, float (*number)(uint32_t)) {

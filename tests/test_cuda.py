@@ -20,7 +20,7 @@ from jisu.compiler.graph import Graph, placeholder
 from jisu.compiler.interpret import interpret
 from jisu.compiler.types import TensorType, numpy_dtype
 from jisu.targets.cuda import device, emulated, ptx
-from jisu.targets.cuda.kernels import attention, experts, norm, products, records, thin, top
+from jisu.targets.cuda.kernels import attention, experts, hopper, norm, products, records, thin, top
 from jisu.targets.cuda.kernels.attention import Form
 from jisu.targets.cuda.kernels.layers import Layer
 from jisu.targets.cuda.lowering import lower
@@ -114,20 +114,6 @@ def test_many_rows(m: int, n: int, k: int, late: bool, order: int, launch: Launc
     for tile in (products.LARGE, products.SMALL):
         kernel = products.product(layer, tile, GPU)
         multiplied(launch, kernel, tiles(layer, m, tile), m, n, k, late=late, order=order)
-
-
-@pytest.mark.parametrize(("m", "n", "k"), [(128, 128, 64), (1, 5, 64), (130, 70, 320)])
-@RACES
-def test_many_rows_on_hopper(m: int, n: int, k: int, late: bool, order: int, launch: Launch) -> None:
-    layer = Layer(k, (n,), "bfloat16" if late else "float16")
-    multiplied(launch, products.product_hopper(layer, HOPPER), tiles(layer, m), m, n, k, late=late, order=order)
-
-
-def test_a_fence_that_is_missing_shows_on_hopper(launch: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device.Device, "begin_products", lambda self: None)
-    layer = Layer(64, (64,))
-    with pytest.raises(RuntimeError, match="without a fence"):
-        multiplied(launch, products.product_hopper(layer, HOPPER), tiles(layer, 64), 64, 64, 64)
 
 
 @pytest.mark.parametrize("missing", ["copies_done", "barrier", "commit_copies"])
@@ -373,7 +359,7 @@ def test_inputs_that_do_not_fit_are_refused() -> None:
     with pytest.raises(TargetError, match="float64"):
         thin.thin(Layer(64, (8,), "float64"), 8, GPU)
     with pytest.raises(TargetError, match="sm_90a"):
-        products.product_hopper(Layer(4096, (8,)), GPU)
+        hopper.product_hopper(Layer(4096, (8,)), hopper.WIDE, GPU)
 
 
 # --- PTX ----------------------------------------------------------------------------------------------------------------
@@ -417,8 +403,16 @@ def of_hot_kernels(target: Target) -> dict[str, device.DeviceKernel]:
         "tokens of records": attention.attend_tokens(attrs.evolve(form, scheme="int4"), target),
     }
     if target.mcpu == "sm_90a":
-        made["hopper"] = products.product_hopper(wide, target)
-        made["hopper of experts"] = experts.of_groups(MIXTRAL, False, 128, target, hopper=True)
+        made["hopper"] = hopper.product_hopper(wide, hopper.WIDE, target)
+        made["narrow on hopper"] = hopper.product_hopper(wide, hopper.NARROW, target)
+        gated = Layer(4096, (14336,), gated=True, apart=True, activation="silu")
+        made["gated on hopper"] = hopper.product_hopper(gated, hopper.WIDE, target)
+        projections = Layer(4096, (4096, 1024, 1024), bias=True)
+        made["projections on hopper"] = hopper.product_hopper(projections, hopper.WIDE, target)
+        made["residual on hopper"] = hopper.product_hopper(Layer(4096, (4099,), residual=True), hopper.WIDE, target)
+        made["codes on hopper"] = hopper.product_hopper(Layer(4096, (4096,), **CODES), hopper.HIGH, target)
+        made["hopper of experts"] = experts.of_groups_hopper(MIXTRAL, False, target)
+        made["hopper of experts' last layer"] = experts.of_groups_hopper(MIXTRAL, True, target)
     return made
 
 
@@ -431,8 +425,14 @@ WORDS = {
     "token": ("shfl.sync.bfly", "ex2.approx.ftz", "ld.global"),
     "tokens": ("ldmatrix.sync.aligned.m8n8.x4.trans", "cvt.rn.bf16x2.f32", "cp.async.cg.shared.global", "mma.sync"),
     "norm": ("sqrt.rn", "ld.global", "st.global"),
-    "hopper": ("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16", "wgmma.fence", "wgmma.commit_group",
-               "wgmma.wait_group", "fence.proxy.async", "cp.async.cg.shared.global"),
+    "hopper": ("wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16", "wgmma.fence", "wgmma.commit_group",
+               "wgmma.wait_group.sync.aligned 1", "cp.async.bulk.tensor.2d.shared::cluster.global", "mbarrier.try_wait.parity",
+               "mbarrier.arrive.expect_tx", "setmaxnreg.inc", "setmaxnreg.dec", "cvta.param", ".minnctapersm 1",
+               "st.global.v4"),
+    "narrow on hopper": ("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16", "cp.async.bulk.tensor.2d"),
+    "codes on hopper": ("wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16", "cp.async.bulk.tensor.2d", "ld.shared.v4"),
+    "hopper of experts": ("wgmma.mma_async.sync.aligned.m64n256k16", "cp.async.bulk.tensor.2d", "cp.async.cg.shared.global",
+                          "fence.proxy.async"),
 }  # fmt: skip
 MOST_REGISTERS = {
     "few": 64,
@@ -447,8 +447,6 @@ MOST_REGISTERS = {
     "many of experts' last layer": 168,
     "gated": 128,
     "many codes": 168,
-    "hopper": 168,
-    "hopper of experts": 168,
 }
 
 

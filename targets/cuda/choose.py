@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import sympy
 
 from jisu.compiler import ops
 from jisu.compiler.errors import TargetError
 from jisu.compiler.graph import Node
+from jisu.compiler.launches import TensorMap
 from jisu.compiler.ops.quantize import layer_parts
 from jisu.compiler.types import Dim, dim, product
 from jisu.targets.cpu.isa import FLOATS, require_activation
-from jisu.targets.cuda.device import PAIRS, DeviceKernel
-from jisu.targets.cuda.kernels import experts, levels, norm, products, records, rounding, thin, top
+from jisu.targets.cuda.device import PAIRS
+from jisu.targets.cuda.kernels import experts, hopper, levels, norm, products, records, rounding, thin, top
 from jisu.targets.cuda.kernels.attention import QUERIES, Form, attend_token, attend_tokens, merge_parts, sharing
 from jisu.targets.cuda.kernels.layers import Layer
 from jisu.targets.cuda.kernels.levels import Levels
 from jisu.targets.cuda.lowering import DeviceCall, DeviceFunction
 from jisu.targets.steps import Argument, Choosers, Kernel
 from jisu.targets.target import Target
+
+Arguments = tuple[int | TensorMap | tuple[str, Dim], ...]
+"""Of a `DeviceCall`."""
 
 
 def _ceiling(value: Dim, step: int) -> Dim:
@@ -43,31 +47,50 @@ def _layer(layer: Layer, rows: Dim, operands: tuple[int, ...], target: Target) -
         kernel = levels.few(layer, most, target) if isinstance(layer, Levels) else thin.thin(layer, most, target)
         call = DeviceCall(kernel, (layer.tiles(thin.OUTPUTS), _ceiling(rows, most), 1), arguments)
         variants.append((((rows, most),), (call,)))
-    for kernel, tile, most in _products(layer, target):
-        grid = (_ceiling(rows, tile.rows), layer.tiles(tile.outputs), 1)
-        variants.append((((rows, most),) if most else (), (DeviceCall(kernel, grid, arguments),)))
+    for call, most in _products(layer, rows, arguments, target):
+        variants.append((((rows, most),) if most else (), (call,)))
     if variants[-1][0]:  # no product reads the layer: few rows at a time
         variants.append(((), variants[-1][1]))
     return Kernel(DeviceFunction(tuple(variants)), tuple(Argument(i) for i in operands))
 
 
-def _products(layer: Layer, target: Target) -> Iterator[tuple[DeviceKernel, products.Tile, int]]:
+def _products(layer: Layer, rows: Dim, arguments: Arguments, target: Target) -> Iterator[tuple[DeviceCall, int]]:
     """The products that can read the layer, each with the rows up to which it is taken (0 for any): the first that is in the code that a GPU
     loads is."""
     large, small = products.LARGE, products.SMALL
-    # So many large tiles as there are multiprocessors keep all of them busy.
-    few = target.cores // max(1, layer.tiles(large.outputs)) * large.rows
-    if isinstance(layer, Levels):
-        if few >= small.rows:
-            yield levels.many(layer, small, target), small, few
-        yield levels.many(layer, large, target), large, 0
-        return
+    on_hopper = list(_on_hopper(layer, rows, arguments, target))
+    # So many large tiles as there are multiprocessors keep all of them busy; on half of them, warp groups should still be faster than small tiles
+    # on all: by peak rates, `wgmma` does about twice what `mma` does.
+    few = target.cores // (2 if on_hopper else 1) // max(1, layer.tiles(large.outputs)) * large.rows
+
+    def call(tile: products.Tile) -> DeviceCall:
+        grid = (_ceiling(rows, tile.rows), layer.tiles(tile.outputs), 1)
+        if isinstance(layer, Levels):
+            return DeviceCall(levels.many(layer, tile, target), grid, arguments)
+        kernel = products.product(layer, tile, target)
+        return DeviceCall(kernel, grid, arguments)
+
     with contextlib.suppress(TargetError):  # not for this layer
         if few >= small.rows:
-            yield products.product(layer, small, target), small, few
-        with contextlib.suppress(TargetError):  # nor on this machine
-            yield products.product_hopper(layer, target), large, 0
-        yield products.product(layer, large, target), large, 0
+            yield call(small), few
+        yield from on_hopper
+        yield call(large), 0
+
+
+def _on_hopper(layer: Layer, rows: Dim, arguments: Arguments, target: Target) -> Iterator[tuple[DeviceCall, int]]:
+    """The same of Hopper's warp groups, if they can."""
+    if isinstance(layer, Levels):
+        return
+    with contextlib.suppress(TargetError):  # not for this layer, or not on this machine
+        narrow, wide = hopper.tiles_of(layer)
+        few = target.cores // max(1, layer.tiles(wide.outputs)) * wide.rows
+        for tile, most in ((narrow, few), (wide, 0)) if few else ((wide, 0),):
+            kernel = hopper.product_hopper(layer, tile, target)
+            matrices = layer.outputs * 2 if layer.apart else [n * layer.per_weight_row for n in layer.outputs]
+            maps = [hopper.map_of_x(layer, tile, ("step", 0), rows)]
+            maps += [hopper.map_of_w(layer, tile, ("step", i), n) for i, n in enumerate(matrices, 1)]
+            grid = (_least(_ceiling(rows, tile.rows) * layer.tiles(tile.outputs), target.cores), 1, 1)
+            yield DeviceCall(kernel, grid, (*maps, *arguments[len(maps) :])), most
 
 
 def _present(node: Node, *indices: int) -> tuple[int, ...]:
@@ -327,24 +350,41 @@ def _experts(node: Node, target: Target) -> Kernel | None:
     )  # fmt: skip
     few = max(1, how.count // 4 // how.chosen)
     variants: list[tuple[tuple[tuple[Dim, int], ...], tuple[DeviceCall, ...]]] = [(((tokens, few),), (*single, summed))]
-    forms = [(thin.ROWS[0], False), (thin.ROWS[-1], False)]
-    for hopper in (True, False):  # the first that is in the code that a GPU loads
-        with contextlib.suppress(TargetError):  # not on this machine, or not for these layers
-            for layer in (how.up, how.down):
-                (products.require_hopper if hopper else products.require_product)(layer, target)
-            forms.append((products.LARGE.rows, hopper))
-    for rows, hopper in forms:
+
+    def fits(require: Callable[..., None], *given: Target) -> bool:
+        """Whether a kind of products reads both layers."""
+        with contextlib.suppress(TargetError):
+            require(how.up, *given)
+            require(how.down, *given)
+            return True
+        return False
+
+    forms = [(thin.ROWS[0], False), (thin.ROWS[-1], False)]  # rows of a group, and whether warp groups multiply it
+    if fits(hopper.require_hopper, target):  # the first one that is in the code that a GPU loads
+        forms.append((hopper.WIDE.rows, True))
+    if fits(products.require_product):
+        forms.append((products.LARGE.rows, False))
+    for rows, by_warp_groups in forms:
         # Groups are mostly full where experts have about so many pairs.
         most = () if rows == forms[-1][0] else ((tokens, max(1, how.count * rows // how.chosen)),)
         blocks = _ceiling(pairs, rows) + how.count
-        tiled = rows == products.LARGE.rows
         group = experts.grouped(how, rows, target)
         calls = [DeviceCall(group, (1, 1, 1), (index_, order, names, ("size", pairs), ("size", blocks)))]
-        given = ((x_, ups, order, names, inner), (inner, downs, order, names, scores, outer))
-        for number, layer in enumerate((how.up, how.down)):
-            kernel = experts.of_groups(how, bool(number), rows, target, hopper=hopper)
-            grid = (blocks, layer.tiles(products.LARGE.outputs)) if tiled else (layer.tiles(thin.OUTPUTS), blocks)
-            calls.append(DeviceCall(kernel, (*grid, 1), given[number]))
+        for last, source, weights, rest in ((False, x_, ups, (inner,)), (True, inner, downs, (scores, outer))):
+            layer = how.layer(last)
+            arguments: Arguments = (source, weights, order, names, *rest)
+            if by_warp_groups:
+                kernel = experts.of_groups_hopper(how, last, target)
+                height = how.count * layer.outputs[0] * layer.per_weight_row
+                matrices = hopper.map_of_w(layer, hopper.WIDE, ("step", weights), height)
+                tiles = blocks * layer.tiles(hopper.WIDE.outputs)
+                grid: tuple[Dim, Dim] = (_least(tiles, target.cores), 1)
+                arguments = (matrices, source, order, names, *rest, ("size", blocks))
+            else:
+                kernel = experts.of_groups(how, last, rows, target)
+                tiled = rows == products.LARGE.rows
+                grid = (blocks, layer.tiles(products.LARGE.outputs)) if tiled else (layer.tiles(thin.OUTPUTS), blocks)
+            calls.append(DeviceCall(kernel, (*grid, 1), arguments))
         variants.append((most, (*calls, summed)))
     most_rows = forms[-1][0]
     scratch = (

@@ -25,6 +25,10 @@ PAIRS = {"bfloat16": "<2 x bfloat>", "float16": "<2 x half>"}
 """LLVM's vectors of two 16-bit floats."""
 GLOBAL, SHARED = "ptr addrspace(1)", "ptr addrspace(3)"
 _SHARED_NAME = "jisu_shared"
+_CLUSTER = "ptr addrspace(7)"  # shared memory of a cluster of blocks, which a block alone is, too
+MAP = "map"
+"""The kind of a parameter that is a tensor map (see `compiler.launches.TensorMap`): 128 bytes by value, reached by a pointer."""
+_MOST_HELD = 128  # sums that products of an emulated warp group change
 
 
 def prefix(target: Target) -> str:
@@ -34,14 +38,15 @@ def prefix(target: Target) -> str:
 
 @attrs.frozen
 class DeviceKernel:
-    """A finished kernel: its function, its parameters ("ptr" or "i64"), threads per block and bytes of shared memory; `portable`: whether
-    later GPUs than the target run it, too."""
+    """A finished kernel: its function, its parameters ("ptr", "i64", or MAP, which stand first), threads per block and bytes of shared memory;
+    `portable`: whether later GPUs than the target run it, too. alone: whether a block may take all registers of a multiprocessor."""
 
     micro: Micro
     parameters: tuple[str, ...]
     threads: int
     shared_bytes: int
     portable: bool = True
+    alone: bool = False
 
     @property
     def name(self) -> str:
@@ -53,15 +58,16 @@ class Device(Function):
     """One thread of a kernel under construction. Memory of the caller is reached through `memory`."""
 
     def __init__(self, name: str, params: Sequence[tuple[str, str]], target: Target, threads: int) -> None:
-        super().__init__(name, params, target)
+        super().__init__(name, [("ptr" if kind == MAP else kind, own) for kind, own in params], target)
         self.threads, self.shared_bytes, self.prefix = threads, 0, prefix(target)
-        self.portable = True
+        self.portable, self.alone = True, False
+        self._kinds = tuple(kind for kind, _ in params)
+        # An emulation's memory for sums is taken once, not in every turn of a loop.
+        self._held = None if self.prefix == _REAL else self.op(f"alloca [{_MOST_HELD} x float], align 16", "ptr")
 
     def built(self) -> DeviceKernel:
         """The finished kernel."""
-        return DeviceKernel(
-            self.finish(), tuple(t for t, _ in self._params), self.threads, self.shared_bytes, self.portable
-        )
+        return DeviceKernel(self.finish(), self._kinds, self.threads, self.shared_bytes, self.portable, self.alone)
 
     # Where this thread is
 
@@ -72,6 +78,10 @@ class Device(Function):
     def block(self, axis: str = "x") -> Val:
         """The block's number along an axis of the grid, i64."""
         return self._register(f"ctaid.{axis}")
+
+    def blocks(self) -> Val:
+        """How many blocks the grid has along its first axis, i64."""
+        return self._register("nctaid.x")
 
     def _register(self, name: str) -> Val:
         return self.cast("zext", self.call("i32", f"{self.prefix}read.ptx.sreg.{name}"), "i64")
@@ -97,16 +107,34 @@ class Device(Function):
         """16 bytes of shared memory, <4 x i32>, from an address that is a multiple of 16."""
         return self.op(f"load <4 x i32>, {address.type} {address.name}, align 16", "<4 x i32>")
 
+    def store16(self, words: Val, address: Val) -> None:
+        """Store <4 x i32> to an address that is a multiple of 16."""
+        self.emit(f"store <4 x i32> {words.name}, {address.type} {address.name}, align 16")
+
+    def packed(self, values: Sequence[Val], dtype: str) -> Val:
+        """Eight float32 rounded to a 16-bit dtype, as <4 x i32>."""
+        words = Val(self, "poison", "<4 x i32>")
+        for i in range(4):
+            pair = self.pair(values[2 * i], values[2 * i + 1], dtype)
+            words = self.op(f"insertelement <4 x i32> {words.name}, i32 {pair.name}, i32 {i}", "<4 x i32>")
+        return words
+
+    def unpacked(self, words: Val, dtype: str) -> list[Val]:
+        """The eight numbers of a 16-bit dtype in a <4 x i32>, as float32."""
+        pairs = [self.as_type(word, PAIRS[dtype]) for word in self.words(words)]
+        halves = [self.op(f"extractelement {p.type} {p.name}, i32 {i}", p.type[5:-1]) for p in pairs for i in (0, 1)]
+        return [self.cast("fpext", half, "float") for half in halves]
+
     def copy16(self, to: Val, source: Val) -> None:
         """Begin to copy 16 bytes from the GPU's memory into shared memory; see `copies_done`."""
         self.run(f"{self.prefix}cp.async.cg.shared.global.16", to, source)
 
     def place(self, row: Val, chunk: Val, chunks: int) -> Val:
-        """Where a chunk of 16 bytes of a tile's row lies in shared memory, in bytes, `chunks` (4 or more) making up a row.
+        """Where a chunk of 16 bytes of a tile's row lies in shared memory, in bytes, `chunks` (2, 4, 8 or more) making up a row.
 
-        Chunks are turned so that one chunk of eight rows lies in different banks; with 8 per row it is the swizzle of 128 bytes.
+        Chunks are turned so that one chunk of eight rows lies in different banks; with up to 8 per row it is the swizzle of as many bytes.
         """
-        by = ((row >> 1) & 3) if chunks == 4 else row & 7
+        by = {2: (row >> 2) & 1, 4: (row >> 1) & 3}.get(chunks, row & 7)
         turned = self.op(f"xor i64 {chunk.name}, {by.name}", "i64")
         return row * (16 * chunks) + turned * 16
 
@@ -115,7 +143,7 @@ class Device(Function):
 
         pitch: chunks of a row in shared memory, a power of two; `chunks` unless given.
         """
-        for row, chunk in self._chunks(rows, chunks):
+        for row, chunk in self.chunks(rows, chunks, self.threads):
             self.copy16(
                 self.at(to, self.place(row, chunk, pitch or chunks), "i8"), self.at(begin(row), chunk * 16, "i8")
             )
@@ -124,20 +152,14 @@ class Device(Function):
         self, to: Val, rows: int, chunks: int, eight: Callable[[Val, Val], list[Val]], dtype: str, pitch: int
     ) -> None:
         """As `copy_tile`, but of numbers that are computed: eight(row, chunk) float32, rounded to a 16-bit dtype; they are there after a barrier."""
-        for row, chunk in self._chunks(rows, chunks):
-            values = eight(row, chunk)
-            words = Val(self, "poison", "<4 x i32>")
-            for i in range(4):
-                pair = self.pair(values[2 * i], values[2 * i + 1], dtype)
-                words = self.op(f"insertelement <4 x i32> {words.name}, i32 {pair.name}, i32 {i}", "<4 x i32>")
-            address = self.at(to, self.place(row, chunk, pitch), "i8")
-            self.emit(f"store <4 x i32> {words.name}, {address.type} {address.name}, align 16")
+        for row, chunk in self.chunks(rows, chunks, self.threads):
+            self.store16(self.packed(eight(row, chunk), dtype), self.at(to, self.place(row, chunk, pitch), "i8"))
 
-    def _chunks(self, rows: int, chunks: int) -> Iterator[tuple[Val, Val]]:
-        """This thread's share of a tile's chunks, as row and chunk."""
-        thread = self.thread()
-        for part in range(rows * chunks // self.threads):
-            number = thread + part * self.threads
+    def chunks(self, rows: int, chunks: int, threads: int, thread: Val | None = None) -> Iterator[tuple[Val, Val]]:
+        """A thread's share of a tile's chunks among so many, as row and chunk; thread: its number among them, if not that in the block."""
+        thread = self.thread() if thread is None else thread
+        for part in range(rows * chunks // threads):
+            number = thread + part * threads
             yield number / chunks, number % chunks
 
     def commit_copies(self) -> None:
@@ -185,6 +207,12 @@ class Device(Function):
         )
         return [self.op(f"extractvalue {kind} {both.name}, {i}", "i32") for i in range(4)]
 
+    def store_fragments(self, address: Val, four: Sequence[Val], *, turned: bool = False) -> None:
+        """Store four 8x8 matrices of 16-bit numbers, i32 [4], that lie as `fragments` gives them, to rows of 16 bytes of shared memory; `turned`: each
+        transposed. address: as for `fragments`. From sm_90 on."""
+        kind = f"{self.prefix}stmatrix.sync.aligned.m8n8.x4{'.trans' if turned else ''}.b16.p3"
+        self.run(kind, address, *four)
+
     def words(self, four: Val) -> list[Val]:
         """The i32 of a <4 x i32>."""
         return [self.op(f"extractelement {four.type} {four.name}, i32 {i}", "i32") for i in range(4)]
@@ -196,6 +224,12 @@ class Device(Function):
     def twice(self, value: Val, dtype: str) -> Val:
         """A float32 rounded to a 16-bit dtype, twice, as LLVM's vector of two."""
         return self.as_type(self.pair(value, value, dtype), PAIRS[dtype])
+
+    def narrow(self, value: Val, dtype: str) -> Val:
+        """float32 as a stored element of `dtype`, rounded to nearest even, by one instruction."""
+        if dtype != "bfloat16":
+            return super().narrow(value, dtype)
+        return self.as_type(self.op(f"fptrunc float {value.name} to bfloat", "bfloat"), "i16")
 
     def pair(self, low: Val, high: Val, dtype: str) -> Val:
         """Two float32 rounded to a 16-bit dtype in one i32."""
@@ -223,6 +257,63 @@ class Device(Function):
         found = self.call(kind, f"{self.prefix}mma.m16n8k32.row.col.{form}", *a, *b, *sums)
         return [self.op(f"extractvalue {kind} {found.name}, {i}", element) for i in range(4)]
 
+    # Hopper: barriers in shared memory (mbarriers), which count arrivals and bytes; copies of tiles, whose bytes they count
+
+    def make_barrier(self, barrier: Val, arrivals: int) -> None:
+        """Make 8 bytes of shared memory a barrier whose phases, of parity 0, 1, 0…, each end with so many arrivals and all bytes that are
+        expected. One thread makes it; `barriers_made` and the block's barrier must follow."""
+        self.run(f"{self.prefix}mbarrier.init.shared", barrier, self.const(arrivals, "i32"))
+
+    def barriers_made(self) -> None:
+        """Those that this thread made are seen by all, copies of tiles among them, that meet it at the block's barrier."""
+        self.run(f"{self.prefix}fence.mbarrier_init.release.cluster")
+
+    def arrive(self, barrier: Val) -> None:
+        """Arrive; what this thread did before is seen by who waited for the phase."""
+        self.call("i64", f"{self.prefix}mbarrier.arrive.shared", barrier)
+
+    def arrive_expecting(self, barrier: Val, nbytes: int) -> None:
+        """Arrive, and let the phase wait for so many bytes of copies."""
+        name = f"{self.prefix}mbarrier.arrive.expect.tx.scope.cta.space.cta"
+        self.call("i64", name, barrier, self.const(nbytes, "i32"))
+
+    def wait_for(self, barrier: Val, parity: Val) -> None:
+        """Wait until the barrier's phase of a parity (i64) has ended: the current one, or the one before, which has."""
+        self._count += 1
+        tag = self._count
+        wanted = self.cast("trunc", parity, "i32")
+        self.emit(f"br label %wait{tag}")
+        self._label(f"wait{tag}")
+        name = f"{self.prefix}mbarrier.try.wait.parity.scope.cta.space.cta"
+        done = self.call("i1", name, barrier, wanted)
+        self.emit(f"br i1 {done.name}, label %come{tag}, label %wait{tag}")
+        self._label(f"come{tag}")
+
+    def copy_box(self, to: Val, tensor: Val, row: Val, column: Val, barrier: Val) -> None:
+        """Begin to copy a box of a tensor map's matrix, from a row and a column on, to a multiple of 1024 in shared memory; its bytes count for
+        the barrier. Chunks come to their `place`; what lies beyond the matrix's end is zero."""
+        where = self.op(f"addrspacecast {SHARED} {to.name} to {_CLUSTER}", _CLUSTER)
+        at = (self.cast("trunc", c, "i32") for c in (column, row))
+        unused = (self.const(0, "i16"), self.i64(0), self.const(0, "i1"), self.const(0, "i1"), self.const(0, "i32"))
+        self.run(f"{self.prefix}cp.async.bulk.tensor.g2s.tile.2d", where, barrier, tensor, *at, *unused)
+
+    def copies_shown(self) -> None:
+        """What this thread's other copies and stores put into shared memory is seen by copies of boxes and by `multiply_group`, from a
+        synchronisation on."""
+        self.run(f"{self.prefix}fence.proxy.async.shared_cta")
+
+    def registers(self, count: int, *, more: bool) -> None:
+        """Let each thread of the warp group have so many registers (a multiple of 8), `more` than before or fewer; waits until there are so many.
+        Threads begin with what is left to each if a block has a multiprocessor to itself."""
+        self.alone = True
+        kind = "inc" if more else "dec"
+        self.run(f"{self.prefix}setmaxnreg.{kind}.sync.aligned.u32", self.const(count, "i32"))
+
+    def meet(self, number: Val, threads: int) -> None:
+        """`barrier` of so many threads alone, all that name the same number (i64, 1 to 15)."""
+        name = f"{self.prefix}barrier.cta.sync.aligned.count"
+        self.run(name, self.cast("trunc", number, "i32"), self.const(threads, "i32"))
+
     # Hopper: products of a warp group, straight from shared memory
 
     def tile_address(self, address: Val) -> Val:
@@ -233,50 +324,59 @@ class Device(Function):
         return ((place & 0x3FFFF) >> 4) | self.i64(stride | swizzle)
 
     def begin_products(self) -> None:
-        """What this thread wrote to shared memory, and its sums, are ready for `multiply_group`; a barrier must follow for those of others."""
-        self._special("fence.proxy.async.shared::cta")
+        """This thread's sums are ready for `multiply_group`."""
         self.run(f"{self.prefix}wgmma.fence.sync.aligned")
 
-    def multiply_group(self, a: Val, b: Val, sums: Sequence[Val], outputs: int, dtype: str) -> list[Val]:
+    def multiply_group(
+        self, a: Val | Sequence[Val], b: Val, sums: Sequence[Val], outputs: int, dtype: str
+    ) -> list[Val]:
         """Begin sums[64, outputs] += a[64, 16] b[outputs, 16]^T in a 16-bit dtype, by the warp group.
 
-        a, b: descriptors, advanced by 2 for each 16 inputs of a row. sums: float [outputs / 2] of this thread; thread t has, for each 8 outputs
-        j, columns 8 j + 2 (t % 4) and the next of row 16 (t / 32) + (t % 32) / 4, then of that row + 8. They may be used after
-        `products_done`.
+        a, b: descriptors, advanced by 2 for each 16 inputs of a row; or a: i32 [4], each warp's 16 rows as `mma` takes them. sums: float
+        [outputs / 2] of this thread; thread t has, for each 8 outputs j, columns 8 j + 2 (t % 4) and the next of row
+        16 (t / 32) + (t % 32) / 4, then of that row + 8. What is returned may be given to another product or to `products_done`, which
+        returns the numbers.
         """
         self.portable = False
+        left = (a,) if isinstance(a, Val) else tuple(a)
+        if self._held is not None:
+            given = (self.const(outputs, "i32"), self.const(dtype == "float16", "i32"))
+            return self._through_memory("wgmma" if len(left) == 1 else "wgmma.registers", sums, *left, b, *given)
         count = outputs // 2
-        kind = "{ " + ", ".join(["float"] * count) + " }"
-        given = ", ".join([*(f"float {s.name}" for s in sums), f"i64 {a.name}", f"i64 {b.name}"])
-        if self.prefix != _REAL:
-            return self._multiply_elsewhere(a, b, sums, outputs, dtype)
-        registers = ",".join(f"${i}" for i in range(count))
         short = {"bfloat16": "bf16", "float16": "f16"}[dtype]
-        text = f"wgmma.mma_async.sync.aligned.m64n{outputs}k16.f32.{short}.{short} {{{registers}}}, ${2 * count}, ${2 * count + 1}, 1, 1, 1, 0, 0;"
-        constraints = ",".join(["=f"] * count + [str(i) for i in range(count)] + ["l", "l"])
-        both = self.op(f'call {kind} asm sideeffect "{text}", "{constraints}"({given}) convergent', kind)
-        return [self.op(f"extractvalue {kind} {both.name}, {i}", "float") for i in range(count)]
-
-    def _multiply_elsewhere(self, a: Val, b: Val, sums: Sequence[Val], outputs: int, dtype: str) -> list[Val]:
-        """The same through memory, for an emulation."""
-        held = self.op(f"alloca [{len(sums)} x float], align 16", "ptr")
-        for i, s in enumerate(sums):
-            self.store(s, self.at(held, i, "float32"))
-        how = [self.const(n, "i32") for n in (outputs, dtype == "float16")]
-        self.run(f"{self.prefix}wgmma", held, a, b, *how)
-        return [self.load("float", self.at(held, i, "float32")) for i in range(len(sums))]
+        registers = ",".join(f"${i}" for i in range(count))
+        operand = ",".join(f"${2 * count + i}" for i in range(len(left)))
+        of_a, turned = (operand, "0, 0") if len(left) == 1 else (f"{{{operand}}}", "0")
+        text = (
+            f"wgmma.mma_async.sync.aligned.m64n{outputs}k16.f32.{short}.{short} {{{registers}}}, {of_a}, "
+            f"${2 * count + len(left)}, 1, 1, 1, {turned};"
+        )
+        return self._changed(text, sums, *left, b)
 
     def commit_products(self) -> None:
         """The products begun since the last call are one group."""
         self.run(f"{self.prefix}wgmma.commit_group.sync.aligned")
 
-    def products_done(self, but: int) -> None:
-        """Wait until all groups of products are done, except for the last `but` ones."""
-        self.run(f"{self.prefix}wgmma.wait_group.sync.aligned", self.i64(but))
+    def products_done(self, but: int, sums: Sequence[Val]) -> list[Val]:
+        """Wait until all groups of products are done, except for the last `but` ones; the sums, numbers where none of those changes them."""
+        if self._held is not None:
+            return self._through_memory("wgmma.wait", sums, self.const(but, "i32"))
+        return self._changed(f"wgmma.wait_group.sync.aligned {but};", sums)
 
-    def _special(self, name: str) -> None:
-        """An instruction without operands that LLVM has no function for."""
-        if self.prefix == _REAL:
-            self.emit(f'call void asm sideeffect "{name};", "~{{memory}}"() convergent')
-        else:
-            self.run(self.prefix + name.replace("::", "."))
+    def _changed(self, text: str, sums: Sequence[Val], *given: Val) -> list[Val]:
+        """An instruction that changes registers, which nothing else may use meanwhile."""
+        count = len(sums)
+        kind = "{ " + ", ".join(["float"] * count) + " }"
+        operands = ", ".join(f"{v.type} {v.name}" for v in (*sums, *given))
+        kinds = [{"i64": "l", "i32": "r"}[v.type] for v in given]
+        constraints = ",".join(["=f"] * count + [str(i) for i in range(count)] + kinds + ["~{memory}"])
+        both = self.op(f'call {kind} asm sideeffect "{text}", "{constraints}"({operands}) convergent', kind)
+        return [self.op(f"extractvalue {kind} {both.name}, {i}", "float") for i in range(count)]
+
+    def _through_memory(self, name: str, sums: Sequence[Val], *given: Val) -> list[Val]:
+        """The same by an emulation's function."""
+        assert self._held is not None
+        for i, s in enumerate(sums):
+            self.store(s, self.at(self._held, i, "float32"))
+        self.run(self.prefix + name, self._held, self.const(len(sums), "i32"), *given)
+        return [self.load("float", self.at(self._held, i, "float32")) for i in range(len(sums))]

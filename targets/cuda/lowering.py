@@ -11,11 +11,11 @@ import attrs
 from jisu.compiler.entry import Entry
 from jisu.compiler.errors import CompileError
 from jisu.compiler.graph import Graph
-from jisu.compiler.launches import FAULT, Argument, Launch, Plan, Variant
+from jisu.compiler.launches import FAULT, Argument, Launch, Plan, TensorMap, Variant
 from jisu.compiler.types import Dim
 from jisu.targets.cpu import generic
 from jisu.targets.cuda.builder import THREADS, DeviceBuilder, Fault, GenericKernel
-from jisu.targets.cuda.device import DeviceKernel
+from jisu.targets.cuda.device import MAP, DeviceKernel
 from jisu.targets.cuda.ptx import entry_name
 from jisu.targets.fusion import Region
 from jisu.targets.lowering import on_pointers
@@ -25,12 +25,12 @@ from jisu.targets.target import Target
 
 @attrs.frozen
 class DeviceCall:
-    """A launch of a kernel, as choosers say it. arguments: numbers of the step's tensors (operands, results, scratch memory), or sizes as
-    ("size", dimension)."""
+    """A launch of a kernel, as choosers say it. arguments: numbers of the step's tensors (operands, results, scratch memory), sizes as
+    ("size", dimension), or maps of the step's tensors, as of ("step", number)."""
 
     kernel: DeviceKernel
     grid: tuple[Dim, Dim, Dim]
-    arguments: tuple[int | tuple[str, Dim], ...]
+    arguments: tuple[int | TensorMap | tuple[str, Dim], ...]
 
 
 @attrs.frozen
@@ -121,6 +121,20 @@ def lower(entries: Mapping[str, Graph], target: Target, *, kernels: Choosers | N
     )
 
 
+def _kind(argument: int | TensorMap | tuple[str, Dim]) -> str:
+    """Of a kernel's parameter."""
+    return "ptr" if isinstance(argument, int) else MAP if isinstance(argument, TensorMap) else "i64"
+
+
+def _argument(argument: int | TensorMap | tuple[str, Dim], given: Sequence[Argument]) -> Argument:
+    """A launch's argument, from those of the step."""
+    if isinstance(argument, TensorMap):
+        tensor = given[argument.tensor[1]]
+        assert isinstance(tensor, tuple)
+        return attrs.evolve(argument, tensor=tensor)
+    return given[argument] if isinstance(argument, int) else argument[1]
+
+
 def _launches(step: Step, sizes: Sequence[Dim], target: Target) -> tuple[Variant, ...]:
     """A step with its arguments as the run time finds them."""
     given: list[Argument] = [(a[0].kind, a[0].number) if isinstance(a, tuple) else a for a in step.arguments]
@@ -128,7 +142,7 @@ def _launches(step: Step, sizes: Sequence[Dim], target: Target) -> tuple[Variant
     if isinstance(code, DeviceFunction):
         for _, calls in code.variants:
             for call in calls:
-                kinds = tuple("ptr" if isinstance(a, int) else "i64" for a in call.arguments)
+                kinds = tuple(_kind(a) for a in call.arguments)
                 if kinds != call.kernel.parameters:
                     raise CompileError(f"{call.kernel.name} takes {call.kernel.parameters}, not {kinds}")
         return tuple(
@@ -137,7 +151,7 @@ def _launches(step: Step, sizes: Sequence[Dim], target: Target) -> tuple[Variant
                 tuple(
                     Launch(
                         entry_name(call.kernel), call.grid, call.kernel.threads, call.kernel.shared_bytes,
-                        tuple(given[a] if isinstance(a, int) else a[1] for a in call.arguments),
+                        tuple(_argument(a, given) for a in call.arguments),
                     )
                     for call in calls
                 ),

@@ -19,7 +19,7 @@ from tvm.tirx.compilation_pipeline import finalize_host_passes
 from jisu.compiler.errors import CompileError, TargetError
 from jisu.targets.cpu.isa import C_CALL, link_text
 from jisu.targets.cuda.builder import THREADS
-from jisu.targets.cuda.device import DeviceKernel
+from jisu.targets.cuda.device import MAP, DeviceKernel
 from jisu.targets.cuda.functions import called, library
 from jisu.targets.target import Target
 
@@ -44,8 +44,9 @@ def to_ptx(kernels: Sequence[DeviceKernel], target: Target, functions: Mapping[s
     where = tvm.target.Target(
         {"kind": "llvm", "mtriple": "nvptx64-nvidia-cuda", "mcpu": target.mcpu, "mattr": [f"+{_version(target)}"]}
     )
-    threads = {entry_name(k): k.threads for k in kernels} | dict.fromkeys(functions or {}, THREADS)
-    return _as_kernels(built(kernels, functions or {}, target, where).inspect_source("asm"), threads)
+    heads = {entry_name(k): _Head(k.threads, k.parameters.count(MAP), k.alone) for k in kernels}
+    heads |= dict.fromkeys(functions or {}, _Head(THREADS))
+    return _as_kernels(built(kernels, functions or {}, target, where).inspect_source("asm"), heads)
 
 
 def built(kernels: Sequence[DeviceKernel], functions: Mapping[str, Any], target: Target, where: Any) -> Any:
@@ -76,7 +77,7 @@ def _with_library(function: Any, target: Target) -> Any:
 def as_function(kernel: DeviceKernel, name: str, text: str, where: Any) -> Any:
     """A TIR function called `name`, of the kernel's parameters, whose body is the kernel, which `text` (LLVM IR) defines; where: TVM's target."""
     parameters = [
-        tirx.Var(f"p{i}", ir.PointerType(ir.PrimType("uint8")) if t == "ptr" else "int64")
+        tirx.Var(f"p{i}", ir.PointerType(ir.PrimType("uint8")) if t in ("ptr", MAP) else "int64")
         for i, t in enumerate(kernel.parameters)
     ]
     # LLVM's text is linked where something calls it; the kernel is that call, inlined.
@@ -138,20 +139,47 @@ def _version(target: Target) -> str:
     return _VERSION[target.mcpu]
 
 
-def _as_kernels(assembly: str, threads: Mapping[str, int]) -> str:
+@attrs.frozen
+class _Head:
+    """What an entry says of itself: threads per block, how many of its first parameters are tensor maps, and whether a block may take all registers
+    of a multiprocessor."""
+
+    threads: int
+    maps: int = 0
+    alone: bool = False
+
+    @property
+    def directives(self) -> str:
+        return f".maxntid {self.threads}, 1, 1\n" + (".minnctapersm 1\n" if self.alone else "")
+
+
+def _as_kernels(assembly: str, heads: Mapping[str, _Head]) -> str:
     """LLVM's assembly with our functions as kernels, without what TVM adds: helpers, and line numbers of no source."""
     text = assembly.split("\t// .weak")[0]
     text = re.sub(r"^\s*\.loc\b.*\n|^\$L__(?:tmp|func_begin|func_end)\d+:\n", "", text, flags=re.M).replace(
         ", debug", ""
     )
     text = re.sub(r"^\t\.(?:section|file)\b.*", "", text, flags=re.M | re.S)
-    for name, count in threads.items():
+    for name, head in heads.items():
         found = re.compile(rf"^\.visible \.func {re.escape(name)}\((.*?)\)\n\{{", re.M | re.S)
-        text, replaced = found.subn(rf".visible .entry {name}(\1)\n.maxntid {count}, 1, 1\n{{", text)
+        text, replaced = found.subn(rf".visible .entry {name}(\1)\n{head.directives}{{", text)
         if replaced != 1:
             raise CompileError(f"LLVM made no function {name} of a device kernel")
+        for number in range(head.maps):
+            text = _by_value(text, f"{name}_param_{number}")
     if lost := re.findall(r"^\.extern \.func .*?(\w+)\s*$", text, re.M):
         raise CompileError(f"device kernels call what doesn't exist: {', '.join(lost)}")
+    return text
+
+
+def _by_value(text: str, parameter: str) -> str:
+    """The assembly with a parameter that was a pointer to a tensor map as the map itself: where the pointer was loaded, the parameter's
+    address is taken."""
+    text, declared = re.subn(rf"\.param \.b64 {parameter}(?=[,\n])", f".param .align 128 .b8 {parameter}[128]", text)
+    loads = re.compile(rf"ld\.param\.b64 \t(%rd\d+), \[{parameter}\];")
+    text = loads.sub(rf"mov.b64 \t\1, {parameter};\n\tcvta.param.u64 \t\1, \1;", text)
+    if declared != 1 or re.search(rf"\[{parameter}\b", text):
+        raise CompileError(f"LLVM uses the tensor map {parameter} in a way that is not known")
     return text
 
 

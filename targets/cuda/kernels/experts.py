@@ -8,13 +8,13 @@ wants a matrix.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import attrs
 
 from jisu.targets.cpu.isa import Val
-from jisu.targets.cuda.device import PAIRS, WARP, Device, DeviceKernel
-from jisu.targets.cuda.kernels import products, thin
+from jisu.targets.cuda.device import MAP, WARP, Device, DeviceKernel
+from jisu.targets.cuda.kernels import hopper, products, thin
 from jisu.targets.cuda.kernels.layers import Layer, Part, Rows
 from jisu.targets.target import Target
 
@@ -79,6 +79,10 @@ class _Pairs(Rows):
     def there(self, place: Val) -> Val:
         return place >= 0
 
+    @property
+    def weighs(self) -> bool:
+        return self.scores is not None
+
     def weighed(self, value: Val, place: Val) -> Val:
         if self.scores is None:
             return value
@@ -125,8 +129,8 @@ def single(how: Mixture, down: bool, target: Target) -> DeviceKernel:
     return f.built()
 
 
-def of_groups(how: Mixture, down: bool, rows: int, target: Target, *, hopper: bool = False) -> DeviceKernel:
-    """A layer of every group of up to `rows` pairs: one of `thin.ROWS`, or `products.LARGE.rows` (hopper: by warp groups).
+def of_groups(how: Mixture, down: bool, rows: int, target: Target) -> DeviceKernel:
+    """A layer of every group of up to `rows` pairs: one of `thin.ROWS`, or `products.LARGE.rows`.
 
     Grid: `Layer.tiles(thin.OUTPUTS)`, groups; for products groups, `Layer.tiles(products.LARGE.outputs)`.
 
@@ -135,29 +139,65 @@ def of_groups(how: Mixture, down: bool, rows: int, target: Target, *, hopper: bo
     """
     layer = how.layer(down)
     if rows == products.LARGE.rows:
-        (products.require_hopper if hopper else products.require_product)(layer, target)
+        products.require_product(layer)
     layer.require()
     names = ["x", "w", "order", "experts", *(["scores"] if down else []), "y"]
-    name = f"experts{rows}_{'hopper_' if hopper else ''}{'down' if down else 'up'}_{layer.name}"
+    name = f"experts{rows}_{'down' if down else 'up'}_{layer.name}"
     threads = products.LARGE.threads if rows == products.LARGE.rows else thin.WARPS * WARP
     f = Device(name, [("ptr", n) for n in names], target, threads)
     given = {n: f.memory(p) for n, p in zip(names, f.params(), strict=True)}
     group, tile = (f.block(), f.block("y")) if rows == products.LARGE.rows else (f.block("y"), f.block())
     expert = f.cast("sext", f.load("i32", f.at(given["experts"], group, "int32")), "i64")
-    per = 1 if down else how.chosen
-    own = _Pairs(f, group * rows, group * rows, given["order"], per, rows, given.get("scores"), how.dtype)
+    own = _pairs_of(f, how, down, group, rows, given)
 
     def multiply() -> None:
         outputs = products.LARGE.outputs if rows == products.LARGE.rows else thin.OUTPUTS
         part = _part(f, layer, given["w"], given["y"], expert, tile, outputs)
         if rows != products.LARGE.rows:
             thin.multiply_thin(f, layer, rows, given["x"], part, own)
-        elif hopper:
-            products.multiply_hopper(f, layer, products.LARGE, given["x"], part, own)
         else:
             products.multiply_product(f, layer, products.LARGE, given["x"], part, own)
 
     f.when(expert >= 0, multiply)  # the block's threads go on together
+    return f.built()
+
+
+def _pairs_of(f: Device, how: Mixture, down: bool, group: Val, rows: int, given: Mapping[str, Val]) -> _Pairs:
+    """The pairs of a group, by the kernel's parameters."""
+    per = 1 if down else how.chosen
+    return _Pairs(f, group * rows, group * rows, given["order"], per, rows, given.get("scores"), how.dtype)
+
+
+def of_groups_hopper(how: Mixture, down: bool, target: Target) -> DeviceKernel:
+    """`of_groups` of up to `hopper.WIDE.rows` pairs, for sm_90a. Grid: as many blocks as there are tiles (groups times `Layer.tiles(hopper.WIDE.outputs)`) or
+    multiprocessors.
+
+    Parameters: all experts' weights as one tensor map, then those of `of_groups` without them, and the number of groups. Raises TargetError for a
+    layer that it can't read.
+    """
+    layer = how.layer(down)
+    hopper.require_hopper(layer, target)
+    names = ["w", "x", "order", "experts", *(["scores"] if down else []), "y"]
+    kinds = [(MAP if n == "w" else "ptr", n) for n in names] + [("i64", "groups")]
+    f = Device(f"experts_hopper_{'down' if down else 'up'}_{layer.name}", kinds, target, hopper.THREADS)
+    *pointers, groups = f.params()
+    given = {n: p if n == "w" else f.memory(p) for n, p in zip(names, pointers, strict=True)}
+    (n,) = layer.outputs
+
+    def piece(number: Val) -> hopper.Piece:
+        group, tile = number % groups, number / groups
+        expert = f.cast("sext", f.load("i32", f.at(given["experts"], group, "int32")), "i64")
+        own = expert * (n * layer.per_weight_row)
+        first = tile * hopper.WIDE.outputs
+        part = Part(
+            given["w"], None, None, None, None, given["y"], f.i64(n * layer.per_weight_row), first, f.i64(n), None
+        )
+        gates = own + (first / 2 if layer.apart else first)
+        weights = ((given["w"], gates), *([(given["w"], gates + n)] if layer.apart else []))
+        return hopper.Piece(part, _pairs_of(f, how, down, group, hopper.WIDE.rows, given), weights, expert >= 0)
+
+    work = hopper.Work(groups * layer.tiles(hopper.WIDE.outputs), piece)
+    hopper.multiply_hopper(f, layer, hopper.WIDE, hopper.Gathered(given["x"]), work)
     return f.built()
 
 
@@ -270,19 +310,12 @@ def summed(how: Mixture, target: Target) -> DeviceKernel:
         def one(choice: Val, sums: list[Val]) -> list[Val]:
             pair = token * how.chosen + choice
             inside = _inside(f, how, _expert(f, how, index, pair))
-            words = f.words(f.load16("<4 x i32>", f.at(x, pair * how.hidden + first, how.dtype)))
-            pairs = [f.as_type(w, PAIRS[how.dtype]) for w in words]
-            values = [f.op(f"extractelement {p.type} {p.name}, i32 {i}", p.type[5:-1]) for p in pairs for i in (0, 1)]
+            values = f.unpacked(f.load16("<4 x i32>", f.at(x, pair * how.hidden + first, how.dtype)), how.dtype)
             # A result of no expert may be anything.
-            return [f.select(inside, s + f.cast("fpext", v, "float"), s) for s, v in zip(sums, values, strict=True)]
+            return [f.select(inside, s + v, s) for s, v in zip(sums, values, strict=True)]
 
         *sums, _ = f.loop(0, how.chosen, 1, [f.const(0.0, "float")] * EIGHT, one)
-        whole = Val(f, "poison", "<4 x i32>")
-        for i in range(4):
-            word = f.pair(sums[2 * i], sums[2 * i + 1], how.dtype)
-            whole = f.op(f"insertelement <4 x i32> {whole.name}, i32 {word.name}, i32 {i}", "<4 x i32>")
-        address = f.at(y, token * how.hidden + first, how.dtype)
-        f.emit(f"store <4 x i32> {whole.name}, {address.type} {address.name}, align 16")
+        f.store16(f.packed(sums, how.dtype), f.at(y, token * how.hidden + first, how.dtype))
 
     f.when(first < how.hidden, add)
     return f.built()

@@ -138,13 +138,19 @@ class Rows:
         """Whether that is one."""
         return place < self.count
 
+    @property
+    def weighs(self) -> bool:
+        """Whether `weighed` changes anything."""
+        return False
+
     def weighed(self, value: Val, place: Val) -> Val:
         """A result before it is rounded and stored."""
         return value
 
 
-def part_of(f: Device, layer: Layer, block: Val, rows: int) -> Part:
-    """What block number `block` of tiles of `rows` rows of W works on."""
+def part_of(f: Device, layer: Layer, block: Val, rows: int, *, mapped: bool = False) -> Part:
+    """What block number `block` of tiles of `rows` rows of W works on; mapped: whether matrices are tensor maps. Then the table is the caller's,
+    for whom this is no place where all threads of a block meet."""
     given = {name: value for (_, name), value in zip(layer.parameters, f.params(), strict=True)}
 
     starts = [0]
@@ -160,7 +166,9 @@ def part_of(f: Device, layer: Layer, block: Val, rows: int) -> Part:
 
     def pointer(letter: str) -> Val | None:
         own = [given[f"{letter}{i}"] for i in range(len(layer.outputs)) if f"{letter}{i}" in given]
-        return f.memory(chosen(own)) if own else None
+        if not own:
+            return None
+        return chosen(own) if mapped and letter in "wv" else f.memory(chosen(own))
 
     begin, n = chosen([f.i64(s) for s in starts]), chosen([f.i64(n) for n in layer.outputs])
     w, y = pointer("w"), pointer("y")
@@ -176,7 +184,7 @@ def part_of(f: Device, layer: Layer, block: Val, rows: int) -> Part:
         rows_of_w,
         (block - begin) * rows,
         n,
-        _table(f, layer),
+        None if mapped else table_of(f, layer),
     )
 
 
@@ -188,18 +196,17 @@ def row_address(f: Device, layer: Layer, part: Part, row: Val) -> Val:
 
 
 def finished(f: Device, layer: Layer, part: Part, row: Val, column: Val, sums: list[Val], residual: Val | None) -> Val:
-    """A result from its sum, or the sums of gate and up: each step rounded as the ops' meaning says; float32."""
+    """A result from its sum, or the sums of gate and up: each step but the last is rounded as the ops' meaning says; float32."""
     if layer.gated:
         gate, up = (f.rounded(s, layer.dtype) for s in sums)
         return f.rounded(f.activate(layer.activation, gate), layer.dtype) * up
     (value,) = sums
     if part.b is not None:
         value = value + f.load_f32(part.b, column, layer.dtype, lanes=1)
-    value = f.rounded(value, layer.dtype)
     if layer.activation != "none":
-        value = f.rounded(f.activate(layer.activation, value), layer.dtype)
+        value = f.activate(layer.activation, f.rounded(value, layer.dtype))
     if residual is not None:
-        value = value + f.load_f32(residual, row * part.n + column, layer.dtype, lanes=1)
+        value = f.rounded(value, layer.dtype) + f.load_f32(residual, row * part.n + column, layer.dtype, lanes=1)
     return value
 
 
@@ -216,37 +223,52 @@ def decoded(f: Device, layer: Layer, part: Part, words: list[Val], scales: list[
     rounded once, by the scale. Small floats become numbers by moving their bits. Levels of a table are looked up in shared memory. scales:
     per word, see `scale_and_zero`.
     """
-    kind, pair = SCHEMES[layer.scheme], PAIRS[layer.dtype]
+    kind = SCHEMES[layer.scheme]
     lowest, halves = (0x000F000F, 4) if kind.per_byte == 2 else (0x00FF00FF, 2)
-
-    def scaled(codes: Val, scale: Val, zero: Val) -> Val:
-        less = f.op(f"fsub {pair} {codes.name}, {zero.name}", pair)
-        return f.as_type(f.op(f"fmul {pair} {less.name}, {scale.name}", pair), "i32")
-
-    def number(codes: Val, scale: Val, zero: Val) -> Val:
-        """Two codes, in the lowest bits of halves, in the dtype, scaled."""
-        if part.table is not None:
-            own = (f.cast("zext", code, "i64") for code in (codes & 0xFFFF, codes >> 16))
-            low, high = (f.load("float", f.at(part.table, code, "float32")) * scale for code in own)
-            return f.pair(low, high, layer.dtype)
-        if not kind.mantissa:
-            return scaled(f.as_type(codes | _ABOVE[layer.dtype][0], pair), scale, zero)
-        mantissa, bias = _MANTISSA[layer.dtype]
-        signs = (codes & ((1 << (kind.bits - 1)) * 0x10001)) << (16 - kind.bits)
-        sizes = (codes & (((1 << (kind.bits - 1)) - 1) * 0x10001)) << (mantissa - kind.mantissa)
-        # The exponent's bias is made up for exactly, subnormal numbers included, before the scale rounds.
-        power = f.twice(f.const(2.0 ** (bias - kind.bias), "float"), layer.dtype)
-        whole = f.op(f"fmul {pair} {f.as_type(signs | sizes, pair).name}, {power.name}", pair)
-        return f.as_type(f.op(f"fmul {pair} {whole.name}, {scale.name}", pair), "i32")
-
     found = []
     for word, how in zip(words, scales, strict=True):
         if kind.uniform and kind.per_byte == 1:
-            both = [f.pair(_byte(f, word, i), _byte(f, word, i + 2), layer.dtype) for i in range(2)]
-            found += [scaled(f.as_type(b, pair), *how) for b in both]
+            found += [
+                _scaled(f, layer, f.pair(_byte(f, word, i), _byte(f, word, i + 2), layer.dtype), *how) for i in range(2)
+            ]
         else:
-            found += [number((word >> (16 // halves * i)) & lowest, *how) for i in range(halves)]
+            found += [_numbers(f, layer, part, (word >> (16 // halves * i)) & lowest, *how) for i in range(halves)]
     return found
+
+
+def decoded_pair(f: Device, layer: Layer, part: Part, word: Val, scale: Val, zero: Val) -> Val:
+    """The two codes that stand lowest in a word, neighbours in their row, as a pair of the layer's dtype, i32: see `decoded`."""
+    kind = SCHEMES[layer.scheme]
+    if kind.uniform and kind.per_byte == 1:
+        return _scaled(f, layer, f.pair(_byte(f, word, 0), _byte(f, word, 1), layer.dtype), scale, zero)
+    lowest, apart = (0x000F000F, 12) if kind.per_byte == 2 else (0x00FF00FF, 8)
+    both = word & ((1 << (16 // kind.per_byte)) - 1)
+    return _numbers(f, layer, part, (both | (both << apart)) & lowest, scale, zero)
+
+
+def _scaled(f: Device, layer: Layer, codes: Val, scale: Val, zero: Val) -> Val:
+    """A pair of codes, numbers of the dtype in an i32, less the zero, scaled."""
+    pair = PAIRS[layer.dtype]
+    less = f.op(f"fsub {pair} {f.as_type(codes, pair).name}, {zero.name}", pair)
+    return f.as_type(f.op(f"fmul {pair} {less.name}, {scale.name}", pair), "i32")
+
+
+def _numbers(f: Device, layer: Layer, part: Part, codes: Val, scale: Val, zero: Val) -> Val:
+    """Two codes, in the lowest bits of halves of an i32, in the dtype, scaled."""
+    kind, pair = SCHEMES[layer.scheme], PAIRS[layer.dtype]
+    if part.table is not None:
+        own = (f.cast("zext", code, "i64") for code in (codes & 0xFFFF, codes >> 16))
+        low, high = (f.load("float", f.at(part.table, code, "float32")) * scale for code in own)
+        return f.pair(low, high, layer.dtype)
+    if not kind.mantissa:
+        return _scaled(f, layer, codes | _ABOVE[layer.dtype][0], scale, zero)
+    mantissa, bias = _MANTISSA[layer.dtype]
+    signs = (codes & ((1 << (kind.bits - 1)) * 0x10001)) << (16 - kind.bits)
+    sizes = (codes & (((1 << (kind.bits - 1)) - 1) * 0x10001)) << (mantissa - kind.mantissa)
+    # The exponent's bias is made up for exactly, subnormal numbers included, before the scale rounds.
+    power = f.twice(f.const(2.0 ** (bias - kind.bias), "float"), layer.dtype)
+    whole = f.op(f"fmul {pair} {f.as_type(signs | sizes, pair).name}, {power.name}", pair)
+    return f.as_type(f.op(f"fmul {pair} {whole.name}, {scale.name}", pair), "i32")
 
 
 def _byte(f: Device, word: Val, number: int) -> Val:
@@ -255,7 +277,7 @@ def _byte(f: Device, word: Val, number: int) -> Val:
     return f.cast("bitcast", bits, "float") - (8388608.0 + 128.0)
 
 
-def _table(f: Device, layer: Layer) -> Val | None:
+def table_of(f: Device, layer: Layer) -> Val | None:
     """The levels of a scheme that is a table, float32 in shared memory; a barrier is behind them."""
     if not layer.scheme or SCHEMES[layer.scheme].computes:
         return None

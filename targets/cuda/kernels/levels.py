@@ -220,12 +220,12 @@ class _Many(Tiled):
     """The kernel under construction: `mma` sums a group's products, and then they are scaled and added."""
 
     layer: Levels
-    number_bytes = 1
+    inputs, number_bytes = STEP, 1
 
     def __init__(
         self, f: Device, layer: Levels, tile: Tile, x: Val, part: Part, own: Rows, residual: Val | None
     ) -> None:
-        super().__init__(f, layer, tile, STEP, x, part, own, residual)
+        super().__init__(f, layer, tile, x, part, own, residual)
         self.x_bytes, self.turned = layer.x_bytes, SCHEMES[layer.scheme].per_byte == 1
         self.scaling = Scaling(f, layer, part, x)
         thread = f.thread()

@@ -9,7 +9,7 @@ import attrs
 from jisu.compiler.errors import TargetError
 from jisu.compiler.schemes import SCHEMES
 from jisu.targets.cpu.isa import Val
-from jisu.targets.cuda.device import GROUP, WARP, Device, DeviceKernel
+from jisu.targets.cuda.device import WARP, Device, DeviceKernel
 from jisu.targets.cuda.kernels.layers import (
     Layer,
     Part,
@@ -25,6 +25,8 @@ from jisu.targets.target import Target
 
 EIGHT = 8
 """Numbers of 16 bits in 16 bytes."""
+INPUTS = 32
+"""Of k, per step."""
 _STAGES = 4  # steps whose inputs are under way or in shared memory
 
 
@@ -49,17 +51,17 @@ class Tile:
 
 
 LARGE, SMALL = Tile(128, 128, (2, 4)), Tile(64, 64, (2, 2))
-"""Where there are rows enough for blocks on all multiprocessors, and where there aren't. Warp groups of Hopper multiply large ones."""
+"""Where there are rows enough for blocks on all multiprocessors, and where there aren't."""
 
 
 class Tiled:
     """A layer in tiles under construction, `inputs` of k per step, whose rows of x are `x_bytes` apart."""
 
-    number_bytes = 2
-    """Of a number of x."""
+    inputs, number_bytes = INPUTS, 2
+    """Of k, per step, and of a number of x."""
 
     def __init__(
-        self, f: Device, layer: Layer, tile: Tile, inputs: int, x: Val, part: Part, own: Rows, residual: Val | None
+        self, f: Device, layer: Layer, tile: Tile, x: Val, part: Part, own: Rows, residual: Val | None
     ) -> None:
         self.f, self.layer, self.tile, self.x, self.part, self.own, self.residual = (
             f,
@@ -70,11 +72,11 @@ class Tiled:
             own,
             residual,
         )
-        self.inputs, self.steps = inputs, layer.k // inputs
+        self.steps = layer.k // self.inputs
         self.x_bytes = layer.k * self.number_bytes
-        self.step_bytes = inputs * self.number_bytes  # of a row of x
+        self.step_bytes = self.inputs * self.number_bytes  # of a row of x
         self.chunks = self.step_bytes // 16
-        self.row_bytes = inputs * 16 // layer.codes_per_chunk  # of W, per step
+        self.row_bytes = self.inputs * 16 // layer.codes_per_chunk  # of W, per step
         self.turned = not layer.scheme  # whether W stands in shared memory as x does
         self.stage_bytes = self.tile.rows * self.step_bytes + self.tile.outputs * self.row_bytes
         self.held = f.shared(_STAGES * self.stage_bytes, 1024)
@@ -130,7 +132,7 @@ class Tiled:
         return self.stage(step)
 
     def store(self, row: Val, column: Val, sums: Sequence[Val]) -> None:
-        """Four sums of a thread as `mma` and `wgmma` leave them: two neighbouring columns of a row of the tile, and of the eighth row below."""
+        """Four sums of a thread as `mma` leaves them: two neighbouring columns of a row of the tile, and of the eighth row below."""
         f, part, layer = self.f, self.part, self.layer
         for half in (0, 1):
             at_row, first = self.own.place(row + 8 * half), part.first + column
@@ -149,31 +151,29 @@ class Tiled:
 
 def product(layer: Layer, tile: Tile, target: Target) -> DeviceKernel:
     """The layer on tensor cores. Parameters: `Layer.parameters`. Raises TargetError for a layer that it can't read."""
-    require_product(layer, target)
-    return _of_layer("product" if tile is LARGE else "product_small", layer, tile, target, multiply_product)
-
-
-def _of_layer(name: str, layer: Layer, tile: Tile, target: Target, multiply: Callable[..., None]) -> DeviceKernel:
+    require_product(layer)
+    name = "product" if tile is LARGE else "product_small"
     f = Device(f"{name}_{layer.name}", layer.parameters, target, tile.threads)
     given = {name: value for (_, name), value in zip(layer.parameters, f.params(), strict=True)}
     residual = f.memory(given["r"]) if layer.residual else None
     own = Rows(f, f.block() * tile.rows, given["m"])
-    multiply(f, layer, tile, f.memory(given["x"]), part_of(f, layer, f.block("y"), tile.outputs), own, residual)
+    part = part_of(f, layer, f.block("y"), tile.outputs)
+    multiply_product(f, layer, tile, f.memory(given["x"]), part, own, residual)
     return f.built()
 
 
-def require_product(layer: Layer, target: Target, inputs: int = 32) -> None:
+def require_product(layer: Layer) -> None:
     """Raise TargetError unless `multiply_product` reads the layer."""
     layer.require()
-    if layer.k % inputs or (layer.group and layer.group % EIGHT):
-        raise TargetError(f"{layer.name}: inputs are no multiple of {inputs}, or groups none of {EIGHT}")
+    if layer.k % INPUTS or (layer.group and layer.group % EIGHT):
+        raise TargetError(f"{layer.name}: inputs are no multiple of {INPUTS}, or groups none of {EIGHT}")
 
 
 def multiply_product(
     f: Device, layer: Layer, tile: Tile, x: Val, part: Part, own: Rows, residual: Val | None = None
 ) -> None:
     """What a thread of `product` does: up to a tile's rows of x times its rows of W."""
-    p, thread = Tiled(f, layer, tile, 32, x, part, own, residual), f.thread()
+    p, thread = Tiled(f, layer, tile, x, part, own, residual), f.thread()
     lane, warp = thread % WARP, thread / WARP
     tiles_m, tiles_n = tile.of_warp[0] // 16, tile.of_warp[1] // 8
     warp_row, warp_column = warp / tile.warps[1] * tile.of_warp[0], warp % tile.warps[1] * tile.of_warp[1]
@@ -263,47 +263,3 @@ def _coded(p: Tiled, lane: Val, warp_row: Val, warp_column: Val) -> Callable[[Va
         return halves
 
     return read
-
-
-def product_hopper(layer: Layer, target: Target) -> DeviceKernel:
-    """`product` for sm_90a: two warp groups multiply tiles of 64 rows by 128 rows of W straight from shared memory.
-
-    Raises TargetError unless k is a multiple of 64, W is no matrix of codes and the target is sm_90a.
-    """
-    require_hopper(layer, target)
-    return _of_layer("product_hopper", layer, LARGE, target, multiply_hopper)
-
-
-def require_hopper(layer: Layer, target: Target) -> None:
-    """Raise TargetError unless `multiply_hopper` reads the layer."""
-    if target.mcpu != "sm_90a" or layer.scheme:
-        raise TargetError(f"warp groups multiply floats on sm_90a, not {layer.scheme or layer.dtype} on {target.mcpu}")
-    require_product(layer, target, 64)
-
-
-def multiply_hopper(
-    f: Device, layer: Layer, tile: Tile, x: Val, part: Part, own: Rows, residual: Val | None = None
-) -> None:
-    """What a thread of `product_hopper` does, as `multiply_product`."""
-    p, thread = Tiled(f, layer, tile, 64, x, part, own, residual), f.thread()
-    group = thread / GROUP
-    p.begin()
-
-    def multiply(step: Val, sums: list[Val]) -> list[Val]:
-        f.copies_done(_STAGES - 2)
-        f.begin_products()
-        f.barrier()  # all threads' copies have come, and nobody reads the stage that is filled next
-        rows, weights = p.stage(step)
-        a, b = f.tile_address(f.at(rows, group * (64 * p.inputs * 2), "i8")), f.tile_address(weights)
-        result = list(sums)
-        for part in range(p.inputs // 16):
-            result = f.multiply_group(a + 2 * part, b + 2 * part, result, tile.outputs, layer.dtype)
-        f.commit_products()
-        p.fetch_ahead(step)
-        f.products_done(0)
-        return result
-
-    *sums, _ = f.loop(0, p.steps, 1, [f.const(0.0, "float")] * (tile.outputs // 2), multiply)
-    lane, warp = thread % WARP, thread % GROUP / WARP
-    for j in range(tile.outputs // 8):
-        p.store(group * 64 + warp * 16 + lane / 4, 8 * j + lane % 4 * 2, sums[4 * j : 4 * j + 4])
