@@ -28,6 +28,7 @@ _SHARED_NAME = "jisu_shared"
 _CLUSTER = "ptr addrspace(7)"  # shared memory of a cluster of blocks, which a block alone is, too
 MAP = "map"
 """The kind of a parameter that is a tensor map (see `compiler.launches.TensorMap`): 128 bytes by value, reached by a pointer."""
+_LOG2_E, _LOG2_E_LOW = 1.4426950216293335, 1.925963033500011e-8  # log2(e) in two float32
 _MOST_HELD = 128  # sums that products of an emulated warp group change
 
 
@@ -196,6 +197,14 @@ class Device(Function):
         """2^x of float32 to 2 ulp, subnormal results being 0."""
         return self.call("float", f"{self.prefix}ex2.approx.ftz.f", x)
 
+    def exp(self, x: Val) -> Val:
+        """e^x to a few ulp, subnormal results being 0: a power of two, and what rounding x log2(e) lost."""
+        x = self.select(x < -104.0, self.like(-104.0, x), x)
+        x = self.select(x > 89.0, self.like(89.0, x), x)
+        power = x * _LOG2_E
+        lost = self.fma(x, self.like(_LOG2_E_LOW, x), self.fma(x, self.like(_LOG2_E, x), -power))
+        return self.exp2(power) * self.fma(lost, self.like(0.6931471805599453, x), 1.0)
+
     def fragments(self, address: Val, *, turned: bool = False) -> list[Val]:
         """Four 8x8 matrices of 16-bit numbers from shared memory, as `mma` wants them: i32 [4]; `turned`: each transposed.
 
@@ -226,10 +235,14 @@ class Device(Function):
         return self.as_type(self.pair(value, value, dtype), PAIRS[dtype])
 
     def narrow(self, value: Val, dtype: str) -> Val:
-        """float32 as a stored element of `dtype`, rounded to nearest even, by one instruction."""
+        """float32 as a stored element of `dtype`, rounded to nearest even: of bfloat16 as one of a pair, which GPUs do faster than one alone."""
         if dtype != "bfloat16":
             return super().narrow(value, dtype)
-        return self.as_type(self.op(f"fptrunc float {value.name} to bfloat", "bfloat"), "i16")
+        if self.prefix != _REAL:
+            return self.as_type(self.op(f"fptrunc float {value.name} to bfloat", "bfloat"), "i16")
+        # LLVM would take the conversion of one number, which is slow.
+        both = f'call i32 asm "cvt.rn.bf16x2.f32 $0, $1, $2;", "=r,f,f"(float 0.0, float {value.name})'
+        return self.cast("trunc", self.op(both, "i32"), "i16")
 
     def pair(self, low: Val, high: Val, dtype: str) -> Val:
         """Two float32 rounded to a 16-bit dtype in one i32."""
