@@ -15,6 +15,7 @@ DRIVER = "JISU_CUDA_DRIVER"
 """The environment variable that names another library than the system's libcuda.so.1."""
 _MULTIPROCESSORS, _MAJOR, _MINOR = 16, 75, 76  # CU_DEVICE_ATTRIBUTE_…
 _OUT_OF_MEMORY = 2
+_GRAPHS_OVERLAP = 12030  # CUDA 12.3
 _NON_BLOCKING = 1
 
 
@@ -41,6 +42,10 @@ class Driver:
         self.name = name.value.decode(errors="replace")
         self.capability = (self.attribute(_MAJOR), self.attribute(_MINOR))
         self.multiprocessors = self.attribute(_MULTIPROCESSORS)
+        version = ctypes.c_int()
+        self.run("cuDriverGetVersion", ctypes.byref(version))
+        self.overlaps = self.capability >= (9, 0) and version.value >= _GRAPHS_OVERLAP
+        """Whether a launch, in a graph too, may begin before the one before it has ended."""
 
     @classmethod
     def open(cls) -> Driver:

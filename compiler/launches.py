@@ -26,13 +26,17 @@ Argument = Union[tuple[str, int], "Dim"]
 
 @attrs.frozen
 class Launch:
-    """A kernel on grid[x] * grid[y] * grid[z] blocks of `threads` threads, each block with `shared` bytes of shared memory."""
+    """A kernel on grid[x] * grid[y] * grid[z] blocks of `threads` threads, each block with `shared` bytes of shared memory.
+
+    early: it may begin before the launches before it end, since it waits for that itself.
+    """
 
     kernel: str
     grid: tuple[Dim, Dim, Dim]
     threads: int
     shared: int
     arguments: tuple[Argument, ...]
+    early: bool = False
 
 
 @attrs.frozen
@@ -69,6 +73,7 @@ class Plan:
                                 "threads": launch.threads,
                                 "shared": launch.shared,
                                 "arguments": [list(a) if isinstance(a, tuple) else _text(a) for a in launch.arguments],
+                                "early": launch.early,
                             }
                             for launch in variant.launches
                         ],
@@ -93,6 +98,7 @@ class Plan:
                         tuple(
                             (str(a[0]), int(a[1])) if isinstance(a, list) else _dim(a) for a in launch["arguments"]
                         ),
+                        bool(launch["early"]),
                     )
                     for launch in variant["launches"]
                 )  # fmt: skip

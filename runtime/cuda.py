@@ -46,6 +46,24 @@ _NO_IMAGE = 209
 _RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
 
 
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute, with a value that is a number."""
+
+    _fields_ = (("id", ctypes.c_int), ("_", ctypes.c_int), ("value", ctypes.c_int), ("rest", ctypes.c_byte * 60))
+
+
+class _Config(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = (
+        ("grid", ctypes.c_uint * 3), ("block", ctypes.c_uint * 3), ("shared", ctypes.c_uint), ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)), ("count", ctypes.c_uint),
+    )  # fmt: skip
+
+
+_EARLY = _Attribute(6, 0, 1)  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION, allowed
+
+
 class DeviceArray:
     """A tensor in the GPU's memory; `owner` keeps that alive, else it is freed with this object."""
 
@@ -90,7 +108,7 @@ class Uploaded:
 
 @attrs.frozen(eq=False)
 class _Call:
-    """A launch with everything settled: what cuLaunchKernel takes."""
+    """A launch with everything settled: what cuLaunchKernel takes, or, where it may begin early, cuLaunchKernelEx."""
 
     function: ctypes.c_void_p
     grid: tuple[int, int, int]
@@ -98,6 +116,7 @@ class _Call:
     shared: int
     values: Any
     extra: Any
+    early: bool
 
 
 @attrs.define(eq=False)
@@ -511,7 +530,7 @@ class DeviceExecutable:
                 return base + places[number]
             return self._fault.address if kind == FAULT else memory[kind][number].address
 
-        calls = []
+        calls: list[_Call] = []
         for step in plan.steps:
             for launch in self._chosen(step, env).launches:
                 grid = tuple(_size(d, env) for d in launch.grid)
@@ -521,6 +540,8 @@ class DeviceExecutable:
                 assert function is not None
                 if launch.shared > _PLAIN_SHARED:
                     self._driver.run("cuFuncSetAttribute", function, _MAX_SHARED, launch.shared)
+                # The first one follows whatever others left on the stream.
+                early = launch.early and self._driver.overlaps and bool(calls)
                 values = (ctypes.c_int64 * len(launch.arguments))(*(value(a) for a in launch.arguments))
                 nbytes = ctypes.c_size_t(ctypes.sizeof(values))
                 extra = (ctypes.c_void_p * 5)(
@@ -530,7 +551,7 @@ class DeviceExecutable:
                     ctypes.cast(ctypes.pointer(nbytes), ctypes.c_void_p),
                     None,
                 )
-                calls.append(_Call(function, grid, launch.threads, launch.shared, (values, nbytes), extra))  # type: ignore[arg-type]
+                calls.append(_Call(function, grid, launch.threads, launch.shared, (values, nbytes), extra, early))  # type: ignore[arg-type]
         return _Run(inputs, outputs, calls, self._arena)
 
     def _chosen(self, step: Sequence[Variant], env: Mapping[str, int]) -> Variant:
@@ -574,6 +595,12 @@ class DeviceExecutable:
     def _launch_each(self, run: _Run, stream: ctypes.c_void_p) -> None:
         for call in run.calls:
             x, y, z = call.grid
+            if call.early:
+                config = _Config(
+                    call.grid, (call.threads, 1, 1), call.shared, stream, ctypes.pointer(_EARLY), 1
+                )  # fmt: skip
+                self._driver.run("cuLaunchKernelEx", ctypes.byref(config), call.function, None, call.extra)
+                continue
             self._driver.run(
                 "cuLaunchKernel",
                 call.function,

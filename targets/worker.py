@@ -98,6 +98,7 @@ def _build_device(
 
     from jisu.compiler.launches import CUBIN, OWN_PTX, PLANS, PTX
     from jisu.targets.cuda import emulated, ptx
+    from jisu.targets.cuda.device import capability
     from jisu.targets.cuda.lowering import lower
 
     lowered = lower(graphs, target)
@@ -124,7 +125,7 @@ def _build_device(
             (out / CUBIN).write_bytes(cubin)
             files.append(CUBIN)
     plans = {
-        "capability": ptx.capability(target),
+        "capability": capability(target),
         "faults": [[f.kind, f.message] for f in lowered.faults],
         "entries": {name: plan.to_json() for name, plan in lowered.plans.items()},
     }

@@ -1,11 +1,13 @@
 /* A GPU's block of threads on a CPU: one fiber per thread, run in turns until all of a warp, or of the block, meet.
  *
  * A launch fails, with a message, where threads don't do together what they should, and where copies are not waited for. Asynchronous
- * copies come either at once or only when they are waited for; shared memory begins as NaN. */
+ * copies come either at once or only when they are waited for; shared memory begins as NaN. Of a launch that may begin before earlier ones
+ * end, the first and the last block do (`emulated_begin`): as far as their threads get without waiting for those. */
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
+#include <memory>
 #include <utility>
 #include <vector>
 #include <ucontext.h>
@@ -27,6 +29,7 @@ struct Fiber {
     std::vector<Copy> open;
     bool unfenced; /* wrote to shared memory without a fence for the tensor cores that read it themselves */
     int products;  /* groups of such products begun and not waited for */
+    bool waited;   /* for earlier launches */
 };
 
 struct Meeting {
@@ -35,12 +38,16 @@ struct Meeting {
     uint64_t tile_a, tile_b;
 };
 
+constexpr int STACK_BYTES = 64 << 10;
+using Stacks = std::vector<std::unique_ptr<char[]>>;
+
 std::vector<Fiber> fibers;
-std::vector<std::vector<char>> stacks; /* kept from block to block */
+Stacks stacks; /* kept from block to block */
 std::vector<Meeting> warps, warp_groups;
 Meeting block;
 ucontext_t scheduler;
 int current, threads, late_copies;
+bool early, ahead; /* whether the launch may begin before earlier ones end, and whether those have yet to run */
 int64_t block_x, block_y, block_z, blocks_x;
 void *kernel;
 int64_t arguments[ARGUMENTS];
@@ -83,6 +90,7 @@ void body() {
         if (!group.empty()) fail("copies were never waited for");
     if (!fibers[current].open.empty()) fail("copies were never committed");
     if (fibers[current].products) fail("products were never waited for");
+    if (early && !fibers[current].waited) fail("a thread of an early launch never waits for the launches before it");
     fibers[current].done = true;
     progress++;
     yield();
@@ -117,53 +125,155 @@ void come(const std::vector<Copy> &group) {
     for (const Copy &c : group) std::memcpy(c.to, c.from, 16);
 }
 
+/* A block between two turns, and a launch of which some blocks have begun. */
+struct Block {
+    int64_t number;
+    Stacks stacks;
+    std::vector<Fiber> fibers;
+    std::vector<Meeting> warps, warp_groups;
+    Meeting block;
+    std::vector<uint8_t> shared;
+};
+
+struct Begun {
+    void *function;
+    std::vector<int64_t> arguments;
+    int64_t grid[3];
+    int threads;
+    std::vector<Block> blocks;
+};
+
+bool prepare(void *function, const int64_t *args, int count, int64_t grid_x, int block_threads, int late) {
+    kernel = function;
+    threads = block_threads;
+    late_copies = late;
+    blocks_x = grid_x;
+    failure[0] = 0;
+    std::memset(arguments, 0, sizeof arguments);
+    if (count > ARGUMENTS) return std::snprintf(failure, sizeof failure, "too many arguments"), false;
+    std::memcpy(arguments, args, sizeof(int64_t) * count);
+    return true;
+}
+
+void place(int64_t number, int64_t grid_x, int64_t grid_y) {
+    block_x = number % grid_x, block_y = number / grid_x % grid_y, block_z = number / grid_x / grid_y;
+}
+
+void start(int64_t number, int64_t grid_x, int64_t grid_y) {
+    place(number, grid_x, grid_y);
+    while ((int)stacks.size() < threads) stacks.emplace_back(new char[STACK_BYTES]);
+    std::memset(jisu_shared, 0xff, sizeof jisu_shared);
+    fibers = std::vector<Fiber>(threads);
+    warps = std::vector<Meeting>((threads + 31) / 32);
+    warp_groups = std::vector<Meeting>((threads + 127) / 128);
+    block = Meeting();
+    for (Fiber &f : fibers) {
+        f.done = f.unfenced = f.waited = false;
+        f.products = 0;
+        getcontext(&f.context);
+        f.context.uc_stack.ss_sp = stacks[&f - fibers.data()].get();
+        f.context.uc_stack.ss_size = STACK_BYTES;
+        f.context.uc_link = nullptr;
+        makecontext(&f.context, body, 0);
+    }
+}
+
+/* Run the block's threads to their end, or, ahead of earlier launches, until nobody gets any further; whether nothing failed. */
+bool run(int order) {
+    for (int running = threads; running;) {
+        running = 0;
+        long before = progress;
+        for (int i = 0; i < threads; i++) {
+            current = order > 0 ? i : threads - 1 - i;
+            if (fibers[current].done) continue;
+            swapcontext(&scheduler, &fibers[current].context);
+            running += !fibers[current].done;
+            if (failure[0]) return false;
+        }
+        if (running && progress == before) {
+            if (ahead) return true;
+            return std::snprintf(failure, sizeof failure, "threads wait for each other for ever"), false;
+        }
+    }
+    return true;
+}
+
 } // namespace
 
 extern "C" {
 
 /* Run a kernel over a grid; what went wrong, or nothing. order: -1 runs a block's threads from the last to the first, 1 from the first. */
 const char *emulated_launch(void *function, const int64_t *args, int count, int64_t grid_x, int64_t grid_y, int64_t grid_z, int block_threads, int late, int order) {
-    kernel = function;
-    threads = block_threads;
-    late_copies = late;
-    failure[0] = 0;
-    std::memset(arguments, 0, sizeof arguments);
-    if (count > ARGUMENTS) return "too many arguments";
-    std::memcpy(arguments, args, sizeof(int64_t) * count);
-    while ((int)stacks.size() < threads) stacks.emplace_back(64 << 10);
-    blocks_x = grid_x;
+    early = false;
+    if (!prepare(function, args, count, grid_x, block_threads, late)) return failure;
     for (int64_t number = 0; number < grid_x * grid_y * grid_z; number++) {
-            block_x = number % grid_x, block_y = number / grid_x % grid_y, block_z = number / grid_x / grid_y;
-            std::memset(jisu_shared, 0xff, sizeof jisu_shared);
-            fibers = std::vector<Fiber>(threads);
-            warps = std::vector<Meeting>((threads + 31) / 32);
-            warp_groups = std::vector<Meeting>((threads + 127) / 128);
-            block = Meeting();
-            for (Fiber &f : fibers) {
-                f.done = f.unfenced = false;
-                f.products = 0;
-                auto &stack = stacks[&f - fibers.data()];
-                getcontext(&f.context);
-                f.context.uc_stack.ss_sp = stack.data();
-                f.context.uc_stack.ss_size = stack.size();
-                f.context.uc_link = nullptr;
-                makecontext(&f.context, body, 0);
-            }
-            for (int running = threads; running;) {
-                running = 0;
-                long before = progress;
-                for (int i = 0; i < threads; i++) {
-                    current = order > 0 ? i : threads - 1 - i;
-                    if (fibers[current].done) continue;
-                    swapcontext(&scheduler, &fibers[current].context);
-                    running += !fibers[current].done;
-                    if (failure[0]) return failure;
-                }
-                if (running && progress == before) return "threads wait for each other for ever";
-            }
-        }
+        start(number, grid_x, grid_y);
+        if (!run(order)) return failure;
+    }
     return nullptr;
 }
+
+/* Begin a launch that may run before earlier ones have ended; nothing where it failed, see `emulated_failure`. */
+void *emulated_begin(void *function, const int64_t *args, int count, int64_t grid_x, int64_t grid_y, int64_t grid_z, int block_threads) {
+    early = ahead = true;
+    auto launch = std::make_unique<Begun>();
+    if (!prepare(function, args, count, grid_x, block_threads, 0)) return nullptr;
+    launch->function = function, launch->arguments.assign(args, args + count);
+    launch->grid[0] = grid_x, launch->grid[1] = grid_y, launch->grid[2] = grid_z, launch->threads = block_threads;
+    int64_t last = grid_x * grid_y * grid_z - 1;
+    for (int64_t number = 0; number <= last; number += last ? last : 1) {
+        Block b;
+        std::swap(stacks, b.stacks);
+        start(number, grid_x, grid_y);
+        bool sound = run(1);
+        std::swap(stacks, b.stacks);
+        if (!sound) return ahead = false, nullptr;
+        b.number = number;
+        b.fibers.swap(fibers), b.warps.swap(warps), b.warp_groups.swap(warp_groups);
+        b.block = block;
+        b.shared.assign(jisu_shared, jisu_shared + sizeof jisu_shared);
+        launch->blocks.push_back(std::move(b));
+    }
+    ahead = false;
+    return launch.release();
+}
+
+/* The rest of a launch that was begun: earlier ones have ended. */
+const char *emulated_end(void *begun) {
+    std::unique_ptr<Begun> launch((Begun *)begun);
+    early = true;
+    const int64_t *grid = launch->grid;
+    if (!prepare(launch->function, launch->arguments.data(), (int)launch->arguments.size(), grid[0], launch->threads, 1)) return failure;
+    for (int64_t number = 0; number < grid[0] * grid[1] * grid[2]; number++) {
+        Block *b = nullptr;
+        for (Block &other : launch->blocks)
+            if (other.number == number) b = &other;
+        if (!b) {
+            start(number, grid[0], grid[1]);
+            if (!run(1)) return failure;
+            continue;
+        }
+        late_copies = 0;
+        place(number, grid[0], grid[1]);
+        fibers.swap(b->fibers), warps.swap(b->warps), warp_groups.swap(b->warp_groups);
+        block = b->block;
+        std::memcpy(jisu_shared, b->shared.data(), sizeof jisu_shared);
+        if (!run(1)) return failure;
+        late_copies = 1;
+    }
+    return nullptr;
+}
+
+const char *emulated_failure() { return failure; }
+
+void emulated_wait_for_launches() __asm__("emulated.griddepcontrol.wait");
+void emulated_wait_for_launches() {
+    fibers[current].waited = true;
+    progress++;
+    while (ahead) yield();
+}
+void emulated_launch_dependents() __asm__("emulated.griddepcontrol.launch_dependents");
+void emulated_launch_dependents() {}
 
 uint32_t emulated_tid() __asm__("emulated.read.ptx.sreg.tid.x");
 uint32_t emulated_tid() { return current; }

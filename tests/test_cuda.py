@@ -29,6 +29,7 @@ from jisu.targets.worker import find_linker
 
 REAL = Target.describe("cuda:sm_90")
 GPU = attrs.evolve(REAL, mcpu="sm_80", triple=host().triple)
+EARLY = attrs.evolve(REAL, mcpu="sm_90", triple=host().triple)
 HOPPER = attrs.evolve(REAL, mcpu="sm_90a", triple=host().triple)
 RACES = pytest.mark.parametrize(("late", "order"), [(True, 1), (False, -1)])
 
@@ -36,31 +37,35 @@ RACES = pytest.mark.parametrize(("late", "order"), [(True, 1), (False, -1)])
 @pytest.fixture(scope="module")
 def emulator(tmp_path_factory: pytest.TempPathFactory) -> Any:
     library = emulation("emulated_gpu.cc", tmp_path_factory.mktemp("gpu"))
-    library.emulated_launch.restype = ctypes.c_char_p
+    for name in ("launch", "end", "failure"):
+        getattr(library, f"emulated_{name}").restype = ctypes.c_char_p
+    library.emulated_begin.restype = ctypes.c_void_p
     return library
 
 
 Launch = Callable[..., None]
+Given = tuple[ctypes.c_void_p, Any, int, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, int]
+
+
+def given(kernel: device.DeviceKernel, folder: Path, grid: tuple[int, ...], *values: Any) -> Given:
+    """What the emulator is given of a launch; the kernel is compiled into `folder`, once."""
+    path = folder / f"{kernel.name}.so"
+    if not path.exists():
+        emulated.to_library([kernel], GPU, {}, path, find_linker())
+    function = ctypes.cast(getattr(ctypes.CDLL(str(path)), ptx.entry_name(kernel)), ctypes.c_void_p)
+    numbers = (ctypes.c_int64 * len(values))(*(v.ctypes.data if isinstance(v, np.ndarray) else v for v in values))
+    x, y, z = map(ctypes.c_int64, (*grid, 1, 1)[:3])
+    return function, numbers, len(values), x, y, z, kernel.threads
 
 
 @pytest.fixture
 def launch(emulator: Any, tmp_path: Path) -> Launch:
     """launch(kernel of the target, grid, *arrays and numbers, late=, order=): runs it on this CPU, writing into the arrays."""
-    loaded: dict[str, Any] = {}
 
-    def load(kernel: device.DeviceKernel) -> Any:
-        if kernel.name not in loaded:
-            path = tmp_path / f"{kernel.name}.so"
-            emulated.to_library([kernel], GPU, {}, path, find_linker())
-            loaded[kernel.name] = ctypes.CDLL(str(path))
-        return getattr(loaded[kernel.name], ptx.entry_name(kernel))
-
-    def run(kernel: device.DeviceKernel, grid: tuple[int, ...], *given: Any, late: bool = True, order: int = 1) -> None:
-        values = [g.ctypes.data if isinstance(g, np.ndarray) else g for g in given]
-        numbers = (ctypes.c_int64 * len(values))(*values)
-        function = ctypes.cast(load(kernel), ctypes.c_void_p)
-        sizes = map(ctypes.c_int64, (*grid, 1, 1)[:3])
-        failure = emulator.emulated_launch(function, numbers, len(values), *sizes, kernel.threads, int(late), order)
+    def run(
+        kernel: device.DeviceKernel, grid: tuple[int, ...], *values: Any, late: bool = True, order: int = 1
+    ) -> None:
+        failure = emulator.emulated_launch(*given(kernel, tmp_path, grid, *values), int(late), order)
         if failure:
             raise RuntimeError(failure.decode())
 
@@ -151,6 +156,43 @@ def test_threads_that_part_are_found(launch: Launch) -> None:
     f.when(thread < 16, lambda: f.store(f.sum_of_warp(half), f.at(y, thread, "float32")), f.barrier)
     with pytest.raises(RuntimeError, match="different things|for ever"):
         launch(f.built(), (1, 1), np.zeros(64, np.float32))
+
+
+@pytest.mark.parametrize("fault", ["", "never", "late"])
+@pytest.mark.parametrize("streams", [True, False])
+def test_launches_that_begin_early(
+    streams: bool, fault: str, emulator: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A layer (or a norm) of a norm's results, begun when those aren't there: that is right as long as it waits in time for them. Negative
+    controls: a kernel that doesn't wait, and one that waits behind its reads."""
+    k = 4096
+    x, w, y, out, want = (
+        drawn(i, *shape) for i, shape in ((0, (2, k)), (1, (16, k)), (2, (2, k)), (3, (2, k)), (3, (2, k)))
+    )
+    how = norm.Norm(k, "bfloat16", 1e-5, True, True, False)
+    first = norm.normed(how, EARLY)
+    if fault:
+        monkeypatch.setattr(device.Device, "wait", lambda self: setattr(self, "waited", True))
+    if fault == "late":
+        finish = device.Device.finish
+        monkeypatch.setattr(
+            device.Device, "finish", lambda self: (self._special("griddepcontrol.wait"), finish(self))[1]
+        )
+    second = thin.thin(Layer(k, (16,)), 8, EARLY) if streams else norm.normed(attrs.evolve(how, eps=1e-6), EARLY)
+    assert first.early and second.early and second.ahead == ((1,) if streams else ())
+
+    def of(y: np.ndarray, out: np.ndarray) -> Given:
+        return given(second, tmp_path, (1 if streams else 2,), y, w, out, *([2] if streams else []))
+
+    begun = emulator.emulated_begin(*of(y, out))
+    if begun is None:
+        assert fault == "never" and b"never waits" in emulator.emulated_failure()
+        return
+    assert emulator.emulated_launch(*given(first, tmp_path, (2,), x, w, y), 1, 1) is None
+    assert emulator.emulated_end(ctypes.c_void_p(begun)) is None
+    monkeypatch.undo()
+    assert emulator.emulated_launch(*of(y, want), 1, 1) is None
+    assert np.array_equal(out, want) == (fault == "") and fault != "never"
 
 
 # --- Experts ------------------------------------------------------------------------------------------------------------
@@ -461,6 +503,12 @@ def test_ptx_has_the_instructions(mcpu: str) -> None:
     for kind, words in WORDS.items():
         for word in words if kind in made else ():
             assert word in bodies[kind], (kind, word)
+    for kind, body in bodies.items():
+        before, waits, _ = body.partition("griddepcontrol.wait")
+        assert bool(waits) == ("griddepcontrol.launch_dependents" in before) == (mcpu != "sm_80"), kind
+        # Nothing is touched before the wait; layers of few rows have weights under way.
+        touched = re.findall(r"ld\.global|st\.global|atom|\bred\.|cp\.async\.cg", before) if waits else []
+        assert set(touched) == ({"cp.async.cg"} if waits and made[kind].ahead else set()), kind
     for kind in ("token", "norm"):
         assert re.search(r"ld\.global(\.nc)?\.v4", bodies[kind]), kind
     assert not re.search(r"\.local\b|call\.uni", text) and f".target {mcpu}" in text

@@ -4,7 +4,12 @@ LLVM's NVPTX back end, which comes with TVM, makes PTX of them (`ptx.py`); compi
 that a CPU lacks (thread numbers, shared memory, barriers, shuffles, tensor cores, asynchronous copies) is a function whose name begins
 with `prefix`: for a target whose triple is a CPU's it is another one, so that the same text runs there, thread by thread, with those
 functions emulated.
-Source: LLVM's User Guide for NVPTX Back-end; NVIDIA's PTX ISA.
+From sm_90 on a launch may begin while those before it run (programmatic dependent launch), so that its threads are there, and its first
+weights on their way, when those end. **The rule**: every thread waits (`Device.wait`) before it reads or writes memory for the first time,
+but for weights, which no kernel ever writes. Since no kernel ends before it has waited, whoever waits for the one launch before it waits
+for all; so nobody sees what isn't written yet, nor writes what is still read. Whatever names no weights, or doesn't wait at all (older
+architectures, generic kernels), is launched behind the end of what was before (see `jisu.compiler.launches.Launch`).
+Source: LLVM's User Guide for NVPTX Back-end; NVIDIA's PTX ISA (griddepcontrol).
 """
 
 from __future__ import annotations
@@ -13,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import attrs
 
+from jisu.compiler.errors import CompileError
 from jisu.targets.cpu.isa import Function, Micro, Val
 from jisu.targets.target import Target
 
@@ -32,16 +38,25 @@ def prefix(target: Target) -> str:
     return _REAL if target.architecture == "nvptx64" else _EMULATED
 
 
+def capability(target: Target) -> tuple[int, int]:
+    """The architecture's number: (9, 0) for sm_90 and sm_90a."""
+    digits = target.mcpu.removeprefix("sm_").rstrip("af")
+    return int(digits[:-1]), int(digits[-1])
+
+
 @attrs.frozen
 class DeviceKernel:
     """A finished kernel: its function, its parameters ("ptr" or "i64"), threads per block and bytes of shared memory; `portable`: whether
-    later GPUs than the target run it, too."""
+    later GPUs than the target run it, too. early: whether it waits for the launches before it; ahead: numbers of parameters that it reads
+    before, which must be weights."""
 
     micro: Micro
     parameters: tuple[str, ...]
     threads: int
     shared_bytes: int
     portable: bool = True
+    early: bool = False
+    ahead: tuple[int, ...] = ()
 
     @property
     def name(self) -> str:
@@ -50,18 +65,41 @@ class DeviceKernel:
 
 
 class Device(Function):
-    """One thread of a kernel under construction. Memory of the caller is reached through `memory`."""
+    """One thread of a kernel under construction. Memory of the caller is reached through `memory`.
 
-    def __init__(self, name: str, params: Sequence[tuple[str, str]], target: Target, threads: int) -> None:
+    ahead: names of parameters that it reads before it waits for earlier launches, which it does itself, by `wait`; without such it waits
+    at its beginning.
+    """
+
+    pointers = ""  # restricted ones LLVM would read before the wait
+
+    def __init__(
+        self, name: str, params: Sequence[tuple[str, str]], target: Target, threads: int, ahead: Sequence[str] = ()
+    ) -> None:
         super().__init__(name, params, target)
         self.threads, self.shared_bytes, self.prefix = threads, 0, prefix(target)
         self.portable = True
+        self.early, self.waited = capability(target) >= (9, 0), False
+        self.ahead = tuple(n for n, (_, name) in enumerate(self._params) if name in ahead)
+        if self.early:
+            self._special("griddepcontrol.launch_dependents")
+        if not self.ahead:
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait until earlier launches have ended and what they wrote is there; the first call in a kernel does that for all."""
+        if self.early and not self.waited:
+            self._special("griddepcontrol.wait")
+        self.waited = True
 
     def built(self) -> DeviceKernel:
-        """The finished kernel."""
+        """The finished kernel; raises CompileError for one that never waits for earlier launches."""
+        if not self.waited:
+            raise CompileError(f"{self._name} doesn't wait for the launches before it")
         return DeviceKernel(
-            self.finish(), tuple(t for t, _ in self._params), self.threads, self.shared_bytes, self.portable
-        )
+            self.finish(), tuple(t for t, _ in self._params), self.threads, self.shared_bytes, self.portable,
+            self.early, self.ahead if self.early else (),
+        )  # fmt: skip
 
     # Where this thread is
 
@@ -90,8 +128,8 @@ class Device(Function):
         return self.op(f"getelementptr inbounds i8, {SHARED} @{_SHARED_NAME}, i64 {begin}", SHARED)
 
     def load16(self, type_: str, address: Val) -> Val:
-        """16 bytes that nobody writes while the kernel runs, in one load from an address that is a multiple of 16."""
-        return self.op(f"load {type_}, {address.type} {address.name}, align 16, !invariant.load !0", type_)
+        """16 bytes in one load from an address that is a multiple of 16."""
+        return self.op(f"load {type_}, {address.type} {address.name}, align 16", type_)
 
     def load_shared16(self, address: Val) -> Val:
         """16 bytes of shared memory, <4 x i32>, from an address that is a multiple of 16."""

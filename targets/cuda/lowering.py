@@ -138,6 +138,7 @@ def _launches(step: Step, sizes: Sequence[Dim], target: Target) -> tuple[Variant
                     Launch(
                         entry_name(call.kernel), call.grid, call.kernel.threads, call.kernel.shared_bytes,
                         tuple(given[a] if isinstance(a, int) else a[1] for a in call.arguments),
+                        call.kernel.early and all(_is_weight(given, call.arguments[n]) for n in call.kernel.ahead),
                     )
                     for call in calls
                 ),
@@ -155,3 +156,9 @@ def _launches(step: Step, sizes: Sequence[Dim], target: Target) -> tuple[Variant
         arguments = (*given, *tail, part, *sizes)
         launches.append(Launch(step.callee.name, (blocks, 1, 1), THREADS, 0, arguments))
     return (Variant((), tuple(launches)),)
+
+
+def _is_weight(given: Sequence[Argument], argument: int | tuple[str, Dim]) -> bool:
+    """Whether a kernel's argument is memory that no kernel writes."""
+    held = given[argument] if isinstance(argument, int) else None
+    return isinstance(held, tuple) and held[0] == "weight"

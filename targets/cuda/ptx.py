@@ -80,11 +80,11 @@ def as_function(kernel: DeviceKernel, name: str, text: str, where: Any) -> Any:
     ]
     # LLVM's text is linked where something calls it; the kernel is that call, inlined.
     call = tirx.Evaluate(tirx.call_extern("void", kernel.name, *parameters))
-    linked = ir.StringImm(f"{text}\n!0 = !{{}}\n")
+    linked = ir.StringImm(text)
     function = tirx.PrimFunc(
         parameters, tirx.AttrStmt(tirx.IntImm("int32", 0), "pragma_import_llvm", linked, call), ret_type=None
     )
-    attributes = {"global_symbol": name, "calling_conv": C_CALL, "target": where, "tirx.noalias": True}
+    attributes = {"global_symbol": name, "calling_conv": C_CALL, "target": where}
     for key, value in attributes.items():
         function = function.with_attr(key, value)
     return function
@@ -93,12 +93,6 @@ def as_function(kernel: DeviceKernel, name: str, text: str, where: Any) -> Any:
 def entry_name(kernel: DeviceKernel) -> str:
     """The kernel's name in the module."""
     return f"kernel_{kernel.name}"
-
-
-def capability(target: Target) -> tuple[int, int]:
-    """The architecture's number: (9, 0) for sm_90 and sm_90a."""
-    digits = target.mcpu.removeprefix("sm_").rstrip("af")
-    return int(digits[:-1]), int(digits[-1])
 
 
 def find_assembler() -> str | None:

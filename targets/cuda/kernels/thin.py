@@ -36,7 +36,8 @@ def thin(layer: Layer, rows: int, target: Target) -> DeviceKernel:
     warps meet in shared memory in a fixed order, which depends on k alone. Raises TargetError for a layer that it can't read.
     """
     layer.require()
-    f = Device(f"thin{rows}_{layer.name}", layer.parameters, target, WARPS * WARP)
+    weights = [name for _, name in layer.parameters if name[0] in "wv"]
+    f = Device(f"thin{rows}_{layer.name}", layer.parameters, target, WARPS * WARP, ahead=weights)
     given = {name: value for (_, name), value in zip(layer.parameters, f.params(), strict=True)}
     residual = f.memory(given["r"]) if layer.residual else None
     own = Rows(f, f.block("y") * rows, given["m"])
@@ -75,11 +76,12 @@ class _Thin:
         """The sums of this thread's chunks: per eight rows of x those of `mma`."""
         f = self.f
         sums = [f.const(0.0, "float")] * (4 * self.columns)
+        for early in range(_STAGES - 1) if self.turns else ():
+            if early < self.turns:
+                self.fetch(f.i64(early))
+            f.commit_copies()
+        f.wait()  # for what is multiplied with them
         if self.turns:
-            for early in range(_STAGES - 1):
-                if early < self.turns:
-                    self.fetch(f.i64(early))
-                f.commit_copies()
             *sums, _ = f.loop(0, self.turns, 1, sums, self.turn)
             f.barrier()  # shared memory is used anew
         # All threads of a warp must multiply together: bounds are those of its first thread.
