@@ -20,8 +20,11 @@ PTX for it and later ones, and per entry its plan."""
 FAULT = "fault"
 """The address of the number of the first fault that a kernel met (int32, 0 for none; see `Plan.faults`)."""
 
+COUNTERS = "counters"
+"""The address of numbers int32 that are 0 before each launch and after it."""
+
 Argument = Union[tuple[str, int], "Dim"]
-"""("input" | "weight" | "output", number), ("arena", slot), (FAULT, 0), or a number."""
+"""("input" | "weight" | "output", number), ("arena", slot), (FAULT, 0), (COUNTERS, 0), or a number."""
 
 
 @attrs.frozen
@@ -52,11 +55,13 @@ class Plan:
     """An entry's run: of every step the first variant that holds.
 
     slots: of the arena, the sizes in bytes of which each takes the largest. equal: dimensions that must be equal, and who says so.
+    counters: how many the launches want, of which the largest does for all.
     """
 
     slots: tuple[tuple[Dim, ...], ...]
     steps: tuple[tuple[Variant, ...], ...]
     equal: tuple[tuple[Dim, Dim, str], ...] = ()
+    counters: tuple[Dim, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """As JSON has it; dimensions are numbers or text."""
@@ -83,6 +88,7 @@ class Plan:
                 for step in self.steps
             ],
             "equal": [[_text(a), _text(b), who] for a, b, who in self.equal],
+            "counters": [_text(d) for d in self.counters],
         }
 
     @classmethod
@@ -106,7 +112,8 @@ class Plan:
                 variants.append(Variant(at_most, launches))
             steps.append(tuple(variants))
         slots = tuple(tuple(_dim(d) for d in sizes) for sizes in data["slots"])
-        return cls(slots, tuple(steps), tuple((_dim(a), _dim(b), str(who)) for a, b, who in data["equal"]))
+        equal = tuple((_dim(a), _dim(b), str(who)) for a, b, who in data["equal"])
+        return cls(slots, tuple(steps), equal, tuple(_dim(d) for d in data["counters"]))
 
 
 def _text(value: Dim) -> int | str:

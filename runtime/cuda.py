@@ -28,7 +28,7 @@ from jisu.compiler.errors import (
 )
 from jisu.compiler.gpu import Driver
 from jisu.compiler.interpret import bind_types
-from jisu.compiler.launches import CUBIN, FAULT, OWN_PTX, PLANS, PTX, Plan, Variant
+from jisu.compiler.launches import COUNTERS, CUBIN, FAULT, OWN_PTX, PLANS, PTX, Plan, Variant
 from jisu.compiler.storage import aligned
 from jisu.compiler.types import numpy_dtype, substitute
 from jisu.runtime.executable import Held, hold
@@ -144,6 +144,7 @@ class _Run:
     outputs: list[_Buffer | None]
     calls: list[_Call]
     arena: DeviceArray
+    counters: DeviceArray
     graph: ctypes.c_void_p | None = None
     used: int = 0
 
@@ -177,6 +178,7 @@ class DeviceExecutable:
         self._stream = self._driver.stream()
         self._arena = self._array((1,), np.dtype(np.uint8), "intermediate values")
         self._fault = self.hold(np.zeros(1, np.int32))
+        self._counters = self.hold(np.zeros(1, np.int32))
         self._seen = _pinned(self._driver, 4)
         self._seen[:] = 0
         self._weights: dict[str, tuple[Any, DeviceArray]] = {}
@@ -511,11 +513,15 @@ class DeviceExecutable:
             places.append(total)
             largest = max(_size(s, env) for s in sizes)
             total += -(-largest // _ALIGNMENT) * _ALIGNMENT
-        if total > self._arena.nbytes:
+        counters = max((_size(n, env) for n in plan.counters), default=0)
+        if total > self._arena.nbytes or counters > self._counters.shape[0]:
             self._settle()
-            for old in list(self._runs):  # their launches name the old arena
+            for old in list(self._runs):  # their launches name what was before
                 self._drop(old)
+        if total > self._arena.nbytes:
             self._arena = self._array((total,), np.dtype(np.uint8), "intermediate values")
+        if counters > self._counters.shape[0]:
+            self._counters = self.zeros((counters,), "int32", "counters")
         base = self._arena.address
         memory: dict[str, Sequence[Any]] = {
             "input": [x if own is None else own.array for own, x in zip(inputs, given, strict=True)],
@@ -528,7 +534,8 @@ class DeviceExecutable:
             kind, number = argument
             if kind == "arena":
                 return base + places[number]
-            return self._fault.address if kind == FAULT else memory[kind][number].address
+            own = {FAULT: self._fault, COUNTERS: self._counters}
+            return (own[kind] if kind in own else memory[kind][number]).address
 
         calls: list[_Call] = []
         for step in plan.steps:
@@ -552,7 +559,7 @@ class DeviceExecutable:
                     None,
                 )
                 calls.append(_Call(function, grid, launch.threads, launch.shared, (values, nbytes), extra, early))  # type: ignore[arg-type]
-        return _Run(inputs, outputs, calls, self._arena)
+        return _Run(inputs, outputs, calls, self._arena, self._counters)
 
     def _chosen(self, step: Sequence[Variant], env: Mapping[str, int]) -> Variant:
         """The first variant whose bounds hold and whose kernels this module has."""

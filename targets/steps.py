@@ -73,7 +73,8 @@ class Callee:
 
     shapes: per parameter, a tensor's dimensions (an int, or a variable; None where it is neither), or None for a number.
     sizes: the variables among the dimensions, whose values follow the parameters. scratch: bytes of memory that it wants for itself
-    besides, each as one more tensor behind its results.
+    besides, each as one more tensor behind its results. counters: how many numbers int32 it wants, as a tensor behind those, that are 0
+    before and after each call, whoever's.
     """
 
     code: Any
@@ -81,6 +82,7 @@ class Callee:
     shapes: tuple[tuple[Any, ...] | None, ...] = ()
     sizes: tuple[Any, ...] = ()
     scratch: tuple[Dim, ...] = ()
+    counters: Dim = 0
 
 
 class Kernels:
@@ -155,7 +157,7 @@ class Kernels:
 
 @attrs.define(eq=False)
 class Memory:
-    """Where a value lies: `kind` "input", "weight", "output" or "arena", and its number there (of the arena: its slot)."""
+    """Where a value lies: `kind` "input", "weight", "output", "counters" or "arena", and its number there (of the arena: its slot)."""
 
     kind: str
     number: int = -1
@@ -251,6 +253,7 @@ class Steps:
         numbers = [symbol(name) for name in extra]
         outs = [(m, t.shape) for m, t in zip(results, types, strict=True)]
         own = [(Memory("arena", nbytes=n), (n,)) for n in callee.scratch]
+        own += [(Memory("counters", 0), (callee.counters,))] if callee.counters != 0 else []
         self.steps.append(Step(callee, (*arguments, *numbers, *outs, *own)))
         return results
 

@@ -202,12 +202,14 @@ bool run(int order) {
 
 extern "C" {
 
-/* Run a kernel over a grid; what went wrong, or nothing. order: -1 runs a block's threads from the last to the first, 1 from the first. */
+/* Run a kernel over a grid; what went wrong, or nothing. order: -1 runs blocks, and each one's threads, from the last to the first, 1 from the
+ * first. */
 const char *emulated_launch(void *function, const int64_t *args, int count, int64_t grid_x, int64_t grid_y, int64_t grid_z, int block_threads, int late, int order) {
     early = false;
     if (!prepare(function, args, count, grid_x, block_threads, late)) return failure;
-    for (int64_t number = 0; number < grid_x * grid_y * grid_z; number++) {
-        start(number, grid_x, grid_y);
+    int64_t blocks = grid_x * grid_y * grid_z;
+    for (int64_t number = 0; number < blocks; number++) {
+        start(order > 0 ? number : blocks - 1 - number, grid_x, grid_y);
         if (!run(order)) return failure;
     }
     return nullptr;
@@ -274,6 +276,8 @@ void emulated_wait_for_launches() {
 }
 void emulated_launch_dependents() __asm__("emulated.griddepcontrol.launch_dependents");
 void emulated_launch_dependents() {}
+void emulated_visible() __asm__("emulated.membar.gl");
+void emulated_visible() {}
 
 uint32_t emulated_tid() __asm__("emulated.read.ptx.sreg.tid.x");
 uint32_t emulated_tid() { return current; }

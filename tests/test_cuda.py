@@ -275,8 +275,10 @@ def attended(form: Form, launch: Launch, past: int, s: int, parts: int = 0, **ho
     if parts:
         states = np.full((b, form.heads, parts, form.head_dim + 2), np.nan, np.float32)
         own = form.heads // attention.sharing(form)
-        launch(attention.attend_token(form, GPU), (parts * b, own), *given, states, *sizes, parts, **how)
-        launch(attention.merge_parts(form, GPU), (b * form.heads,), states, *sink, out, parts, **how)
+        counters = np.zeros(b * own, np.int32)
+        own_memory = (*sink, out, states, counters)
+        launch(attention.attend_token(form, GPU), (parts * b, own), *given, *own_memory, *sizes, parts, **how)
+        assert not counters.any()  # so that the next launch may count
     else:
         grid = (-(-s // attention.QUERIES) * b, form.heads)
         launch(attention.attend_tokens(form, GPU), grid, *given, *sink, out, s, *sizes, **how)
@@ -314,9 +316,23 @@ def attended(form: Form, launch: Launch, past: int, s: int, parts: int = 0, **ho
         (Form(2, 2, 32, 0.2, "ring", window=20, scheme="int4"), 70, 2),
     ],
 )
-def test_attention_of_a_token(form: Form, past: int, parts: int, launch: Launch) -> None:
-    """Padding, parts without keys, and slots that hold no key."""
-    attended(form, launch, past, 1, parts)
+@pytest.mark.parametrize("order", [1, -1])
+def test_attention_of_a_token(form: Form, past: int, parts: int, order: int, launch: Launch) -> None:
+    """Padding, parts without keys, and slots that hold no key; whichever block is the last one joins the parts."""
+    attended(form, launch, past, 1, parts, order=order)
+
+
+@pytest.mark.parametrize("fault", ["the first joins", "counters stay", "no barrier"])
+def test_parts_that_are_joined_wrongly_show(fault: str, launch: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
+    counted = device.Device.counted
+    if fault == "the first joins":
+        monkeypatch.setattr(device.Device, "counted", lambda self, address, most: most - counted(self, address, most))
+    elif fault == "counters stay":
+        monkeypatch.setattr(device.Device, "counted", lambda self, address, most: counted(self, address, most + 1))
+    else:
+        monkeypatch.setattr(device.Device, "barrier", lambda self: None)
+    with pytest.raises(AssertionError):
+        attended(Form(4, 1, 64, 0.125), launch, 70, 1, 3, order=-1)
 
 
 @pytest.mark.parametrize(
@@ -440,7 +456,6 @@ def of_hot_kernels(target: Target) -> dict[str, device.DeviceKernel]:
             Layer(4096, (14336,), gated=True, apart=True, activation="silu"), products.LARGE, target
         ),
         "token": attention.attend_token(form, target),
-        "merge": attention.merge_parts(form, target),
         "tokens": attention.attend_tokens(form, target),
         "largest": top.largest(128256, 128, "float32", False, False, target),
         "norm": norm.normed(norm.Norm(4096, "bfloat16", 1e-5, True, True, False), target),
@@ -470,7 +485,7 @@ WORDS = {
     "many": ("mma.sync.aligned.m16n8k16", "ldmatrix.sync.aligned.m8n8.x4", "cp.async.cg.shared.global", "bar.sync"),
     "many codes": ("mma.sync.aligned.m16n8k16", "cp.async.cg.shared.global", "ld.shared.v4"),
     "gated": ("mma.sync.aligned.m16n8k16", "fma.rn.f32", "div.rn.f32"),
-    "token": ("shfl.sync.bfly", "ex2.approx.ftz", "ld.global"),
+    "token": ("shfl.sync.bfly", "ex2.approx.ftz", "ld.global", "atom", ".inc.u32", "membar.gl"),
     "tokens": ("ldmatrix.sync.aligned.m8n8.x4.trans", "cvt.rn.bf16x2.f32", "cp.async.cg.shared.global", "mma.sync"),
     "norm": ("sqrt.rn", "ld.global", "st.global"),
     "hopper": ("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16", "wgmma.fence", "wgmma.commit_group",

@@ -14,7 +14,7 @@ from jisu.compiler.types import Dim, dim, product
 from jisu.targets.cpu.isa import FLOATS, require_activation
 from jisu.targets.cuda.device import PAIRS, DeviceKernel
 from jisu.targets.cuda.kernels import experts, norm, products, records, rounding, thin, top
-from jisu.targets.cuda.kernels.attention import QUERIES, Form, attend_token, attend_tokens, merge_parts, sharing
+from jisu.targets.cuda.kernels.attention import QUERIES, Form, attend_token, attend_tokens, sharing
 from jisu.targets.cuda.kernels.layers import Layer
 from jisu.targets.cuda.lowering import DeviceCall, DeviceFunction
 from jisu.targets.steps import Argument, Choosers, Kernel
@@ -163,25 +163,16 @@ def _attention_cached(node: Node, target: Target) -> Kernel | None:
     own = form.heads // sharing(form)
     parts = _least(_ceiling(wanted, _KEYS_PER_PART), _ceiling(_BLOCKS * target.cores, own))
     heads, width = form.heads, form.head_dim
-    # Operands: q, keys, values, the table, length, start, sinks; behind them the result, then the parts' states.
+    # Operands: q, keys, values, the table, start, length, sinks; behind them the result, then the parts' states and counters.
     operands = (0, 1, 2, *_present(node, 5), 4, 3, *_present(node, 6))
     count = len(operands)
-    result, states = count, count + 1
-    over_keys = tuple(range(count - form.sinks))
-    sink = (count - 1,) if form.sinks else ()
     sizes = (("size", cap), *((("size", keys.shape[0]),) if table is not None else ()))
-    one = (
-        DeviceCall(
-            attend_token(form, target), (parts * batch, own, 1), (*over_keys, states, *sizes, ("size", parts)),
-        ),
-        DeviceCall(merge_parts(form, target), (batch * heads, 1, 1), (states, *sink, result, ("size", parts))),
-    )  # fmt: skip
-    variants: list[tuple[tuple[tuple[Dim, int], ...], tuple[DeviceCall, ...]]] = [(((rows, 1),), one)]
+    one = DeviceCall(attend_token(form, target), (parts * batch, own, 1), (*range(count + 3), *sizes, ("size", parts)))
+    variants: list[tuple[tuple[tuple[Dim, int], ...], tuple[DeviceCall, ...]]] = [(((rows, 1),), (one,))]
     grid = (_ceiling(rows, QUERIES) * batch, heads, 1)
-    many = DeviceCall(attend_tokens(form, target), grid, (*over_keys, *sink, result, ("size", rows), *sizes))
+    many = DeviceCall(attend_tokens(form, target), grid, (*range(count + 1), ("size", rows), *sizes))
     variants.append(((), (many,)))
-    scratch = (batch * heads * parts * (width + 2) * 4,)
-    function = DeviceFunction(tuple(variants), scratch)
+    function = DeviceFunction(tuple(variants), (batch * heads * parts * (width + 2) * 4,), batch * own)
     return Kernel(function, tuple(Argument(i) for i in operands))
 
 

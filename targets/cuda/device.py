@@ -192,6 +192,16 @@ class Device(Function):
         """Wait for all threads of the block; what they wrote to shared memory before can be read after."""
         self.run(f"{self.prefix}barrier0")
 
+    def visible(self) -> None:
+        """What this thread wrote, and what it saw of others, is there for other blocks before what it writes from now on."""
+        self.run(f"{self.prefix}membar.gl")
+
+    def counted(self, address: Val, most: Val) -> Val:
+        """How many threads of the launch counted before this one at an i32 that was 0, which the last of most + 1 makes 0 again; i32."""
+        return self.op(
+            f'atomicrmw uinc_wrap {address.type} {address.name}, i32 {most.name} syncscope("device") monotonic', "i32"
+        )
+
     def sum_of_warp(self, value: Val) -> Val:
         """The sum of float32 over the warp's threads, the same in all of them; the order is fixed."""
         return self.sum_of_lanes(value, WARP)

@@ -35,10 +35,12 @@ class DeviceCall:
 
 @attrs.frozen
 class DeviceFunction:
-    """What a chooser makes of a node: the first variant of which every (dimension, bound) holds. scratch: bytes of memory that it wants."""
+    """What a chooser makes of a node: the first variant of which every (dimension, bound) holds. scratch: bytes of memory that it wants.
+    counters: how many numbers int32 that are 0 before and after each launch it wants, as one more tensor behind its scratch memory."""
 
     variants: tuple[tuple[tuple[tuple[Dim, int], ...], tuple[DeviceCall, ...]], ...]
     scratch: tuple[Dim, ...] = ()
+    counters: Dim = 0
 
 
 @attrs.frozen(eq=False)
@@ -89,7 +91,7 @@ class _Kernels(Kernels):
         for _, calls in function.variants:
             for call in calls:
                 self.written[call.kernel.name] = call.kernel
-        return Callee(function, name, scratch=function.scratch)
+        return Callee(function, name, scratch=function.scratch, counters=function.counters)
 
 
 def _short(kernel: DeviceKernel) -> str:
@@ -115,7 +117,8 @@ def lower(entries: Mapping[str, Graph], target: Target, *, kernels: Choosers | N
             sizes, must = step.solved()
             equal += [(a, b, step.callee.name) for a, b in must]
             variants.append(_launches(step, sizes, target))
-        plans[name] = Plan(tuple(slots), tuple(variants), tuple(equal))
+        counters = dict.fromkeys(step.callee.counters for step in steps.steps if step.callee.counters != 0)
+        plans[name] = Plan(tuple(slots), tuple(variants), tuple(equal), tuple(counters))
     return LoweredDevice(
         tuple(module.written.values()), module.bodies, made, plans, tuple(module.faults), module.uses()
     )
