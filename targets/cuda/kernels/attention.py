@@ -303,7 +303,7 @@ def _join_parts(f: Device, form: Form, group: int, parts: Val, first: Val, row: 
             return result
 
         empty = [f.const(x, "float") for x in (_LOW, 0.0, 0.0)]
-        *found, _ = f.loop(0, parts, at_once, empty * group, step)
+        found = f.loop(0, parts, at_once, empty * group, step)
         for g in range(group):
             joined = found[3 * g : 3 * g + 3]
             if form.sinks:
