@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Sequence
 
 import attrs
 
@@ -58,16 +58,22 @@ _ONCE = frozenset(
 _PULLING = _ONCE | {ops.broadcast_to, windows, ops.softmax}
 
 
-def regions(graph: Graph, chosen: Container[object]) -> tuple[Region, ...]:
-    """The graph's kernels in an order in which every region stands behind those that it reads."""
+def regions(graph: Graph, chosen: Container[object], joined: Sequence[Region] = ()) -> tuple[Region, ...]:
+    """The graph's kernels in an order in which every region stands behind those that it reads.
+
+    joined: regions that are settled; what reads their results stands in the graph behind all of their nodes.
+    """
     inlined = _inlined(graph, chosen)
-    found = [
-        Region(
-            (node,), _leaves((node,), inlined, node.op in generic.STORED or node.op in chosen), node.op is ops.reshape
-        )
-        for node in graph.nodes
-        if node.op not in (INPUT, WEIGHT, CONSTANT) and node not in inlined
-    ]
+    taken = {node: region for region in joined for node in region.nodes}
+    left = {region: len(region.nodes) for region in joined}
+    found = []
+    for node in graph.nodes:
+        if node in taken:
+            left[taken[node]] -= 1
+            found += [taken[node]] if not left[taken[node]] else []
+        elif node.op not in (INPUT, WEIGHT, CONSTANT) and node not in inlined:
+            stored = node.op in generic.STORED or node.op in chosen
+            found.append(Region((node,), _leaves((node,), inlined, stored), node.op is ops.reshape))
     return _ordered(graph, _merged(graph, found, inlined, chosen))
 
 
@@ -128,7 +134,7 @@ def _leaves(results: tuple[Node, ...], inlined: Container[Node], stored: bool = 
 
 def _merged(graph: Graph, found: list[Region], inlined: Container[Node], chosen: Container[object]) -> list[Region]:
     """Elementwise regions of one shape that read one another become one kernel, as long as no other lies between."""
-    group: dict[Node, int] = {r.results[0]: i for i, r in enumerate(found)}
+    group: dict[Node, int] = {n: i for i, r in enumerate(found) for n in r.results}
     members: dict[int, list[Region]] = {i: [r] for i, r in enumerate(found)}
     above: dict[int, int] = {}  # per group the set of groups that it depends on, as bits
     for i, region in enumerate(found):

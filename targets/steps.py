@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -54,6 +54,19 @@ class Kernel:
 
 
 Choosers = Mapping[Op, Callable[[Node, Target], Kernel | None]]
+
+
+@attrs.frozen(eq=False)
+class Joint:
+    """Several nodes that a chosen kernel computes together: arguments of `kernel` are numbers of the region's leaves, its results those of the
+    region but for appended caches, which it writes where they are."""
+
+    region: Region
+    kernel: Kernel
+
+
+Joiner = Callable[[Graph, Target], Iterable[Joint]]
+"""What becomes one kernel in a graph, each node once; see `jisu.targets.fusion.regions`."""
 
 
 @attrs.frozen
@@ -146,6 +159,19 @@ class Kernels:
             self.counts[found[1].name, node.op.name] += 1
         return found
 
+    def joints(self, graph: Graph) -> Iterable[Joint]:
+        """What is computed together by kernels that the target has for that."""
+        return ()
+
+    def joint(self, joint: Joint) -> Callee:
+        """The kernel of a joint."""
+        key = describe(joint.region)
+        if key not in self.functions:
+            self.functions[key] = self.add(joint.kernel.function, kernel_name(joint.region))
+        callee = self.functions[key]
+        self.counts[callee.name, "+".join(dict.fromkeys(n.op.name for n in joint.region.nodes))] += 1
+        return callee
+
     def uses(self) -> tuple[KernelUse, ...]:
         """Every kernel with the number of its calls, most used first."""
         return tuple(KernelUse(name, op, count, self.choices(name)) for (name, op), count in self.counts.most_common())
@@ -219,8 +245,12 @@ class Steps:
 
     def emit(self) -> tuple[Entry, list[tuple[Dim, ...]]]:
         """Note all calls; how the entry is called, and per slot of the arena the sizes of which it takes the largest."""
-        for region in regions(self.graph, self.module.choosers):
-            self.region(region)
+        joints = {joint.region: joint for joint in self.module.joints(self.graph)}
+        for region in regions(self.graph, self.module.choosers, tuple(joints)):
+            if region in joints:
+                self.joint(joints[region])
+            else:
+                self.region(region)
         entry = self.outputs()
         return entry, self.lay_out()
 
@@ -280,14 +310,26 @@ class Steps:
             found.append((self.value(operand), operand.shape if argument.shape is None else argument.shape))
         return found
 
-    def append(self, node: Node) -> None:
-        """Append to a cache: in place where the cache is an input that nothing else reads, else to a copy."""
-        cache = node.operands[0]
-        assert cache is not None
+    def joint(self, joint: Joint) -> None:
+        """Call the kernel of several nodes."""
+        region, kernel = joint.region, joint.kernel
+        caches = {n.parents[0]: self.appended(n) for n in region.results if n.op is ops.cache_append}
+        leaves = [region.leaves[argument.operand] for argument in kernel.arguments]
+        arguments = [(caches[n] if n in caches else self.value(n), n.shape) for n in leaves]
+        made = [n for n in region.results if n.op is not ops.cache_append]
+        results = self.step(self.module.joint(joint), arguments, kernel.symbols, [n.tensor for n in made])
+        self.values.update(zip(made, results, strict=True))
+        self.values.update((n, caches[n.parents[0]]) for n in region.results if n not in made)
+
+    def appended(self, node: Node) -> Memory:
+        """Where a cache is appended to: in place where it is an input that nothing else reads, else in a copy."""
+        cache = node.parents[0]
         owned = cache.op is INPUT or (cache.op is ops.cache_append and cache not in self.graph.outputs)
-        value = self.value(cache)
-        if not owned or len(self.graph.users[cache]) > 1:
-            value = self.copy(cache)
+        return self.value(cache) if owned and len(self.graph.users[cache]) == 1 else self.copy(cache)
+
+    def append(self, node: Node) -> None:
+        """Append to a cache."""
+        cache, value = node.parents[0], self.appended(node)
         found = self.module.specialised(node)
         if found is not None:
             arguments = self.operands(node, found[0])

@@ -13,6 +13,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 from conftest import emulation
+from hypothesis import given as given_drawn
+from hypothesis import strategies as st
 
 from jisu.compiler import ops, rows
 from jisu.compiler.errors import TargetError
@@ -20,7 +22,7 @@ from jisu.compiler.graph import Graph, placeholder
 from jisu.compiler.interpret import interpret
 from jisu.compiler.types import TensorType, numpy_dtype
 from jisu.targets.cuda import device, emulated, ptx
-from jisu.targets.cuda.kernels import attention, experts, norm, products, records, thin, top
+from jisu.targets.cuda.kernels import attention, experts, heads, norm, products, records, thin, top
 from jisu.targets.cuda.kernels.attention import Form
 from jisu.targets.cuda.kernels.layers import Layer
 from jisu.targets.cuda.lowering import lower
@@ -375,6 +377,103 @@ def test_records(k: int, scheme: str, dtype: str, launch: Launch) -> None:
     assert np.isnan(rows.decode(got[[2, 3]], scheme)).all() and not got[7].any()
 
 
+@st.composite
+def chains(draw: st.DrawFn) -> tuple[heads.Heads, int, int, int]:
+    """Heads of any kind, a batch, new tokens, and tokens before."""
+    dtype, cache = (
+        draw(st.sampled_from(["float32", "bfloat16", "float16"])),
+        draw(st.sampled_from(["contiguous", "ring", "paged"])),
+    )
+    size = draw(st.sampled_from([32, 48, 64, 80, 128]))
+    scheme = draw(st.sampled_from(["none", "int8", "int4"])) if size % 64 == 0 else "none"
+    found = []
+    for kind in draw(st.sampled_from([("q", "k", "v"), ("k", "v"), ("q",), ("q", "k")])):
+        how = norm.Norm(
+            size, dtype, 1e-5, draw(st.booleans()), draw(st.booleans()), False, draw(st.sampled_from([0.0, 1.0])), draw(st.booleans())
+        )  # fmt: skip
+        how = how if how.rms else attrs.evolve(how, bias=draw(st.booleans()), offset=0.0, round_first=False)
+        has_norm, turned = kind != "v" and draw(st.booleans()), kind != "v" and draw(st.booleans())
+        found.append(
+            heads.Chain(
+                draw(st.integers(1, 5)), how if has_norm else None, draw(st.sampled_from([size, 16])) if turned else 0,
+                draw(st.booleans()), "none" if kind == "q" else scheme, "" if kind == "q" else cache,
+            )
+        )  # fmt: skip
+    tokens, past = draw(st.integers(1, 5)), draw(st.integers(0, 9))
+    return heads.Heads(tuple(found), size, dtype, 4 if cache == "paged" else 0), draw(st.integers(1, 2)), tokens, past
+
+
+def prepared_by_ops(chain: heads.Chain, arrays: dict[str, np.ndarray], length: np.ndarray, table: Any) -> np.ndarray:
+    """What the ops' meanings make of a chain."""
+    held = {**arrays, "length": length, **({} if table is None else {"table": table})}
+    nodes = {n: placeholder(n, TensorType(a.shape, a.dtype.name)) for n, a in held.items()}
+    value = nodes["x"]
+    if chain.norm is not None and chain.norm.rms:
+        rest = {"offset": chain.norm.offset, "round_first": chain.norm.round_first}
+        value = ops.rms_norm(value, nodes.get("gain"), eps=chain.norm.eps, **rest)
+    elif chain.norm is not None:
+        value = ops.layer_norm(value, nodes.get("gain"), nodes.get("bias"), eps=chain.norm.eps)
+    if chain.turned:
+        value = ops.rotary(value, nodes["cos"], nodes["sin"], interleaved=chain.interleaved)
+    if chain.scheme != "none":
+        value = ops.encode_rows(value, scheme=chain.scheme)
+    if chain.cache:
+        value = ops.cache_append(nodes["to"], value, nodes["length"], nodes.get("table"), ring=chain.cache == "ring")
+    return interpret(Graph(tuple(nodes.values()), (value,)), list(held.values()))[0]
+
+
+@given_drawn(chains())
+def test_heads(launch: Launch, drawn_: tuple[heads.Heads, int, int, int]) -> None:
+    """Against the ops' meanings: exactly, but where a norm's sum has another order, or float32 products are added in one rounding."""
+    how, b, s, past = drawn_
+    kind, rng = numpy_dtype(how.dtype), np.random.default_rng(past)
+    length, cap = np.array([past], np.int64), past + s + 1
+    if how.cached == "ring":
+        cap = max(s, past)
+    table = rng.permutation(b * cap).astype(np.int32).reshape(b, cap) if how.page else None
+    own: list[dict[str, np.ndarray]] = []
+    for chain in how.chains:
+        width = how.head_dim if chain.scheme == "none" else rows.record_bytes(chain.scheme, how.head_dim)
+        shapes = {"x": (b, s, chain.heads, how.head_dim), "gain": (how.head_dim,), "bias": (how.head_dim,)}
+        shapes |= dict.fromkeys(("cos", "sin"), (b if chain.interleaved else 1, s, chain.turned))
+        shapes["to"] = shapes["x"]
+        if chain.cache:
+            shapes["to"] = (b * cap if how.page else b, chain.heads, how.page or cap, width)
+        own.append({n: rng.standard_normal(shapes[n]).astype(kind) for n in chain.pointers})
+        if chain.scheme != "none":
+            own[-1]["to"] = rng.integers(0, 256, shapes["to"]).astype(np.uint8)
+    want = [prepared_by_ops(chain, arrays, length, table) for chain, arrays in zip(how.chains, own, strict=True)]
+    fault = np.zeros(1, np.int32)
+    arguments: list[Any] = [a for arrays in own for a in arrays.values()]
+    arguments += [length, *([] if table is None else [table]), fault] if how.cached else []
+    arguments += [b * s, s, *(a["cos"].shape[0] * s for a in own if "cos" in a)]
+    arguments += [cap, *([b * cap] if how.page else []), 1, 2, *([3] if how.page else [])] if how.cached else []
+    grid = (-(-b * s * how.count // heads.WARPS),)
+    launch(heads.prepared(how, GPU), grid, *arguments)
+    assert not fault.any()
+    for chain, arrays, expected in zip(how.chains, own, want, strict=True):
+        if chain.norm is None and not (chain.turned and how.dtype == "float32"):
+            np.testing.assert_array_equal(arrays["to"], expected)
+            continue
+        got, exact = (
+            rows.decode(a, chain.scheme) if chain.scheme != "none" else a.astype(np.float64)
+            for a in (arrays["to"], expected)
+        )
+        step = {"none": 0.0, "int8": 0.1, "int4": 1.0}[chain.scheme]
+        tolerance = {"float32": 1e-5, "float16": 4e-3, "bfloat16": 3e-2}[how.dtype]
+        assert (np.isnan(got) == np.isnan(exact)).all()
+        np.testing.assert_allclose(got, exact, rtol=tolerance, atol=tolerance + step)
+    if not how.cached:
+        return
+    # What there is no room for is a fault, and nothing is written.
+    before = [a["to"].copy() for a in own]
+    length[0] = -1 if past % 2 or how.cached == "ring" else cap * max(how.page, 1) - s + 1
+    launch(heads.prepared(how, GPU), grid, *arguments)
+    assert fault[0] == (1 if length[0] < 0 else 2)
+    for chain, a, kept in zip(how.chains, own, before, strict=True):
+        assert not chain.cache or np.array_equal(a["to"].view(np.uint8), kept.view(np.uint8))
+
+
 @pytest.mark.parametrize(("size", "first"), [(1, 1), (96, 50), (3000, 128)])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("order", [1, -1])
@@ -457,6 +556,21 @@ def of_hot_kernels(target: Target) -> dict[str, device.DeviceKernel]:
         ),
         "token": attention.attend_token(form, target),
         "tokens": attention.attend_tokens(form, target),
+        "heads": heads.prepared(
+            heads.Heads(
+                (
+                    heads.Chain(32, norm.Norm(128, "bfloat16", 1e-6, True, True, False, 0.0, True), 128),
+                    heads.Chain(
+                        8, norm.Norm(128, "bfloat16", 1e-6, True, True, False, 0.0, True), 128, False, "int8", "paged"
+                    ),
+                    heads.Chain(8, scheme="int8", cache="paged"),
+                ),
+                128,
+                "bfloat16",
+                16,
+            ),
+            target,
+        ),
         "largest": top.largest(128256, 128, "float32", False, False, target),
         "norm": norm.normed(norm.Norm(4096, "bfloat16", 1e-5, True, True, False), target),
         "expert": experts.single(MIXTRAL, False, target),

@@ -176,17 +176,25 @@ def _attention_cached(node: Node, target: Target) -> Kernel | None:
     return Kernel(function, tuple(Argument(i) for i in operands))
 
 
-def _norm(node: Node, target: Target) -> Kernel | None:
+def norm_of(node: Node) -> norm.Norm | None:
+    """What norm a node is, or None where no kernel does it."""
     x, *given = node.operands
     assert x is not None
     width = x.shape[-1]
     if not isinstance(width, int) or x.dtype not in FLOATS:
         return None
     rms = node.op is ops.rms_norm
-    how = norm.Norm(
+    return norm.Norm(
         width, x.dtype, node.eps, rms, given[0] is not None, len(given) > 1 and given[1] is not None,
         node.offset if rms else 0.0, bool(rms and node.round_first),
     )  # fmt: skip
+
+
+def _norm(node: Node, target: Target) -> Kernel | None:
+    x, how = node.operands[0], norm_of(node)
+    assert x is not None
+    if how is None:
+        return None
     rows = product(x.shape[:-1])
     operands = (0, *_present(node, *range(1, len(node.operands))))
     call = DeviceCall(norm.normed(how, target), (rows, 1, 1), tuple(range(len(operands) + 1)))

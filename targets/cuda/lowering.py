@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -19,18 +19,20 @@ from jisu.targets.cuda.device import DeviceKernel
 from jisu.targets.cuda.ptx import entry_name
 from jisu.targets.fusion import Region
 from jisu.targets.lowering import on_pointers
-from jisu.targets.steps import Callee, Choosers, Kernels, KernelUse, Step, Steps
+from jisu.targets.steps import Callee, Choosers, Joiner, Joint, Kernels, KernelUse, Step, Steps
 from jisu.targets.target import Target
+
+_Given = int | Fault | tuple[str, Any]
 
 
 @attrs.frozen
 class DeviceCall:
-    """A launch of a kernel, as choosers say it. arguments: numbers of the step's tensors (operands, results, scratch memory), or sizes as
-    ("size", dimension)."""
+    """A launch of a kernel, as choosers say it. arguments: numbers of the step's tensors (operands, results, scratch memory), sizes as
+    ("size", dimension), the address of the flag of faults as (FAULT, 0), or a fault, whose number that is."""
 
     kernel: DeviceKernel
     grid: tuple[Dim, Dim, Dim]
-    arguments: tuple[int | tuple[str, Dim], ...]
+    arguments: tuple[_Given, ...]
 
 
 @attrs.frozen
@@ -60,8 +62,9 @@ class LoweredDevice:
 
 
 class _Kernels(Kernels):
-    def __init__(self, target: Target, choosers: Choosers) -> None:
+    def __init__(self, target: Target, choosers: Choosers, joiners: Sequence[Joiner]) -> None:
         super().__init__(target, choosers, {})
+        self.joiners = joiners
         self.faults: list[Fault] = []
         self.written: dict[str, DeviceKernel] = {}
         self.bodies: dict[str, Any] = {}
@@ -72,6 +75,11 @@ class _Kernels(Kernels):
         builder = functools.partial(DeviceBuilder, target=self.target, faults=self.faults)
         made: GenericKernel = generic.kernel(name, region.results, region.leaves, builder)
         return made
+
+    def joints(self, graph: Graph) -> Iterator[Joint]:
+        """What kernels compute together."""
+        for joiner in self.joiners:
+            yield from joiner(graph, self.target)
 
     def choices(self, name: str) -> tuple[str, ...]:
         """The kernels of a name, each with the sizes that it is for."""
@@ -91,6 +99,7 @@ class _Kernels(Kernels):
         for _, calls in function.variants:
             for call in calls:
                 self.written[call.kernel.name] = call.kernel
+                self.faults += [a for a in call.arguments if isinstance(a, Fault) and a not in self.faults]
         return Callee(function, name, scratch=function.scratch, counters=function.counters)
 
 
@@ -105,8 +114,9 @@ def lower(entries: Mapping[str, Graph], target: Target, *, kernels: Choosers | N
     Raises CompileError for a graph that can't be lowered, naming the op.
     """
     from jisu.targets.cuda.choose import CHOOSERS  # which imports this module
+    from jisu.targets.cuda.join import JOINERS
 
-    module = _Kernels(target, CHOOSERS if kernels is None else kernels)
+    module = _Kernels(target, CHOOSERS if kernels is None else kernels, JOINERS if kernels is None else ())
     made: dict[str, Entry] = {}
     plans: dict[str, Plan] = {}
     for name, graph in entries.items():
@@ -116,7 +126,7 @@ def lower(entries: Mapping[str, Graph], target: Target, *, kernels: Choosers | N
         for step in steps.steps:
             sizes, must = step.solved()
             equal += [(a, b, step.callee.name) for a, b in must]
-            variants.append(_launches(step, sizes, target))
+            variants.append(_launches(step, sizes, target, module.faults))
         counters = dict.fromkeys(step.callee.counters for step in steps.steps if step.callee.counters != 0)
         plans[name] = Plan(tuple(slots), tuple(variants), tuple(equal), tuple(counters))
     return LoweredDevice(
@@ -124,14 +134,26 @@ def lower(entries: Mapping[str, Graph], target: Target, *, kernels: Choosers | N
     )
 
 
-def _launches(step: Step, sizes: Sequence[Dim], target: Target) -> tuple[Variant, ...]:
+def _is_pointer(argument: _Given) -> bool:
+    """Whether a kernel takes it as an address."""
+    return isinstance(argument, int) or argument == (FAULT, 0)
+
+
+def _argument(argument: _Given, given: Sequence[Argument], faults: Sequence[Fault]) -> Argument:
+    """A launch's argument, from those of its step."""
+    if isinstance(argument, Fault):
+        return faults.index(argument) + 1
+    return given[argument] if isinstance(argument, int) else (FAULT, 0) if _is_pointer(argument) else argument[1]
+
+
+def _launches(step: Step, sizes: Sequence[Dim], target: Target, faults: Sequence[Fault]) -> tuple[Variant, ...]:
     """A step with its arguments as the run time finds them."""
     given: list[Argument] = [(a[0].kind, a[0].number) if isinstance(a, tuple) else a for a in step.arguments]
     code = step.callee.code
     if isinstance(code, DeviceFunction):
         for _, calls in code.variants:
             for call in calls:
-                kinds = tuple("ptr" if isinstance(a, int) else "i64" for a in call.arguments)
+                kinds = tuple("ptr" if _is_pointer(a) else "i64" for a in call.arguments)
                 if kinds != call.kernel.parameters:
                     raise CompileError(f"{call.kernel.name} takes {call.kernel.parameters}, not {kinds}")
         return tuple(
@@ -140,7 +162,7 @@ def _launches(step: Step, sizes: Sequence[Dim], target: Target) -> tuple[Variant
                 tuple(
                     Launch(
                         entry_name(call.kernel), call.grid, call.kernel.threads, call.kernel.shared_bytes,
-                        tuple(given[a] if isinstance(a, int) else a[1] for a in call.arguments),
+                        tuple(_argument(a, given, faults) for a in call.arguments),
                         call.kernel.early and all(_is_weight(given, call.arguments[n]) for n in call.kernel.ahead),
                     )
                     for call in calls
@@ -161,7 +183,7 @@ def _launches(step: Step, sizes: Sequence[Dim], target: Target) -> tuple[Variant
     return (Variant((), tuple(launches)),)
 
 
-def _is_weight(given: Sequence[Argument], argument: int | tuple[str, Dim]) -> bool:
+def _is_weight(given: Sequence[Argument], argument: _Given) -> bool:
     """Whether a kernel's argument is memory that no kernel writes."""
     held = given[argument] if isinstance(argument, int) else None
     return isinstance(held, tuple) and held[0] == "weight"
