@@ -113,6 +113,49 @@ def test_few_rows(rows: int, m: int, n: int, k: int, late: bool, order: int, lau
     multiplied(launch, thin.thin(layer, rows, GPU), grid, m, n, k, late=late, order=order)
 
 
+@pytest.mark.parametrize(
+    ("n", "k", "scheme"), [(64, 512, ""), (1000, 64, ""), (72, 96, ""), (4096, 128, "int4"), (48, 256, "int8")]
+)
+@pytest.mark.parametrize("rms", [True, False])
+@RACES
+def test_a_row_and_its_norm(n: int, k: int, scheme: str, rms: bool, late: bool, order: int, launch: Launch) -> None:
+    """Whichever block is done last norms the results: to the bit what the two kernels give one after the other."""
+    how = norm.Norm(n, "bfloat16", 1e-5, rms, True, not rms)
+    layer = Layer(k, (n,), residual=True, scheme=scheme)
+    x, gain, bias, r = (drawn(i, *shape) for i, shape in enumerate(((1, k), (n,), (n,), (1, n))))
+    w = (
+        drawn(4, n, k)
+        if not scheme
+        else np.random.default_rng(4).integers(0, 256, (n, layer.row_bytes)).astype(np.uint8)
+    )
+    scales = [np.full((n, 1), 0.01, np.float16)] if scheme else []
+    found = [drawn(i, 2, n) for i in (5, 6, 5, 6)]
+    given_norm, counter = [gain] if rms else [gain, bias], np.zeros(1, np.int32)
+    grid, both = (layer.tiles(thin.OUTPUTS), 1), {"late": late, "order": order}
+    kernel = thin.thin(layer, 8, GPU, how)
+    launch(kernel, grid, x, w, *scales, r, found[0], 1, *given_norm, found[1], counter, **both)
+    assert not counter.any()
+    launch(thin.thin(layer, 8, GPU), grid, x, w, *scales, r, found[2], 1, **both)
+    launch(norm.normed(how, GPU), (1,), found[2], *given_norm, found[3])
+    tolerance = (
+        0 if norm.normed(how, GPU).threads == kernel.threads else 1e-2
+    )  # sums have an order for each number of threads
+    for one, other in zip(found[:2], found[2:], strict=True):
+        np.testing.assert_allclose(one.astype(np.float64), other.astype(np.float64), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("fault", ["the first joins", "counters stay"])
+def test_a_row_that_is_normed_too_early_shows(fault: str, launch: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
+    counted = device.Device.counted
+    wrong = {
+        "the first joins": lambda self, address, most: most - counted(self, address, most),
+        "counters stay": lambda self, address, most: counted(self, address, most + 1),
+    }
+    monkeypatch.setattr(device.Device, "counted", wrong[fault])
+    with pytest.raises(AssertionError):
+        test_a_row_and_its_norm(64, 512, "", True, True, 1, launch)
+
+
 @pytest.mark.parametrize(("m", "n", "k"), [(128, 128, 64), (1, 1, 32), (130, 70, 160), (17, 200, 96)])
 @RACES
 def test_many_rows(m: int, n: int, k: int, late: bool, order: int, launch: Launch) -> None:
@@ -544,6 +587,12 @@ def of_hot_kernels(target: Target) -> dict[str, device.DeviceKernel]:
     made = {
         "few": thin.thin(wide, 8, target),
         "few codes": thin.thin(Layer(4096, (4096,), **CODES), 8, target),
+        "few codes and a norm": thin.thin(
+            Layer(4096, (4096,), residual=True, **CODES),
+            8,
+            target,
+            norm.Norm(4096, "bfloat16", 1e-5, True, True, False),
+        ),
         "many": products.product(wide, products.LARGE, target),
         "some": products.product(wide, products.SMALL, target),
         "some codes": products.product(Layer(4096, (4096,), **CODES), products.SMALL, target),
@@ -611,6 +660,7 @@ MOST_REGISTERS = {
     "expert's last layer": 64,
     "few of experts": 64,
     "few codes": 80,
+    "few codes and a norm": 80,
     "few small floats": 80,
     "few of a table": 80,
     "many": 128,

@@ -30,23 +30,38 @@ def _least(a: Dim, b: int) -> Dim:
     return min(a, b) if isinstance(a, int) else sympy.Min(a, b)
 
 
-def _layer(layer: Layer, rows: Dim, operands: tuple[int, ...], target: Target) -> Kernel:
-    """A linear layer: few rows by streaming weights, many in tiles. operands: of the node, in the order of the layer's parameters."""
+def _layer(layer: Layer, rows: Dim, operands: tuple[int, ...], target: Target, then: norm.Norm | None = None) -> Kernel:
+    """A linear layer: few rows by streaming weights, many in tiles. operands: of the node, in the order of the layer's parameters.
+
+    then: a norm of the results, whose operands follow the layer's, and whose results the layer's.
+    """
     layer.require()
     require_activation(layer.activation)
-    numbers: tuple[int | tuple[str, Dim], ...] = tuple(range(len(layer.parameters) - 1))
-    arguments = (*numbers, ("size", rows))
+    count = len(operands)
+    given = tuple(range(count, count + len(then.pointers) - 2)) if then is not None else ()
+    first = count + len(given)  # of the results
+    results = tuple(range(first, first + len(layer.outputs)))
+    arguments: tuple[int | tuple[str, Dim], ...] = (*range(count), *results, ("size", rows))
+    behind: tuple[DeviceCall, ...] = ()
     variants: list[tuple[tuple[tuple[Dim, int], ...], tuple[DeviceCall, ...]]] = []
+    if then is not None:
+        behind = (DeviceCall(norm.normed(then, target), (rows, 1, 1), (first, *given, first + 1)),)
+        kernel = thin.thin(layer, thin.ROWS[0], target, then)
+        both = DeviceCall(
+            kernel, (layer.tiles(thin.OUTPUTS), 1, 1), (*arguments, *given, first + 1, first + 2)
+        )  # fmt: skip
+        variants.append((((rows, 1),), (both,)))
     for most in thin.ROWS:
         kernel = thin.thin(layer, most, target)
         call = DeviceCall(kernel, (layer.tiles(thin.OUTPUTS), _ceiling(rows, most), 1), arguments)
-        variants.append((((rows, most),), (call,)))
+        variants.append((((rows, most),), (call, *behind)))
     for kernel, tile, most in _products(layer, target):
         grid = (_ceiling(rows, tile.rows), layer.tiles(tile.outputs), 1)
-        variants.append((((rows, most),) if most else (), (DeviceCall(kernel, grid, arguments),)))
+        variants.append((((rows, most),) if most else (), (DeviceCall(kernel, grid, arguments), *behind)))
     if variants[-1][0]:  # no product reads the layer: few rows at a time
         variants.append(((), variants[-1][1]))
-    return Kernel(DeviceFunction(tuple(variants)), tuple(Argument(i) for i in operands))
+    function = DeviceFunction(tuple(variants), counters=0 if then is None else 1)
+    return Kernel(function, tuple(Argument(i) for i in operands))
 
 
 def _products(layer: Layer, target: Target) -> Iterator[tuple[DeviceKernel, products.Tile, int]]:
@@ -72,7 +87,7 @@ def _one_output_per_panel(packed: Node | None, axis: int) -> bool:
     return packed is not None and all(d == 1 for d in packed.shape[axis:])
 
 
-def _linear(node: Node, target: Target) -> Kernel | None:
+def _linear(node: Node, target: Target, then: norm.Norm | None = None) -> Kernel | None:
     x, w = node.operands[:2]
     assert x is not None
     if not _one_output_per_panel(w, 2):
@@ -81,7 +96,7 @@ def _linear(node: Node, target: Target) -> Kernel | None:
         int(x.shape[-1]), (node.outputs,), node.dtype, activation=node.activation,
         bias=node.operands[2] is not None, residual=node.operands[3] is not None,
     )  # fmt: skip
-    return _layer(layer, product(x.shape[:-1]), (0, 1, *_present(node, 2, 3)), target)
+    return _layer(layer, product(x.shape[:-1]), (0, 1, *_present(node, 2, 3)), target, then)
 
 
 def _gated(node: Node, target: Target) -> Kernel | None:
@@ -103,7 +118,7 @@ def _projections(node: Node, target: Target) -> Kernel | None:
     return _layer(layer, product(x.shape[:-1]), tuple(range(len(node.operands))), target)
 
 
-def _quantized(node: Node, target: Target) -> Kernel | None:
+def _quantized(node: Node, target: Target, then: norm.Norm | None = None) -> Kernel | None:
     x, codes, scales, zeros, bias, residual = node.operands
     assert x is not None and scales is not None
     if not _one_output_per_panel(codes, -2):
@@ -112,7 +127,7 @@ def _quantized(node: Node, target: Target) -> Kernel | None:
         int(x.shape[-1]), (node.outputs,), node.dtype, node.gated, False, node.activation, bias is not None, residual is not None,
         node.scheme, node.group, scales.dtype, zeros is not None,
     )  # fmt: skip
-    return _layer(layer, product(x.shape[:-1]), (0, 1, 2, *_present(node, 3, 4, 5)), target)
+    return _layer(layer, product(x.shape[:-1]), (0, 1, 2, *_present(node, 3, 4, 5)), target, then)
 
 
 _KEYS_PER_PART = 256  # of one token's attention, at least, so that parts are worth their merging
@@ -309,6 +324,9 @@ def _experts(node: Node, target: Target) -> Kernel | None:
     )
     return Kernel(DeviceFunction(tuple(variants), scratch), tuple(Argument(i) for i in range(5)))
 
+
+NORMED = {ops.packed_linear: _linear, ops.quantized_linear: _quantized}
+"""Choosers that take a norm of the node's results, too: its operands follow the node's own."""
 
 CHOOSERS: Choosers = {
     ops.sort: _sort,

@@ -202,6 +202,20 @@ class Device(Function):
             f'atomicrmw uinc_wrap {address.type} {address.name}, i32 {most.name} syncscope("device") monotonic', "i32"
         )
 
+    def is_last(self, counter: Val, others: Val) -> Val:
+        """Whether this block is the last of others + 1 (i32) that come here, for which what all of them wrote before is there; see `counted`."""
+        word = self.shared(4, 4)
+
+        def count() -> None:
+            self.visible()
+            self.store(self.counted(counter, others), word)
+            self.visible()
+
+        self.barrier()
+        self.when(self.thread().cmp("eq", 0), count)
+        self.barrier()
+        return self.load("i32", word).cmp("eq", others)
+
     def sum_of_warp(self, value: Val) -> Val:
         """The sum of float32 over the warp's threads, the same in all of them; the order is fixed."""
         return self.sum_of_lanes(value, WARP)

@@ -1,8 +1,8 @@
-"""Which nodes become one kernel written for GPUs: what stands between projections and attention."""
+"""Which nodes become one kernel written for GPUs: what stands between projections and attention, and norms of a layer's results."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 
 import attrs
 import sympy
@@ -14,7 +14,7 @@ from jisu.compiler.launches import FAULT
 from jisu.compiler.types import Dim, dim, product, same_dim, same_shape
 from jisu.targets.cpu.generic.nn import BEYOND, NEGATIVE, NO_PAGE
 from jisu.targets.cuda.builder import Fault
-from jisu.targets.cuda.choose import norm_of
+from jisu.targets.cuda.choose import NORMED, norm_of
 from jisu.targets.cuda.kernels.heads import WARPS, Chain, Heads, prepared
 from jisu.targets.cuda.lowering import DeviceCall, DeviceFunction
 from jisu.targets.fusion import Region
@@ -75,22 +75,48 @@ def _chain(last: Node, graph: Graph) -> _Found | None:
 
 def heads_of_attention(graph: Graph, target: Target) -> Iterator[Joint]:
     """Per attention over a cache: norms, rotary embeddings and records of its queries, keys and values, and their appending."""
-    place = {node: i for i, node in enumerate(graph.nodes)}
     done: set[Node] = set()
     for attention in (n for n in graph.nodes if n.op is ops.attention_cached):
         lasts = [n for n in dict.fromkeys(attention.parents[:3]) if n not in done]
         found = [f for f in (_chain(n, graph) for n in lasts) if f is not None]
         found = [f for f in found if _alike(f, found[-1])]
         nodes = {n for f in found for n in f.nodes}
-        end = max((place[n] for n in nodes), default=0)
-        # What reads the results must come behind all of them.
-        early = any(place[user] < end for n in nodes for user in graph.users[n] if user not in nodes)
-        if not found or early:
+        if not found or not _together(nodes, graph):
             continue
         joint = _joint(found, target)
         if joint is not None:
             done |= nodes
             yield joint
+
+
+def _together(nodes: Container[Node], graph: Graph) -> bool:
+    """Whether what reads the nodes' results comes behind all of them."""
+    read = False
+    for node in reversed(graph.nodes):
+        if node in nodes:
+            read = True
+        elif read and any(parent in nodes for parent in node.parents):
+            return False
+    return True
+
+
+def norms_of_results(graph: Graph, target: Target) -> Iterator[Joint]:
+    """Layers with a norm of their results."""
+    for node in graph.nodes:
+        if node.op not in (ops.rms_norm, ops.layer_norm) or node.parents[0].op not in NORMED:
+            continue
+        layer, how = node.parents[0], norm_of(node)
+        if how is None or not _together((layer, node), graph):
+            continue
+        try:
+            kernel = NORMED[layer.op](layer, target, how)
+        except TargetError:
+            continue
+        if kernel is not None:
+            read = [layer.operands[argument.operand] for argument in kernel.arguments]
+            leaves = tuple(dict.fromkeys(n for n in (*read, *node.parents[1:]) if n is not None))
+            given = tuple(Argument(leaves.index(n)) for n in (*read, *node.parents[1:]) if n is not None)
+            yield Joint(Region((layer, node), leaves), Kernel(kernel.function, given))
 
 
 def _alike(one: _Found, other: _Found) -> bool:
@@ -142,5 +168,5 @@ def _joint(found: list[_Found], target: Target) -> Joint | None:
     )
 
 
-JOINERS: tuple[Joiner, ...] = (heads_of_attention,)
+JOINERS: tuple[Joiner, ...] = (heads_of_attention, norms_of_results)
 """See `jisu.targets.cuda.lowering.lower`."""

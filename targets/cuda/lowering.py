@@ -10,7 +10,7 @@ import attrs
 
 from jisu.compiler.entry import Entry
 from jisu.compiler.errors import CompileError
-from jisu.compiler.graph import Graph
+from jisu.compiler.graph import Graph, Node
 from jisu.compiler.launches import FAULT, Argument, Launch, Plan, Variant
 from jisu.compiler.types import Dim
 from jisu.targets.cpu import generic
@@ -78,8 +78,12 @@ class _Kernels(Kernels):
 
     def joints(self, graph: Graph) -> Iterator[Joint]:
         """What kernels compute together."""
+        taken: set[Node] = set()
         for joiner in self.joiners:
-            yield from joiner(graph, self.target)
+            for joint in joiner(graph, self.target):
+                if taken.isdisjoint(joint.region.nodes):
+                    taken.update(joint.region.nodes)
+                    yield joint
 
     def choices(self, name: str) -> tuple[str, ...]:
         """The kernels of a name, each with the sizes that it is for."""

@@ -265,19 +265,8 @@ def attend_token(form: Form, target: Target) -> DeviceKernel:
             f.store(found[2], f.at(out, c + 2, "float32"))
 
         f.loop(thread, head_dim, warps * WARP, [], join)
-    f.barrier()
-    others = f.cast("trunc", parts - 1, "i32")
-    word = f.at(held, 0, "float32")
-
-    def count() -> None:
-        f.visible()
-        counter = f.at(given["counters"], b * (heads // group) + own, "int32")
-        f.store(f.cast("bitcast", f.counted(counter, others), "float"), word)
-        f.visible()
-
-    f.when(thread.cmp("eq", 0), count)
-    f.barrier()
-    is_last = f.cast("bitcast", f.load("float", word), "i32").cmp("eq", others)
+    counter = f.at(given["counters"], b * (heads // group) + own, "int32")
+    is_last = f.is_last(counter, f.cast("trunc", parts - 1, "i32"))
     f.when(is_last, lambda: _join_parts(f, form, group, parts, own * group, head0, given))
     return f.built()
 

@@ -139,7 +139,7 @@ class Rows:
 
 def part_of(f: Device, layer: Layer, block: Val, rows: int) -> Part:
     """What block number `block` of tiles of `rows` rows of W works on."""
-    given = {name: value for (_, name), value in zip(layer.parameters, f.params(), strict=True)}
+    given = {name: value for (_, name), value in zip(layer.parameters, f.params(), strict=False)}
 
     starts = [0]
     for count in layer.outputs[:-1]:

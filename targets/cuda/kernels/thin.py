@@ -15,6 +15,7 @@ from jisu.targets.cuda.kernels.layers import (
     row_address,
     scale_and_zero,
 )
+from jisu.targets.cuda.kernels.norm import Norm, norm_row
 from jisu.targets.target import Target
 
 OUTPUTS = 16
@@ -28,8 +29,11 @@ _STAGES = (
 _STAGE_BYTES = 2 * 16 * WARPS * WARP
 
 
-def thin(layer: Layer, rows: int, target: Target) -> DeviceKernel:
+def thin(layer: Layer, rows: int, target: Target, then: Norm | None = None) -> DeviceKernel:
     """The layer, `rows` rows of x (one of `ROWS`) at a time. Parameters: `Layer.parameters`. Grid: `layer.tiles(OUTPUTS)`, parts of rows.
+
+    then: the norm of the one row that results are, by the block that is done last; more parameters: the norm's gain and bias, where its
+    results go, and a counter int32 (0 before and after).
 
     A block has 16 rows of W; its warps take turns along the inputs. Of a row, each of four threads loads 16 bytes at a time: the weights of
     such a chunk and the same inputs of x are what `mma` sums over, in whatever order, as long as it is the same for both. Partial sums of
@@ -37,11 +41,19 @@ def thin(layer: Layer, rows: int, target: Target) -> DeviceKernel:
     """
     layer.require()
     weights = [name for _, name in layer.parameters if name[0] in "wv"]
-    f = Device(f"thin{rows}_{layer.name}", layer.parameters, target, WARPS * WARP, ahead=weights)
-    given = {name: value for (_, name), value in zip(layer.parameters, f.params(), strict=True)}
+    behind = [] if then is None else [("ptr", f"norm_{name}") for name in (*then.pointers[1:], "counter")]
+    name, parameters = f"thin{rows}_{layer.name}{'' if then is None else '_normed'}", [*layer.parameters, *behind]
+    f = Device(name, parameters, target, WARPS * WARP, ahead=weights)
+    given = {name: value for (_, name), value in zip(parameters, f.params(), strict=True)}
     residual = f.memory(given["r"]) if layer.residual else None
     own = Rows(f, f.block("y") * rows, given["m"])
-    multiply_thin(f, layer, rows, f.memory(given["x"]), part_of(f, layer, f.block(), OUTPUTS), own, residual)
+    part = part_of(f, layer, f.block(), OUTPUTS)
+    multiply_thin(f, layer, rows, f.memory(given["x"]), part, own, residual)
+    if then is not None:
+        found = {"x": part.y, **{n: f.memory(given[f"norm_{n}"]) for n in then.pointers[1:]}}
+        others = f.const(layer.tiles(OUTPUTS) - 1, "i32")
+        is_last = f.is_last(f.memory(given["norm_counter"]), others)
+        f.when(is_last, lambda: norm_row(f, then, f.i64(0), found))
     return f.built()
 
 
