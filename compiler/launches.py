@@ -11,7 +11,7 @@ from typing import Any, Union
 import attrs
 
 from jisu.compiler.text import parse_dim
-from jisu.compiler.types import Dim
+from jisu.compiler.types import Dim, substitute
 
 CUBIN, OWN_PTX, PTX, PLANS = "kernels.cubin", "kernels.own.ptx", "kernels.ptx", "plans.json"
 """Files of a program for a GPU: machine code (where CUDA's assembler was at hand), PTX with what only that GPU has (where there is such),
@@ -19,6 +19,9 @@ PTX for it and later ones, and per entry its plan."""
 
 FAULT = "fault"
 """The address of the number of the first fault that a kernel met (int32, 0 for none; see `Plan.faults`)."""
+
+GAP_S = 1e-6
+"""Seconds between the end of a kernel in a CUDA graph and the beginning of the next one that waits for it before it begins: about, not measured."""
 
 COUNTERS = "counters"
 """The address of numbers int32 that are 0 before each launch and after it."""
@@ -49,6 +52,10 @@ class Variant:
     at_most: tuple[tuple[Dim, int], ...]
     launches: tuple[Launch, ...]
 
+    def holds(self, env: Mapping[str, int]) -> bool:
+        """Whether it does with these sizes."""
+        return all(size_at(dim, env) <= bound for dim, bound in self.at_most)
+
 
 @attrs.frozen
 class Plan:
@@ -62,6 +69,13 @@ class Plan:
     steps: tuple[tuple[Variant, ...], ...]
     equal: tuple[tuple[Dim, Dim, str], ...] = ()
     counters: tuple[Dim, ...] = ()
+
+    def launches(self, env: Mapping[str, int]) -> tuple[Launch, ...]:
+        """What is launched with these sizes on the GPU that the plan was made for."""
+        chosen = (next(v for v in step if v.holds(env)) for step in self.steps)
+        return tuple(
+            launch for variant in chosen for launch in variant.launches if all(size_at(n, env) for n in launch.grid)
+        )
 
     def to_json(self) -> dict[str, Any]:
         """As JSON has it; dimensions are numbers or text."""
@@ -114,6 +128,11 @@ class Plan:
         slots = tuple(tuple(_dim(d) for d in sizes) for sizes in data["slots"])
         equal = tuple((_dim(a), _dim(b), str(who)) for a, b, who in data["equal"])
         return cls(slots, tuple(steps), equal, tuple(_dim(d) for d in data["counters"]))
+
+
+def size_at(value: Dim, env: Mapping[str, int]) -> int:
+    """A dimension's size where its symbols have these."""
+    return value if isinstance(value, int) else int(substitute(value, env))  # type: ignore[call-overload]
 
 
 def _text(value: Dim) -> int | str:

@@ -28,7 +28,7 @@ from jisu.compiler.errors import (
 )
 from jisu.compiler.gpu import Driver
 from jisu.compiler.interpret import bind_types
-from jisu.compiler.launches import COUNTERS, CUBIN, FAULT, OWN_PTX, PLANS, PTX, Plan, Variant
+from jisu.compiler.launches import COUNTERS, CUBIN, FAULT, OWN_PTX, PLANS, PTX, Plan, Variant, size_at
 from jisu.compiler.storage import aligned
 from jisu.compiler.types import numpy_dtype, substitute
 from jisu.runtime.executable import Held, hold
@@ -511,9 +511,9 @@ class DeviceExecutable:
         places, total = [], 0
         for sizes in plan.slots:
             places.append(total)
-            largest = max(_size(s, env) for s in sizes)
+            largest = max(size_at(s, env) for s in sizes)
             total += -(-largest // _ALIGNMENT) * _ALIGNMENT
-        counters = max((_size(n, env) for n in plan.counters), default=0)
+        counters = max((size_at(n, env) for n in plan.counters), default=0)
         if total > self._arena.nbytes or counters > self._counters.shape[0]:
             self._settle()
             for old in list(self._runs):  # their launches name what was before
@@ -530,7 +530,7 @@ class DeviceExecutable:
 
         def value(argument: Any) -> int:
             if not isinstance(argument, tuple):
-                return _size(argument, env)
+                return size_at(argument, env)
             kind, number = argument
             if kind == "arena":
                 return base + places[number]
@@ -540,7 +540,7 @@ class DeviceExecutable:
         calls: list[_Call] = []
         for step in plan.steps:
             for launch in self._chosen(step, env).launches:
-                grid = tuple(_size(d, env) for d in launch.grid)
+                grid = tuple(size_at(d, env) for d in launch.grid)
                 if 0 in grid:
                     continue
                 function = self._function(launch.kernel)
@@ -564,9 +564,7 @@ class DeviceExecutable:
     def _chosen(self, step: Sequence[Variant], env: Mapping[str, int]) -> Variant:
         """The first variant whose bounds hold and whose kernels this module has."""
         for variant in step:
-            if all(_size(d, env) <= bound for d, bound in variant.at_most) and all(
-                self._function(launch.kernel) is not None for launch in variant.launches
-            ):
+            if variant.holds(env) and all(self._function(launch.kernel) is not None for launch in variant.launches):
                 return variant
         raise ArtifactError(f"the program has no kernel for {step[0].launches[0].kernel} on this GPU")
 
@@ -631,10 +629,6 @@ _READ_IN_PLACE = 64 << 20
 def _in_place(number: int, given: Any, called: Entry) -> bool:
     """Whether an input on the GPU is used where it is: what the entry updates, and what is large."""
     return isinstance(given, DeviceArray) and (number in called.aliases or given.nbytes >= _READ_IN_PLACE)
-
-
-def _size(value: Any, env: Mapping[str, int]) -> int:
-    return value if isinstance(value, int) else int(substitute(value, env))  # type: ignore[call-overload]
 
 
 def _pinned(driver: Driver, nbytes: int) -> np.ndarray:

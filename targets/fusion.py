@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Container, Iterable, Iterator, Sequence
 
 import attrs
+import networkx as nx
 
 from jisu.compiler import ops
 from jisu.compiler.graph import CONSTANT, INPUT, WEIGHT, Graph, Node
@@ -61,20 +62,29 @@ _PULLING = _ONCE | {ops.broadcast_to, windows, ops.softmax}
 def regions(graph: Graph, chosen: Container[object], joined: Sequence[Region] = ()) -> tuple[Region, ...]:
     """The graph's kernels in an order in which every region stands behind those that it reads.
 
-    joined: regions that are settled; what reads their results stands in the graph behind all of their nodes.
+    joined: regions that are settled, which are `separable`.
     """
     inlined = _inlined(graph, chosen)
-    taken = {node: region for region in joined for node in region.nodes}
-    left = {region: len(region.nodes) for region in joined}
-    found = []
+    taken = {node for region in joined for node in region.nodes}
+    found = list(joined)
     for node in graph.nodes:
-        if node in taken:
-            left[taken[node]] -= 1
-            found += [taken[node]] if not left[taken[node]] else []
-        elif node.op not in (INPUT, WEIGHT, CONSTANT) and node not in inlined:
+        if node.op not in (INPUT, WEIGHT, CONSTANT) and node not in inlined and node not in taken:
             stored = node.op in generic.STORED or node.op in chosen
             found.append(Region((node,), _leaves((node,), inlined, stored), node.op is ops.reshape))
-    return _ordered(graph, _merged(graph, found, inlined, chosen))
+    return _ordered(graph, _merged(graph, list(_ordered(graph, found)), inlined, chosen))
+
+
+def separable(graph: Graph, joined: Iterable[Region]) -> bool:
+    """Whether regions can be computed one after another: each node at most in one, and none needs what another makes of its results."""
+    number: dict[Node, int] = {}
+    for i, region in enumerate(joined):
+        for node in region.nodes:
+            if number.setdefault(node, -1 - i) != -1 - i:
+                return False
+    for i, node in enumerate(graph.nodes):
+        number.setdefault(node, i)
+    edges = {(number[parent], number[node]) for node in graph.nodes for parent in node.parents}
+    return nx.is_directed_acyclic_graph(nx.DiGraph((a, b) for a, b in edges if a != b))
 
 
 def _inlined(graph: Graph, chosen: Container[object]) -> dict[Node, int]:
@@ -189,7 +199,9 @@ def _lives_outside(user: Node, inside: Container[Node], inlined: Container[Node]
 
 def _mergeable(region: Region, chosen: Container[object]) -> bool:
     node = region.results[0]
-    return node.op in ELEMENTWISE and node.op not in chosen and not is_checked(region.nodes)
+    return (
+        len(region.results) == 1 and node.op in ELEMENTWISE and node.op not in chosen and not is_checked(region.nodes)
+    )
 
 
 def _bits(indices: Iterable[int]) -> int:

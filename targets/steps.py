@@ -23,7 +23,7 @@ from jisu.targets.arena import Lifetime, share
 from jisu.targets.cpu import generic
 from jisu.targets.cpu.generic.build import extra_symbols
 from jisu.targets.cpu.generic.element import always_pulled
-from jisu.targets.fusion import Region, regions
+from jisu.targets.fusion import Region, regions, separable
 from jisu.targets.schedule import Schedules, kernel_key
 from jisu.targets.target import Target
 
@@ -66,7 +66,7 @@ class Joint:
 
 
 Joiner = Callable[[Graph, Target], Iterable[Joint]]
-"""What becomes one kernel in a graph, each node once; see `jisu.targets.fusion.regions`."""
+"""What may become one kernel in a graph."""
 
 
 @attrs.frozen
@@ -159,8 +159,8 @@ class Kernels:
             self.counts[found[1].name, node.op.name] += 1
         return found
 
-    def joints(self, graph: Graph) -> Iterable[Joint]:
-        """What is computed together by kernels that the target has for that."""
+    def joints(self, graph: Graph) -> Iterable[Sequence[Joint]]:
+        """What may be computed together by kernels that the target has for that, kind by kind."""
         return ()
 
     def joint(self, joint: Joint) -> Callee:
@@ -245,7 +245,7 @@ class Steps:
 
     def emit(self) -> tuple[Entry, list[tuple[Dim, ...]]]:
         """Note all calls; how the entry is called, and per slot of the arena the sizes of which it takes the largest."""
-        joints = {joint.region: joint for joint in self.module.joints(self.graph)}
+        joints = self.joints()
         for region in regions(self.graph, self.module.choosers, tuple(joints)):
             if region in joints:
                 self.joint(joints[region])
@@ -253,6 +253,20 @@ class Steps:
                 self.region(region)
         entry = self.outputs()
         return entry, self.lay_out()
+
+    def joints(self) -> dict[Region, Joint]:
+        """What is computed together: of what the target has kernels for as much as can be computed one after another."""
+        joints: dict[Region, Joint] = {}
+        for kind in self.module.joints(self.graph):
+            # Mostly that is all of a kind, and one look at the graph does for them.
+            every = {joint.region: joint for joint in kind}
+            if separable(self.graph, (*joints, *every)):
+                joints |= every
+                continue
+            for region, joint in every.items():
+                if separable(self.graph, (*joints, region)):
+                    joints[region] = joint
+        return joints
 
     def region(self, region: Region) -> None:
         """Note the calls that compute a region's results."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterator, Sequence
 
 import sympy
 
@@ -30,6 +31,7 @@ def _least(a: Dim, b: int) -> Dim:
     return min(a, b) if isinstance(a, int) else sympy.Min(a, b)
 
 
+@functools.lru_cache(maxsize=256)
 def _layer(layer: Layer, rows: Dim, operands: tuple[int, ...], target: Target, then: norm.Norm | None = None) -> Kernel:
     """A linear layer: few rows by streaming weights, many in tiles. operands: of the node, in the order of the layer's parameters.
 
@@ -116,6 +118,21 @@ def _projections(node: Node, target: Target) -> Kernel | None:
         return None
     layer = Layer(int(x.shape[-1]), tuple(node.outputs), x.dtype, bias=node.biased)
     return _layer(layer, product(x.shape[:-1]), tuple(range(len(node.operands))), target)
+
+
+def together(nodes: Sequence[Node], target: Target) -> Kernel | None:
+    """Layers of codes of one input, alike but for their outputs, with neither activation nor residual: the kernel's arguments are numbers of x,
+    then all codes, all scales, all zeros and all biases."""
+    x, codes, scales, zeros, bias, _ = nodes[0].operands
+    assert x is not None and scales is not None
+    if not all(_one_output_per_panel(node.operands[1], -2) for node in nodes):
+        return None
+    layer = Layer(
+        int(x.shape[-1]), tuple(node.outputs for node in nodes), x.dtype, bias=bias is not None,
+        scheme=nodes[0].scheme, group=nodes[0].group, scales=scales.dtype, zeros=zeros is not None,
+    )  # fmt: skip
+    given = sum(operand is not None for operand in (codes, scales, zeros, bias))
+    return _layer(layer, product(x.shape[:-1]), tuple(range(1 + given * len(nodes))), target)
 
 
 def _quantized(node: Node, target: Target, then: norm.Norm | None = None) -> Kernel | None:

@@ -1,8 +1,10 @@
-"""Which nodes become one kernel written for GPUs: what stands between projections and attention, and norms of a layer's results."""
+"""Which nodes become one kernel written for GPUs: what stands between projections and attention, norms of a layer's results, and layers of
+one input."""
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator
+import contextlib
+from collections.abc import Iterator, Sequence
 
 import attrs
 import sympy
@@ -14,7 +16,7 @@ from jisu.compiler.launches import FAULT
 from jisu.compiler.types import Dim, dim, product, same_dim, same_shape
 from jisu.targets.cpu.generic.nn import BEYOND, NEGATIVE, NO_PAGE
 from jisu.targets.cuda.builder import Fault
-from jisu.targets.cuda.choose import NORMED, norm_of
+from jisu.targets.cuda.choose import NORMED, norm_of, together
 from jisu.targets.cuda.kernels.heads import WARPS, Chain, Heads, prepared
 from jisu.targets.cuda.lowering import DeviceCall, DeviceFunction
 from jisu.targets.fusion import Region
@@ -80,24 +82,40 @@ def heads_of_attention(graph: Graph, target: Target) -> Iterator[Joint]:
         lasts = [n for n in dict.fromkeys(attention.parents[:3]) if n not in done]
         found = [f for f in (_chain(n, graph) for n in lasts) if f is not None]
         found = [f for f in found if _alike(f, found[-1])]
-        nodes = {n for f in found for n in f.nodes}
-        if not found or not _together(nodes, graph):
-            continue
-        joint = _joint(found, target)
+        joint = _joint(found, target) if found else None
         if joint is not None:
-            done |= nodes
+            done.update(n for f in found for n in f.nodes)
             yield joint
 
 
-def _together(nodes: Container[Node], graph: Graph) -> bool:
-    """Whether what reads the nodes' results comes behind all of them."""
-    read = False
-    for node in reversed(graph.nodes):
-        if node in nodes:
-            read = True
-        elif read and any(parent in nodes for parent in node.parents):
-            return False
-    return True
+def layers_of_one_input(graph: Graph, target: Target) -> Iterator[Joint]:
+    """Layers of codes that read one tensor and differ in their outputs alone."""
+    groups: dict[tuple[object, ...], list[Node]] = {}
+    for node in graph.nodes:
+        if (
+            node.op is ops.quantized_linear
+            and not node.gated
+            and node.activation == "none"
+            and node.operands[5] is None
+        ):
+            x, _, scales, zeros, bias, _ = node.operands
+            assert scales is not None
+            alike = (x, node.scheme, node.group, node.dtype, scales.dtype, zeros is None, bias is None)
+            groups.setdefault(alike, []).append(node)
+    for nodes in groups.values():
+        with contextlib.suppress(TargetError):
+            kernel = together(nodes, target) if len(nodes) > 1 else None
+            if kernel is not None:
+                kinds = zip(*(node.operands[1:] for node in nodes), strict=True)
+                yield _of_operands(nodes, [nodes[0].operands[0], *(o for kind in kinds for o in kind)], kernel)
+
+
+def _of_operands(nodes: Sequence[Node], operands: Sequence[Node | None], kernel: Kernel) -> Joint:
+    """A joint whose kernel takes these operands, as far as they are there."""
+    read = [n for n in operands if n is not None]
+    leaves = tuple(dict.fromkeys(read))
+    given = tuple(Argument(leaves.index(n)) for n in read)
+    return Joint(Region(tuple(nodes), leaves), Kernel(kernel.function, given))
 
 
 def norms_of_results(graph: Graph, target: Target) -> Iterator[Joint]:
@@ -106,17 +124,11 @@ def norms_of_results(graph: Graph, target: Target) -> Iterator[Joint]:
         if node.op not in (ops.rms_norm, ops.layer_norm) or node.parents[0].op not in NORMED:
             continue
         layer, how = node.parents[0], norm_of(node)
-        if how is None or not _together((layer, node), graph):
-            continue
-        try:
-            kernel = NORMED[layer.op](layer, target, how)
-        except TargetError:
-            continue
-        if kernel is not None:
-            read = [layer.operands[argument.operand] for argument in kernel.arguments]
-            leaves = tuple(dict.fromkeys(n for n in (*read, *node.parents[1:]) if n is not None))
-            given = tuple(Argument(leaves.index(n)) for n in (*read, *node.parents[1:]) if n is not None)
-            yield Joint(Region((layer, node), leaves), Kernel(kernel.function, given))
+        with contextlib.suppress(TargetError):
+            kernel = NORMED[layer.op](layer, target, how) if how is not None else None
+            if kernel is not None:
+                read = [layer.operands[argument.operand] for argument in kernel.arguments]
+                yield _of_operands((layer, node), [*read, *node.parents[1:]], kernel)
 
 
 def _alike(one: _Found, other: _Found) -> bool:
@@ -168,5 +180,5 @@ def _joint(found: list[_Found], target: Target) -> Joint | None:
     )
 
 
-JOINERS: tuple[Joiner, ...] = (heads_of_attention, norms_of_results)
+JOINERS: tuple[Joiner, ...] = (heads_of_attention, norms_of_results, layers_of_one_input)
 """See `jisu.targets.cuda.lowering.lower`."""

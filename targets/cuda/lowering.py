@@ -10,7 +10,7 @@ import attrs
 
 from jisu.compiler.entry import Entry
 from jisu.compiler.errors import CompileError
-from jisu.compiler.graph import Graph, Node
+from jisu.compiler.graph import Graph
 from jisu.compiler.launches import FAULT, Argument, Launch, Plan, Variant
 from jisu.compiler.types import Dim
 from jisu.targets.cpu import generic
@@ -76,14 +76,10 @@ class _Kernels(Kernels):
         made: GenericKernel = generic.kernel(name, region.results, region.leaves, builder)
         return made
 
-    def joints(self, graph: Graph) -> Iterator[Joint]:
+    def joints(self, graph: Graph) -> Iterator[Sequence[Joint]]:
         """What kernels compute together."""
-        taken: set[Node] = set()
         for joiner in self.joiners:
-            for joint in joiner(graph, self.target):
-                if taken.isdisjoint(joint.region.nodes):
-                    taken.update(joint.region.nodes)
-                    yield joint
+            yield tuple(joiner(graph, self.target))
 
     def choices(self, name: str) -> tuple[str, ...]:
         """The kernels of a name, each with the sizes that it is for."""

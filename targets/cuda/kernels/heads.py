@@ -80,7 +80,7 @@ class Heads:
         return sum(chain.heads for chain in self.chains)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=64)
 def prepared(how: Heads, target: Target) -> DeviceKernel:
     """The heads' kernel. Parameters: `Heads.parameters`. Grid: ceil(tokens * `Heads.count` / `WARPS`). A cache without room for all of the
     new slots stays as it is, and the fault is noted. Raises TargetError for other dtypes, and for records of rows of unfit length."""
