@@ -1082,8 +1082,8 @@ def _launch_report(
         return found
     for name, plan in json.loads(code[PLANS])["entries"].items():
         launches = Plan.from_json(plan).launches({**_complete(graphs[name], env), sequence: 1})
-        early = sum(launch.early for launch in launches)
-        gaps = max(0, len(launches) - 1 - early) * GAP_S
+        early = sum(launch.early for launch in launches[1:])
+        gaps = (len(launches) - 1 - early) * GAP_S
         found.append({"entry": name, "launches": len(launches), "early": early, "gaps_s": gaps})
     return found
 

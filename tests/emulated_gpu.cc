@@ -276,8 +276,6 @@ void emulated_wait_for_launches() {
 }
 void emulated_launch_dependents() __asm__("emulated.griddepcontrol.launch_dependents");
 void emulated_launch_dependents() {}
-void emulated_visible() __asm__("emulated.membar.gl");
-void emulated_visible() {}
 
 uint32_t emulated_tid() __asm__("emulated.read.ptx.sreg.tid.x");
 uint32_t emulated_tid() { return current; }

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from jisu.compiler import ops, rows
 from jisu.compiler.errors import TargetError
-from jisu.compiler.graph import Graph, placeholder
+from jisu.compiler.graph import ArrayStorage, Graph, placeholder, weight
 from jisu.compiler.interpret import interpret
 from jisu.compiler.types import TensorType, numpy_dtype
 from jisu.targets.cuda import device, emulated, ptx
@@ -648,7 +648,7 @@ WORDS = {
     "many": ("mma.sync.aligned.m16n8k16", "ldmatrix.sync.aligned.m8n8.x4", "cp.async.cg.shared.global", "bar.sync"),
     "many codes": ("mma.sync.aligned.m16n8k16", "cp.async.cg.shared.global", "ld.shared.v4"),
     "gated": ("mma.sync.aligned.m16n8k16", "fma.rn.f32", "div.rn.f32"),
-    "token": ("shfl.sync.bfly", "ex2.approx.ftz", "ld.global", "atom", ".inc.u32", "membar.gl"),
+    "token": ("shfl.sync.bfly", "ex2.approx.ftz", "ld.global", "atom", ".inc.u32", "fence.acq_rel.gpu"),
     "tokens": ("ldmatrix.sync.aligned.m8n8.x4.trans", "cvt.rn.bf16x2.f32", "cp.async.cg.shared.global", "mma.sync"),
     "norm": ("sqrt.rn", "ld.global", "st.global"),
     "hopper": ("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16", "wgmma.fence", "wgmma.commit_group",
@@ -716,3 +716,16 @@ def test_generic_kernels_use_threads_and_take_memory_for_no_others() -> None:
     assert sum(int(max(sizes)) for sizes in plans["softmax"].slots) < 128 << 20  # type: ignore[type-var, call-overload]
     (launch,) = plans["sum"].steps[0][0].launches
     assert launch.grid == (6, 1, 1)
+
+
+@pytest.mark.parametrize("stored", [True, False])
+def test_what_is_read_ahead_is_weights(stored: bool) -> None:
+    """A layer whose matrix another kernel may just have written isn't launched early."""
+    x, kind = placeholder("x", TensorType((1, 64), "bfloat16")), TensorType((32, 64, 1), "bfloat16")
+    held = {"w": ArrayStorage(np.zeros((32, 64, 1), numpy_dtype("bfloat16")))}
+    w = weight("w", kind) if stored else placeholder("w", kind)
+    y = ops.packed_linear(x, w, None, None, outputs=32, activation="none")
+    graph = Graph((x,) if stored else (x, w), (ops.exp(y),), held if stored else {})
+    thin_one, other = lower({"main": graph}, REAL).plans["main"].launches({})
+    assert "thin" in thin_one.kernel and thin_one.early == stored and other.early
+    assert not any(step.early for step in lower({"main": graph}, GPU).plans["main"].launches({}))

@@ -100,7 +100,7 @@ def launched(program: Any) -> dict[str, Any]:
     """A decode step's launches at batch 1, and per layer; the gaps between those that wait for the ones before them, and between all."""
     plan = Plan.from_json(json.loads(program._parts.code[PLANS])["entries"]["append_last"])
     launches = plan.launches({"batch": 1, "sequence": 1, "capacity": CONTEXT + 1})
-    early = sum(launch.early for launch in launches)
+    early = sum(launch.early for launch in launches[1:])
     layers = [i for i, launch in enumerate(launches) if "attend" in launch.kernel]
     return {
         "launches": len(launches), "early": early, "per_layer": layers[1] - layers[0] if len(layers) > 1 else None,

@@ -7,8 +7,8 @@ functions emulated.
 From sm_90 on a launch may begin while those before it run (programmatic dependent launch), so that its threads are there, and its first
 weights on their way, when those end. **The rule**: every thread waits (`Device.wait`) before it reads or writes memory for the first time,
 but for weights, which no kernel ever writes. Since no kernel ends before it has waited, whoever waits for the one launch before it waits
-for all; so nobody sees what isn't written yet, nor writes what is still read. Whatever names no weights, or doesn't wait at all (older
-architectures, generic kernels), is launched behind the end of what was before (see `jisu.compiler.launches.Launch`).
+for all; so nobody sees what isn't written yet, nor writes what is still read. A kernel that reads ahead what turns out to be no weight is
+launched behind the end of what was before, and so are all on older architectures (see `jisu.compiler.launches.Launch`).
 Source: LLVM's User Guide for NVPTX Back-end; NVIDIA's PTX ISA (griddepcontrol).
 """
 
@@ -42,6 +42,11 @@ def capability(target: Target) -> tuple[int, int]:
     """The architecture's number: (9, 0) for sm_90 and sm_90a."""
     digits = target.mcpu.removeprefix("sm_").rstrip("af")
     return int(digits[:-1]), int(digits[-1])
+
+
+def overlaps(target: Target) -> bool:
+    """Whether launches may begin before earlier ones end."""
+    return capability(target) >= (9, 0)
 
 
 @attrs.frozen
@@ -79,7 +84,7 @@ class Device(Function):
         super().__init__(name, params, target)
         self.threads, self.shared_bytes, self.prefix = threads, 0, prefix(target)
         self.portable = True
-        self.early, self.waited = capability(target) >= (9, 0), False
+        self.early, self.waited = overlaps(target), False
         self.ahead = tuple(n for n, (_, name) in enumerate(self._params) if name in ahead)
         if self.early:
             self._special("griddepcontrol.launch_dependents")
@@ -194,7 +199,7 @@ class Device(Function):
 
     def visible(self) -> None:
         """What this thread wrote, and what it saw of others, is there for other blocks before what it writes from now on."""
-        self.run(f"{self.prefix}membar.gl")
+        self.emit('fence syncscope("device") acq_rel')
 
     def counted(self, address: Val, most: Val) -> Val:
         """How many threads of the launch counted before this one at an i32 that was 0, which the last of most + 1 makes 0 again; i32."""

@@ -15,7 +15,7 @@ from jisu.compiler.launches import FAULT, Argument, Launch, Plan, Variant
 from jisu.compiler.types import Dim
 from jisu.targets.cpu import generic
 from jisu.targets.cuda.builder import THREADS, DeviceBuilder, Fault, GenericKernel
-from jisu.targets.cuda.device import DeviceKernel
+from jisu.targets.cuda.device import DeviceKernel, overlaps
 from jisu.targets.cuda.ptx import entry_name
 from jisu.targets.fusion import Region
 from jisu.targets.lowering import on_pointers
@@ -179,7 +179,7 @@ def _launches(step: Step, sizes: Sequence[Dim], target: Target, faults: Sequence
     for part in range(len(code.parts)):
         blocks = code.blocks(part, target.cores)
         arguments = (*given, *tail, part, *sizes)
-        launches.append(Launch(step.callee.name, (blocks, 1, 1), THREADS, 0, arguments))
+        launches.append(Launch(step.callee.name, (blocks, 1, 1), THREADS, 0, arguments, overlaps(target)))
     return (Variant((), tuple(launches)),)
 
 
