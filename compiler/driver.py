@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import math
 import os
 import shutil
@@ -22,6 +23,7 @@ from jisu.compiler.cost import graph_cost, weight_bytes
 from jisu.compiler.entry import Entry, stored
 from jisu.compiler.errors import InputError, InputTypeError, JisuError, RecipeError, TargetError
 from jisu.compiler.graph import Graph, Storage
+from jisu.compiler.launches import GAP_S, PLANS, Plan
 from jisu.compiler.pipeline import Pass, Pipeline, Report, sample_inputs
 from jisu.compiler.recipe import QuantizeRecipe, Recipe
 from jisu.compiler.signature import Signature, Tree
@@ -679,6 +681,7 @@ def _build(
         "kernels": [{"name": n, "op": op, "count": k, "choices": list(c)} for n, op, k, c in info.kernels],
         "predicted": {name: _op_report(graph, env, machine) for name, graph in finished.items()},
         "simulated": _simulated(finished, env, machine, source.sequence),
+        "launches": _launch_report(code, finished, env, source.sequence),
         "sparse": [
             {**m, "predicted_gain": facts.of(machine).sparse_gain(m["form"], m["kept"], machine)}
             for m in sparse_matrices(next(iter(finished.values())))
@@ -1067,6 +1070,22 @@ def _layer_report(graph: Graph, env: Mapping[str, int], machine: Any) -> list[di
         {"layer": k, "flops": c.flops, "bytes": c.bytes, "launches": c.launches, "predicted_s": c.seconds}
         for k, c in found.items()
     ]
+
+
+def _launch_report(
+    code: Mapping[str, bytes], graphs: Mapping[str, Graph], env: Mapping[str, int], sequence: str | None
+) -> list[dict[str, Any]]:
+    """Per entry of a decoder on a GPU how many launches one token takes, how many of them may begin before those before them end, and the
+    gaps between the others."""
+    found: list[dict[str, Any]] = []
+    if PLANS not in code or sequence is None:
+        return found
+    for name, plan in json.loads(code[PLANS])["entries"].items():
+        launches = Plan.from_json(plan).launches({**_complete(graphs[name], env), sequence: 1})
+        early = sum(launch.early for launch in launches[1:])
+        gaps = (len(launches) - 1 - early) * GAP_S
+        found.append({"entry": name, "launches": len(launches), "early": early, "gaps_s": gaps})
+    return found
 
 
 def _simulated(

@@ -20,6 +20,7 @@ _MAP_BYTES, _MAP_ALIGNMENT = 128, 64  # of a CUtensorMap
 _MAP_DTYPES = {"uint8": 0, "float16": 6, "bfloat16": 9}  # CU_TENSOR_MAP_DATA_TYPE_…
 _SWIZZLES = {32: 1, 64: 2, 128: 3}  # CU_TENSOR_MAP_SWIZZLE_…B
 _PROMOTION_256B = 3  # CU_TENSOR_MAP_L2_PROMOTION_L2_256B
+_GRAPHS_OVERLAP = 12030  # CUDA 12.3
 _NON_BLOCKING = 1
 
 
@@ -46,6 +47,10 @@ class Driver:
         self.name = name.value.decode(errors="replace")
         self.capability = (self.attribute(_MAJOR), self.attribute(_MINOR))
         self.multiprocessors = self.attribute(_MULTIPROCESSORS)
+        version = ctypes.c_int()
+        self.run("cuDriverGetVersion", ctypes.byref(version))
+        self.overlaps = self.capability >= (9, 0) and version.value >= _GRAPHS_OVERLAP
+        """Whether a launch, in a graph too, may begin before the one before it has ended."""
 
     @classmethod
     def open(cls) -> Driver:

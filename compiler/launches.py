@@ -11,7 +11,7 @@ from typing import Any, Union
 import attrs
 
 from jisu.compiler.text import parse_dim
-from jisu.compiler.types import Dim
+from jisu.compiler.types import Dim, substitute
 
 CUBIN, OWN_PTX, PTX, PLANS = "kernels.cubin", "kernels.own.ptx", "kernels.ptx", "plans.json"
 """Files of a program for a GPU: machine code (where CUDA's assembler was at hand), PTX with what only that GPU has (where there is such),
@@ -19,6 +19,12 @@ PTX for it and later ones, and per entry its plan."""
 
 FAULT = "fault"
 """The address of the number of the first fault that a kernel met (int32, 0 for none; see `Plan.faults`)."""
+
+GAP_S = 1e-6
+"""Seconds between the end of a kernel in a CUDA graph and the beginning of the next one that waits for it before it begins: about, not measured."""
+
+COUNTERS = "counters"
+"""The address of numbers int32 that are 0 before each launch and after it."""
 
 
 @attrs.frozen
@@ -35,18 +41,22 @@ class TensorMap:
 
 
 Argument = Union[tuple[str, int], TensorMap, "Dim"]
-"""("input" | "weight" | "output", number), ("arena", slot), (FAULT, 0), a tensor's map, or a number."""
+"""("input" | "weight" | "output", number), ("arena", slot), (FAULT, 0), (COUNTERS, 0), a tensor's map, or a number."""
 
 
 @attrs.frozen
 class Launch:
-    """A kernel on grid[x] * grid[y] * grid[z] blocks of `threads` threads, each block with `shared` bytes of shared memory."""
+    """A kernel on grid[x] * grid[y] * grid[z] blocks of `threads` threads, each block with `shared` bytes of shared memory.
+
+    early: it may begin before the launches before it end, since it waits for that itself.
+    """
 
     kernel: str
     grid: tuple[Dim, Dim, Dim]
     threads: int
     shared: int
     arguments: tuple[Argument, ...]
+    early: bool = False
 
 
 @attrs.frozen
@@ -56,17 +66,30 @@ class Variant:
     at_most: tuple[tuple[Dim, int], ...]
     launches: tuple[Launch, ...]
 
+    def holds(self, env: Mapping[str, int]) -> bool:
+        """Whether it does with these sizes."""
+        return all(size_at(dim, env) <= bound for dim, bound in self.at_most)
+
 
 @attrs.frozen
 class Plan:
     """An entry's run: of every step the first variant that holds.
 
     slots: of the arena, the sizes in bytes of which each takes the largest. equal: dimensions that must be equal, and who says so.
+    counters: how many the launches want, of which the largest does for all.
     """
 
     slots: tuple[tuple[Dim, ...], ...]
     steps: tuple[tuple[Variant, ...], ...]
     equal: tuple[tuple[Dim, Dim, str], ...] = ()
+    counters: tuple[Dim, ...] = ()
+
+    def launches(self, env: Mapping[str, int]) -> tuple[Launch, ...]:
+        """What is launched with these sizes on the GPU that the plan was made for."""
+        chosen = (next(v for v in step if v.holds(env)) for step in self.steps)
+        return tuple(
+            launch for variant in chosen for launch in variant.launches if all(size_at(n, env) for n in launch.grid)
+        )
 
     def to_json(self) -> dict[str, Any]:
         """As JSON has it; dimensions are numbers or text."""
@@ -83,6 +106,7 @@ class Plan:
                                 "threads": launch.threads,
                                 "shared": launch.shared,
                                 "arguments": [_argument_text(a) for a in launch.arguments],
+                                "early": launch.early,
                             }
                             for launch in variant.launches
                         ],
@@ -92,6 +116,7 @@ class Plan:
                 for step in self.steps
             ],
             "equal": [[_text(a), _text(b), who] for a, b, who in self.equal],
+            "counters": [_text(d) for d in self.counters],
         }
 
     @classmethod
@@ -105,6 +130,7 @@ class Plan:
                     Launch(
                         str(launch["kernel"]), _grid(launch["grid"]), int(launch["threads"]), int(launch["shared"]),
                         tuple(_argument(a) for a in launch["arguments"]),
+                        bool(launch["early"]),
                     )
                     for launch in variant["launches"]
                 )  # fmt: skip
@@ -112,7 +138,13 @@ class Plan:
                 variants.append(Variant(at_most, launches))
             steps.append(tuple(variants))
         slots = tuple(tuple(_dim(d) for d in sizes) for sizes in data["slots"])
-        return cls(slots, tuple(steps), tuple((_dim(a), _dim(b), str(who)) for a, b, who in data["equal"]))
+        equal = tuple((_dim(a), _dim(b), str(who)) for a, b, who in data["equal"])
+        return cls(slots, tuple(steps), equal, tuple(_dim(d) for d in data["counters"]))
+
+
+def size_at(value: Dim, env: Mapping[str, int]) -> int:
+    """A dimension's size where its symbols have these."""
+    return value if isinstance(value, int) else int(substitute(value, env))  # type: ignore[call-overload]
 
 
 def _argument_text(value: Argument) -> Any:

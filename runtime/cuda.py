@@ -28,7 +28,7 @@ from jisu.compiler.errors import (
 )
 from jisu.compiler.gpu import Driver
 from jisu.compiler.interpret import bind_types
-from jisu.compiler.launches import CUBIN, FAULT, OWN_PTX, PLANS, PTX, Plan, TensorMap, Variant
+from jisu.compiler.launches import COUNTERS, CUBIN, FAULT, OWN_PTX, PLANS, PTX, Plan, TensorMap, Variant, size_at
 from jisu.compiler.storage import aligned
 from jisu.compiler.types import numpy_dtype, substitute
 from jisu.runtime.executable import Held, hold
@@ -44,6 +44,24 @@ _PLAIN_SHARED = 48 << 10  # bytes of shared memory that a kernel gets without as
 _MAX_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _NO_IMAGE = 209
 _RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
+
+
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute, with a value that is a number."""
+
+    _fields_ = (("id", ctypes.c_int), ("_", ctypes.c_int), ("value", ctypes.c_int), ("rest", ctypes.c_byte * 60))
+
+
+class _Config(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = (
+        ("grid", ctypes.c_uint * 3), ("block", ctypes.c_uint * 3), ("shared", ctypes.c_uint), ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)), ("count", ctypes.c_uint),
+    )  # fmt: skip
+
+
+_EARLY = _Attribute(6, 0, 1)  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION, allowed
 
 
 class DeviceArray:
@@ -90,7 +108,7 @@ class Uploaded:
 
 @attrs.frozen(eq=False)
 class _Call:
-    """A launch with everything settled: what cuLaunchKernel takes."""
+    """A launch with everything settled: what cuLaunchKernel takes, or, where it may begin early, cuLaunchKernelEx."""
 
     function: ctypes.c_void_p
     grid: tuple[int, int, int]
@@ -98,6 +116,7 @@ class _Call:
     shared: int
     values: Any
     extra: Any
+    early: bool
 
 
 @attrs.define(eq=False)
@@ -125,6 +144,7 @@ class _Run:
     outputs: list[_Buffer | None]
     calls: list[_Call]
     arena: DeviceArray
+    counters: DeviceArray
     graph: ctypes.c_void_p | None = None
     used: int = 0
 
@@ -158,6 +178,7 @@ class DeviceExecutable:
         self._stream = self._driver.stream()
         self._arena = self._array((1,), np.dtype(np.uint8), "intermediate values")
         self._fault = self.hold(np.zeros(1, np.int32))
+        self._counters = self.hold(np.zeros(1, np.int32))
         self._seen = _pinned(self._driver, 4)
         self._seen[:] = 0
         self._weights: dict[str, tuple[Any, DeviceArray]] = {}
@@ -490,13 +511,17 @@ class DeviceExecutable:
         places, total = [], 0
         for sizes in plan.slots:
             places.append(total)
-            largest = max(_size(s, env) for s in sizes)
+            largest = max(size_at(s, env) for s in sizes)
             total += -(-largest // _ALIGNMENT) * _ALIGNMENT
-        if total > self._arena.nbytes:
+        counters = max((size_at(n, env) for n in plan.counters), default=0)
+        if total > self._arena.nbytes or counters > self._counters.shape[0]:
             self._settle()
-            for old in list(self._runs):  # their launches name the old arena
+            for old in list(self._runs):  # their launches name what was before
                 self._drop(old)
+        if total > self._arena.nbytes:
             self._arena = self._array((total,), np.dtype(np.uint8), "intermediate values")
+        if counters > self._counters.shape[0]:
+            self._counters = self.zeros((counters,), "int32", "counters")
         base = self._arena.address
         memory: dict[str, Sequence[Any]] = {
             "input": [x if own is None else own.array for own, x in zip(inputs, given, strict=True)],
@@ -506,26 +531,29 @@ class DeviceExecutable:
         def address(kind: str, number: int) -> int:
             if kind == "arena":
                 return base + places[number]
-            return int(self._fault.address if kind == FAULT else memory[kind][number].address)
+            own = {FAULT: self._fault, COUNTERS: self._counters}
+            return int((own[kind] if kind in own else memory[kind][number]).address)
 
         def value(argument: Any) -> bytes:
             """As the kernel's parameter."""
             if isinstance(argument, TensorMap):
-                shape = (_size(argument.rows, env), argument.columns)
+                shape = (size_at(argument.rows, env), argument.columns)
                 return self._driver.tensor_map(address(*argument.tensor), argument.dtype, shape, argument.box)
-            number = address(*argument) if isinstance(argument, tuple) else _size(argument, env)
+            number = address(*argument) if isinstance(argument, tuple) else size_at(argument, env)
             return number.to_bytes(8, sys.byteorder, signed=True)
 
-        calls = []
+        calls: list[_Call] = []
         for step in plan.steps:
             for launch in self._chosen(step, env).launches:
-                grid = tuple(_size(d, env) for d in launch.grid)
+                grid = tuple(size_at(d, env) for d in launch.grid)
                 if 0 in grid:
                     continue
                 function = self._function(launch.kernel)
                 assert function is not None
                 if launch.shared > _PLAIN_SHARED:
                     self._driver.run("cuFuncSetAttribute", function, _MAX_SHARED, launch.shared)
+                # The first one follows whatever others left on the stream.
+                early = launch.early and self._driver.overlaps and bool(calls)
                 raw = b"".join(map(value, launch.arguments))  # maps, which are aligned, stand first
                 values, nbytes = ctypes.create_string_buffer(raw, len(raw)), ctypes.c_size_t(len(raw))
                 extra = (ctypes.c_void_p * 5)(
@@ -535,15 +563,13 @@ class DeviceExecutable:
                     ctypes.cast(ctypes.pointer(nbytes), ctypes.c_void_p),
                     None,
                 )
-                calls.append(_Call(function, grid, launch.threads, launch.shared, (values, nbytes), extra))  # type: ignore[arg-type]
-        return _Run(inputs, outputs, calls, self._arena)
+                calls.append(_Call(function, grid, launch.threads, launch.shared, (values, nbytes), extra, early))  # type: ignore[arg-type]
+        return _Run(inputs, outputs, calls, self._arena, self._counters)
 
     def _chosen(self, step: Sequence[Variant], env: Mapping[str, int]) -> Variant:
         """The first variant whose bounds hold and whose kernels this module has."""
         for variant in step:
-            if all(_size(d, env) <= bound for d, bound in variant.at_most) and all(
-                self._function(launch.kernel) is not None for launch in variant.launches
-            ):
+            if variant.holds(env) and all(self._function(launch.kernel) is not None for launch in variant.launches):
                 return variant
         raise ArtifactError(f"the program has no kernel for {step[0].launches[0].kernel} on this GPU")
 
@@ -579,6 +605,12 @@ class DeviceExecutable:
     def _launch_each(self, run: _Run, stream: ctypes.c_void_p) -> None:
         for call in run.calls:
             x, y, z = call.grid
+            if call.early:
+                config = _Config(
+                    call.grid, (call.threads, 1, 1), call.shared, stream, ctypes.pointer(_EARLY), 1
+                )  # fmt: skip
+                self._driver.run("cuLaunchKernelEx", ctypes.byref(config), call.function, None, call.extra)
+                continue
             self._driver.run(
                 "cuLaunchKernel",
                 call.function,
@@ -602,10 +634,6 @@ _READ_IN_PLACE = 64 << 20
 def _in_place(number: int, given: Any, called: Entry) -> bool:
     """Whether an input on the GPU is used where it is: what the entry updates, and what is large."""
     return isinstance(given, DeviceArray) and (number in called.aliases or given.nbytes >= _READ_IN_PLACE)
-
-
-def _size(value: Any, env: Mapping[str, int]) -> int:
-    return value if isinstance(value, int) else int(substitute(value, env))  # type: ignore[call-overload]
 
 
 def _pinned(driver: Driver, nbytes: int) -> np.ndarray:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Sequence
 
 import attrs
+import networkx as nx
 
 from jisu.compiler import ops
 from jisu.compiler.graph import CONSTANT, INPUT, WEIGHT, Graph, Node
@@ -58,17 +59,32 @@ _ONCE = frozenset(
 _PULLING = _ONCE | {ops.broadcast_to, windows, ops.softmax}
 
 
-def regions(graph: Graph, chosen: Container[object]) -> tuple[Region, ...]:
-    """The graph's kernels in an order in which every region stands behind those that it reads."""
+def regions(graph: Graph, chosen: Container[object], joined: Sequence[Region] = ()) -> tuple[Region, ...]:
+    """The graph's kernels in an order in which every region stands behind those that it reads.
+
+    joined: regions that are settled, which are `separable`.
+    """
     inlined = _inlined(graph, chosen)
-    found = [
-        Region(
-            (node,), _leaves((node,), inlined, node.op in generic.STORED or node.op in chosen), node.op is ops.reshape
-        )
-        for node in graph.nodes
-        if node.op not in (INPUT, WEIGHT, CONSTANT) and node not in inlined
-    ]
-    return _ordered(graph, _merged(graph, found, inlined, chosen))
+    taken = {node for region in joined for node in region.nodes}
+    found = list(joined)
+    for node in graph.nodes:
+        if node.op not in (INPUT, WEIGHT, CONSTANT) and node not in inlined and node not in taken:
+            stored = node.op in generic.STORED or node.op in chosen
+            found.append(Region((node,), _leaves((node,), inlined, stored), node.op is ops.reshape))
+    return _ordered(graph, _merged(graph, list(_ordered(graph, found)), inlined, chosen))
+
+
+def separable(graph: Graph, joined: Iterable[Region]) -> bool:
+    """Whether regions can be computed one after another: each node at most in one, and none needs what another makes of its results."""
+    number: dict[Node, int] = {}
+    for i, region in enumerate(joined):
+        for node in region.nodes:
+            if number.setdefault(node, -1 - i) != -1 - i:
+                return False
+    for i, node in enumerate(graph.nodes):
+        number.setdefault(node, i)
+    edges = {(number[parent], number[node]) for node in graph.nodes for parent in node.parents}
+    return nx.is_directed_acyclic_graph(nx.DiGraph((a, b) for a, b in edges if a != b))
 
 
 def _inlined(graph: Graph, chosen: Container[object]) -> dict[Node, int]:
@@ -128,7 +144,7 @@ def _leaves(results: tuple[Node, ...], inlined: Container[Node], stored: bool = 
 
 def _merged(graph: Graph, found: list[Region], inlined: Container[Node], chosen: Container[object]) -> list[Region]:
     """Elementwise regions of one shape that read one another become one kernel, as long as no other lies between."""
-    group: dict[Node, int] = {r.results[0]: i for i, r in enumerate(found)}
+    group: dict[Node, int] = {n: i for i, r in enumerate(found) for n in r.results}
     members: dict[int, list[Region]] = {i: [r] for i, r in enumerate(found)}
     above: dict[int, int] = {}  # per group the set of groups that it depends on, as bits
     for i, region in enumerate(found):
@@ -183,7 +199,9 @@ def _lives_outside(user: Node, inside: Container[Node], inlined: Container[Node]
 
 def _mergeable(region: Region, chosen: Container[object]) -> bool:
     node = region.results[0]
-    return node.op in ELEMENTWISE and node.op not in chosen and not is_checked(region.nodes)
+    return (
+        len(region.results) == 1 and node.op in ELEMENTWISE and node.op not in chosen and not is_checked(region.nodes)
+    )
 
 
 def _bits(indices: Iterable[int]) -> int:

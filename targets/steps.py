@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -23,7 +23,7 @@ from jisu.targets.arena import Lifetime, share
 from jisu.targets.cpu import generic
 from jisu.targets.cpu.generic.build import extra_symbols
 from jisu.targets.cpu.generic.element import always_pulled
-from jisu.targets.fusion import Region, regions
+from jisu.targets.fusion import Region, regions, separable
 from jisu.targets.schedule import Schedules, kernel_key
 from jisu.targets.target import Target
 
@@ -56,6 +56,19 @@ class Kernel:
 Choosers = Mapping[Op, Callable[[Node, Target], Kernel | None]]
 
 
+@attrs.frozen(eq=False)
+class Joint:
+    """Several nodes that a chosen kernel computes together: arguments of `kernel` are numbers of the region's leaves, its results those of the
+    region but for appended caches, which it writes where they are."""
+
+    region: Region
+    kernel: Kernel
+
+
+Joiner = Callable[[Graph, Target], Iterable[Joint]]
+"""What may become one kernel in a graph."""
+
+
 @attrs.frozen
 class KernelUse:
     """A kernel in the module: its name, the ops it computes, at how many places it is called, and, where the shapes of a call decide, what
@@ -73,7 +86,8 @@ class Callee:
 
     shapes: per parameter, a tensor's dimensions (an int, or a variable; None where it is neither), or None for a number.
     sizes: the variables among the dimensions, whose values follow the parameters. scratch: bytes of memory that it wants for itself
-    besides, each as one more tensor behind its results.
+    besides, each as one more tensor behind its results. counters: how many numbers int32 it wants, as a tensor behind those, that are 0
+    before and after each call, whoever's.
     """
 
     code: Any
@@ -81,6 +95,7 @@ class Callee:
     shapes: tuple[tuple[Any, ...] | None, ...] = ()
     sizes: tuple[Any, ...] = ()
     scratch: tuple[Dim, ...] = ()
+    counters: Dim = 0
 
 
 class Kernels:
@@ -144,6 +159,19 @@ class Kernels:
             self.counts[found[1].name, node.op.name] += 1
         return found
 
+    def joints(self, graph: Graph) -> Iterable[Sequence[Joint]]:
+        """What may be computed together by kernels that the target has for that, kind by kind."""
+        return ()
+
+    def joint(self, joint: Joint) -> Callee:
+        """The kernel of a joint."""
+        key = describe(joint.region)
+        if key not in self.functions:
+            self.functions[key] = self.add(joint.kernel.function, kernel_name(joint.region))
+        callee = self.functions[key]
+        self.counts[callee.name, "+".join(dict.fromkeys(n.op.name for n in joint.region.nodes))] += 1
+        return callee
+
     def uses(self) -> tuple[KernelUse, ...]:
         """Every kernel with the number of its calls, most used first."""
         return tuple(KernelUse(name, op, count, self.choices(name)) for (name, op), count in self.counts.most_common())
@@ -155,7 +183,7 @@ class Kernels:
 
 @attrs.define(eq=False)
 class Memory:
-    """Where a value lies: `kind` "input", "weight", "output" or "arena", and its number there (of the arena: its slot)."""
+    """Where a value lies: `kind` "input", "weight", "output", "counters" or "arena", and its number there (of the arena: its slot)."""
 
     kind: str
     number: int = -1
@@ -217,10 +245,28 @@ class Steps:
 
     def emit(self) -> tuple[Entry, list[tuple[Dim, ...]]]:
         """Note all calls; how the entry is called, and per slot of the arena the sizes of which it takes the largest."""
-        for region in regions(self.graph, self.module.choosers):
-            self.region(region)
+        joints = self.joints()
+        for region in regions(self.graph, self.module.choosers, tuple(joints)):
+            if region in joints:
+                self.joint(joints[region])
+            else:
+                self.region(region)
         entry = self.outputs()
         return entry, self.lay_out()
+
+    def joints(self) -> dict[Region, Joint]:
+        """What is computed together: of what the target has kernels for as much as can be computed one after another."""
+        joints: dict[Region, Joint] = {}
+        for kind in self.module.joints(self.graph):
+            # Mostly that is all of a kind, and one look at the graph does for them.
+            every = {joint.region: joint for joint in kind}
+            if separable(self.graph, (*joints, *every)):
+                joints |= every
+                continue
+            for region, joint in every.items():
+                if separable(self.graph, (*joints, region)):
+                    joints[region] = joint
+        return joints
 
     def region(self, region: Region) -> None:
         """Note the calls that compute a region's results."""
@@ -251,6 +297,7 @@ class Steps:
         numbers = [symbol(name) for name in extra]
         outs = [(m, t.shape) for m, t in zip(results, types, strict=True)]
         own = [(Memory("arena", nbytes=n), (n,)) for n in callee.scratch]
+        own += [(Memory("counters", 0), (callee.counters,))] if callee.counters != 0 else []
         self.steps.append(Step(callee, (*arguments, *numbers, *outs, *own)))
         return results
 
@@ -277,14 +324,26 @@ class Steps:
             found.append((self.value(operand), operand.shape if argument.shape is None else argument.shape))
         return found
 
-    def append(self, node: Node) -> None:
-        """Append to a cache: in place where the cache is an input that nothing else reads, else to a copy."""
-        cache = node.operands[0]
-        assert cache is not None
+    def joint(self, joint: Joint) -> None:
+        """Call the kernel of several nodes."""
+        region, kernel = joint.region, joint.kernel
+        caches = {n.parents[0]: self.appended(n) for n in region.results if n.op is ops.cache_append}
+        leaves = [region.leaves[argument.operand] for argument in kernel.arguments]
+        arguments = [(caches[n] if n in caches else self.value(n), n.shape) for n in leaves]
+        made = [n for n in region.results if n.op is not ops.cache_append]
+        results = self.step(self.module.joint(joint), arguments, kernel.symbols, [n.tensor for n in made])
+        self.values.update(zip(made, results, strict=True))
+        self.values.update((n, caches[n.parents[0]]) for n in region.results if n not in made)
+
+    def appended(self, node: Node) -> Memory:
+        """Where a cache is appended to: in place where it is an input that nothing else reads, else in a copy."""
+        cache = node.parents[0]
         owned = cache.op is INPUT or (cache.op is ops.cache_append and cache not in self.graph.outputs)
-        value = self.value(cache)
-        if not owned or len(self.graph.users[cache]) > 1:
-            value = self.copy(cache)
+        return self.value(cache) if owned and len(self.graph.users[cache]) == 1 else self.copy(cache)
+
+    def append(self, node: Node) -> None:
+        """Append to a cache."""
+        cache, value = node.parents[0], self.appended(node)
         found = self.module.specialised(node)
         if found is not None:
             arguments = self.operands(node, found[0])

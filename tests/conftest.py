@@ -80,14 +80,8 @@ def built_library(source: str, folder: Path) -> Path:
 
 
 def emulation(source: str, folder: Path) -> ctypes.CDLL:
-    """A C++ file of this folder as a library, made in `folder`, whose functions kernels in this process find: one for all modules, since they
-    would find those of the first."""
-    if source not in _EMULATIONS:
-        _EMULATIONS[source] = ctypes.CDLL(str(built_library(source, folder)), mode=ctypes.RTLD_GLOBAL)
-    return _EMULATIONS[source]
-
-
-_EMULATIONS: dict[str, ctypes.CDLL] = {}
+    """A C++ file of this folder as a library in `folder` whose functions kernels in this process find."""
+    return ctypes.CDLL(str(built_library(source, folder)), mode=ctypes.RTLD_GLOBAL)
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,6 @@
 /* NVIDIA's driver, as far as the run time calls it, over an emulated GPU: modules are shared libraries for this CPU, memory is this
  * machine's, and a captured graph is a list of launches. A stream does what it is told only when somebody waits for it, so that whoever
- * doesn't wait, or waits for another stream, finds nothing done.
+ * doesn't wait, or waits for another stream, finds nothing done. Of a graph's launches that may begin before earlier ones end, up to AHEAD do.
  *
  * Errors that the real driver gives are given here, too: wrong handles, too much shared memory, calls outside of the context; a launch
  * outside of memory that was allocated is not found. */
@@ -20,7 +20,15 @@ namespace {
 
 struct Function { void *code; int shared_limit = 48 << 10; };
 /* arguments: as kernels on this CPU take them; of tensor maps, which come by value, addresses in `maps`. */
-struct Launch { Function *function; int64_t grid[3]; int threads; std::shared_ptr<std::vector<TensorMap>> maps; std::vector<int64_t> arguments; };
+struct Launch {
+    Function *function;
+    int64_t grid[3];
+    int threads;
+    std::shared_ptr<std::vector<TensorMap>> maps;
+    std::vector<int64_t> arguments;
+    bool early;
+};
+constexpr size_t AHEAD = 3;
 struct Graph { std::vector<Launch> launches; };
 
 std::unordered_map<void *, size_t> allocations;
@@ -30,15 +38,34 @@ std::vector<void *> contexts;                              /* of the one thread 
 Graph *captured;
 void *capturing;
 std::string last_failure;
-long launches_run, graphs_run, allocated_bytes;
+long launches_run, graphs_run, allocated_bytes, early_run;
 
-int run(const Launch &l) {
-    launches_run++;
-    const char *why = emulated_launch(l.function->code, l.arguments.data(), (int)l.arguments.size(), l.grid[0], l.grid[1], l.grid[2], l.threads, 1, 1);
+int failed(const char *why) {
     if (!why) return 0;
     last_failure = why;
     std::fprintf(stderr, "emulated GPU: %s\n", why);
     return 700;
+}
+
+int run(const Launch &l) {
+    launches_run++;
+    return failed(emulated_launch(l.function->code, l.arguments.data(), (int)l.arguments.size(), l.grid[0], l.grid[1], l.grid[2], l.threads, 1, 1));
+}
+
+int run_all(const std::vector<Launch> &launches) {
+    std::deque<void *> begun; /* launch i, and those behind it that have begun, too */
+    for (size_t i = 0; i < launches.size(); i++) {
+        void *mine = begun.empty() ? nullptr : begun.front();
+        if (mine) begun.pop_front();
+        for (size_t next; begun.size() < AHEAD && (next = i + 1 + begun.size()) < launches.size() && launches[next].early;) {
+            const Launch &l = launches[next];
+            begun.push_back(emulated_begin(l.function->code, l.arguments.data(), (int)l.arguments.size(), l.grid[0], l.grid[1], l.grid[2], l.threads));
+            if (!begun.back()) return failed(emulated_failure());
+        }
+        launches_run += mine != nullptr, early_run += mine != nullptr;
+        if (int error = mine ? failed(emulated_end(mine)) : run(launches[i])) return error;
+    }
+    return 0;
 }
 
 int wait(void *stream) {
@@ -76,6 +103,7 @@ extern "C" {
 long emulated_launches() { return launches_run; }
 long emulated_graphs() { return graphs_run; }
 long emulated_bytes() { return allocated_bytes; }
+long emulated_early() { return early_run; }
 
 int cuInit(unsigned);
 int cuInit(unsigned) {
@@ -194,21 +222,19 @@ int cuGraphExecDestroy(void *graph) {
 int cuGraphLaunch(void *graph, void *stream) {
     graphs_run++;
     return later(stream, [=] {
-        for (const Launch &l : ((Graph *)graph)->launches)
-            if (int error = run(l)) return error;
-        return 0;
+        return run_all(((Graph *)graph)->launches);
     });
 }
 
-int cuLaunchKernel(void *function, unsigned x, unsigned y, unsigned z, unsigned tx, unsigned ty, unsigned tz, unsigned shared, void *stream, void **parameters,
-                   void **extra) {
+static int launch(void *function, unsigned x, unsigned y, unsigned z, unsigned tx, unsigned ty, unsigned tz, unsigned shared, void *stream, void **parameters,
+                  void **extra, bool early) {
     Function *f = (Function *)function;
     if (!x || !y || !z || y > 65535 || z > 65535 || tx > 1024 || ty != 1 || tz != 1 || parameters) return 1;
     if ((int)shared > f->shared_limit) return 1;
     if (extra[0] != (void *)1 || extra[2] != (void *)2 || extra[4]) return 1;
     size_t bytes = *(size_t *)extra[3];
     const int64_t *values = (const int64_t *)extra[1], *end = values + bytes / 8;
-    Launch l{f, {x, y, z}, (int)tx, std::make_shared<std::vector<TensorMap>>(), {}};
+    Launch l{f, {x, y, z}, (int)tx, std::make_shared<std::vector<TensorMap>>(), {}, early};
     for (TensorMap map; end - values >= 16; values += 16) {
         std::memcpy((void *)&map, values, sizeof map);
         if (map.mark != TENSOR_MAP) break;
@@ -222,6 +248,17 @@ int cuLaunchKernel(void *function, unsigned x, unsigned y, unsigned z, unsigned 
         return 0;
     }
     return later(stream, [=] { return run(l); });
+}
+int cuLaunchKernel(void *function, unsigned x, unsigned y, unsigned z, unsigned tx, unsigned ty, unsigned tz, unsigned shared, void *stream, void **parameters,
+                   void **extra) {
+    return launch(function, x, y, z, tx, ty, tz, shared, stream, parameters, extra, false);
+}
+struct Attribute { int id, pad, value; char rest[60]; };
+struct Config { unsigned grid[3], block[3], shared; void *stream; const Attribute *attributes; unsigned count; };
+int cuLaunchKernelEx(const Config *c, void *function, void **parameters, void **extra) {
+    static_assert(sizeof(Attribute) == 72 && sizeof(Config) == 56, "as in cuda.h");
+    if (c->count != 1 || c->attributes->id != 6 || c->attributes->value != 1) return 1;
+    return launch(function, c->grid[0], c->grid[1], c->grid[2], c->block[0], c->block[1], c->block[2], c->shared, c->stream, parameters, extra, true);
 }
 int cuGetErrorString(int error, const char **text) { *text = error == 700 ? last_failure.c_str() : "an error of the emulated driver"; return 0; }
 }

@@ -2,7 +2,8 @@
  *
  * A launch fails, with a message, where threads don't do together what they should, and where copies are not waited for. Shared memory begins
  * as NaN. Either asynchronous copies come only when they are waited for, and products of warp groups are made at once, or the other way
- * round: what isn't waited for is read too early, or written over too early. */
+ * round: what isn't waited for is read too early, or written over too early. Of a launch that may begin before earlier ones end, the first and
+ * the last block do (`emulated_begin`): as far as their threads get without waiting for those. */
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -11,6 +12,7 @@
 #include <deque>
 #include <functional>
 #include <map>
+#include <memory>
 #include <random>
 #include <utility>
 #include <vector>
@@ -43,6 +45,7 @@ struct Fiber {
     uint32_t last_sums;
     float *held;
     Product product; /* the last one begun */
+    bool waited;     /* for earlier launches */
 };
 
 /* A matrix as a driver describes it in 128 bytes to those who copy boxes of it. */
@@ -71,8 +74,11 @@ struct Meeting {
     uint64_t tile_a, tile_b;
 };
 
+constexpr int STACK_BYTES = 64 << 10;
+using Stacks = std::vector<std::unique_ptr<char[]>>;
+
 std::vector<Fiber> fibers;
-std::vector<std::vector<char>> stacks; /* kept from block to block */
+Stacks stacks; /* kept from block to block */
 std::vector<Meeting> warps, warp_groups, named;
 std::map<void *, Barrier> barriers;
 std::vector<int> registers; /* per thread of each warp group */
@@ -81,6 +87,7 @@ Meeting block;
 ucontext_t scheduler;
 int current, threads;
 bool late_copies, late_products;
+bool early, ahead; /* whether the launch may begin before earlier ones end, and whether those have yet to run */
 int64_t block_x, block_y, block_z, blocks_x;
 void *kernel;
 int64_t arguments[ARGUMENTS];
@@ -124,6 +131,7 @@ void body() {
     if (!fibers[current].open.empty()) fail("copies were never committed");
     if (!fibers[current].products.empty()) fail("products were never committed");
     if (!fibers[current].product_groups.empty()) fail("products were never waited for");
+    if (early && !fibers[current].waited) fail("a thread of an early launch never waits for the launches before it");
     fibers[current].done = true;
     progress++;
     yield();
@@ -158,64 +166,173 @@ void come(const std::vector<Copy> &group) {
     for (const Copy &c : group) std::memcpy(c.to, c.from, 16);
 }
 
+/* A block between two turns, and a launch of which some blocks have begun. */
+struct Block {
+    int64_t number;
+    Stacks stacks;
+    std::vector<Fiber> fibers;
+    std::vector<Meeting> warps, warp_groups, named;
+    std::map<void *, Barrier> barriers;
+    std::vector<int> registers;
+    int free_registers;
+    Meeting block;
+    std::vector<uint8_t> shared;
+};
+
+struct Begun {
+    void *function;
+    std::vector<int64_t> arguments;
+    int64_t grid[3];
+    int threads;
+    std::vector<Block> blocks;
+};
+
+bool prepare(void *function, const int64_t *args, int count, int64_t grid_x, int block_threads, int late) {
+    kernel = function;
+    threads = block_threads;
+    late_copies = late, late_products = !late;
+    blocks_x = grid_x;
+    failure[0] = 0;
+    std::memset(arguments, 0, sizeof arguments);
+    if (count > ARGUMENTS) return std::snprintf(failure, sizeof failure, "too many arguments"), false;
+    std::memcpy(arguments, args, sizeof(int64_t) * count);
+    return true;
+}
+
+void place(int64_t number, int64_t grid_x, int64_t grid_y) {
+    block_x = number % grid_x, block_y = number / grid_x % grid_y, block_z = number / grid_x / grid_y;
+}
+
+void start(int64_t number, int64_t grid_x, int64_t grid_y) {
+    place(number, grid_x, grid_y);
+    while ((int)stacks.size() < threads) stacks.emplace_back(new char[STACK_BYTES]);
+    std::memset(jisu_shared, 0xff, sizeof jisu_shared);
+    fibers = std::vector<Fiber>(threads);
+    warps = std::vector<Meeting>((threads + 31) / 32);
+    warp_groups = std::vector<Meeting>((threads + 127) / 128);
+    named = std::vector<Meeting>(16);
+    barriers.clear();
+    registers = std::vector<int>((threads + 127) / 128, REGISTERS / threads / 8 * 8);
+    free_registers = REGISTERS - registers[0] * threads;
+    block = Meeting();
+    for (Fiber &f : fibers) {
+        f.done = f.unfenced = f.ready = f.waited = false;
+        f.last_sums = 0;
+        getcontext(&f.context);
+        f.context.uc_stack.ss_sp = stacks[&f - fibers.data()].get();
+        f.context.uc_stack.ss_size = STACK_BYTES;
+        f.context.uc_link = nullptr;
+        makecontext(&f.context, body, 0);
+    }
+}
+
+/* Run the block's threads to their end, or, ahead of earlier launches, until nobody gets any further; whether nothing failed. */
+bool run(int order) {
+    std::vector<int> turns(threads);
+    for (int i = 0; i < threads; i++) turns[i] = order == -1 ? threads - 1 - i : i;
+    std::minstd_rand random(order);
+    for (int running = threads; running;) {
+        running = 0;
+        long before = progress;
+        if (order != 1 && order != -1) std::shuffle(turns.begin(), turns.end(), random);
+        for (int turn : turns) {
+            current = turn;
+            if (fibers[current].done) continue;
+            swapcontext(&scheduler, &fibers[current].context);
+            running += !fibers[current].done;
+            if (failure[0]) return false;
+        }
+        if (running && progress == before) {
+            if (ahead) return true;
+            return std::snprintf(failure, sizeof failure, "threads wait for each other for ever"), false;
+        }
+    }
+    for (auto &barrier : barriers)
+        if (!barrier.second.coming.empty())
+            return std::snprintf(failure, sizeof failure, "copies of boxes were never waited for"), false;
+    return true;
+}
+
 } // namespace
 
 extern "C" {
 
-/* Run a kernel over a grid; what went wrong, or nothing. order: -1 runs a block's threads from the last to the first, 1 from the first; any other
- * number has them take their turns in an order of its own. */
+/* Run a kernel over a grid; what went wrong, or nothing. order: -1 runs blocks, and each one's threads, from the last to the first, 1 from the
+ * first; any other number has a block's threads take their turns in an order of its own. */
 const char *emulated_launch(void *function, const int64_t *args, int count, int64_t grid_x, int64_t grid_y, int64_t grid_z, int block_threads, int late, int order) {
-    kernel = function;
-    threads = block_threads;
-    late_copies = late, late_products = !late;
-    failure[0] = 0;
-    std::memset(arguments, 0, sizeof arguments);
-    if (count > ARGUMENTS) return "too many arguments";
-    std::memcpy(arguments, args, sizeof(int64_t) * count);
-    while ((int)stacks.size() < threads) stacks.emplace_back(64 << 10);
-    blocks_x = grid_x;
-    for (int64_t number = 0; number < grid_x * grid_y * grid_z; number++) {
-            block_x = number % grid_x, block_y = number / grid_x % grid_y, block_z = number / grid_x / grid_y;
-            std::memset(jisu_shared, 0xff, sizeof jisu_shared);
-            fibers = std::vector<Fiber>(threads);
-            warps = std::vector<Meeting>((threads + 31) / 32);
-            warp_groups = std::vector<Meeting>((threads + 127) / 128);
-            named = std::vector<Meeting>(16);
-            barriers.clear();
-            registers = std::vector<int>((threads + 127) / 128, REGISTERS / threads / 8 * 8);
-            free_registers = REGISTERS - registers[0] * threads;
-            block = Meeting();
-            for (Fiber &f : fibers) {
-                f.done = f.unfenced = f.ready = false;
-                f.last_sums = 0;
-                auto &stack = stacks[&f - fibers.data()];
-                getcontext(&f.context);
-                f.context.uc_stack.ss_sp = stack.data();
-                f.context.uc_stack.ss_size = stack.size();
-                f.context.uc_link = nullptr;
-                makecontext(&f.context, body, 0);
-            }
-            std::vector<int> turns(threads);
-            for (int i = 0; i < threads; i++) turns[i] = order == -1 ? threads - 1 - i : i;
-            std::minstd_rand random(order);
-            for (int running = threads; running;) {
-                running = 0;
-                long before = progress;
-                if (order != 1 && order != -1) std::shuffle(turns.begin(), turns.end(), random);
-                for (int turn : turns) {
-                    current = turn;
-                    if (fibers[current].done) continue;
-                    swapcontext(&scheduler, &fibers[current].context);
-                    running += !fibers[current].done;
-                    if (failure[0]) return failure;
-                }
-                if (running && progress == before) return "threads wait for each other for ever";
-            }
-            for (auto &barrier : barriers)
-                if (!barrier.second.coming.empty()) return "copies of boxes were never waited for";
-        }
+    early = false;
+    if (!prepare(function, args, count, grid_x, block_threads, late)) return failure;
+    int64_t blocks = grid_x * grid_y * grid_z;
+    for (int64_t number = 0; number < blocks; number++) {
+        start(order == -1 ? blocks - 1 - number : number, grid_x, grid_y);
+        if (!run(order)) return failure;
+    }
     return nullptr;
 }
+
+/* Begin a launch that may run before earlier ones have ended; nothing where it failed, see `emulated_failure`. */
+void *emulated_begin(void *function, const int64_t *args, int count, int64_t grid_x, int64_t grid_y, int64_t grid_z, int block_threads) {
+    early = ahead = true;
+    auto launch = std::make_unique<Begun>();
+    if (!prepare(function, args, count, grid_x, block_threads, 0)) return nullptr;
+    launch->function = function, launch->arguments.assign(args, args + count);
+    launch->grid[0] = grid_x, launch->grid[1] = grid_y, launch->grid[2] = grid_z, launch->threads = block_threads;
+    int64_t last = grid_x * grid_y * grid_z - 1;
+    for (int64_t number = 0; number <= last; number += last ? last : 1) {
+        Block b;
+        std::swap(stacks, b.stacks);
+        start(number, grid_x, grid_y);
+        bool sound = run(1);
+        std::swap(stacks, b.stacks);
+        if (!sound) return ahead = false, nullptr;
+        b.number = number;
+        b.fibers.swap(fibers), b.warps.swap(warps), b.warp_groups.swap(warp_groups), b.named.swap(named);
+        b.barriers.swap(barriers), b.registers.swap(registers);
+        b.free_registers = free_registers, b.block = block;
+        b.shared.assign(jisu_shared, jisu_shared + sizeof jisu_shared);
+        launch->blocks.push_back(std::move(b));
+    }
+    ahead = false;
+    return launch.release();
+}
+
+/* The rest of a launch that was begun: earlier ones have ended. */
+const char *emulated_end(void *begun) {
+    std::unique_ptr<Begun> launch((Begun *)begun);
+    early = true;
+    const int64_t *grid = launch->grid;
+    if (!prepare(launch->function, launch->arguments.data(), (int)launch->arguments.size(), grid[0], launch->threads, 1)) return failure;
+    for (int64_t number = 0; number < grid[0] * grid[1] * grid[2]; number++) {
+        Block *b = nullptr;
+        for (Block &other : launch->blocks)
+            if (other.number == number) b = &other;
+        if (!b) {
+            start(number, grid[0], grid[1]);
+            if (!run(1)) return failure;
+            continue;
+        }
+        late_copies = false, late_products = true;
+        place(number, grid[0], grid[1]);
+        fibers.swap(b->fibers), warps.swap(b->warps), warp_groups.swap(b->warp_groups), named.swap(b->named);
+        barriers.swap(b->barriers), registers.swap(b->registers);
+        free_registers = b->free_registers, block = b->block;
+        std::memcpy(jisu_shared, b->shared.data(), sizeof jisu_shared);
+        if (!run(1)) return failure;
+        late_copies = true, late_products = false;
+    }
+    return nullptr;
+}
+
+const char *emulated_failure() { return failure; }
+
+void emulated_wait_for_launches() __asm__("emulated.griddepcontrol.wait");
+void emulated_wait_for_launches() {
+    fibers[current].waited = true;
+    progress++;
+    while (ahead) yield();
+}
+void emulated_launch_dependents() __asm__("emulated.griddepcontrol.launch_dependents");
+void emulated_launch_dependents() {}
 
 uint32_t emulated_tid() __asm__("emulated.read.ptx.sreg.tid.x");
 uint32_t emulated_tid() { return current; }

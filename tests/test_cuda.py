@@ -12,14 +12,16 @@ import attrs
 import ml_dtypes
 import numpy as np
 import pytest
+from hypothesis import given as given_drawn
+from hypothesis import strategies as st
 
 from jisu.compiler import ops, rows
 from jisu.compiler.errors import TargetError
-from jisu.compiler.graph import Graph, placeholder
+from jisu.compiler.graph import ArrayStorage, Graph, placeholder, weight
 from jisu.compiler.interpret import interpret
 from jisu.compiler.types import TensorType, numpy_dtype
 from jisu.targets.cuda import device, emulated, ptx
-from jisu.targets.cuda.kernels import attention, experts, hopper, norm, products, records, thin, top
+from jisu.targets.cuda.kernels import attention, experts, heads, hopper, norm, products, records, thin, top
 from jisu.targets.cuda.kernels.attention import Form
 from jisu.targets.cuda.kernels.layers import Layer
 from jisu.targets.cuda.lowering import lower
@@ -28,6 +30,7 @@ from jisu.targets.worker import find_linker
 
 REAL = Target.describe("cuda:sm_90")
 GPU = attrs.evolve(REAL, mcpu="sm_80", triple=host().triple)
+EARLY = attrs.evolve(REAL, mcpu="sm_90", triple=host().triple)
 HOPPER = attrs.evolve(REAL, mcpu="sm_90a", triple=host().triple)
 RACES = pytest.mark.parametrize(("late", "order"), [(True, 1), (False, -1)])
 
@@ -36,31 +39,35 @@ RACES = pytest.mark.parametrize(("late", "order"), [(True, 1), (False, -1)])
 def emulator(driver_library: Path) -> Any:
     # Kernels find the functions of the library that is loaded first, so there is one in a process: the GPU is in the driver's.
     library = ctypes.CDLL(str(driver_library), mode=ctypes.RTLD_GLOBAL)
-    library.emulated_launch.restype = ctypes.c_char_p
+    for name in ("launch", "end", "failure"):
+        getattr(library, f"emulated_{name}").restype = ctypes.c_char_p
+    library.emulated_begin.restype = ctypes.c_void_p
     return library
 
 
 Launch = Callable[..., None]
+Given = tuple[ctypes.c_void_p, Any, int, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, int]
+
+
+def given(kernel: device.DeviceKernel, folder: Path, grid: tuple[int, ...], *values: Any) -> Given:
+    """What the emulator is given of a launch; the kernel is compiled into `folder`, once."""
+    path = folder / f"{kernel.name}.so"
+    if not path.exists():
+        emulated.to_library([kernel], GPU, {}, path, find_linker())
+    function = ctypes.cast(getattr(ctypes.CDLL(str(path)), ptx.entry_name(kernel)), ctypes.c_void_p)
+    numbers = (ctypes.c_int64 * len(values))(*(v.ctypes.data if isinstance(v, np.ndarray) else v for v in values))
+    x, y, z = map(ctypes.c_int64, (*grid, 1, 1)[:3])
+    return function, numbers, len(values), x, y, z, kernel.threads
 
 
 @pytest.fixture
 def launch(emulator: Any, tmp_path: Path) -> Launch:
     """launch(kernel of the target, grid, *arrays and numbers, late=, order=): runs it on this CPU, writing into the arrays."""
-    loaded: dict[str, Any] = {}
 
-    def load(kernel: device.DeviceKernel) -> Any:
-        if kernel.name not in loaded:
-            path = tmp_path / f"{kernel.name}.so"
-            emulated.to_library([kernel], GPU, {}, path, find_linker())
-            loaded[kernel.name] = ctypes.CDLL(str(path))
-        return getattr(loaded[kernel.name], ptx.entry_name(kernel))
-
-    def run(kernel: device.DeviceKernel, grid: tuple[int, ...], *given: Any, late: bool = True, order: int = 1) -> None:
-        values = [g.ctypes.data if isinstance(g, np.ndarray) else g for g in given]
-        numbers = (ctypes.c_int64 * len(values))(*values)
-        function = ctypes.cast(load(kernel), ctypes.c_void_p)
-        sizes = map(ctypes.c_int64, (*grid, 1, 1)[:3])
-        failure = emulator.emulated_launch(function, numbers, len(values), *sizes, kernel.threads, int(late), order)
+    def run(
+        kernel: device.DeviceKernel, grid: tuple[int, ...], *values: Any, late: bool = True, order: int = 1
+    ) -> None:
+        failure = emulator.emulated_launch(*given(kernel, tmp_path, grid, *values), int(late), order)
         if failure:
             raise RuntimeError(failure.decode())
 
@@ -106,6 +113,49 @@ def test_few_rows(rows: int, m: int, n: int, k: int, late: bool, order: int, lau
     multiplied(launch, thin.thin(layer, rows, GPU), grid, m, n, k, late=late, order=order)
 
 
+@pytest.mark.parametrize(
+    ("n", "k", "scheme"), [(64, 512, ""), (1000, 64, ""), (72, 96, ""), (4096, 128, "int4"), (48, 256, "int8")]
+)
+@pytest.mark.parametrize("rms", [True, False])
+@RACES
+def test_a_row_and_its_norm(n: int, k: int, scheme: str, rms: bool, late: bool, order: int, launch: Launch) -> None:
+    """Whichever block is done last norms the results: to the bit what the two kernels give one after the other."""
+    how = norm.Norm(n, "bfloat16", 1e-5, rms, True, not rms)
+    layer = Layer(k, (n,), residual=True, scheme=scheme)
+    x, gain, bias, r = (drawn(i, *shape) for i, shape in enumerate(((1, k), (n,), (n,), (1, n))))
+    w = (
+        drawn(4, n, k)
+        if not scheme
+        else np.random.default_rng(4).integers(0, 256, (n, layer.row_bytes)).astype(np.uint8)
+    )
+    scales = [np.full((n, 1), 0.01, np.float16)] if scheme else []
+    found = [drawn(i, 2, n) for i in (5, 6, 5, 6)]
+    given_norm, counter = [gain] if rms else [gain, bias], np.zeros(1, np.int32)
+    grid, both = (layer.tiles(thin.OUTPUTS), 1), {"late": late, "order": order}
+    kernel = thin.thin(layer, 8, GPU, how)
+    launch(kernel, grid, x, w, *scales, r, found[0], 1, *given_norm, found[1], counter, **both)
+    assert not counter.any()
+    launch(thin.thin(layer, 8, GPU), grid, x, w, *scales, r, found[2], 1, **both)
+    launch(norm.normed(how, GPU), (1,), found[2], *given_norm, found[3])
+    tolerance = (
+        0 if norm.normed(how, GPU).threads == kernel.threads else 1e-2
+    )  # sums have an order for each number of threads
+    for one, other in zip(found[:2], found[2:], strict=True):
+        np.testing.assert_allclose(one.astype(np.float64), other.astype(np.float64), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("fault", ["the first joins", "counters stay"])
+def test_a_row_that_is_normed_too_early_shows(fault: str, launch: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
+    counted = device.Device.counted
+    wrong = {
+        "the first joins": lambda self, address, most: most - counted(self, address, most),
+        "counters stay": lambda self, address, most: counted(self, address, most + 1),
+    }
+    monkeypatch.setattr(device.Device, "counted", wrong[fault])
+    with pytest.raises(AssertionError):
+        test_a_row_and_its_norm(64, 512, "", True, True, 1, launch)
+
+
 @pytest.mark.parametrize(("m", "n", "k"), [(128, 128, 64), (1, 1, 32), (130, 70, 160), (17, 200, 96)])
 @RACES
 def test_many_rows(m: int, n: int, k: int, late: bool, order: int, launch: Launch) -> None:
@@ -148,6 +198,43 @@ def test_powers_of_e(launch: Launch) -> None:
     got = np.zeros(512, np.float32)
     launch(f.built(), (2,), given, got)
     np.testing.assert_allclose(got, np.exp(given.astype(np.float64)), rtol=5e-7, atol=0)
+
+
+@pytest.mark.parametrize("fault", ["", "never", "late"])
+@pytest.mark.parametrize("streams", [True, False])
+def test_launches_that_begin_early(
+    streams: bool, fault: str, emulator: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A layer (or a norm) of a norm's results, begun when those aren't there: that is right as long as it waits in time for them. Negative
+    controls: a kernel that doesn't wait, and one that waits behind its reads."""
+    k = 4096
+    x, w, y, out, want = (
+        drawn(i, *shape) for i, shape in ((0, (2, k)), (1, (16, k)), (2, (2, k)), (3, (2, k)), (3, (2, k)))
+    )
+    how = norm.Norm(k, "bfloat16", 1e-5, True, True, False)
+    first = norm.normed(how, EARLY)
+    if fault:
+        monkeypatch.setattr(device.Device, "wait", lambda self: setattr(self, "waited", True))
+    if fault == "late":
+        finish = device.Device.finish
+        monkeypatch.setattr(
+            device.Device, "finish", lambda self: (self._special("griddepcontrol.wait"), finish(self))[1]
+        )
+    second = thin.thin(Layer(k, (16,)), 8, EARLY) if streams else norm.normed(attrs.evolve(how, eps=1e-6), EARLY)
+    assert first.early and second.early and second.ahead == ((1,) if streams else ())
+
+    def of(y: np.ndarray, out: np.ndarray) -> Given:
+        return given(second, tmp_path, (1 if streams else 2,), y, w, out, *([2] if streams else []))
+
+    begun = emulator.emulated_begin(*of(y, out))
+    if begun is None:
+        assert fault == "never" and b"never waits" in emulator.emulated_failure()
+        return
+    assert emulator.emulated_launch(*given(first, tmp_path, (2,), x, w, y), 1, 1) is None
+    assert emulator.emulated_end(ctypes.c_void_p(begun)) is None
+    monkeypatch.undo()
+    assert emulator.emulated_launch(*of(y, want), 1, 1) is None
+    assert np.array_equal(out, want) == (fault == "") and fault != "never"
 
 
 # --- Experts ------------------------------------------------------------------------------------------------------------
@@ -230,8 +317,10 @@ def attended(form: Form, launch: Launch, past: int, s: int, parts: int = 0, **ho
     if parts:
         states = np.full((b, form.heads, parts, form.head_dim + 2), np.nan, np.float32)
         own = form.heads // attention.sharing(form)
-        launch(attention.attend_token(form, GPU), (parts * b, own), *given, states, *sizes, parts, **how)
-        launch(attention.merge_parts(form, GPU), (b * form.heads,), states, *sink, out, parts, **how)
+        counters = np.zeros(b * own, np.int32)
+        own_memory = (*sink, out, states, counters)
+        launch(attention.attend_token(form, GPU), (parts * b, own), *given, *own_memory, *sizes, parts, **how)
+        assert not counters.any()  # so that the next launch may count
     else:
         grid = (-(-s // attention.QUERIES) * b, form.heads)
         launch(attention.attend_tokens(form, GPU), grid, *given, *sink, out, s, *sizes, **how)
@@ -269,9 +358,23 @@ def attended(form: Form, launch: Launch, past: int, s: int, parts: int = 0, **ho
         (Form(2, 2, 32, 0.2, "ring", window=20, scheme="int4"), 70, 2),
     ],
 )
-def test_attention_of_a_token(form: Form, past: int, parts: int, launch: Launch) -> None:
-    """Padding, parts without keys, and slots that hold no key."""
-    attended(form, launch, past, 1, parts)
+@pytest.mark.parametrize("order", [1, -1])
+def test_attention_of_a_token(form: Form, past: int, parts: int, order: int, launch: Launch) -> None:
+    """Padding, parts without keys, and slots that hold no key; whichever block is the last one joins the parts."""
+    attended(form, launch, past, 1, parts, order=order)
+
+
+@pytest.mark.parametrize("fault", ["the first joins", "counters stay", "no barrier"])
+def test_parts_that_are_joined_wrongly_show(fault: str, launch: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
+    counted = device.Device.counted
+    if fault == "the first joins":
+        monkeypatch.setattr(device.Device, "counted", lambda self, address, most: most - counted(self, address, most))
+    elif fault == "counters stay":
+        monkeypatch.setattr(device.Device, "counted", lambda self, address, most: counted(self, address, most + 1))
+    else:
+        monkeypatch.setattr(device.Device, "barrier", lambda self: None)
+    with pytest.raises(AssertionError):
+        attended(Form(4, 1, 64, 0.125), launch, 70, 1, 3, order=-1)
 
 
 @pytest.mark.parametrize(
@@ -312,6 +415,103 @@ def test_records(k: int, scheme: str, dtype: str, launch: Launch) -> None:
     sound = [0, 1, 4, 5, 6]
     np.testing.assert_array_equal(got[sound], rows.encode(x[sound].astype(np.float32), scheme))
     assert np.isnan(rows.decode(got[[2, 3]], scheme)).all() and not got[7].any()
+
+
+@st.composite
+def chains(draw: st.DrawFn) -> tuple[heads.Heads, int, int, int]:
+    """Heads of any kind, a batch, new tokens, and tokens before."""
+    dtype, cache = (
+        draw(st.sampled_from(["float32", "bfloat16", "float16"])),
+        draw(st.sampled_from(["contiguous", "ring", "paged"])),
+    )
+    size = draw(st.sampled_from([32, 48, 64, 80, 128]))
+    scheme = draw(st.sampled_from(["none", "int8", "int4"])) if size % 64 == 0 else "none"
+    found = []
+    for kind in draw(st.sampled_from([("q", "k", "v"), ("k", "v"), ("q",), ("q", "k")])):
+        how = norm.Norm(
+            size, dtype, 1e-5, draw(st.booleans()), draw(st.booleans()), False, draw(st.sampled_from([0.0, 1.0])), draw(st.booleans())
+        )  # fmt: skip
+        how = how if how.rms else attrs.evolve(how, bias=draw(st.booleans()), offset=0.0, round_first=False)
+        has_norm, turned = kind != "v" and draw(st.booleans()), kind != "v" and draw(st.booleans())
+        found.append(
+            heads.Chain(
+                draw(st.integers(1, 5)), how if has_norm else None, draw(st.sampled_from([size, 16])) if turned else 0,
+                draw(st.booleans()), "none" if kind == "q" else scheme, "" if kind == "q" else cache,
+            )
+        )  # fmt: skip
+    tokens, past = draw(st.integers(1, 5)), draw(st.integers(0, 9))
+    return heads.Heads(tuple(found), size, dtype, 4 if cache == "paged" else 0), draw(st.integers(1, 2)), tokens, past
+
+
+def prepared_by_ops(chain: heads.Chain, arrays: dict[str, np.ndarray], length: np.ndarray, table: Any) -> np.ndarray:
+    """What the ops' meanings make of a chain."""
+    held = {**arrays, "length": length, **({} if table is None else {"table": table})}
+    nodes = {n: placeholder(n, TensorType(a.shape, a.dtype.name)) for n, a in held.items()}
+    value = nodes["x"]
+    if chain.norm is not None and chain.norm.rms:
+        rest = {"offset": chain.norm.offset, "round_first": chain.norm.round_first}
+        value = ops.rms_norm(value, nodes.get("gain"), eps=chain.norm.eps, **rest)
+    elif chain.norm is not None:
+        value = ops.layer_norm(value, nodes.get("gain"), nodes.get("bias"), eps=chain.norm.eps)
+    if chain.turned:
+        value = ops.rotary(value, nodes["cos"], nodes["sin"], interleaved=chain.interleaved)
+    if chain.scheme != "none":
+        value = ops.encode_rows(value, scheme=chain.scheme)
+    if chain.cache:
+        value = ops.cache_append(nodes["to"], value, nodes["length"], nodes.get("table"), ring=chain.cache == "ring")
+    return interpret(Graph(tuple(nodes.values()), (value,)), list(held.values()))[0]
+
+
+@given_drawn(chains())
+def test_heads(launch: Launch, drawn_: tuple[heads.Heads, int, int, int]) -> None:
+    """Against the ops' meanings: exactly, but where a norm's sum has another order, or float32 products are added in one rounding."""
+    how, b, s, past = drawn_
+    kind, rng = numpy_dtype(how.dtype), np.random.default_rng(past)
+    length, cap = np.array([past], np.int64), past + s + 1
+    if how.cached == "ring":
+        cap = max(s, past)
+    table = rng.permutation(b * cap).astype(np.int32).reshape(b, cap) if how.page else None
+    own: list[dict[str, np.ndarray]] = []
+    for chain in how.chains:
+        width = how.head_dim if chain.scheme == "none" else rows.record_bytes(chain.scheme, how.head_dim)
+        shapes = {"x": (b, s, chain.heads, how.head_dim), "gain": (how.head_dim,), "bias": (how.head_dim,)}
+        shapes |= dict.fromkeys(("cos", "sin"), (b if chain.interleaved else 1, s, chain.turned))
+        shapes["to"] = shapes["x"]
+        if chain.cache:
+            shapes["to"] = (b * cap if how.page else b, chain.heads, how.page or cap, width)
+        own.append({n: rng.standard_normal(shapes[n]).astype(kind) for n in chain.pointers})
+        if chain.scheme != "none":
+            own[-1]["to"] = rng.integers(0, 256, shapes["to"]).astype(np.uint8)
+    want = [prepared_by_ops(chain, arrays, length, table) for chain, arrays in zip(how.chains, own, strict=True)]
+    fault = np.zeros(1, np.int32)
+    arguments: list[Any] = [a for arrays in own for a in arrays.values()]
+    arguments += [length, *([] if table is None else [table]), fault] if how.cached else []
+    arguments += [b * s, s, *(a["cos"].shape[0] * s for a in own if "cos" in a)]
+    arguments += [cap, *([b * cap] if how.page else []), 1, 2, *([3] if how.page else [])] if how.cached else []
+    grid = (-(-b * s * how.count // heads.WARPS),)
+    launch(heads.prepared(how, GPU), grid, *arguments)
+    assert not fault.any()
+    for chain, arrays, expected in zip(how.chains, own, want, strict=True):
+        if chain.norm is None and not (chain.turned and how.dtype == "float32"):
+            np.testing.assert_array_equal(arrays["to"], expected)
+            continue
+        got, exact = (
+            rows.decode(a, chain.scheme) if chain.scheme != "none" else a.astype(np.float64)
+            for a in (arrays["to"], expected)
+        )
+        step = {"none": 0.0, "int8": 0.1, "int4": 1.0}[chain.scheme]
+        tolerance = {"float32": 1e-5, "float16": 4e-3, "bfloat16": 3e-2}[how.dtype]
+        assert (np.isnan(got) == np.isnan(exact)).all()
+        np.testing.assert_allclose(got, exact, rtol=tolerance, atol=tolerance + step)
+    if not how.cached:
+        return
+    # What there is no room for is a fault, and nothing is written.
+    before = [a["to"].copy() for a in own]
+    length[0] = -1 if past % 2 or how.cached == "ring" else cap * max(how.page, 1) - s + 1
+    launch(heads.prepared(how, GPU), grid, *arguments)
+    assert fault[0] == (1 if length[0] < 0 else 2)
+    for chain, a, kept in zip(how.chains, own, before, strict=True):
+        assert not chain.cache or np.array_equal(a["to"].view(np.uint8), kept.view(np.uint8))
 
 
 @pytest.mark.parametrize(("size", "first"), [(1, 1), (96, 50), (3000, 128)])
@@ -384,6 +584,12 @@ def of_hot_kernels(target: Target) -> dict[str, device.DeviceKernel]:
     made = {
         "few": thin.thin(wide, 8, target),
         "few codes": thin.thin(Layer(4096, (4096,), **CODES), 8, target),
+        "few codes and a norm": thin.thin(
+            Layer(4096, (4096,), residual=True, **CODES),
+            8,
+            target,
+            norm.Norm(4096, "bfloat16", 1e-5, True, True, False),
+        ),
         "many": products.product(wide, products.LARGE, target),
         "some": products.product(wide, products.SMALL, target),
         "some codes": products.product(Layer(4096, (4096,), **CODES), products.SMALL, target),
@@ -395,8 +601,22 @@ def of_hot_kernels(target: Target) -> dict[str, device.DeviceKernel]:
             Layer(4096, (14336,), gated=True, apart=True, activation="silu"), products.LARGE, target
         ),
         "token": attention.attend_token(form, target),
-        "merge": attention.merge_parts(form, target),
         "tokens": attention.attend_tokens(form, target),
+        "heads": heads.prepared(
+            heads.Heads(
+                (
+                    heads.Chain(32, norm.Norm(128, "bfloat16", 1e-6, True, True, False, 0.0, True), 128),
+                    heads.Chain(
+                        8, norm.Norm(128, "bfloat16", 1e-6, True, True, False, 0.0, True), 128, False, "int8", "paged"
+                    ),
+                    heads.Chain(8, scheme="int8", cache="paged"),
+                ),
+                128,
+                "bfloat16",
+                16,
+            ),
+            target,
+        ),
         "largest": top.largest(128256, 128, "float32", False, False, target),
         "norm": norm.normed(norm.Norm(4096, "bfloat16", 1e-5, True, True, False), target),
         "expert": experts.single(MIXTRAL, False, target),
@@ -433,7 +653,7 @@ WORDS = {
     "many": ("mma.sync.aligned.m16n8k16", "ldmatrix.sync.aligned.m8n8.x4", "cp.async.cg.shared.global", "bar.sync"),
     "many codes": ("mma.sync.aligned.m16n8k16", "cp.async.cg.shared.global", "ld.shared.v4"),
     "gated": ("mma.sync.aligned.m16n8k16", "fma.rn.f32", "div.rn.f32"),
-    "token": ("shfl.sync.bfly", "ex2.approx.ftz", "ld.global"),
+    "token": ("shfl.sync.bfly", "ex2.approx.ftz", "ld.global", "atom", ".inc.u32", "fence.acq_rel.gpu"),
     "tokens": ("ldmatrix.sync.aligned.m8n8.x4.trans", "cvt.rn.bf16x2.f32", "cp.async.cg.shared.global", "mma.sync"),
     "norm": ("sqrt.rn", "ld.global", "st.global"),
     "hopper": ("wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16", "wgmma.fence", "wgmma.commit_group",
@@ -451,6 +671,7 @@ MOST_REGISTERS = {
     "expert's last layer": 64,
     "few of experts": 64,
     "few codes": 80,
+    "few codes and a norm": 80,
     "few small floats": 80,
     "few of a table": 80,
     "many": 128,
@@ -470,6 +691,12 @@ def test_ptx_has_the_instructions(mcpu: str) -> None:
     for kind, words in WORDS.items():
         for word in words if kind in made else ():
             assert word in bodies[kind], (kind, word)
+    for kind, body in bodies.items():
+        before, waits, _ = body.partition("griddepcontrol.wait")
+        assert bool(waits) == ("griddepcontrol.launch_dependents" in before) == (mcpu != "sm_80"), kind
+        # Nothing is touched before the wait; layers of few rows have weights under way.
+        touched = re.findall(r"ld\.global|st\.global|atom|\bred\.|cp\.async\.cg", before) if waits else []
+        assert set(touched) == ({"cp.async.cg"} if waits and made[kind].ahead else set()), kind
     for kind in ("token", "norm"):
         assert re.search(r"ld\.global(\.nc)?\.v4", bodies[kind]), kind
     assert not re.search(r"\.local\b|call\.uni", text) and f".target {mcpu}" in text
@@ -498,3 +725,16 @@ def test_generic_kernels_use_threads_and_take_memory_for_no_others() -> None:
     assert sum(int(max(sizes)) for sizes in plans["softmax"].slots) < 128 << 20  # type: ignore[type-var, call-overload]
     (launch,) = plans["sum"].steps[0][0].launches
     assert launch.grid == (6, 1, 1)
+
+
+@pytest.mark.parametrize("stored", [True, False])
+def test_what_is_read_ahead_is_weights(stored: bool) -> None:
+    """A layer whose matrix another kernel may just have written isn't launched early."""
+    x, kind = placeholder("x", TensorType((1, 64), "bfloat16")), TensorType((32, 64, 1), "bfloat16")
+    held = {"w": ArrayStorage(np.zeros((32, 64, 1), numpy_dtype("bfloat16")))}
+    w = weight("w", kind) if stored else placeholder("w", kind)
+    y = ops.packed_linear(x, w, None, None, outputs=32, activation="none")
+    graph = Graph((x,) if stored else (x, w), (ops.exp(y),), held if stored else {})
+    thin_one, other = lower({"main": graph}, REAL).plans["main"].launches({})
+    assert "thin" in thin_one.kernel and thin_one.early == stored and other.early
+    assert not any(step.early for step in lower({"main": graph}, GPU).plans["main"].launches({}))

@@ -313,21 +313,22 @@ def test_batches_padding_and_growing_caches(emulated_gpu: Target, emulated_drive
     """Sequences of unlike length alone and together, past the slots that a session reserves at first; steps are graphs; memory comes back."""
     model = llama().bfloat16()
     program = jisu.compile(model, target=emulated_gpu)
-    before = emulated_driver.emulated_graphs()
+    before, early = emulated_driver.emulated_graphs(), emulated_driver.emulated_early()
     long = [(7 * i) % 96 for i in range(250)]
     alone = [program.generate([p], max_new_tokens=10).sequences[0] for p in (long, PROMPT[0])]
     assert program.generate([long, PROMPT[0]], max_new_tokens=10).sequences == alone
     assert emulated_driver.emulated_graphs() - before > 20
+    assert emulated_driver.emulated_early() - early > 20 * 20
     held = emulated_driver.emulated_bytes()
     for _ in range(3):
         program.generate(PROMPT, max_new_tokens=3)
     assert emulated_driver.emulated_bytes() <= held * 1.05
 
 
-@pytest.mark.parametrize("cache", ["page = 16", "ring = true", 'scheme = "int8"'])
+@pytest.mark.parametrize("cache", ["page = 16", "ring = true", 'scheme = "int8"', 'page = 16\nscheme = "int4"'])
 def test_caches(cache: str, emulated_gpu: Target) -> None:
     recipe = jisu.Recipe.from_toml(f"[cache]\n{cache}\n")
-    model = gemma2() if "ring" in cache else llama()
+    model = gemma2() if "ring" in cache else qwen3() if "int4" in cache else llama()
     for dtype in (torch.float32, torch.bfloat16):
         own = model.to(dtype)
         program = jisu.compile(own, target=emulated_gpu, recipe=recipe)
@@ -369,6 +370,31 @@ def test_programs_for_machines_that_are_not_here(tmp_path: Path, emulated_driver
         program.save(tmp_path / f"{name.replace('/', '-')}.jisu")
     with pytest.raises(TargetError, match="compiled for sm_120 and newer, and the GPU here .* is sm_90"):
         program.generate(PROMPT, max_new_tokens=1)
+
+
+@pytest.mark.parametrize(("target", "early"), [("cuda:sm_80", False), ("cuda:sm_90", True)])
+@pytest.mark.parametrize(
+    ("family", "recipe"),
+    [("llama", ""), ("qwen3", "[cache]\npage = 16"), ("llama", "w4a16"), ("qwen3", '[cache]\nscheme = "int8"')],
+)
+def test_launches_of_a_layer(family: str, recipe: str, target: str, early: bool) -> None:
+    """One token takes six of them: queries, keys and values; their heads; attention; its output and a norm; gates and ups; down and a norm.
+    From sm_90 on launches may begin before those before them end."""
+    how = jisu.Recipe.from_toml(recipe) if "[" in recipe else recipe or None
+    layers, config = 3, FAMILIES[family]().config
+    config.num_hidden_layers, config.layer_types = layers, ["full_attention"] * layers
+    torch.manual_seed(0)
+    program = jisu.compile(hf.AutoModelForCausalLM.from_config(config).bfloat16().eval(), target=target, recipe=how)
+    plan = Plan.from_json(json.loads(program._parts.code[PLANS])["entries"]["append_last"])
+    for batch, each in ((1, 6), (2, 8)):  # norms of several rows are launches of their own
+        launches = plan.launches({"batch": batch, "sequence": 1, "capacity": 64, "pages": 8, "sequence_pages": 4})
+        heads = [i for i, launch in enumerate(launches) if "_heads_" in launch.kernel]
+        assert [b - a for a, b in zip(heads, heads[1:], strict=False)] == [each] * (layers - 1)
+        assert {launch.early for launch in launches} == {early}
+    (told,) = (e for e in program.explain()["launches"] if e["entry"] == "append_last")
+    launches = plan.launches({"batch": 1, "sequence": 1, "capacity": 256, "pages": 256, "sequence_pages": 256})
+    assert (told["launches"], told["early"]) == (len(launches), (len(launches) - 1) * early)
+    assert told["gaps_s"] == pytest.approx(0 if early else (len(launches) - 1) * 1e-6)
 
 
 def test_the_gpu_that_is_present(emulated_driver: ctypes.CDLL, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,6 +24,7 @@ from jisu.runtime.cuda import DeviceExecutable
 from jisu.runtime.executable import Executable, zeros
 from jisu.targets.arena import Lifetime, share
 from jisu.targets.compile import CompiledInfo, compile_graphs
+from jisu.targets.fusion import Region, regions, separable
 from jisu.targets.target import Target
 
 CPU = Target.resolve("cpu")
@@ -211,6 +212,22 @@ def test_fusion_never_makes_a_cycle(place: Place) -> None:
     array = np.random.default_rng(0).standard_normal((4, 4)).astype(np.float32)
     for got, want in zip(program.call("main", [array]), interpret(graph, [array]), strict=True):
         check(got, want, "float32", "cycle")
+
+
+def test_what_is_joined_can_be_computed_one_after_another() -> None:
+    """Two regions that need each other, a region that needs itself, and a node of two regions are none."""
+    x = placeholder("x", TensorType((4, 4), "float32"))
+    a, b = ops.exp(x), ops.tanh(x)
+    c, d = ops.matmul(b, x), ops.matmul(a, x)
+    graph = Graph((x,), (ops.add(c, d), ops.matmul(c, c)))
+    last = graph.outputs[1]
+    one, other = Region((a, c), (x, b)), Region((b, d), (x, a))
+    assert separable(graph, [one]) and separable(graph, [other]) and separable(graph, [])
+    assert not separable(graph, [one, other])
+    assert not separable(graph, [Region((b, last), (x, c))])
+    assert not separable(graph, [one, Region((a, d), (x,))])
+    (first, second) = (r for r in regions(graph, {}, [one]) if r is one or d in r.results)
+    assert first is one and second.leaves == (a, x)
 
 
 SYMBOL = symbol("n")

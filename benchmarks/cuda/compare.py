@@ -5,7 +5,9 @@
 Decode: seconds per token behind a context, batch 1, 32 and 128; prefill: seconds of a prompt. jisu and the peer take turns; a ratio is the
 median over rounds of the peer's time to jisu's of the same round. The peer is transformers' model with its static cache under
 `torch.compile(mode="max-autotune")`. The GPU's copy bandwidth is measured in the same run. Predicted figures say so: the longer of a
-node's arithmetic at the peak and its bytes at the bandwidth of the target's description, added up; no launch costs anything.
+node's arithmetic at the peak and its bytes at the bandwidth of the target's description, added up; beside them stand a decode step's
+launches (batch 1), how many of them may begin before those before them end, and the gaps that the others make, and that all of them would
+make, at about a microsecond each. On a GPU, the share of a decode step's time in which some kernel runs is what torch's profiler sees.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from common import machine, versions  # noqa: E402
 import jisu  # noqa: E402
 from jisu.compiler.cost import graph_cost  # noqa: E402
 from jisu.compiler.errors import TargetError  # noqa: E402
+from jisu.compiler.launches import GAP_S, PLANS, Plan  # noqa: E402
 from jisu.compiler.text import parse  # noqa: E402
 from jisu.targets.target import Target  # noqa: E402
 
@@ -91,6 +94,44 @@ def predicted(program: Any, target: Target) -> dict[str, float]:
         found[f"decode_{batch}_s"] = graph_cost(step, env, target).seconds
     env = {"batch": 1, "sequence": PROMPT, "capacity": PROMPT}
     return {**found, "prefill_s": graph_cost(step, env, target).seconds}
+
+
+def launched(program: Any) -> dict[str, Any]:
+    """A decode step's launches at batch 1, and per layer; the gaps between those that wait for the ones before them, and between all."""
+    plan = Plan.from_json(json.loads(program._parts.code[PLANS])["entries"]["append_last"])
+    launches = plan.launches({"batch": 1, "sequence": 1, "capacity": CONTEXT + 1})
+    early = sum(launch.early for launch in launches[1:])
+    layers = [i for i, launch in enumerate(launches) if "attend" in launch.kernel]
+    return {
+        "launches": len(launches), "early": early, "per_layer": layers[1] - layers[0] if len(layers) > 1 else None,
+        "gaps_s": (len(launches) - 1 - early) * GAP_S, "gaps_without_overlap_s": (len(launches) - 1) * GAP_S,
+    }  # fmt: skip
+
+
+def in_kernels(step: Callable[[], Any], launches: int, repeat: int = 20) -> dict[str, float]:
+    """The share of a step's time, from its first kernel's beginning to its last one's end, in which some kernel runs: the median over steps, and
+    the least, by torch's profiler."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    step()
+    with profile(activities=[ProfilerActivity.CUDA]) as traced:
+        for _ in range(repeat):
+            step()
+        torch.cuda.synchronize()
+    spans = sorted(
+        (e.time_range.start, e.time_range.end)
+        for e in traced.events()
+        if e.device_type == torch.autograd.DeviceType.CUDA and not e.name.startswith("Mem")
+    )
+    shares = []
+    for first in range(0, len(spans) - launches + 1, launches):
+        own = spans[first : first + launches]
+        busy, end = 0.0, own[0][0]
+        for begin, stop in own:
+            busy, end = busy + max(0.0, stop - max(begin, end)), max(end, stop)
+        shares.append(busy / (end - own[0][0]))
+    return {"median": statistics.median(shares), "least": min(shares), "kernels": len(spans) / repeat}
 
 
 def timed(call: Callable[[], Any], repeat: int) -> float:
@@ -178,6 +219,9 @@ def measured(program: Any, folder: Path, form: str, vocabulary: int, rounds: int
     found: dict[str, Any] = {}
     for batch in BATCHES:
         sides = {"jisu": ours(program, batch, vocabulary), "torch.compile": peer(folder, batch, vocabulary)}
+        if batch == 1:
+            found["in_kernels"] = in_kernels(sides["jisu"]["decode_1_s"], launched(program)["launches"])
+            print(f"{form:9} in kernels {found['in_kernels']['median']:.1%} of a decode step")
         for cell in sides["jisu"]:
             for side in sides.values():
                 for _ in range(3):
@@ -220,12 +264,18 @@ def main() -> None:
         begin = time.perf_counter()
         program = jisu.compile(str(folder), target=target, recipe=RECIPES[form])
         cells: dict[str, Any] = {"compile_s": time.perf_counter() - begin, "weights": program.weights_bytes}
-        cells["predicted"] = predicted(program, target)
+        cells["predicted"], cells["launches"] = predicted(program, target), launched(program)
         if not reason:
             cells["measured"] = measured(program, folder, form, SHAPES[options.shape]["vocab_size"], options.rounds)
         result["forms"][form] = cells
         told = ", ".join(f"{k.removesuffix('_s')} {v * 1e3:.2f} ms" for k, v in cells["predicted"].items())
         print(f"{form:9} compiled in {cells['compile_s']:.0f} s; predicted: {told}")
+        counts, seconds = cells["launches"], cells["predicted"]["decode_1_s"]
+        shares = [seconds / (seconds + counts[gaps]) for gaps in ("gaps_without_overlap_s", "gaps_s")]
+        print(
+            f"{form:9} {counts['launches']} launches a step, {counts['per_layer']} a layer, {counts['early']} of which may begin early; "
+            f"predicted share in kernels: {shares[0]:.1%} if none did, {shares[1]:.1%} if all of those did"
+        )
         del program
     if options.json is not None:
         options.json.write_text(json.dumps(result, indent=1) + "\n")

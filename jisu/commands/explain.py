@@ -95,6 +95,11 @@ def _show(console: Console, path: str, report: Mapping[str, Any], program: Progr
         console.print(table("Sparse matrices", columns, sparse))
     for entry in report.get("simulated", ()):
         console.print(_simulated(entry))
+    for entry in report.get("launches", ()):
+        console.print(
+            f"{entry['entry']}: {entry['launches']} launches for a token; {entry['early']} may begin before those before them end, "
+            f"between the others are {units.seconds(entry['gaps_s'])} (predicted)"
+        )
     if report.get("tuning"):
         _show_tuning(console, report["tuning"])
     if report.get("ledger"):

@@ -193,6 +193,9 @@ def link_text(micros: Sequence[Micro]) -> str:
 class Function:
     """Builds one LLVM IR function with structured control flow: loops carry values, as in a functional language."""
 
+    pointers = "noalias"
+    """What LLVM is told of parameters that are pointers."""
+
     def __init__(self, name: str, params: Sequence[tuple[str, str]], target: Target) -> None:
         self.target = target
         self.lanes = target.lanes("float32")
@@ -534,7 +537,7 @@ class Function:
         """The finished function."""
         if not self._lines or self._lines[-1] != "  ret void":
             self.emit("ret void")
-        params = ", ".join(f"{t} noalias %{n}" if t == "ptr" else f"{t} %{n}" for t, n in self._params)
+        params = ", ".join(f"{t} {self.pointers} %{n}" if t == "ptr" else f"{t} %{n}" for t, n in self._params)
         body = f"({params}) alwaysinline nounwind {{\nentry:\n" + "\n".join(self._lines) + "\n}\n"
         symbol = f"jisu_{self._name}_{hashlib.sha256(body.encode()).hexdigest()[:12]}"
         return Micro(symbol, frozenset(self._declares), (*self._bodies, f"define void @{symbol}{body}"))

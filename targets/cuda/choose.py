@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Iterator, Sequence
 
 import sympy
 
@@ -14,9 +15,9 @@ from jisu.compiler.launches import TensorMap
 from jisu.compiler.ops.quantize import layer_parts
 from jisu.compiler.types import Dim, dim, product
 from jisu.targets.cpu.isa import FLOATS, require_activation
-from jisu.targets.cuda.device import PAIRS
+from jisu.targets.cuda.device import PAIRS, DeviceKernel
 from jisu.targets.cuda.kernels import experts, hopper, levels, norm, products, records, rounding, thin, top
-from jisu.targets.cuda.kernels.attention import QUERIES, Form, attend_token, attend_tokens, merge_parts, sharing
+from jisu.targets.cuda.kernels.attention import QUERIES, Form, attend_token, attend_tokens, sharing
 from jisu.targets.cuda.kernels.layers import Layer
 from jisu.targets.cuda.kernels.levels import Levels
 from jisu.targets.cuda.lowering import DeviceCall, DeviceFunction
@@ -36,22 +37,43 @@ def _least(a: Dim, b: int) -> Dim:
     return min(a, b) if isinstance(a, int) else sympy.Min(a, b)
 
 
-def _layer(layer: Layer, rows: Dim, operands: tuple[int, ...], target: Target) -> Kernel:
-    """A linear layer: few rows by streaming weights, many in tiles. operands: of the node, in the order of the layer's parameters."""
+@functools.lru_cache(maxsize=256)
+def _layer(layer: Layer, rows: Dim, operands: tuple[int, ...], target: Target, then: norm.Norm | None = None) -> Kernel:
+    """A linear layer: few rows by streaming weights, many in tiles. operands: of the node, in the order of the layer's parameters.
+
+    then: a norm of the results, whose operands follow the layer's, and whose results the layer's.
+    """
     layer.require()
     require_activation(layer.activation)
-    numbers: tuple[int | tuple[str, Dim], ...] = tuple(range(len(layer.parameters) - 1))
-    arguments = (*numbers, ("size", rows))
+    count = len(operands)
+    given = tuple(range(count, count + len(then.pointers) - 2)) if then is not None else ()
+    first = count + len(given)  # of the results
+    results = tuple(range(first, first + len(layer.outputs)))
+    arguments: tuple[int | tuple[str, Dim], ...] = (*range(count), *results, ("size", rows))
+    behind: tuple[DeviceCall, ...] = ()
     variants: list[tuple[tuple[tuple[Dim, int], ...], tuple[DeviceCall, ...]]] = []
+    if then is not None:
+        behind = (DeviceCall(norm.normed(then, target), (rows, 1, 1), (first, *given, first + 1)),)
+        kernel = _few(layer, thin.ROWS[0], target, then)
+        both = DeviceCall(
+            kernel, (layer.tiles(thin.OUTPUTS), 1, 1), (*arguments, *given, first + 1, first + 2)
+        )  # fmt: skip
+        variants.append((((rows, 1),), (both,)))
     for most in thin.ROWS:
-        kernel = levels.few(layer, most, target) if isinstance(layer, Levels) else thin.thin(layer, most, target)
+        kernel = _few(layer, most, target)
         call = DeviceCall(kernel, (layer.tiles(thin.OUTPUTS), _ceiling(rows, most), 1), arguments)
-        variants.append((((rows, most),), (call,)))
+        variants.append((((rows, most),), (call, *behind)))
     for call, most in _products(layer, rows, arguments, target):
-        variants.append((((rows, most),) if most else (), (call,)))
+        variants.append((((rows, most),) if most else (), (call, *behind)))
     if variants[-1][0]:  # no product reads the layer: few rows at a time
         variants.append(((), variants[-1][1]))
-    return Kernel(DeviceFunction(tuple(variants)), tuple(Argument(i) for i in operands))
+    function = DeviceFunction(tuple(variants), counters=0 if then is None else 1)
+    return Kernel(function, tuple(Argument(i) for i in operands))
+
+
+def _few(layer: Layer, rows: int, target: Target, then: norm.Norm | None = None) -> DeviceKernel:
+    """The kernel for so many rows."""
+    return (levels.few if isinstance(layer, Levels) else thin.thin)(layer, rows, target, then)  # type: ignore[arg-type]
 
 
 def _products(layer: Layer, rows: Dim, arguments: Arguments, target: Target) -> Iterator[tuple[DeviceCall, int]]:
@@ -102,7 +124,7 @@ def _one_output_per_panel(packed: Node | None, axis: int) -> bool:
     return packed is not None and all(d == 1 for d in packed.shape[axis:])
 
 
-def _linear(node: Node, target: Target) -> Kernel | None:
+def _linear(node: Node, target: Target, then: norm.Norm | None = None) -> Kernel | None:
     x, w = node.operands[:2]
     assert x is not None
     if not _one_output_per_panel(w, 2):
@@ -111,7 +133,7 @@ def _linear(node: Node, target: Target) -> Kernel | None:
         int(x.shape[-1]), (node.outputs,), node.dtype, activation=node.activation,
         bias=node.operands[2] is not None, residual=node.operands[3] is not None,
     )  # fmt: skip
-    return _layer(layer, product(x.shape[:-1]), (0, 1, *_present(node, 2, 3)), target)
+    return _layer(layer, product(x.shape[:-1]), (0, 1, *_present(node, 2, 3)), target, then)
 
 
 def _gated(node: Node, target: Target) -> Kernel | None:
@@ -133,7 +155,22 @@ def _projections(node: Node, target: Target) -> Kernel | None:
     return _layer(layer, product(x.shape[:-1]), tuple(range(len(node.operands))), target)
 
 
-def _quantized(node: Node, target: Target) -> Kernel | None:
+def together(nodes: Sequence[Node], target: Target) -> Kernel | None:
+    """Layers of codes of one input, alike but for their outputs, with neither activation nor residual: the kernel's arguments are numbers of x,
+    then all codes, all scales, all zeros and all biases."""
+    x, codes, scales, zeros, bias, _ = nodes[0].operands
+    assert x is not None and scales is not None
+    if not all(_one_output_per_panel(node.operands[1], -2) for node in nodes):
+        return None
+    layer = Layer(
+        int(x.shape[-1]), tuple(node.outputs for node in nodes), x.dtype, bias=bias is not None,
+        scheme=nodes[0].scheme, group=nodes[0].group, scales=scales.dtype, zeros=zeros is not None,
+    )  # fmt: skip
+    given = sum(operand is not None for operand in (codes, scales, zeros, bias))
+    return _layer(layer, product(x.shape[:-1]), tuple(range(1 + given * len(nodes))), target)
+
+
+def _quantized(node: Node, target: Target, then: norm.Norm | None = None) -> Kernel | None:
     x, codes, scales, zeros, bias, residual = node.operands
     assert x is not None and scales is not None
     if not _one_output_per_panel(codes, -2):
@@ -142,7 +179,7 @@ def _quantized(node: Node, target: Target) -> Kernel | None:
         int(x.shape[-1]), (node.outputs,), node.dtype, node.gated, False, node.activation, bias is not None, residual is not None,
         node.scheme, node.group, scales.dtype, zeros is not None,
     )  # fmt: skip
-    return _layer(layer, product(x.shape[:-1]), (0, 1, 2, *_present(node, 3, 4, 5)), target)
+    return _layer(layer, product(x.shape[:-1]), (0, 1, 2, *_present(node, 3, 4, 5)), target, then)
 
 
 def _levels(node: Node, target: Target) -> Kernel | None:
@@ -231,39 +268,38 @@ def _attention_cached(node: Node, target: Target) -> Kernel | None:
     own = form.heads // sharing(form)
     parts = _least(_ceiling(wanted, _KEYS_PER_PART), _ceiling(_BLOCKS * target.cores, own))
     heads, width = form.heads, form.head_dim
-    # Operands: q, keys, values, the table, length, start, sinks; behind them the result, then the parts' states.
+    # Operands: q, keys, values, the table, start, length, sinks; behind them the result, then the parts' states and counters.
     operands = (0, 1, 2, *_present(node, 5), 4, 3, *_present(node, 6))
     count = len(operands)
-    result, states = count, count + 1
-    over_keys = tuple(range(count - form.sinks))
-    sink = (count - 1,) if form.sinks else ()
     sizes = (("size", cap), *((("size", keys.shape[0]),) if table is not None else ()))
-    one = (
-        DeviceCall(
-            attend_token(form, target), (parts * batch, own, 1), (*over_keys, states, *sizes, ("size", parts)),
-        ),
-        DeviceCall(merge_parts(form, target), (batch * heads, 1, 1), (states, *sink, result, ("size", parts))),
-    )  # fmt: skip
-    variants: list[tuple[tuple[tuple[Dim, int], ...], tuple[DeviceCall, ...]]] = [(((rows, 1),), one)]
+    one = DeviceCall(attend_token(form, target), (parts * batch, own, 1), (*range(count + 3), *sizes, ("size", parts)))
+    variants: list[tuple[tuple[tuple[Dim, int], ...], tuple[DeviceCall, ...]]] = [(((rows, 1),), (one,))]
     grid = (_ceiling(rows, QUERIES) * batch, heads, 1)
-    many = DeviceCall(attend_tokens(form, target), grid, (*over_keys, *sink, result, ("size", rows), *sizes))
+    many = DeviceCall(attend_tokens(form, target), grid, (*range(count + 1), ("size", rows), *sizes))
     variants.append(((), (many,)))
-    scratch = (batch * heads * parts * (width + 2) * 4,)
-    function = DeviceFunction(tuple(variants), scratch)
+    function = DeviceFunction(tuple(variants), (batch * heads * parts * (width + 2) * 4,), batch * own)
     return Kernel(function, tuple(Argument(i) for i in operands))
 
 
-def _norm(node: Node, target: Target) -> Kernel | None:
+def norm_of(node: Node) -> norm.Norm | None:
+    """What norm a node is, or None where no kernel does it."""
     x, *given = node.operands
     assert x is not None
     width = x.shape[-1]
     if not isinstance(width, int) or x.dtype not in FLOATS:
         return None
     rms = node.op is ops.rms_norm
-    how = norm.Norm(
+    return norm.Norm(
         width, x.dtype, node.eps, rms, given[0] is not None, len(given) > 1 and given[1] is not None,
         node.offset if rms else 0.0, bool(rms and node.round_first),
     )  # fmt: skip
+
+
+def _norm(node: Node, target: Target) -> Kernel | None:
+    x, how = node.operands[0], norm_of(node)
+    assert x is not None
+    if how is None:
+        return None
     rows = product(x.shape[:-1])
     operands = (0, *_present(node, *range(1, len(node.operands))))
     call = DeviceCall(norm.normed(how, target), (rows, 1, 1), tuple(range(len(operands) + 1)))
@@ -395,6 +431,9 @@ def _experts(node: Node, target: Target) -> Kernel | None:
     )
     return Kernel(DeviceFunction(tuple(variants), scratch), tuple(Argument(i) for i in range(5)))
 
+
+NORMED = {ops.packed_linear: _linear, ops.quantized_linear: _quantized}
+"""Choosers that take a norm of the node's results, too: its operands follow the node's own."""
 
 CHOOSERS: Choosers = {
     ops.sort: _sort,

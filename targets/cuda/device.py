@@ -4,7 +4,12 @@ LLVM's NVPTX back end, which comes with TVM, makes PTX of them (`ptx.py`); compi
 that a CPU lacks (thread numbers, shared memory, barriers, shuffles, tensor cores, asynchronous copies) is a function whose name begins
 with `prefix`: for a target whose triple is a CPU's it is another one, so that the same text runs there, thread by thread, with those
 functions emulated.
-Source: LLVM's User Guide for NVPTX Back-end; NVIDIA's PTX ISA.
+From sm_90 on a launch may begin while those before it run (programmatic dependent launch), so that its threads are there, and its first
+weights on their way, when those end. **The rule**: every thread waits (`Device.wait`) before it reads or writes memory for the first time,
+but for weights, which no kernel ever writes. Since no kernel ends before it has waited, whoever waits for the one launch before it waits
+for all; so nobody sees what isn't written yet, nor writes what is still read. A kernel that reads ahead what turns out to be no weight is
+launched behind the end of what was before, and so are all on older architectures (see `jisu.compiler.launches.Launch`).
+Source: LLVM's User Guide for NVPTX Back-end; NVIDIA's PTX ISA (griddepcontrol).
 """
 
 from __future__ import annotations
@@ -13,8 +18,9 @@ from collections.abc import Callable, Iterator, Sequence
 
 import attrs
 
+from jisu.compiler.errors import CompileError
 from jisu.targets.cpu.isa import Function, Micro, Val
-from jisu.targets.target import Target
+from jisu.targets.target import Target, capability
 
 WARP = 32
 """Threads of a warp."""
@@ -37,10 +43,16 @@ def prefix(target: Target) -> str:
     return _REAL if target.architecture == "nvptx64" else _EMULATED
 
 
+def overlaps(target: Target) -> bool:
+    """Whether launches may begin before earlier ones end."""
+    return capability(target.mcpu) >= (9, 0)
+
+
 @attrs.frozen
 class DeviceKernel:
     """A finished kernel: its function, its parameters ("ptr", "i64", or MAP, which stand first), threads per block and bytes of shared memory;
-    `portable`: whether later GPUs than the target run it, too. alone: whether a block may take all registers of a multiprocessor."""
+    `portable`: whether later GPUs than the target run it, too. alone: whether a block may take all registers of a multiprocessor. early: whether
+    it waits for the launches before it; ahead: numbers of parameters that it reads before, which must be weights."""
 
     micro: Micro
     parameters: tuple[str, ...]
@@ -48,6 +60,8 @@ class DeviceKernel:
     shared_bytes: int
     portable: bool = True
     alone: bool = False
+    early: bool = False
+    ahead: tuple[int, ...] = ()
 
     @property
     def name(self) -> str:
@@ -56,19 +70,44 @@ class DeviceKernel:
 
 
 class Device(Function):
-    """One thread of a kernel under construction. Memory of the caller is reached through `memory`."""
+    """One thread of a kernel under construction. Memory of the caller is reached through `memory`.
 
-    def __init__(self, name: str, params: Sequence[tuple[str, str]], target: Target, threads: int) -> None:
+    ahead: names of parameters that it reads before it waits for earlier launches, which it does itself, by `wait`; without such it waits
+    at its beginning.
+    """
+
+    pointers = ""  # restricted ones LLVM would read before the wait
+
+    def __init__(
+        self, name: str, params: Sequence[tuple[str, str]], target: Target, threads: int, ahead: Sequence[str] = ()
+    ) -> None:
         super().__init__(name, [("ptr" if kind == MAP else kind, own) for kind, own in params], target)
         self.threads, self.shared_bytes, self.prefix = threads, 0, prefix(target)
         self.portable, self.alone = True, False
         self._kinds = tuple(kind for kind, _ in params)
         # An emulation's memory for sums is taken once, not in every turn of a loop.
         self._held = None if self.prefix == _REAL else self.op(f"alloca [{_MOST_HELD} x float], align 16", "ptr")
+        self.early, self.waited = overlaps(target), False
+        self.ahead = tuple(n for n, (_, name) in enumerate(self._params) if name in ahead)
+        if self.early:
+            self._special("griddepcontrol.launch_dependents")
+        if not self.ahead:
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait until earlier launches have ended and what they wrote is there; the first call in a kernel does that for all."""
+        if self.early and not self.waited:
+            self._special("griddepcontrol.wait")
+        self.waited = True
 
     def built(self) -> DeviceKernel:
-        """The finished kernel."""
-        return DeviceKernel(self.finish(), self._kinds, self.threads, self.shared_bytes, self.portable, self.alone)
+        """The finished kernel; raises CompileError for one that never waits for earlier launches."""
+        if not self.waited:
+            raise CompileError(f"{self._name} doesn't wait for the launches before it")
+        return DeviceKernel(
+            self.finish(), self._kinds, self.threads, self.shared_bytes, self.portable, self.alone, self.early,
+            self.ahead if self.early else (),
+        )  # fmt: skip
 
     # Where this thread is
 
@@ -101,8 +140,8 @@ class Device(Function):
         return self.op(f"getelementptr inbounds i8, {SHARED} @{_SHARED_NAME}, i64 {begin}", SHARED)
 
     def load16(self, type_: str, address: Val) -> Val:
-        """16 bytes that nobody writes while the kernel runs, in one load from an address that is a multiple of 16."""
-        return self.op(f"load {type_}, {address.type} {address.name}, align 16, !invariant.load !0", type_)
+        """16 bytes in one load from an address that is a multiple of 16."""
+        return self.op(f"load {type_}, {address.type} {address.name}, align 16", type_)
 
     def load_shared16(self, address: Val) -> Val:
         """16 bytes of shared memory, <4 x i32>, from an address that is a multiple of 16."""
@@ -176,6 +215,30 @@ class Device(Function):
     def barrier(self) -> None:
         """Wait for all threads of the block; what they wrote to shared memory before can be read after."""
         self.run(f"{self.prefix}barrier0")
+
+    def visible(self) -> None:
+        """What this thread wrote, and what it saw of others, is there for other blocks before what it writes from now on."""
+        self.emit('fence syncscope("device") acq_rel')
+
+    def counted(self, address: Val, most: Val) -> Val:
+        """How many threads of the launch counted before this one at an i32 that was 0, which the last of most + 1 makes 0 again; i32."""
+        return self.op(
+            f'atomicrmw uinc_wrap {address.type} {address.name}, i32 {most.name} syncscope("device") monotonic', "i32"
+        )
+
+    def is_last(self, counter: Val, others: Val) -> Val:
+        """Whether this block is the last of others + 1 (i32) that come here, for which what all of them wrote before is there; see `counted`."""
+        word = self.shared(4, 4)
+
+        def count() -> None:
+            self.visible()
+            self.store(self.counted(counter, others), word)
+            self.visible()
+
+        self.barrier()
+        self.when(self.thread().cmp("eq", 0), count)
+        self.barrier()
+        return self.load("i32", word).cmp("eq", others)
 
     def sum_of_warp(self, value: Val) -> Val:
         """The sum of float32 over the warp's threads, the same in all of them; the order is fixed."""
@@ -393,3 +456,10 @@ class Device(Function):
             self.store(s, self.at(self._held, i, "float32"))
         self.run(self.prefix + name, self._held, self.const(len(sums), "i32"), *given)
         return [self.load("float", self.at(self._held, i, "float32")) for i in range(len(sums))]
+
+    def _special(self, name: str) -> None:
+        """An instruction without operands that LLVM has no function for."""
+        if self.prefix == _REAL:
+            self.emit(f'call void asm sideeffect "{name};", "~{{memory}}"() convergent')
+        else:
+            self.run(self.prefix + name)

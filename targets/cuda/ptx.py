@@ -19,7 +19,7 @@ from tvm.tirx.compilation_pipeline import finalize_host_passes
 from jisu.compiler.errors import CompileError, TargetError
 from jisu.targets.cpu.isa import C_CALL, link_text
 from jisu.targets.cuda.builder import THREADS
-from jisu.targets.cuda.device import MAP, DeviceKernel
+from jisu.targets.cuda.device import MAP, Device, DeviceKernel, overlaps
 from jisu.targets.cuda.functions import called, library
 from jisu.targets.target import Target
 
@@ -53,7 +53,9 @@ def built(kernels: Sequence[DeviceKernel], functions: Mapping[str, Any], target:
     """TVM's module of LLVM code for all kernels on the machine `where`, TVM's target; functions as in `to_ptx`."""
     module = {entry_name(k): as_function(k, entry_name(k), link_text([k.micro]), where) for k in kernels}
     if functions:
-        bodies = {name: _with_library(f, target).with_attr("target", where) for name, f in functions.items()}
+        bodies = {
+            name: _waiting(_with_library(f, target), target).with_attr("target", where) for name, f in functions.items()
+        }
         passes = tirx.transform
         lowered = transform.Sequential([
             passes.FlattenBuffer(), passes.BF16ComputeLegalize(), passes.VectorizeLoop(True), passes.UnrollLoop(),
@@ -74,6 +76,22 @@ def _with_library(function: Any, target: Target) -> Any:
     return function.with_body(body)
 
 
+def _waiting(function: Any, target: Target) -> Any:
+    """The function with a wait for earlier launches at its beginning, where there are such."""
+    if not overlaps(target):
+        return function
+    wait = Device("wait", [], target, THREADS).built().micro
+    call = tirx.Evaluate(tirx.call_extern("void", wait.symbol))
+    body = tirx.AttrStmt(
+        tirx.IntImm("int32", 0),
+        "pragma_import_llvm",
+        ir.StringImm(link_text([wait])),
+        tirx.SeqStmt([call, function.body]),
+    )
+    # LLVM would read restricted pointers before the wait.
+    return function.with_body(body).without_attr("tirx.noalias")
+
+
 def as_function(kernel: DeviceKernel, name: str, text: str, where: Any) -> Any:
     """A TIR function called `name`, of the kernel's parameters, whose body is the kernel, which `text` (LLVM IR) defines; where: TVM's target."""
     parameters = [
@@ -82,11 +100,11 @@ def as_function(kernel: DeviceKernel, name: str, text: str, where: Any) -> Any:
     ]
     # LLVM's text is linked where something calls it; the kernel is that call, inlined.
     call = tirx.Evaluate(tirx.call_extern("void", kernel.name, *parameters))
-    linked = ir.StringImm(f"{text}\n!0 = !{{}}\n")
+    linked = ir.StringImm(text)
     function = tirx.PrimFunc(
         parameters, tirx.AttrStmt(tirx.IntImm("int32", 0), "pragma_import_llvm", linked, call), ret_type=None
     )
-    attributes = {"global_symbol": name, "calling_conv": C_CALL, "target": where, "tirx.noalias": True}
+    attributes = {"global_symbol": name, "calling_conv": C_CALL, "target": where}
     for key, value in attributes.items():
         function = function.with_attr(key, value)
     return function

@@ -227,7 +227,10 @@ def _attention(b: Builder, pull: Pull, node: Node, targets: Sequence[Flat]) -> N
     b.spread((batch, s, h), product((batch, s, h, t, width)) * 2, row)
 
 
-_NO_PAGE = "index out of range: the page table names no page of the cache"
+NO_PAGE = "index out of range: the page table names no page of the cache"
+NEGATIVE = "the cache's length is negative"
+BEYOND = "the new slots are beyond the cache's capacity"
+"""What can be wrong with a cache."""
 
 
 class _Cache:
@@ -248,7 +251,7 @@ class _Cache:
         page = b.let(tirx.Cast("int64", self.table[[sequence, tirx.floordiv(place, self.page)]]), "page")
         if b.points_fail:
             # Who reads the page looks whether it's there; `check` would have every thread look at all of them.
-            b.require(tirx.all(page >= i64(0), page < self.cache.shape[0]), "IndexError", _NO_PAGE)
+            b.require(tirx.all(page >= i64(0), page < self.cache.shape[0]), "IndexError", NO_PAGE)
             page = b.let(tirx.max(tirx.min(page, self.cache.shape[0] - i64(1)), i64(0)), "page")
         return b.let(self.cache.offset([page, group, tirx.floormod(place, self.page), i64(0)]), "base")
 
@@ -261,7 +264,7 @@ class _Cache:
                 page = tirx.Cast("int64", self.table[list(where)])
                 outside = tirx.any(page < i64(0), page >= self.cache.shape[0])
                 self.b.store(bad, i64(0), bad[i64(0)] | tirx.Cast("int64", outside))
-            self.b.require(tirx.EQ(bad[i64(0)], i64(0)), "IndexError", _NO_PAGE)
+            self.b.require(tirx.EQ(bad[i64(0)], i64(0)), "IndexError", NO_PAGE)
 
 
 def _attention_cached(b: Builder, pull: Pull, node: Node, targets: Sequence[Flat]) -> None:
@@ -275,7 +278,7 @@ def _attention_cached(b: Builder, pull: Pull, node: Node, targets: Sequence[Flat
     keys, values = _Cache(b, pull, k, table), _Cache(b, pull, v, table)
     keys.check()
     first = pull(length, [i64(0)])
-    b.require(first >= i64(0), "ValueError", "the cache's length is negative")
+    b.require(first >= i64(0), "ValueError", NEGATIVE)
     oldest = b.let(tirx.max(first + b.dim(c) - keys.capacity, i64(0)), "oldest")
 
     def row(outer: list[Expr]) -> None:
@@ -309,9 +312,9 @@ def _cache_append(b: Builder, pull: Pull, node: Node, targets: Sequence[Flat]) -
     place.check()
     first = pull(length, [i64(0)])
     batch, c, groups, width = new.shape
-    b.require(first >= i64(0), "ValueError", "the cache's length is negative")
+    b.require(first >= i64(0), "ValueError", NEGATIVE)
     if not node.ring:
-        b.require(first + b.dim(c) <= place.capacity, "ValueError", "the new slots are beyond the cache's capacity")
+        b.require(first + b.dim(c) <= place.capacity, "ValueError", BEYOND)
 
     def point(index: list[Expr]) -> None:
         image, i, group, d = index

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import attrs
 
@@ -138,6 +138,7 @@ def floats(f: Device, words: Val, dtype: str) -> list[Val]:
 
 
 _MOST_SHARING = 8  # query heads of a key whose sums a thread of `attend_token` holds in registers
+_READ_AT_ONCE = 16  # numbers of each kind that a thread of the block that joins the parts asks for at once
 
 
 def sharing(form: Form) -> int:
@@ -159,11 +160,12 @@ def _check(form: Form, most: int) -> None:
 
 
 def attend_token(form: Form, target: Target) -> DeviceKernel:
-    """Attention of one new token per sequence over a cache, split along the keys, whose parts `merge_parts` joins.
+    """Attention of one new token per sequence over a cache, split along the keys; the last block that is done with a part joins all.
 
     Parameters: q[b, heads, head_dim], k and v (at multiples of 16 bytes), the table of a paged cache, start[b] and length[1] (int64:
-    slots of padding, and of keys before the new one, which is in the cache already), states float32 [b, heads, parts, head_dim + 2],
-    `Form.sizes`, parts. A block does a part of the keys for `sharing` query heads that share them. Grid: (b * parts, heads / sharing).
+    slots of padding, and of keys before the new one, which is in the cache already), the sinks if there are any, out like q, states float32
+    [b, heads, parts, head_dim + 2], counters int32 [b, heads / sharing] (0 before and after), `Form.sizes`, parts. A block does a part of
+    the keys for `sharing` query heads that share them. Parts are joined in their order. Grid: (b * parts, heads / sharing).
     Source: FlashDecoding (Dao et al., 2023). Raises TargetError for head dimensions that are no multiples of 16 up to 256,
     and unless heads are a multiple of kv_heads.
     """
@@ -174,7 +176,7 @@ def attend_token(form: Form, target: Target) -> DeviceKernel:
     lanes = _power_of_two(reading)
     at_once = WARP // lanes  # keys that a warp reads at once
     warps = _ATTENTION_WARPS
-    names = [*form.pointers, "states"]
+    names = [*form.pointers, *(["sinks"] if form.sinks else []), "out", "states", "counters"]
     numbers = [("i64", n) for n in (*form.sizes, "parts")]
     f = Device(f"attend_token{form.suffix}", [*(("ptr", p) for p in names), *numbers], target, warps * WARP)
     pointers, (cap, *pages, parts) = f.params()[: len(names)], f.params()[len(names) :]
@@ -263,7 +265,42 @@ def attend_token(form: Form, target: Target) -> DeviceKernel:
             f.store(found[2], f.at(out, c + 2, "float32"))
 
         f.loop(thread, head_dim, warps * WARP, [], join)
+    counter = f.at(given["counters"], b * (heads // group) + own, "int32")
+    is_last = f.is_last(counter, f.cast("trunc", parts - 1, "i32"))
+    f.when(is_last, lambda: _join_parts(f, form, group, parts, own * group, head0, given))
     return f.built()
+
+
+def _join_parts(f: Device, form: Form, group: int, parts: Val, first: Val, row: Val, given: Mapping[str, Val]) -> None:
+    """The results of `group` heads from number `first` on, whose states begin with row `row`, of all parts that blocks left."""
+    head_dim, size = form.head_dim, form.head_dim + 2
+    at_once = max(1, _READ_AT_ONCE // group)
+
+    def channels(c: Val, _: list[Val]) -> None:
+        def step(part: Val, carried: list[Val]) -> list[Val]:
+            read = []
+            for i in range(at_once):
+                here = f.minimum(part + i, parts - 1)
+                for g in range(group):
+                    at = f.at(given["states"], ((row + g) * parts + here) * size, "float32")
+                    read.append([f.load("float", f.at(at, n, "float32")) for n in (0, 1, c + 2)])
+            result = list(carried)
+            for n, (top, *rest) in enumerate(read):
+                there, own = part + n // group < parts, slice(n % group * 3, n % group * 3 + 3)
+                state = [f.select(there, top, _LOW), *(f.select(there, x, 0.0) for x in rest)]
+                result[own] = _joined(f, result[own], state)
+            return result
+
+        empty = [f.const(x, "float") for x in (_LOW, 0.0, 0.0)]
+        found = f.loop(0, parts, at_once, empty * group, step)
+        for g in range(group):
+            joined = found[3 * g : 3 * g + 3]
+            if form.sinks:
+                sink = f.load_f32(given["sinks"], first + g, form.dtype, lanes=1) * _LOG2_E
+                joined = _joined(f, joined, [sink, f.const(1.0, "float"), f.const(0.0, "float")])
+            f.store_f32(joined[2] / joined[1], given["out"], (row + g) * head_dim + c, form.dtype)
+
+    f.loop(f.thread(), head_dim, f.threads, [], channels)
 
 
 def _store_all(f: Device, values: list[Val], base: Val, first: Val | int) -> None:
@@ -276,31 +313,6 @@ def _joined(f: Device, a: list[Val], b: list[Val]) -> list[Val]:
     top = f.maximum(a[0], b[0])
     by_a, by_b = f.exp2(a[0] - top), f.exp2(b[0] - top)
     return [top, *(f.fma(x, by_a, y * by_b) for x, y in zip(a[1:], b[1:], strict=True))]
-
-
-def merge_parts(form: Form, target: Target) -> DeviceKernel:
-    """out[rows, head_dim] of the parts that `attend_token` left: states float32 [rows, parts, head_dim + 2].
-
-    Parameters: states, the sinks if there are any, out, parts. Grid: rows.
-    """
-    head_dim = form.head_dim
-    names = ["states", *(["sinks"] if form.sinks else []), "out"]
-    f = Device("merge_parts", [*(("ptr", n) for n in names), ("i64", "parts")], target, head_dim)
-    *pointers, parts = f.params()
-    given = {name: f.memory(p) for name, p in zip(names, pointers, strict=True)}
-    states, out = given["states"], given["out"]
-    row, channel, size = f.block(), f.thread(), head_dim + 2
-
-    def step(part: Val, carried: list[Val]) -> list[Val]:
-        here = f.at(states, (row * parts + part) * size, "float32")
-        return _joined(f, carried, [f.load("float", f.at(here, i, "float32")) for i in (0, 1, channel + 2)])
-
-    top, weight, value, _ = f.loop(0, parts, 1, [f.const(x, "float") for x in (_LOW, 0.0, 0.0)], step)
-    if form.sinks:
-        sink = f.load_f32(given["sinks"], row % form.heads, form.dtype, lanes=1) * _LOG2_E
-        _, weight, value = _joined(f, [top, weight, value], [sink, f.const(1.0, "float"), f.const(0.0, "float")])
-    f.store_f32(value / weight, out, row * head_dim + channel, form.dtype)
-    return f.built()
 
 
 # --- Attention of many tokens -------------------------------------------------------------------------------------------

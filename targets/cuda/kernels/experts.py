@@ -70,7 +70,7 @@ class _Pairs(Rows):
         if self.order is None:
             return f.select(number.cmp("eq", 0), self.first, -1)
         at = f.at(self.order, self.first + f.minimum(number, self.most - 1), "int32")
-        return f.cast("sext", f.op(f"load i32, {at.type} {at.name}, align 4, !invariant.load !0", "i32"), "i64")
+        return f.cast("sext", f.load("i32", at), "i64")
 
     def source(self, number: Val) -> Val:
         pair = self.first if self.order is None else self.f.maximum(self.place(number), 0)

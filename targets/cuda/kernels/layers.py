@@ -151,7 +151,7 @@ class Rows:
 def part_of(f: Device, layer: Layer, block: Val, rows: int, *, mapped: bool = False) -> Part:
     """What block number `block` of tiles of `rows` rows of W works on; mapped: whether matrices are tensor maps. Then the table is the caller's,
     for whom this is no place where all threads of a block meet."""
-    given = {name: value for (_, name), value in zip(layer.parameters, f.params(), strict=True)}
+    given = {name: value for (_, name), value in zip(layer.parameters, f.params(), strict=False)}
 
     starts = [0]
     for count in layer.outputs[:-1]:

@@ -19,6 +19,7 @@ from jisu.targets.cuda import STEP, levels
 from jisu.targets.cuda.device import WARP, Device, DeviceKernel
 from jisu.targets.cuda.kernels import thin
 from jisu.targets.cuda.kernels.layers import Layer, Part, Rows, part_of
+from jisu.targets.cuda.kernels.norm import Norm
 from jisu.targets.cuda.kernels.products import Tile, Tiled
 from jisu.targets.cuda.kernels.rounding import WARPS
 from jisu.targets.target import Target
@@ -134,10 +135,10 @@ class Scaling:
 # --- Few rows --------------------------------------------------------------------------------------------------------------
 
 
-def few(layer: Levels, rows: int, target: Target) -> DeviceKernel:
+def few(layer: Levels, rows: int, target: Target, then: Norm | None = None) -> DeviceKernel:
     """As `thin.thin`. Raises TargetError for a layer that it can't read."""
     require_levels(layer, target)
-    return thin.of_rows(layer, rows, target, _Few)
+    return thin.of_rows(layer, rows, target, _Few, then)
 
 
 class _Few(thin.Thin):

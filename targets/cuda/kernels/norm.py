@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import attrs
 
@@ -27,20 +27,35 @@ class Norm:
     offset: float = 0.0
     round_first: bool = False
 
+    @property
+    def pointers(self) -> list[str]:
+        """Of a kernel: x, the gain and the bias if there are such, y."""
+        return ["x", *(["w"] if self.gain else []), *(["b"] if self.bias else []), "y"]
+
 
 def normed(how: Norm, target: Target) -> DeviceKernel:
-    """The norm of rows. Parameters: x, the gain and the bias if there are such, y. Grid: rows. Sums are float32, in an order that depends on
+    """The norm of rows. Parameters: `Norm.pointers`. Grid: rows. Sums are float32, in an order that depends on
     the width alone."""
-    at_once = 16 // ITEMSIZE[how.dtype]
-    if how.width % at_once:
-        at_once = 1
+    at_once = _at_once(how)
     threads = min(_MOST, max(WARP, -(-how.width // at_once // WARP) * WARP))
-    names = ["x", *(["w"] if how.gain else []), *(["b"] if how.bias else []), "y"]
+    names = how.pointers
     f = Device(f"{'rms' if how.rms else 'layer'}_norm_{how.width}", [("ptr", n) for n in names], target, threads)
-    given = {name: f.memory(p) for name, p in zip(names, f.params(), strict=True)}
+    norm_row(f, how, f.block(), {name: f.memory(p) for name, p in zip(names, f.params(), strict=True)})
+    return f.built()
+
+
+def _at_once(how: Norm) -> int:
+    """Numbers that a thread reads at once."""
+    at_once = 16 // ITEMSIZE[how.dtype]
+    return 1 if how.width % at_once else at_once
+
+
+def norm_row(f: Device, how: Norm, number: Val, given: Mapping[str, Val]) -> None:
+    """The norm of a row by all threads of a block; given: `Norm.pointers`."""
+    at_once, threads = _at_once(how), f.threads
     thread = f.thread()
     lane, warp = thread % WARP, thread / WARP
-    row = f.block() * how.width
+    row = number * how.width
     held = f.shared(2 * (threads // WARP) * 4)
 
     def several(base: Val, first: Val) -> list[Val]:
@@ -112,4 +127,3 @@ def normed(how: Norm, target: Target) -> DeviceKernel:
         return []
 
     over(write, [])
-    return f.built()

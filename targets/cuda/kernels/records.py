@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 from jisu.compiler.errors import TargetError
 from jisu.compiler.rows import ROW_BITS, record_bytes
@@ -46,7 +47,6 @@ def encoded_rows(k: int, dtype: str, scheme: str, target: Target) -> DeviceKerne
     """
     if k % (WARP * 8 // ROW_BITS[scheme]) or dtype not in FLOATS:
         raise TargetError(f"no kernel for GPUs makes records of {k} numbers of {dtype}")
-    size, top = record_bytes(scheme, k), float(2 ** ROW_BITS[scheme] - 1)
     f = Device(f"records_{scheme}_{k}_{dtype}", [("ptr", "x"), ("ptr", "y"), ("i64", "count")], target, WARPS * WARP)
     x, y, count = f.params()
     x, y = f.memory(x), f.memory(y)
@@ -54,6 +54,13 @@ def encoded_rows(k: int, dtype: str, scheme: str, target: Target) -> DeviceKerne
     lane, wanted = thread % WARP, f.block() * WARPS + thread / WARP
     row = f.minimum(wanted, count - 1)  # all threads of a warp act together
     values = [f.load_f32(x, row * k + (lane + i), dtype, lanes=1) for i in range(0, k, WARP)]
+    f.when(wanted < count, lambda: store_record(f, values, y, row * record_bytes(scheme, k), lane, scheme))
+    return f.built()
+
+
+def store_record(f: Device, values: Sequence[Val], to: Val, begin: Val, lane: Val, scheme: str) -> None:
+    """Write the record of a row, of which this thread of the warp has numbers lane, lane + 32 and so on, from byte `begin` on."""
+    top, k = float(2 ** ROW_BITS[scheme] - 1), len(values) * WARP
     # A comparison drops NaN: 0 x makes NaN of it and of infinities, and a sum keeps that.
     unsound = functools.reduce(lambda a, b: a + b, [v * 0.0 for v in values])
     low = functools.reduce(f.minimum, values)
@@ -74,17 +81,10 @@ def encoded_rows(k: int, dtype: str, scheme: str, target: Target) -> DeviceKerne
         return f.cast("fptoui", f.select(sound, level, 0.0), "i32")
 
     codes = [code(v) for v in values]
-    begin = row * size
-
-    def write() -> None:
-        whole = codes
-        if ROW_BITS[scheme] == 4:
-            half = len(codes) // 2
-            whole = [low | (high << 4) for low, high in zip(codes[:half], codes[half:], strict=True)]
-        for i, byte in enumerate(whole):
-            f.store(f.cast("trunc", byte, "i8"), f.at(y, begin + (lane + i * WARP), "i8"))
-        tail = f.pair(scale, offset, "bfloat16")
-        f.when(lane.cmp("eq", 0), lambda: f.store(tail, f.at(y, begin + (size - 4), "i8")))
-
-    f.when(wanted < count, write)
-    return f.built()
+    if ROW_BITS[scheme] == 4:
+        half = len(codes) // 2
+        codes = [low | (high << 4) for low, high in zip(codes[:half], codes[half:], strict=True)]
+    for i, byte in enumerate(codes):
+        f.store(f.cast("trunc", byte, "i8"), f.at(to, begin + (lane + i * WARP), "i8"))
+    tail = f.pair(scale, offset, "bfloat16")
+    f.when(lane.cmp("eq", 0), lambda: f.store(tail, f.at(to, begin + (record_bytes(scheme, k) - 4), "i8")))

@@ -17,6 +17,7 @@ from jisu.targets.cuda.kernels.layers import (
     row_address,
     scale_and_zero,
 )
+from jisu.targets.cuda.kernels.norm import Norm, norm_row
 from jisu.targets.target import Target
 
 OUTPUTS = 16
@@ -30,25 +31,37 @@ _STAGES = (
 _STAGE_BYTES = 2 * 16 * WARPS * WARP
 
 
-def thin(layer: Layer, rows: int, target: Target) -> DeviceKernel:
+def thin(layer: Layer, rows: int, target: Target, then: Norm | None = None) -> DeviceKernel:
     """The layer, `rows` rows of x (one of `ROWS`) at a time. Parameters: `Layer.parameters`. Grid: `layer.tiles(OUTPUTS)`, parts of rows.
+
+    then: the norm of the one row that results are, by the block that is done last; more parameters: the norm's gain and bias, where its
+    results go, and a counter int32 (0 before and after).
 
     A block has 16 rows of W; its warps take turns along the inputs. Of a row, each of four threads loads 16 bytes at a time: the weights of
     such a chunk and the same inputs of x are what `mma` sums over, in whatever order, as long as it is the same for both. Partial sums of
     warps meet in shared memory in a fixed order, which depends on k alone. Raises TargetError for a layer that it can't read.
     """
     layer.require()
-    return of_rows(layer, rows, target, Thin)
+    return of_rows(layer, rows, target, Thin, then)
 
 
-def of_rows(layer: Layer, rows: int, target: Target, kind: Callable[..., Thin]) -> DeviceKernel:
+def of_rows(layer: Layer, rows: int, target: Target, kind: Callable[..., Thin], then: Norm | None) -> DeviceKernel:
     """A kernel as `thin`, whose threads do what `kind` says."""
-    f = Device(f"thin{rows}_{layer.name}", layer.parameters, target, WARPS * WARP)
-    given = {name: value for (_, name), value in zip(layer.parameters, f.params(), strict=True)}
+    weights = [name for _, name in layer.parameters if name[0] in "wv"]
+    behind = [] if then is None else [("ptr", f"norm_{name}") for name in (*then.pointers[1:], "counter")]
+    name, parameters = f"thin{rows}_{layer.name}{'' if then is None else '_normed'}", [*layer.parameters, *behind]
+    f = Device(name, parameters, target, WARPS * WARP, ahead=weights)
+    given = {name: value for (_, name), value in zip(parameters, f.params(), strict=True)}
     residual = f.memory(given["r"]) if layer.residual else None
     own = Rows(f, f.block("y") * rows, given["m"])
-    t = kind(f, layer, rows, f.memory(given["x"]), part_of(f, layer, f.block(), OUTPUTS), own)
+    part = part_of(f, layer, f.block(), OUTPUTS)
+    t = kind(f, layer, rows, f.memory(given["x"]), part, own)
     t.leave(t.sums(), residual)
+    if then is not None:
+        found = {"x": part.y, **{n: f.memory(given[f"norm_{n}"]) for n in then.pointers[1:]}}
+        others = f.const(layer.tiles(OUTPUTS) - 1, "i32")
+        is_last = f.is_last(f.memory(given["norm_counter"]), others)
+        f.when(is_last, lambda: norm_row(f, then, f.i64(0), found))
     return f.built()
 
 
@@ -86,11 +99,12 @@ class Thin:
     def along(self, sums: list[Val]) -> list[Val]:
         """`multiply` of all of this thread's chunks, one after the other."""
         f = self.f
+        for early in range(_STAGES - 1) if self.turns else ():
+            if early < self.turns:
+                self.fetch(f.i64(early))
+            f.commit_copies()
+        f.wait()  # for what is multiplied with them
         if self.turns:
-            for early in range(_STAGES - 1):
-                if early < self.turns:
-                    self.fetch(f.i64(early))
-                f.commit_copies()
             *sums, _ = f.loop(0, self.turns, 1, sums, self.turn)
             f.barrier()  # shared memory is used anew
         # All threads of a warp must multiply together: bounds are those of its first thread.
