@@ -28,7 +28,7 @@ from jisu.targets.cuda.kernels.layers import (
     part_of,
     scale_and_zero,
     table_of,
-)  # fmt: skip
+)
 from jisu.targets.target import Target
 
 INPUTS = 64
@@ -127,12 +127,8 @@ def product_hopper(layer: Layer, tile: Tile, target: Target) -> DeviceKernel:
     require_hopper(layer, target)
     f = Device(f"product_hopper{tile.rows}x{tile.outputs}_{layer.name}", parameters(layer), target, THREADS)
     given = {name: value for (_, name), value in zip(layer.parameters, f.params(), strict=True)}
-    row_tiles, matrix_tiles, band_tiles = (
-        (given["m"] + (tile.rows - 1)) / tile.rows,
-        layer.tiles(tile.outputs),
-        _BAND // tile.rows,
-    )
-    table = table_of(f, layer)
+    row_tiles = (given["m"] + (tile.rows - 1)) / tile.rows
+    matrix_tiles, band_tiles, table = layer.tiles(tile.outputs), _BAND // tile.rows, table_of(f, layer)
 
     def piece(number: Val) -> Piece:
         """Tile by tile of W, the bands' rows first."""
@@ -217,12 +213,13 @@ class _Ring:
         return rows, self.f.at(rows, self.row_part, "i8")
 
     def first(self) -> _Turn:
+        """Where all begin."""
         return _Turn(self.f.i64(0), self.f.i64(0))
 
     def after(self, turn: _Turn) -> _Turn:
         """The next stage's turn."""
         f, last = self.f, turn.stage.cmp("eq", self.stages - 1)
-        return _Turn(f.select(last, 0 * turn.stage, turn.stage + 1), f.select(last, 1 - turn.parity, turn.parity))
+        return _Turn(f.select(last, f.i64(0), turn.stage + 1), f.select(last, 1 - turn.parity, turn.parity))
 
     def before(self, stage: Val, count: int) -> Val:
         """The stage of `count` steps ago."""
