@@ -24,8 +24,9 @@ def layout_passes(
     sparse: Mapping[str, float] | None = None,
     integers: bool = True,
     together: bool = True,
+    halves: Mapping[str, int] | None = None,
 ) -> tuple[Pass, ...]:
     """The passes that bring weights into their kernels' order; the arguments come from the target (see `PackWeights`). together: whether
     kernels do several matrices of one input at once."""
-    pack = PackWeights(panel, pair, sparse or {}, integers)
+    pack = PackWeights(panel, pair, sparse or {}, halves or {}, integers)
     return (pack, MergeProjections(), FoldWeights()) if together else (SplitGated(), pack, FoldWeights())

@@ -13,7 +13,7 @@ from jisu.compiler.graph import Node
 from jisu.compiler.types import Dim, dim, product
 from jisu.targets.cpu.isa import FLOATS, require_activation
 from jisu.targets.cuda.device import PAIRS, DeviceKernel
-from jisu.targets.cuda.kernels import experts, norm, products, records, rounding, thin, top
+from jisu.targets.cuda.kernels import experts, norm, products, records, rounding, semi_structured, thin, top
 from jisu.targets.cuda.kernels.attention import QUERIES, Form, attend_token, attend_tokens, merge_parts, sharing
 from jisu.targets.cuda.kernels.layers import Layer
 from jisu.targets.cuda.lowering import DeviceCall, DeviceFunction
@@ -37,8 +37,8 @@ def _layer(layer: Layer, rows: Dim, operands: tuple[int, ...], target: Target) -
     numbers: tuple[int | tuple[str, Dim], ...] = tuple(range(len(layer.parameters) - 1))
     arguments = (*numbers, ("size", rows))
     variants: list[tuple[tuple[tuple[Dim, int], ...], tuple[DeviceCall, ...]]] = []
-    for most in thin.ROWS:
-        kernel = thin.thin(layer, most, target)
+    for most in semi_structured.THIN_ROWS if layer.halves else thin.ROWS:
+        kernel = (semi_structured.thin_halves if layer.halves else thin.thin)(layer, most, target)
         call = DeviceCall(kernel, (layer.tiles(thin.OUTPUTS), _ceiling(rows, most), 1), arguments)
         variants.append((((rows, most),), (call,)))
     for kernel, tile, most in _products(layer, target):
@@ -53,8 +53,16 @@ def _products(layer: Layer, target: Target) -> Iterator[tuple[DeviceKernel, prod
     """The products that can read the layer, each with the rows up to which it is taken (0 for any): the first that is in the code that a GPU
     loads is."""
     large, small = products.LARGE, products.SMALL
+    if layer.halves:
+        small = semi_structured.SMALL
+        large = semi_structured.CODED if layer.scheme else semi_structured.LARGE
     # So many large tiles as there are multiprocessors keep all of them busy.
     few = target.cores // max(1, layer.tiles(large.outputs)) * large.rows
+    if layer.halves:
+        if few >= small.rows:
+            yield semi_structured.product_halves(layer, small, target), small, few
+        yield semi_structured.product_halves(layer, large, target), large, 0
+        return
     with contextlib.suppress(TargetError):  # not for this layer
         if few >= small.rows:
             yield products.product(layer, small, target), small, few
@@ -113,6 +121,18 @@ def _quantized(node: Node, target: Target) -> Kernel | None:
         node.scheme, node.group, scales.dtype, zeros is not None,
     )  # fmt: skip
     return _layer(layer, product(x.shape[:-1]), (0, 1, 2, *_present(node, 3, 4, 5)), target)
+
+
+def _semi_structured(node: Node, target: Target) -> Kernel | None:
+    x, values, _, scales, zeros, bias, residual = node.operands
+    assert x is not None and values is not None
+    if x.dtype not in PAIRS:
+        return None
+    layer = Layer(
+        int(x.shape[-1]), (node.outputs,), node.dtype, node.gated, False, node.activation, bias is not None, residual is not None,
+        "" if scales is None else node.scheme, node.group, "float16" if scales is None else scales.dtype, zeros is not None, True,
+    )  # fmt: skip
+    return _layer(layer, product(x.shape[:-1]), (0, 1, 2, *_present(node, 3, 4, 5, 6)), target)
 
 
 _KEYS_PER_PART = 256  # of one token's attention, at least, so that parts are worth their merging
@@ -325,5 +345,6 @@ CHOOSERS: Choosers = {
     ops.gated_linear: _gated,
     ops.packed_projections: _projections,
     ops.quantized_linear: _quantized,
+    ops.semi_structured_linear: _semi_structured,
 }
 """Choosers by op; see `jisu.targets.cuda.lowering.lower`."""

@@ -32,6 +32,11 @@ def prefix(target: Target) -> str:
     return _REAL if target.architecture == "nvptx64" else _EMULATED
 
 
+def _generation(target: Target) -> int:
+    """9 of sm_90a."""
+    return int(target.mcpu.removeprefix("sm_").rstrip("af")[:-1])
+
+
 @attrs.frozen
 class DeviceKernel:
     """A finished kernel: its function, its parameters ("ptr" or "i64"), threads per block and bytes of shared memory; `portable`: whether
@@ -100,6 +105,10 @@ class Device(Function):
     def copy16(self, to: Val, source: Val) -> None:
         """Begin to copy 16 bytes from the GPU's memory into shared memory; see `copies_done`."""
         self.run(f"{self.prefix}cp.async.cg.shared.global.16", to, source)
+
+    def copy8(self, to: Val, source: Val) -> None:
+        """As `copy16`, 8 bytes, through the nearest cache."""
+        self.run(f"{self.prefix}cp.async.ca.shared.global.8", to, source)
 
     def place(self, row: Val, chunk: Val, chunks: int) -> Val:
         """Where a chunk of 16 bytes of a tile's row lies in shared memory, in bytes, `chunks` (4 or more) making up a row.
@@ -212,6 +221,21 @@ class Device(Function):
         else:
             halves = [self.as_type(x, PAIRS[dtype]) for x in (*a, *b)]
             found = self.call(kind, f"{self.prefix}mma.m16n8k16.row.col.f32.f32", *halves, *sums)
+        return [self.op(f"extractvalue {kind} {found.name}, {i}", "float") for i in range(4)]
+
+    def mma_sparse(
+        self, a: Sequence[Val], b: Sequence[Val], sums: Sequence[Val], places: Val, pair: int, dtype: str
+    ) -> list[Val]:
+        """`mma` of a[16, 32], of whose rows each four inputs have two numbers, and b[32, 8]: a i32 [4], b i32 [4], sums float [4] per thread.
+
+        places: i32, of which two of each four threads' count: the first two (pair 0) or the last two (pair 1); see
+        `jisu.compiler.ops.semi_structured`.
+        """
+        kind = "{ float, float, float, float }"
+        ordered = ".ordered.metadata" if self.prefix == _REAL and _generation(self.target) >= 10 else ""
+        name = f"{self.prefix}mma.sp{ordered}.m16n8k32.row.col.{'bf16' if dtype == 'bfloat16' else 'f32.f32'}"
+        given = [x if dtype == "bfloat16" else self.as_type(x, PAIRS[dtype]) for x in (*a, *b)]
+        found = self.call(kind, name, *given, *sums, places, self.const(pair, "i32"))
         return [self.op(f"extractvalue {kind} {found.name}, {i}", "float") for i in range(4)]
 
     # Hopper: products of a warp group, straight from shared memory

@@ -25,6 +25,12 @@ _WRAPPED = {
     f"{_FRAGMENTS}.trans.b16.p3": ("i32", ("ptr addrspace(3)",), "emulated_ldmatrix_trans"),
     "mma.m16n8k16.row.col.bf16": ("float", ("i32",) * 6 + ("float",) * 4, "emulated_mma"),
     "mma.m16n8k16.row.col.f32.f32": ("float", ("<2 x half>",) * 6 + ("float",) * 4, "emulated_mma_f16"),
+    "mma.sp.m16n8k32.row.col.bf16": ("float", ("i32",) * 8 + ("float",) * 4 + ("i32",) * 2, "emulated_mma_sparse"),
+    "mma.sp.m16n8k32.row.col.f32.f32": (
+        "float",
+        ("<2 x half>",) * 8 + ("float",) * 4 + ("i32",) * 2,
+        "emulated_mma_sparse_f16",
+    ),
 }
 
 

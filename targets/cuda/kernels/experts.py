@@ -102,7 +102,7 @@ def _part(f: Device, layer: Layer, weights: Val, y: Val, expert: Val, tile: Val,
     rows = n * layer.per_weight_row
     own = f.at(weights, expert * (rows * layer.row_bytes), "i8")
     ups = f.at(own, n * layer.row_bytes, "i8") if layer.apart else None
-    return Part(own, ups, None, None, None, y, f.i64(rows), tile * outputs, f.i64(n), None)
+    return Part(own, ups, None, None, None, None, y, f.i64(rows), tile * outputs, f.i64(n), None)
 
 
 def single(how: Mixture, down: bool, target: Target) -> DeviceKernel:

@@ -13,7 +13,7 @@ from jisu.targets.cuda.kernels.layers import (
     inputs,
     part_of,
     row_address,
-    scale_and_zero,
+    scales_of,
 )
 from jisu.targets.target import Target
 
@@ -48,11 +48,11 @@ def multiply_thin(
     f: Device, layer: Layer, rows: int, x: Val, part: Part, own: Rows, residual: Val | None = None
 ) -> None:
     """What a thread of `thin` does: up to `rows` rows of x times 16 rows of W, with `WARPS` warps."""
-    t = _Thin(f, layer, rows, x, part, own)
+    t = Thin(f, layer, rows, x, part, own)
     t.leave(t.sums(), residual)
 
 
-class _Thin:
+class Thin:
     """The kernel under construction."""
 
     def __init__(self, f: Device, layer: Layer, rows: int, x: Val, part: Part, own: Rows) -> None:
@@ -69,7 +69,11 @@ class _Thin:
         # Rows beyond the last are copies of it, whose results nobody stores.
         self.places = [f.minimum(self.part.first + self.line + 8 * half, self.part.rows - 1) for half in (0, 1)]
         self.lines = [own.source(self.line + 8 * c) for c in range(self.columns)]
-        self.held = f.shared(max(WARPS * OUTPUTS * rows * 4, _STAGES * _STAGE_BYTES if self.turns else 0))
+        self.held = f.shared(max(WARPS * OUTPUTS * rows * 4, self.stage_bytes()))
+
+    def stage_bytes(self) -> int:
+        """Of shared memory for chunks under way."""
+        return _STAGES * _STAGE_BYTES if self.turns else 0
 
     def sums(self) -> list[Val]:
         """The sums of this thread's chunks: per eight rows of x those of `mma`."""
@@ -123,7 +127,7 @@ class _Thin:
         f, layer, weights = self.f, self.layer, [words[:4], words[4:]]
         if layer.scheme:
             weights = [
-                decoded(f, layer, self.part, own, self.scales(row, number))
+                decoded(f, layer, self.part, own, scales_of(f, layer, self.part, row, number))
                 for row, own in zip(self.places, weights, strict=True)
             ]
         if inside is not None:
@@ -141,14 +145,6 @@ class _Thin:
                 a = [weights[0][i], weights[1][i], weights[0][i + 1], weights[1][i + 1]]
                 result[4 * c : 4 * c + 4] = f.mma(a, pairs[i : i + 2], result[4 * c : 4 * c + 4], layer.dtype)
         return result
-
-    def scales(self, row: Val, number: Val) -> list[tuple[Val, Val]]:
-        """Scale and zero of each word of a chunk."""
-        layer, first = self.layer, number * self.chunk
-        apart = self.chunk // layer.group if layer.group and layer.group < self.chunk else 1
-        step = self.chunk // apart
-        found = [scale_and_zero(self.f, layer, self.part, row, first + i * step) for i in range(apart)]
-        return [found[i * apart // 4] for i in range(4)]
 
     def leave(self, sums: list[Val], residual: Val | None) -> None:
         """Join the warps' sums, finish and store the results."""
