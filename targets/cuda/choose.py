@@ -13,7 +13,7 @@ from jisu.compiler.graph import Node
 from jisu.compiler.types import Dim, dim, product
 from jisu.targets.cpu.isa import FLOATS, require_activation
 from jisu.targets.cuda.device import PAIRS, DeviceKernel
-from jisu.targets.cuda.kernels import experts, norm, products, records, rounding, semi_structured, thin, top
+from jisu.targets.cuda.kernels import experts, norm, products, records, rounding, semi_structured, single, thin, top
 from jisu.targets.cuda.kernels.attention import QUERIES, Form, attend_token, attend_tokens, merge_parts, sharing
 from jisu.targets.cuda.kernels.layers import Layer
 from jisu.targets.cuda.lowering import DeviceCall, DeviceFunction
@@ -32,14 +32,12 @@ def _least(a: Dim, b: int) -> Dim:
 
 def _layer(layer: Layer, rows: Dim, operands: tuple[int, ...], target: Target) -> Kernel:
     """A linear layer: few rows by streaming weights, many in tiles. operands: of the node, in the order of the layer's parameters."""
-    layer.require()
     require_activation(layer.activation)
     numbers: tuple[int | tuple[str, Dim], ...] = tuple(range(len(layer.parameters) - 1))
     arguments = (*numbers, ("size", rows))
     variants: list[tuple[tuple[tuple[Dim, int], ...], tuple[DeviceCall, ...]]] = []
-    for most in semi_structured.THIN_ROWS if layer.halves else thin.ROWS:
-        kernel = (semi_structured.thin_halves if layer.halves else thin.thin)(layer, most, target)
-        call = DeviceCall(kernel, (layer.tiles(thin.OUTPUTS), _ceiling(rows, most), 1), arguments)
+    for kernel, outputs, most in _thin(layer, target):
+        call = DeviceCall(kernel, (layer.tiles(outputs), _ceiling(rows, most), 1), arguments)
         variants.append((((rows, most),), (call,)))
     for kernel, tile, most in _products(layer, target):
         grid = (_ceiling(rows, tile.rows), layer.tiles(tile.outputs), 1)
@@ -49,26 +47,35 @@ def _layer(layer: Layer, rows: Dim, operands: tuple[int, ...], target: Target) -
     return Kernel(DeviceFunction(tuple(variants)), tuple(Argument(i) for i in operands))
 
 
+def _thin(layer: Layer, target: Target) -> Iterator[tuple[DeviceKernel, int, int]]:
+    """The kernels for few rows, each with the rows of W of a block and the rows of x up to which it is taken. Raises TargetError where none
+    reads the layer."""
+    if layer.halves:
+        yield from ((semi_structured.thin_halves(layer, m, target), thin.OUTPUTS, m) for m in semi_structured.THIN_ROWS)
+    elif layer.dtype == "float32":
+        yield from ((single.thin_single(layer, m, target), single.OUTPUTS, m) for m in single.ROWS)
+    else:
+        yield from ((thin.thin(layer, m, target), thin.OUTPUTS, m) for m in thin.ROWS)
+
+
 def _products(layer: Layer, target: Target) -> Iterator[tuple[DeviceKernel, products.Tile, int]]:
     """The products that can read the layer, each with the rows up to which it is taken (0 for any): the first that is in the code that a GPU
     loads is."""
-    large, small = products.LARGE, products.SMALL
+    make, small, large = products.product, products.SMALL, products.LARGE
     if layer.halves:
-        small = semi_structured.SMALL
+        make, small = semi_structured.product_halves, semi_structured.SMALL
         large = semi_structured.CODED if layer.scheme else semi_structured.LARGE
+    elif layer.dtype == "float32":
+        make, small, large = single.product_single, single.SMALL, single.LARGE
     # So many large tiles as there are multiprocessors keep all of them busy.
     few = target.cores // max(1, layer.tiles(large.outputs)) * large.rows
-    if layer.halves:
-        if few >= small.rows:
-            yield semi_structured.product_halves(layer, small, target), small, few
-        yield semi_structured.product_halves(layer, large, target), large, 0
-        return
     with contextlib.suppress(TargetError):  # not for this layer
         if few >= small.rows:
-            yield products.product(layer, small, target), small, few
-        with contextlib.suppress(TargetError):  # nor on this machine
-            yield products.product_hopper(layer, target), large, 0
-        yield products.product(layer, large, target), large, 0
+            yield make(layer, small, target), small, few
+        if make is products.product:
+            with contextlib.suppress(TargetError):  # nor on this machine
+                yield products.product_hopper(layer, target), large, 0
+        yield make(layer, large, target), large, 0
 
 
 def _present(node: Node, *indices: int) -> tuple[int, ...]:
