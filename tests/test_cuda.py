@@ -102,8 +102,9 @@ def tiles(layer: Layer, m: int, tile: products.Tile = products.LARGE) -> tuple[i
 @RACES
 def test_few_rows(rows: int, m: int, n: int, k: int, late: bool, order: int, launch: Launch) -> None:
     layer = Layer(k, (n,), "bfloat16" if late else "float16")
-    grid = (layer.tiles(thin.OUTPUTS), -(-m // rows))
-    multiplied(launch, thin.thin(layer, rows, GPU), grid, m, n, k, late=late, order=order)
+    for target in (GPU, attrs.evolve(GPU, cores=1)):  # tiles by two where there are blocks enough
+        grid = (layer.tiles(thin.outputs(layer, rows, target)), -(-m // rows))
+        multiplied(launch, thin.thin(layer, rows, target), grid, m, n, k, late=late, order=order)
 
 
 @pytest.mark.parametrize(("m", "n", "k"), [(128, 128, 64), (1, 1, 32), (130, 70, 160), (17, 200, 96)])

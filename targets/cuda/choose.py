@@ -55,7 +55,7 @@ def _thin(layer: Layer, target: Target) -> Iterator[tuple[DeviceKernel, int, int
     elif layer.dtype == "float32":
         yield from ((single.thin_single(layer, m, target), single.OUTPUTS, m) for m in single.ROWS)
     else:
-        yield from ((thin.thin(layer, m, target), thin.OUTPUTS, m) for m in thin.ROWS)
+        yield from ((thin.thin(layer, m, target), thin.outputs(layer, m, target), m) for m in thin.ROWS)
 
 
 def _products(layer: Layer, target: Target) -> Iterator[tuple[DeviceKernel, products.Tile, int]]:
