@@ -25,7 +25,8 @@ from jisu.targets.target import Target
 
 EIGHT = 8
 """Numbers of 16 bits in 16 bytes."""
-_STAGES = 4  # steps whose inputs are under way or in shared memory
+_STAGES = 4  # steps whose inputs are under way or in shared memory; three of twice as many inputs
+_PART = 32  # inputs of a part of a step of codes, of which each of four threads has eight
 
 
 @attrs.frozen
@@ -67,29 +68,47 @@ class _Product:
             own,
             residual,
         )
-        self.k, self.inputs, self.steps, self.chunks = layer.k, inputs, layer.k // inputs, inputs // EIGHT
+        self.k, self.inputs, self.steps = layer.k, inputs, layer.k // inputs
+        self.parts = inputs // _PART if layer.scheme else 1
+        self.chunks = inputs // EIGHT // self.parts  # in a row of x of a part
+        self.stages = _STAGES - 1 if self.parts > 1 else _STAGES
         self.row_bytes = inputs * 16 // layer.codes_per_chunk  # of W, per step
         self.stage_bytes = self.tile.rows * inputs * 2 + self.tile.outputs * self.row_bytes
-        self.held = f.shared(_STAGES * self.stage_bytes, 1024)
+        self.held = f.shared(self.stages * self.stage_bytes, 1024)
 
     def stage(self, step: Val) -> tuple[Val, Val]:
         """Where a step's rows and weights are in shared memory."""
-        rows = self.f.at(self.held, step % _STAGES * self.stage_bytes, "i8")
+        rows = self.f.at(self.held, step % self.stages * self.stage_bytes, "i8")
         return rows, self.f.at(rows, self.tile.rows * self.inputs * 2, "i8")
+
+    def part_of_rows(self, rows: Val, number: int) -> Val:
+        """Where a part of a step's rows begins, one part lying behind the other."""
+        return self.f.at(rows, number * self.tile.rows * self.chunks * 16, "i8")
+
+    def code_place(self, row: Val, piece: Val | int) -> Val:
+        """Where a piece of 16 bytes of a row of codes lies: of two, rows that lie in the same banks have them the other way round."""
+        own = self.f.i64(piece)
+        if self.row_bytes == 32 and self.parts > 1:
+            own = self.f.op(f"xor i64 {own.name}, {((row >> 2) & 1).name}", "i64")
+        return row * self.row_bytes + own * 16
 
     def fetch(self, step: Val) -> None:
         """Begin to copy a step's inputs."""
         f, part, (rows, weights) = self.f, self.part, self.stage(step)
         first = step * self.inputs
 
-        def row_of_x(r: Val) -> Val:
-            return f.at(self.x, self.own.source(r) * self.k + first, self.layer.dtype)
+        def row_of_x(r: Val, begin: int = 0) -> Val:
+            return f.at(self.x, self.own.source(r) * self.k + first + begin, self.layer.dtype)
 
         def row_of_w(r: Val) -> Val:
             row = f.minimum(part.first + r, part.rows - 1)
             return f.at(row_address(f, self.layer, part, row), step * self.row_bytes, "i8")
 
-        f.copy_tile(rows, self.tile.rows, self.chunks, row_of_x)
+        for number in range(self.parts):
+            begin = number * _PART
+            f.copy_tile(
+                self.part_of_rows(rows, number), self.tile.rows, self.chunks, lambda r, begin=begin: row_of_x(r, begin)
+            )
         if not self.layer.scheme:
             f.copy_tile(weights, self.tile.outputs, self.chunks, row_of_w)
             return
@@ -99,20 +118,20 @@ class _Product:
 
             def copy(number: Val = number) -> None:
                 source = f.at(row_of_w(number / per_row), number % per_row * 16, "i8")
-                f.copy16(f.at(weights, number * 16, "i8"), source)
+                f.copy16(f.at(weights, self.code_place(number / per_row, number % per_row), "i8"), source)
 
             f.when(number < self.tile.outputs * per_row, copy)
 
     def begin(self) -> None:
         """Copies of the first steps are under way."""
-        for s in range(_STAGES - 1):
+        for s in range(self.stages - 1):
             if s < self.steps:
                 self.fetch(self.f.i64(s))
             self.f.commit_copies()
 
     def fetch_ahead(self, step: Val) -> None:
-        """Begin to copy what is needed `_STAGES` - 1 steps later, into the stage that was read last."""
-        later = step + (_STAGES - 1)
+        """Begin to copy what is needed `stages` - 1 steps later, into the stage that was read last."""
+        later = step + (self.stages - 1)
         self.f.when(later < self.steps, lambda: self.fetch(later))
         self.f.commit_copies()
 
@@ -160,7 +179,9 @@ def multiply_product(
     f: Device, layer: Layer, tile: Tile, x: Val, part: Part, own: Rows, residual: Val | None = None
 ) -> None:
     """What a thread of `product` does: up to a tile's rows of x times its rows of W."""
-    p, thread = _Product(f, layer, tile, 32, x, part, own, residual), f.thread()
+    # Of codes of 4 bits 64 make whole sectors of 32 bytes.
+    wide = layer.codes_per_chunk == 32 and layer.k % 64 == 0
+    p, thread = _Product(f, layer, tile, 64 if wide else 32, x, part, own, residual), f.thread()
     lane, warp = thread % WARP, thread / WARP
     tiles_m, tiles_n = tile.of_warp[0] // 16, tile.of_warp[1] // 8
     warp_row, warp_column = warp / tile.warps[1] * tile.of_warp[0], warp % tile.warps[1] * tile.of_warp[1]
@@ -189,7 +210,7 @@ _Halves = Callable[[], Iterator[tuple[list[list[Val]], list[list[Val]]]]]
 
 def _arrived(p: _Product, step: Val) -> tuple[Val, Val]:
     """A step's rows and weights, which have come; the stage that was read before is filled again."""
-    p.f.copies_done(_STAGES - 2)
+    p.f.copies_done(p.stages - 2)
     p.f.barrier()  # all threads' copies have come, and nobody reads the stage that is filled next
     p.fetch_ahead(step)
     return p.stage(step)
@@ -226,34 +247,41 @@ def _coded(p: _Product, lane: Val, warp_row: Val, warp_column: Val) -> Callable[
     slice_bytes = 8 // SCHEMES[layer.scheme].per_byte  # of eight codes
     outputs = [warp_column + 8 * j + line for j in range(p.tile.of_warp[1] // 8)]
 
+    apart = p.parts if layer.group and layer.group % p.inputs else 1  # parts that may have other scales
+
     def read(step: Val) -> _Halves:
         # Scales come from the GPU's memory: they are asked for before the wait.
         scales = [
-            scale_and_zero(
-                f, layer, p.part, f.minimum(p.part.first + output, p.part.rows - 1),
-                step * p.inputs + place * EIGHT,
-            )
-            for output in outputs
+            [
+                scale_and_zero(
+                    f, layer, p.part, f.minimum(p.part.first + output, p.part.rows - 1),
+                    step * p.inputs + place * EIGHT + number * _PART,
+                )
+                for output in outputs
+            ]
+            for number in range(apart)
         ]  # fmt: skip
         rows, weights = _arrived(p, step)
 
         def halves() -> Iterator[tuple[list[list[Val]], list[list[Val]]]]:
-            left, right = [], []
-            for i in range(p.tile.of_warp[0] // 16):
-                both = []
-                for half in (0, 1):
-                    at = f.at(rows, f.place(warp_row + 16 * i + line + 8 * half, place, p.chunks), "i8")
-                    both.append(inputs(f, layer, f.words(f.load_shared16(at))))
-                left.append(both)
-            for output, (scale, zero) in zip(outputs, scales, strict=True):
-                at = f.at(weights, output * p.row_bytes + place * slice_bytes, "i8")
-                words = [f.load("i32", f.at(at, 4 * i, "i8")) for i in range(slice_bytes // 4)]
-                right.append(decoded(f, layer, p.part, words, [(scale, zero)] * len(words)))
-            for half in (0, 2):
-                yield (
-                    [[low[half], high[half], low[half + 1], high[half + 1]] for low, high in left],
-                    [pairs[half : half + 2] for pairs in right],
-                )
+            for number in range(p.parts):
+                left, right = [], []
+                for i in range(p.tile.of_warp[0] // 16):
+                    both = []
+                    for half in (0, 1):
+                        own = f.place(warp_row + 16 * i + line + 8 * half, place, p.chunks)
+                        at = f.at(p.part_of_rows(rows, number), own, "i8")
+                        both.append(inputs(f, layer, f.words(f.load_shared16(at))))
+                    left.append(both)
+                for output, (scale, zero) in zip(outputs, scales[number % apart], strict=True):
+                    at = f.at(weights, p.code_place(output, number) + place * slice_bytes, "i8")
+                    words = [f.load("i32", f.at(at, 4 * i, "i8")) for i in range(slice_bytes // 4)]
+                    right.append(decoded(f, layer, p.part, words, [(scale, zero)] * len(words)))
+                for half in (0, 2):
+                    yield (
+                        [[low[half], high[half], low[half + 1], high[half + 1]] for low, high in left],
+                        [pairs[half : half + 2] for pairs in right],
+                    )
 
         return halves
 

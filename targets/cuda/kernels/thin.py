@@ -80,7 +80,9 @@ class Thin:
         self.turns = self.chunks // self.step  # in which every thread has a chunk
         self.begin = self.warp * 4 + self.place
         # Rows beyond the last are copies of it, whose results nobody stores.
-        self.places = [f.minimum(self.part.first + self.line + 8 * half, self.part.rows - 1) for half in range(2 * tiles)]
+        self.places = [
+            f.minimum(self.part.first + self.line + 8 * half, self.part.rows - 1) for half in range(2 * tiles)
+        ]
         self.lines = [own.source(self.line + 8 * c) for c in range(self.columns)]
         self.held = f.shared(max(WARPS * self.outputs * rows * 4, self.stage_bytes()))
 
