@@ -97,18 +97,16 @@ class _Product:
         f, part, (rows, weights) = self.f, self.part, self.stage(step)
         first = step * self.inputs
 
-        def row_of_x(r: Val, begin: int = 0) -> Val:
-            return f.at(self.x, self.own.source(r) * self.k + first + begin, self.layer.dtype)
-
         def row_of_w(r: Val) -> Val:
             row = f.minimum(part.first + r, part.rows - 1)
             return f.at(row_address(f, self.layer, part, row), step * self.row_bytes, "i8")
 
-        for number in range(self.parts):
-            begin = number * _PART
-            f.copy_tile(
-                self.part_of_rows(rows, number), self.tile.rows, self.chunks, lambda r, begin=begin: row_of_x(r, begin)
-            )
+        for which in range(self.parts):
+
+            def row_of_x(r: Val, inputs: int = which * _PART) -> Val:
+                return f.at(self.x, self.own.source(r) * self.k + first + inputs, self.layer.dtype)
+
+            f.copy_tile(self.part_of_rows(rows, which), self.tile.rows, self.chunks, row_of_x)
         if not self.layer.scheme:
             f.copy_tile(weights, self.tile.outputs, self.chunks, row_of_w)
             return

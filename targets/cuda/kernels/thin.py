@@ -164,11 +164,11 @@ class Thin:
     def leave(self, sums: list[Val], residual: Val | None) -> None:
         """Join the warps' sums, finish and store the results."""
         f, layer, part = self.f, self.layer, self.part
-        for number, value in enumerate(sums):
-            (c, tile), i = divmod(number // 4, self.tiles), number % 4
+        for which, own in enumerate(sums):
+            (c, tile), i = divmod(which // 4, self.tiles), which % 4
             output, row = self.line + (8 * (i // 2) + OUTPUTS * tile), self.place * 2 + (i % 2 + 8 * c)
             at = (self.warp * self.outputs + output) * self.rows + row
-            f.store(value, f.at(self.held, at, "float32"))
+            f.store(own, f.at(self.held, at, "float32"))
         f.barrier()
         per_row = self.outputs // layer.per_weight_row
         for begin in range(0, per_row * self.rows, WARPS * WARP):
