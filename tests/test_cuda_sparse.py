@@ -116,6 +116,23 @@ def test_places_of_the_other_pair_show(launch: Launch) -> None:
     assert [i for i, outputs in enumerate(right.T) if not outputs.all()] == [0, 8]
 
 
+@pytest.mark.parametrize("per", [4, 8, 16])
+def test_places_are_those_that_torch_gives_its_kernels(per: int) -> None:
+    """torch brings places into the order in which CUTLASS' kernels, which run on GPUs, load them for the same instruction: words of rows r and r + 8,
+    and of r + 16 and r + 24, for 16 columns and the next 16. There an instruction's inputs are neighbours; ours are `per` fours apart."""
+    convert = pytest.importorskip("torch.sparse._semi_structured_conversions").sparse_semi_structured_from_dense_cutlass
+    keep = keep_of(32, 512, per)
+    # Fours (unit, step, a, p) in the order of instructions (step, p / 2), in which thread a has that of p % 2 = 0, and behind all of those of 1.
+    apart = keep.reshape(32, 2, 16 // per, 4, per // 2, 2, 4).transpose(0, 1, 2, 4, 5, 3, 6)
+    _, theirs = convert(torch.from_numpy(np.ascontiguousarray(apart.reshape(32, 512)).astype(np.float16)))
+    words = (
+        theirs.numpy().reshape(-1).view(np.uint32).reshape(16, 8, 2, 2)
+    )  # instruction, row, tile, half of the columns
+    ours = ops.pack_places.meaning(masks.pack_mask(keep), k=512, fours=per)  # type: ignore[misc]
+    own = ours.view(np.uint32).reshape(2, 2, 8, 2, 2, 4)  # tile, unit, row, i % 2, half of the columns, i / 2
+    np.testing.assert_array_equal(own.transpose(1, 5, 3, 2, 0, 4).reshape(16, 8, 2, 2), words)
+
+
 def test_layers_that_do_not_fit_are_refused() -> None:
     for layer in (Layer(96, (8,), halves=True), Layer(128, (8,), scheme="int4", halves=True), Layer(128, (8,))):
         with pytest.raises(TargetError, match="no multiple"):
