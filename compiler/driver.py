@@ -683,7 +683,7 @@ def _build(
         "simulated": _simulated(finished, env, machine, source.sequence),
         "launches": _launch_report(code, finished, env, source.sequence),
         "sparse": [
-            {**m, "predicted_gain": facts.of(machine).sparse_gain(m["form"], m["kept"], machine)}
+            {**m, "predicted_gain": facts.of(machine).sparse_gain(m["form"], m["kept"], machine, m["stored"])}
             for m in sparse_matrices(next(iter(finished.values())))
         ],
         "layers": _layer_report(next(iter(finished.values())), env, machine),
@@ -968,8 +968,8 @@ def _lay_out(graph: Graph, recipe: Recipe, machine: Target, check: str, note: An
 
     kernels = facts.of(machine)
     panel, pair = kernels.packing(machine)
-    limits = kernels.sparse_limits(machine) if recipe.pack else {}
-    steps = layout_passes(panel, pair if recipe.pack else {}, limits, kernels.levels(machine), kernels.TOGETHER)
+    limits, halves = (f(machine) if recipe.pack else {} for f in (kernels.sparse_limits, kernels.halves))
+    steps = layout_passes(panel, pair if recipe.pack else {}, limits, kernels.levels(machine), kernels.TOGETHER, halves)
     # The kernels need every layout pass, so that JISU_BISECT, which limits the passes before, doesn't count here.
     light = "verify" if check == "numeric" else check
     return Pipeline(steps, check=light, dump=dump, limit=len(steps), on_pass=note).run(graph)[0]

@@ -23,6 +23,14 @@ def unpack_mask(mask: np.ndarray, k: int) -> np.ndarray:
     return np.unpackbits(mask, axis=-1, count=k, bitorder="little").astype(bool)
 
 
+_TWO_OF_FOUR = np.array([byte.bit_count() == 4 and (byte & 15).bit_count() == 2 for byte in range(256)])
+
+
+def two_of_four(mask: np.ndarray, k: int) -> bool:
+    """Whether a mask keeps exactly two of each four inputs."""
+    return k % 8 == 0 and bool(_TWO_OF_FOUR[mask].all())
+
+
 def compress(w: np.ndarray, keep: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The operands (values [nnz], mask) of `ops.expand` for w [n, k] of any dtype, of which keep bool [n, k] says what stays.
 

@@ -25,8 +25,9 @@ def layout_passes(
     sparse: Mapping[str, float] | None = None,
     levels: Rule = whole_words,
     together: bool = True,
+    halves: Mapping[str, int] | None = None,
 ) -> tuple[Pass, ...]:
     """The passes that bring weights into their kernels' order; the arguments come from the target (see `PackWeights`). together: whether
     kernels do several matrices of one input at once."""
-    pack = PackWeights(panel, pair, sparse or {}, levels)
+    pack = PackWeights(panel, pair, sparse or {}, halves or {}, levels)
     return (pack, MergeProjections(), FoldWeights()) if together else (SplitGated(), pack, FoldWeights())

@@ -14,10 +14,11 @@ from typing import Any
 import attrs
 import numpy as np
 
-from jisu.compiler import ops, schemes
+from jisu.compiler import masks, ops, schemes
 from jisu.compiler.graph import CONSTANT, INPUT, WEIGHT, Graph, Node, Storage, weight
 from jisu.compiler.interpret import evaluate_node, widen
 from jisu.compiler.levels import WORD, Rule, whole_words
+from jisu.compiler.ops.semi_structured import fours
 from jisu.compiler.text import attribute_text
 from jisu.compiler.types import TensorType, TupleType, numpy_dtype
 
@@ -29,13 +30,15 @@ class PackWeights:
     panel: outputs per panel. pair: dtype -> consecutive inputs in one word, for the dtypes that kernels pack. A weight
     that is also an embedding stays one tensor: rows are then looked up in the packed form. sparse: dtype, or
     scheme of codes -> the largest share of kept numbers at which a sparse matrix is smaller than a dense one and kernels read it as
-    fast; above, or where there is no entry, it is stored dense with its zeros. levels: whether kernels multiply rounded activations and codes
-    as levels; else they are multiplied as what they stand for.
+    fast; above, or where there is no entry, it is stored dense with its zeros. halves: dtype, or scheme of codes -> of how many inputs kernels
+    read a multiple where a matrix keeps two of each four, and do so faster than of a dense one. levels: whether kernels multiply rounded
+    activations and codes as levels; else they are multiplied as what they stand for.
     """
 
     panel: int
     pair: Mapping[str, int] = attrs.field(hash=False)
     sparse: Mapping[str, float] = attrs.field(factory=dict, hash=False)
+    halves: Mapping[str, int] = attrs.field(factory=dict, hash=False)
     levels: Rule = attrs.field(default=whole_words, hash=False)
     name: str = "pack weights"
     exact: bool = True
@@ -49,7 +52,7 @@ class PackWeights:
             for x, w in (n.operands[:2] for n in graph.nodes if n.op is ops.linear)
             if w is not None and self._quantized(w)
         }
-        sparse = _Sparse(self.panel, self.pair, self.sparse)
+        sparse = _Sparse(self.panel, self.pair, self.sparse, _Halves(graph, self.halves))
 
         def once(op: Any, *operands: Node) -> Node:
             key = (op, *operands)
@@ -235,11 +238,12 @@ def _all_codes(weights: Sequence[Node]) -> bool:
 
 @attrs.frozen(eq=False)
 class _Sparse:
-    """Sparse matrices in panels; each is packed once. limits: see `PackWeights.sparse`."""
+    """Sparse matrices in panels; each is packed once. limits: see `PackWeights.sparse`. halves: those that are packed in another way."""
 
     panel: int
     pair: Mapping[str, int]
     limits: Mapping[str, float]
+    halves: _Halves
     made: dict[Any, tuple[Node | None, ...]] = attrs.field(factory=dict)
 
     def reads(self, *nodes: Node | None) -> bool:
@@ -255,6 +259,9 @@ class _Sparse:
 
     def rewritten(self, node: Node) -> Node | None:
         """A node that reads the packed form of a sparse matrix, or a dense one with its zeros, in place of `node`."""
+        found = self.halves.rewritten(node)
+        if found is not None or self.halves.reads(node):
+            return found
         if node.op is ops.dequantize and node.operands[3] is not None and is_stored(node) and not self.reads(node):
             return _filled(node)
         if node.op is ops.linear and self.reads(node.operands[1]):
@@ -308,6 +315,89 @@ class _Sparse:
         return self.made[w]
 
 
+@attrs.frozen(eq=False)
+class _Halves:
+    """Matrices that keep two of each four inputs, as `ops.semi_structured_linear` reads them. multiples: see `PackWeights.halves`."""
+
+    graph: Graph
+    multiples: Mapping[str, int]
+    known: dict[Node, bool] = attrs.field(factory=dict)
+    made: dict[Any, tuple[Node | None, ...]] = attrs.field(factory=dict)
+
+    def reads(self, *nodes: Node | None) -> bool:
+        """Whether all are such matrices of one kind, which only layers read."""
+        kinds = {_kind(n) for n in nodes}
+        return len(kinds) == 1 and None not in kinds and all(n is not None and self._reads(n) for n in nodes)
+
+    def _reads(self, w: Node) -> bool:
+        if w not in self.known:
+            step = self.multiples.get(w.scheme if w.op is ops.dequantize else w.dtype, 0)
+            self.known[w] = (
+                step > 0 and w.dtype in self.multiples and w.k % step == 0
+                and (kept_share(w) == 0.5 if w.op is ops.expand else kept_share(w) >= 0.5 and _fits(w.group, step // 4))
+                and is_stored(w) and not self._looked_up(w)
+                and masks.two_of_four(Derived(w.parents[-1], self.graph.weights).numpy(), w.k)
+            )  # fmt: skip
+        return self.known[w]
+
+    def _looked_up(self, w: Node) -> bool:
+        """Whether rows of a matrix of this mask are looked up: an embedding tied to it."""
+        return any(n.op is ops.take and w.operands[-1] in n.parents[0].operands for n in self.graph.nodes)
+
+    def rewritten(self, node: Node) -> Node | None:
+        """A node that reads the packed form, in place of `node`."""
+        if node.op is ops.linear and self.reads(node.operands[1]):
+            weights, epilogue = node.parents[1:2], node.operands[2:]
+        elif node.op is ops.gated_linear and self.reads(*node.operands[1:]):
+            weights, epilogue = node.parents[1:], (None, None)
+        else:
+            return None
+        first = weights[0]
+        attributes = {"outputs": first.shape[0], "gated": len(weights) > 1, "activation": node.activation}
+        if first.op is ops.dequantize:
+            attributes |= {"scheme": first.scheme, "group": first.group}
+        key = tuple(weights)
+        if key not in self.made:
+            self.made[key] = _halved(key)
+        return ops.semi_structured_linear.make(
+            (node.operands[0], *self.made[key], *epilogue), attributes, node.source
+        )  # fmt: skip
+
+
+def _fits(group: int, chunk: int) -> bool:
+    """Whether groups go into chunks of so many inputs, in quarters at least, or chunks into groups."""
+    return group % chunk == 0 or (chunk % group == 0 and group % (chunk // 4) == 0)
+
+
+def _halved(weights: Sequence[Node]) -> tuple[Node | None, ...]:
+    """Values, places, scales and zeros of one matrix, or of gate and up by turns."""
+
+    def by_turns(parts: Sequence[Node | None]) -> Node | None:
+        both = _together(parts)
+        if both is None or len(parts) == 1:
+            return both
+        return ops.reshape(both, shape=(2 * both.shape[0], *both.shape[2:]))
+
+    first = weights[0]
+    scheme = first.scheme if first.op is ops.dequantize else "none"
+    mask = by_turns([w.operands[-1] for w in weights])
+    places = ops.pack_places.make((mask,), {"k": first.k, "fours": fours(first.dtype, scheme)})
+    if scheme == "none":
+        return by_turns([ops.reshape(w.operands[0], shape=(w.shape[0], w.k // 2)) for w in weights]), places, None, None
+    scales, zeros = (by_turns(parts) for parts in zip(*(scaled(w, 1, {}) for w in weights), strict=True))
+    return by_turns([_half_codes(w) for w in weights]), places, scales, zeros
+
+
+def _half_codes(w: Node) -> Node:
+    """Codes uint8 [n, bytes] of what a masked `dequantize` keeps; in 4 bytes the first ones of their fours, then the second ones."""
+    kind, (n, k) = schemes.scheme(w.scheme), w.shape
+    packed, word = w.parents[0], 2 * kind.per_byte
+    single = ops.unpack_bits(ops.reshape(packed, shape=(1, packed.shape[0])), bits=kind.bits)
+    kept = ops.slice_(single, starts=(0, 0), stops=(1, n * k // 2), steps=(1, 1))
+    words = ops.transpose(ops.reshape(kept, shape=(n, k // 4 // word, word, 2)), perm=(0, 1, 3, 2))
+    return ops.pack_bits(ops.reshape(words, shape=(n, k // 2)), bits=8 // kind.per_byte)
+
+
 def _beside(a: Node, b: Node) -> Node:
     """Two values in panels as one: [panels, 2, …]."""
     return ops.concat(*(ops.reshape(p, shape=(p.shape[0], 1, *p.shape[1:])) for p in (a, b)), axis=1)
@@ -315,9 +405,14 @@ def _beside(a: Node, b: Node) -> Node:
 
 def sparse_matrices(graph: Graph) -> list[dict[str, Any]]:
     """How the sparse matrices of a laid-out graph are stored: `name` (of the mask, without ".mask"), `form` (dtype of the numbers, or scheme
-    of the codes), share of numbers `kept`, and `stored`: "sparse" or "dense with zeros" (which is faster, or no larger)."""
+    of the codes), share of numbers `kept`, and `stored`: "sparse", "2:4" or "dense with zeros" (which is faster, or no larger)."""
     found: dict[str, dict[str, Any]] = {}
     for node in graph.nodes:
+        if node.op is ops.semi_structured_linear:
+            form = node.dtype if node.scheme == "none" else node.scheme
+            for name in _weights_of(node.parents[2], graph):
+                own = name.removesuffix(".mask")
+                found[f"{own} 2:4"] = {"name": own, "form": form, "kept": 0.5, "stored": "2:4"}
         storage = graph.weights.get(node.name) if node.op is WEIGHT else None
         inside = Graph((), (storage.node,), {}).nodes if isinstance(storage, Derived) else (node,)
         for part in inside:
@@ -332,6 +427,14 @@ def sparse_matrices(graph: Graph) -> list[dict[str, Any]]:
             form = part.parents[0].dtype if scheme == "none" else scheme
             found[f"{name} {stored}"] = {"name": name, "form": form, "kept": kept, "stored": stored}
     return list(found.values())
+
+
+def _weights_of(node: Node, graph: Graph) -> list[str]:
+    """Names of the weights of the model that a value is made of."""
+    storage = graph.weights.get(node.name) if node.op is WEIGHT else None
+    return [
+        n.name for n in Graph((), (storage.node if isinstance(storage, Derived) else node,), {}).nodes if n.op is WEIGHT
+    ]
 
 
 def is_stored(node: Node) -> bool:

@@ -46,7 +46,7 @@ from jisu.compiler.errors import ArtifactError, InputError
 from jisu.compiler.launches import CUBIN, OWN_PTX, PLANS, PTX
 from jisu.compiler.storage import LazyTensor, cache_folder, map_descriptor, open_safetensors, parse_json
 
-FORMAT = 3
+FORMAT = 4
 MAGIC = b"JISU\x00\x01"
 PAGE = 4096
 PIECE = 1 << 24

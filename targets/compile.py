@@ -41,7 +41,7 @@ TIMEOUT = 1800.0
 KEPT_BYTES = 2 << 30
 """How much the cache of compiled libraries may hold."""
 _STAGING = "new-"
-_FORMAT = 3
+_FORMAT = 4
 _ROOT = Path(__file__).resolve().parent.parent
 
 

@@ -11,6 +11,6 @@ _ROOMS = {"cpu": cpu, "cuda": cuda, "tpu": tpu}
 
 
 def of(target: Target) -> ModuleType:
-    """The module with `packing`, `levels`, `TOGETHER`, `FETCHED`, `SIMULATED`, `variants`, `simulated`, `sparse_gain` and `sparse_limits`
+    """The module with `packing`, `levels`, `TOGETHER`, `FETCHED`, `SIMULATED`, `variants`, `simulated`, `sparse_gain`, `sparse_limits` and `halves`
     for the target."""
     return _ROOMS[target.kind]

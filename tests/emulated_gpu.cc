@@ -27,7 +27,7 @@ namespace {
 constexpr int REGISTERS = 64 << 10; /* of a multiprocessor */
 constexpr int ARGUMENTS = 48; /* of a kernel, at most; more than it takes are passed */
 
-struct Copy { void *to; const void *from; };
+struct Copy { void *to; const void *from; int bytes; };
 
 /* A product of a warp group, which adds to the sums of a number. a: a tile, or what this thread has of it in registers. */
 struct Product { uint32_t sums; bool registers; uint64_t a; uint32_t own[4]; uint64_t b; int outputs; bool half; };
@@ -163,7 +163,13 @@ uint32_t bits_of(float f) {
 }
 
 void come(const std::vector<Copy> &group) {
-    for (const Copy &c : group) std::memcpy(c.to, c.from, 16);
+    for (const Copy &c : group) std::memcpy(c.to, c.from, c.bytes);
+}
+
+void copy(void *to, const void *from, int bytes) {
+    if (reinterpret_cast<uintptr_t>(to) % bytes || reinterpret_cast<uintptr_t>(from) % bytes) fail("a copy that is not aligned");
+    fibers[current].open.push_back({to, from, bytes});
+    if (!late_copies) come({{to, from, bytes}});
 }
 
 /* A block between two turns, and a launch of which some blocks have begun. */
@@ -375,11 +381,9 @@ float emulated_shuffle(int32_t mask, float value, int32_t distance, int32_t clam
 }
 
 void emulated_copy(void *to, const void *from) __asm__("emulated.cp.async.cg.shared.global.16");
-void emulated_copy(void *to, const void *from) {
-    if (reinterpret_cast<uintptr_t>(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16) fail("a copy of 16 bytes that is not aligned");
-    fibers[current].open.push_back({to, from});
-    if (!late_copies) come({{to, from}});
-}
+void emulated_copy(void *to, const void *from) { copy(to, from, 16); }
+void emulated_copy8(void *to, const void *from) __asm__("emulated.cp.async.ca.shared.global.8");
+void emulated_copy8(void *to, const void *from) { copy(to, from, 8); }
 
 void emulated_commit() __asm__("emulated.cp.async.commit.group");
 void emulated_commit() {
@@ -791,5 +795,46 @@ void emulated_mma_f16(uint32_t *result, uint32_t a0, uint32_t a1, uint32_t a2, u
                       float c2, float c3) {
     uint32_t mine[] = {a0, a1, a2, a3, b0, b1, bits_of(c0), bits_of(c1), bits_of(c2), bits_of(c3)};
     multiply(result, mine, of_f16);
+}
+
+/* PTX ISA, "Matrix fragments for sparse mma.m16n8k32": of a row's four neighbours a register has two, whose places the threads say that the
+ * selector names: the first of the pair those of columns 0 to 15, the second of the others; rows 0 to 7 in the lower half of the word. */
+static void multiply_sparse(uint32_t *result, const uint32_t *mine, int selector, float (*number)(uint32_t)) {
+    if (selector != 0 && selector != 1) fail("a selector that names no pair of threads");
+    Meeting &w = warp();
+    std::memcpy(w.in[lane()], mine, 13 * sizeof *mine);
+    meet(w, 7 + selector, 32, [&] {
+        float a[16][32] = {}, b[32][8];
+        for (int i = 0; i < 32; i++)
+            for (int r = 0; r < 4; r++) {
+                int row = i / 4 + 8 * (r & 1), column = 4 * (i % 4) + 16 * (r >> 1);
+                uint32_t word = w.in[i / 4 * 4 + 2 * selector + (r >> 1)][12] >> (16 * (r & 1));
+                int places = word >> (4 * (i % 4)) & 15;
+                if ((places & 3) >= places >> 2) fail("places of two numbers that are not in order");
+                for (int h = 0; h < 2; h++) {
+                    a[row][column + (places >> (2 * h) & 3)] = number((w.in[i][r] >> (16 * h)) & 0xffff);
+                    b[2 * (i % 4) + h + 8 * r][i / 4] = number((w.in[i][4 + r] >> (16 * h)) & 0xffff);
+                }
+            }
+        for (int i = 0; i < 32; i++)
+            for (int r = 0; r < 4; r++) {
+                float sum = of_bits(w.in[i][8 + r]);
+                for (int k = 0; k < 32; k++) sum += a[i / 4 + 8 * (r >> 1)][k] * b[k][2 * (i % 4) + (r & 1)];
+                w.out[i][r] = bits_of(sum);
+            }
+    });
+    std::memcpy(result, w.out[lane()], 16);
+}
+
+void emulated_mma_sparse(uint32_t *result, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1, uint32_t b2, uint32_t b3,
+                         float c0, float c1, float c2, float c3, uint32_t places, int32_t selector) {
+    uint32_t mine[] = {a0, a1, a2, a3, b0, b1, b2, b3, bits_of(c0), bits_of(c1), bits_of(c2), bits_of(c3), places};
+    multiply_sparse(result, mine, selector, of_bf16);
+}
+
+void emulated_mma_sparse_f16(uint32_t *result, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1, uint32_t b2,
+                             uint32_t b3, float c0, float c1, float c2, float c3, uint32_t places, int32_t selector) {
+    uint32_t mine[] = {a0, a1, a2, a3, b0, b1, b2, b3, bits_of(c0), bits_of(c1), bits_of(c2), bits_of(c3), places};
+    multiply_sparse(result, mine, selector, of_f16);
 }
 }

@@ -109,8 +109,9 @@ def tiles(layer: Layer, m: int, tile: products.Tile = products.LARGE) -> tuple[i
 @RACES
 def test_few_rows(rows: int, m: int, n: int, k: int, late: bool, order: int, launch: Launch) -> None:
     layer = Layer(k, (n,), "bfloat16" if late else "float16")
-    grid = (layer.tiles(thin.OUTPUTS), -(-m // rows))
-    multiplied(launch, thin.thin(layer, rows, GPU), grid, m, n, k, late=late, order=order)
+    for target in (GPU, attrs.evolve(GPU, cores=1)):  # tiles by two where there are blocks enough
+        grid = (layer.tiles(thin.outputs(layer, rows, target)), -(-m // rows))
+        multiplied(launch, thin.thin(layer, rows, target), grid, m, n, k, late=late, order=order)
 
 
 @pytest.mark.parametrize(
@@ -164,6 +165,37 @@ def test_many_rows(m: int, n: int, k: int, late: bool, order: int, launch: Launc
     for tile in (products.LARGE, products.SMALL):
         kernel = products.product(layer, tile, GPU)
         multiplied(launch, kernel, tiles(layer, m, tile), m, n, k, late=late, order=order)
+
+
+def multiplied_codes(launch: Launch, tile: products.Tile, m: int, n: int, k: int, **how: Any) -> None:
+    """Run a layer of int4 in groups of 32, in the order in which kernels read codes."""
+    layer = Layer(k, (n,), scheme="int4", group=32)
+    rng = np.random.default_rng(k)
+    codes, scales = rng.integers(0, 16, (n, k)).astype(np.uint8), drawn(2, n, k // 32, dtype="float16")
+    packed = drawn(3, n, k // 4, dtype="float16").view(np.uint8)
+    packed[...] = codes[:, ::2] | codes[:, 1::2] << 4
+    x, y = drawn(0, m, k), drawn(1, m + 1, n)
+    guard = y[-1].copy()
+    launch(products.product(layer, tile, GPU), tiles(layer, m, tile), x, packed, scales, y, m, **how)
+    w = (codes.astype(np.float64) - 8) * np.repeat(scales.astype(np.float64), 32, 1)
+    want = x.astype(np.float64) @ w.T
+    np.testing.assert_allclose(y[:m].astype(np.float64), want, rtol=1e-2, atol=5e-2 * np.sqrt(k))
+    np.testing.assert_array_equal(y[-1], guard)
+
+
+@pytest.mark.parametrize(("m", "n", "k"), [(70, 200, 320), (130, 70, 96), (1, 128, 64)])
+@RACES
+def test_many_rows_of_codes(m: int, n: int, k: int, late: bool, order: int, launch: Launch) -> None:
+    """Steps of 64 inputs, so that each copies whole sectors, or of 32 where 64 don't divide them."""
+    for tile in (products.LARGE, products.SMALL):
+        multiplied_codes(launch, tile, m, n, k, late=late, order=order)
+
+
+@pytest.mark.parametrize("missing", ["copies_done", "barrier", "commit_copies"])
+def test_what_is_missing_with_codes_shows(missing: str, launch: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device.Device, missing, lambda self, *_: None)
+    with pytest.raises(RuntimeError if missing != "barrier" else AssertionError):
+        multiplied_codes(launch, products.LARGE, 128, 128, 320, order=-1)
 
 
 @pytest.mark.parametrize("missing", ["copies_done", "barrier", "commit_copies"])
@@ -590,6 +622,9 @@ def of_hot_kernels(target: Target) -> dict[str, device.DeviceKernel]:
             target,
             norm.Norm(4096, "bfloat16", 1e-5, True, True, False),
         ),
+        "32 rows": thin.thin(wide, 32, target),
+        "32 rows of codes": thin.thin(Layer(4096, (4096,), **CODES), 32, target),
+        "32 rows of bytes": thin.thin(Layer(4096, (4096,), scheme="int8"), 32, target),
         "many": products.product(wide, products.LARGE, target),
         "some": products.product(wide, products.SMALL, target),
         "some codes": products.product(Layer(4096, (4096,), **CODES), products.SMALL, target),
@@ -674,6 +709,8 @@ MOST_REGISTERS = {
     "few codes and a norm": 80,
     "few small floats": 80,
     "few of a table": 80,
+    "32 rows": 128,
+    "32 rows of codes": 168,
     "many": 128,
     "many of experts": 168,
     "many of experts' last layer": 168,

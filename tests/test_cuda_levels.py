@@ -82,7 +82,14 @@ def check(layer: Levels, m: int, launch: Launch, many: products.Tile | None = No
     guard = y[-1].copy()
     if many is None:
         rows = min(r for r in thin.ROWS if r >= min(m, thin.ROWS[-1]))
-        launch(levels.few(layer, rows, ADA), (layer.tiles(thin.OUTPUTS), -(-m // rows)), *arrays, y, m, **how)
+        launch(
+            levels.few(layer, rows, ADA),
+            (layer.tiles(thin.outputs(layer, rows, ADA)), -(-m // rows)),
+            *arrays,
+            y,
+            m,
+            **how,
+        )
     else:
         launch(levels.many(layer, many, ADA), (-(-m // many.rows), layer.tiles(many.outputs)), *arrays, y, m, **how)
     scale = float(np.abs(want.astype(np.float32)).max())

@@ -1,10 +1,10 @@
 """Every op of the IR. The signature is the schema, the notation or body the type rule, `meaning` the truth.
 
-`OPS` maps names to ops. Modules by family: elementwise, shape, index, reduce, contract, nn, quantize, sparse.
+`OPS` maps names to ops. Modules by family: elementwise, shape, index, reduce, contract, nn, quantize, sparse, semi_structured.
 """
 
 from jisu.compiler.graph import CONSTANT, INPUT, WEIGHT, Op
-from jisu.compiler.ops import contract, elementwise, index, nn, quantize, reduce, shape, sparse
+from jisu.compiler.ops import contract, elementwise, index, nn, quantize, reduce, semi_structured, shape, sparse
 from jisu.compiler.ops.contract import (
     ACTIVATIONS,
     conv,
@@ -107,6 +107,7 @@ from jisu.compiler.ops.quantize import (
     unpack_bits,
 )
 from jisu.compiler.ops.reduce import all_, any_, argmax, argmin, prod, reduce_max, reduce_min, scan, softmax, sum_
+from jisu.compiler.ops.semi_structured import pack_places, semi_structured_linear
 from jisu.compiler.ops.shape import (
     broadcast_to,
     concat,
@@ -124,7 +125,7 @@ from jisu.compiler.ops.sparse import expand, fill_codes, pack_mask, pack_starts,
 
 OPS: dict[str, Op] = {
     value.name: value
-    for module in (elementwise, shape, index, reduce, contract, nn, quantize, sparse)
+    for module in (elementwise, shape, index, reduce, contract, nn, quantize, sparse, semi_structured)
     for value in vars(module).values()
     if isinstance(value, Op)
 } | {op.name: op for op in (INPUT, WEIGHT, CONSTANT)}
@@ -144,10 +145,10 @@ __all__ = [
     "expm1", "fake_quantize", "fill_codes", "flip", "floor", "floor_div", "fmod", "gated_linear", "gather", "ge",
     "gelu", "get", "gt", "integer_linear", "integer_projections", "iota", "isnan", "layer_norm", "le", "linear", "log", "log10", "log1p",
     "log2", "logical_and", "logical_not", "logical_or", "logical_xor", "lt", "matmul", "maximum", "minimum", "mul",
-    "ne", "neg", "pack", "pack_bits", "pack_codes", "pack_gated", "pack_mask", "pack_scales", "pack_starts",
+    "ne", "neg", "pack", "pack_bits", "pack_codes", "pack_gated", "pack_mask", "pack_places", "pack_scales", "pack_starts",
     "pack_values", "pack_zeros", "packed_experts", "packed_gated_linear", "packed_linear", "packed_projections",
     "packed_take", "pad", "pow_", "prod", "quantized_linear", "quantized_take", "reciprocal", "reduce_max", "reduce_min", "relu",
-    "remainder", "reshape", "rms_norm", "rotary", "round_", "rsqrt", "scan", "scatter", "shift_left", "shift_right",
+    "remainder", "reshape", "rms_norm", "rotary", "round_", "rsqrt", "scan", "scatter", "semi_structured_linear", "shift_left", "shift_right",
     "sigmoid", "sign", "silu", "sin", "sinh", "slice_", "softmax", "sort", "sparse_linear", "sparse_take", "sqrt",
     "square", "sub", "sum_", "take", "tan", "tanh", "transpose", "trunc", "trunc_div", "unpack_bits", "where",
     "windows",

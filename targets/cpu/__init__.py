@@ -70,15 +70,15 @@ def expands(dtype: str, target: Target) -> bool:
     return target.vector_bytes == 64 and target.has(*needed)
 
 
-def sparse_gain(form: str, kept: float, target: Target) -> float | None:
+def sparse_gain(form: str, kept: float, target: Target, stored: str = "sparse") -> float | None:
     """How many times as fast a sparse matrix is read for one row as a dense one with zeros, predicted; None where no kernel expands it.
 
-    form: a float dtype, or a scheme of codes. kept: the share of kept numbers. A roofline: a word takes the longer of its arithmetic
-    and its bytes at a core's share of the memory's bandwidth.
+    form: a float dtype, or a scheme of codes. kept: the share of kept numbers. stored: "sparse", or "2:4", which none
+    reads. A roofline: a word takes the longer of its arithmetic and its bytes at a core's share of the memory's bandwidth.
     """
     kind = SCHEMES.get(form)
     seconds = _WORD_SECONDS.get(kind.per_byte if kind else form)
-    if seconds is None or not expands("uint8" if kind else form, target):
+    if stored == "2:4" or seconds is None or not expands("uint8" if kind else form, target):
         return None
     bandwidth, nbytes = target.memory_bandwidth / target.cores or float("inf"), _word_bytes(form)
     dense, sparse = (max(s, b / bandwidth) for s, b in zip(seconds, (nbytes, _MASK_BYTES + kept * nbytes), strict=True))
@@ -96,6 +96,11 @@ def sparse_limits(target: Target) -> dict[str, float]:
         if (sparse_gain(form, smaller, target) or 0.0) >= 1.0:
             found[form] = smaller
     return found
+
+
+def halves(target: Target) -> dict[str, int]:
+    """A matrix that keeps two of each four inputs is sparse like any other."""
+    return {}
 
 
 def _word_bytes(form: str) -> float:

@@ -16,7 +16,19 @@ from jisu.compiler.ops.quantize import layer_parts
 from jisu.compiler.types import Dim, dim, product
 from jisu.targets.cpu.isa import FLOATS, require_activation
 from jisu.targets.cuda.device import PAIRS, DeviceKernel
-from jisu.targets.cuda.kernels import experts, hopper, levels, norm, products, records, rounding, thin, top
+from jisu.targets.cuda.kernels import (
+    experts,
+    hopper,
+    levels,
+    norm,
+    products,
+    records,
+    rounding,
+    semi_structured,
+    single,
+    thin,
+    top,
+)  # fmt: skip
 from jisu.targets.cuda.kernels.attention import QUERIES, Form, attend_token, attend_tokens, sharing
 from jisu.targets.cuda.kernels.layers import Layer
 from jisu.targets.cuda.kernels.levels import Levels
@@ -43,7 +55,6 @@ def _layer(layer: Layer, rows: Dim, operands: tuple[int, ...], target: Target, t
 
     then: a norm of the results, whose operands follow the layer's, and whose results the layer's.
     """
-    layer.require()
     require_activation(layer.activation)
     count = len(operands)
     given = tuple(range(count, count + len(then.pointers) - 2)) if then is not None else ()
@@ -54,14 +65,12 @@ def _layer(layer: Layer, rows: Dim, operands: tuple[int, ...], target: Target, t
     variants: list[tuple[tuple[tuple[Dim, int], ...], tuple[DeviceCall, ...]]] = []
     if then is not None:
         behind = (DeviceCall(norm.normed(then, target), (rows, 1, 1), (first, *given, first + 1)),)
-        kernel = _few(layer, thin.ROWS[0], target, then)
-        both = DeviceCall(
-            kernel, (layer.tiles(thin.OUTPUTS), 1, 1), (*arguments, *given, first + 1, first + 2)
-        )  # fmt: skip
-        variants.append((((rows, 1),), (both,)))
-    for most in thin.ROWS:
-        kernel = _few(layer, most, target)
-        call = DeviceCall(kernel, (layer.tiles(thin.OUTPUTS), _ceiling(rows, most), 1), arguments)
+        both = _normed(layer, then, target)
+        if both is not None:
+            call = DeviceCall(both, (layer.tiles(thin.OUTPUTS), 1, 1), (*arguments, *given, first + 1, first + 2))
+            variants.append((((rows, 1),), (call,)))
+    for kernel, outputs, most in _thin(layer, target):
+        call = DeviceCall(kernel, (layer.tiles(outputs), _ceiling(rows, most), 1), arguments)
         variants.append((((rows, most),), (call, *behind)))
     for call, most in _products(layer, rows, arguments, target):
         variants.append((((rows, most),) if most else (), (call, *behind)))
@@ -71,26 +80,46 @@ def _layer(layer: Layer, rows: Dim, operands: tuple[int, ...], target: Target, t
     return Kernel(function, tuple(Argument(i) for i in operands))
 
 
-def _few(layer: Layer, rows: int, target: Target, then: norm.Norm | None = None) -> DeviceKernel:
-    """The kernel for so many rows."""
-    return (levels.few if isinstance(layer, Levels) else thin.thin)(layer, rows, target, then)  # type: ignore[arg-type]
+def _normed(layer: Layer, then: norm.Norm, target: Target) -> DeviceKernel | None:
+    """The kernel for one row that norms it, too; None where there is none."""
+    if isinstance(layer, Levels):
+        return levels.few(layer, thin.ROWS[0], target, then)
+    return None if layer.halves or layer.dtype == "float32" else thin.thin(layer, thin.ROWS[0], target, then)
+
+
+def _thin(layer: Layer, target: Target) -> Iterator[tuple[DeviceKernel, int, int]]:
+    """The kernels for few rows, each with the rows of W of a block and the rows of x up to which it is taken. Raises TargetError where none
+    reads the layer."""
+    if isinstance(layer, Levels):
+        yield from ((levels.few(layer, m, target), thin.outputs(layer, m, target), m) for m in thin.ROWS)
+    elif layer.halves:
+        yield from ((semi_structured.thin_halves(layer, m, target), thin.OUTPUTS, m) for m in semi_structured.THIN_ROWS)
+    elif layer.dtype == "float32":
+        yield from ((single.thin_single(layer, m, target), single.OUTPUTS, m) for m in single.ROWS)
+    else:
+        yield from ((thin.thin(layer, m, target), thin.outputs(layer, m, target), m) for m in thin.ROWS)
 
 
 def _products(layer: Layer, rows: Dim, arguments: Arguments, target: Target) -> Iterator[tuple[DeviceCall, int]]:
     """The products that can read the layer, each with the rows up to which it is taken (0 for any): the first that is in the code that a GPU
     loads is."""
-    large, small = products.LARGE, products.SMALL
-    on_hopper = list(_on_hopper(layer, rows, arguments, target))
+    small, large = products.SMALL, products.LARGE
+    make: Callable[..., DeviceKernel] = products.product
+    if isinstance(layer, Levels):
+        make = levels.many
+    elif layer.halves:
+        make, small = semi_structured.product_halves, semi_structured.SMALL
+        large = semi_structured.CODED if layer.scheme else semi_structured.LARGE
+    elif layer.dtype == "float32":
+        make, small, large = single.product_single, single.SMALL, single.LARGE
+    on_hopper = list(_on_hopper(layer, rows, arguments, target)) if make is products.product else []
     # So many large tiles as there are multiprocessors keep all of them busy; on half of them, warp groups should still be faster than small tiles
     # on all: by peak rates, `wgmma` does about twice what `mma` does.
     few = target.cores // (2 if on_hopper else 1) // max(1, layer.tiles(large.outputs)) * large.rows
 
     def call(tile: products.Tile) -> DeviceCall:
         grid = (_ceiling(rows, tile.rows), layer.tiles(tile.outputs), 1)
-        if isinstance(layer, Levels):
-            return DeviceCall(levels.many(layer, tile, target), grid, arguments)
-        kernel = products.product(layer, tile, target)
-        return DeviceCall(kernel, grid, arguments)
+        return DeviceCall(make(layer, tile, target), grid, arguments)
 
     with contextlib.suppress(TargetError):  # not for this layer
         if few >= small.rows:
@@ -101,8 +130,6 @@ def _products(layer: Layer, rows: Dim, arguments: Arguments, target: Target) -> 
 
 def _on_hopper(layer: Layer, rows: Dim, arguments: Arguments, target: Target) -> Iterator[tuple[DeviceCall, int]]:
     """The same of Hopper's warp groups, if they can."""
-    if isinstance(layer, Levels):
-        return
     with contextlib.suppress(TargetError):  # not for this layer, or not on this machine
         narrow, wide = hopper.tiles_of(layer)
         few = target.cores // max(1, layer.tiles(wide.outputs)) * wide.rows
@@ -218,6 +245,18 @@ def _encode_levels(node: Node, target: Target) -> Kernel | None:
     operands = (0, *_present(node, 1))
     call = DeviceCall(kernel, (_ceiling(rows, rounding.WARPS), 1, 1), (*range(len(operands) + 1), ("size", rows)))
     return Kernel(DeviceFunction((((), (call,)),)), tuple(Argument(i) for i in operands))
+
+
+def _semi_structured(node: Node, target: Target) -> Kernel | None:
+    x, values, _, scales, zeros, bias, residual = node.operands
+    assert x is not None and values is not None
+    if x.dtype not in PAIRS:
+        return None
+    layer = Layer(
+        int(x.shape[-1]), (node.outputs,), node.dtype, node.gated, False, node.activation, bias is not None, residual is not None,
+        "" if scales is None else node.scheme, node.group, "float16" if scales is None else scales.dtype, zeros is not None, True,
+    )  # fmt: skip
+    return _layer(layer, product(x.shape[:-1]), (0, 1, 2, *_present(node, 3, 4, 5, 6)), target)
 
 
 _KEYS_PER_PART = 256  # of one token's attention, at least, so that parts are worth their merging
@@ -452,5 +491,6 @@ CHOOSERS: Choosers = {
     ops.integer_linear: _levels,
     ops.integer_projections: _levels_projections,
     ops.encode_levels: _encode_levels,
+    ops.semi_structured_linear: _semi_structured,
 }
 """Choosers by op; see `jisu.targets.cuda.lowering.lower`."""

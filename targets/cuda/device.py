@@ -169,6 +169,10 @@ class Device(Function):
         """Begin to copy 16 bytes from the GPU's memory into shared memory; see `copies_done`."""
         self.run(f"{self.prefix}cp.async.cg.shared.global.16", to, source)
 
+    def copy8(self, to: Val, source: Val) -> None:
+        """As `copy16`, 8 bytes, through the nearest cache."""
+        self.run(f"{self.prefix}cp.async.ca.shared.global.8", to, source)
+
     def place(self, row: Val, chunk: Val, chunks: int) -> Val:
         """Where a chunk of 16 bytes of a tile's row lies in shared memory, in bytes, `chunks` (2, 4, 8 or more) making up a row.
 
@@ -389,6 +393,21 @@ class Device(Function):
         """`barrier` of so many threads alone, all that name the same number (i64, 1 to 15)."""
         name = f"{self.prefix}barrier.cta.sync.aligned.count"
         self.run(name, self.cast("trunc", number, "i32"), self.const(threads, "i32"))
+
+    def mma_sparse(
+        self, a: Sequence[Val], b: Sequence[Val], sums: Sequence[Val], places: Val, pair: int, dtype: str
+    ) -> list[Val]:
+        """`mma` of a[16, 32], of whose rows each four inputs have two numbers, and b[32, 8]: a i32 [4], b i32 [4], sums float [4] per thread.
+
+        places: i32, of which two of each four threads' count: the first two (pair 0) or the last two (pair 1); see
+        `jisu.compiler.ops.semi_structured`.
+        """
+        kind = "{ float, float, float, float }"
+        ordered = ".ordered.metadata" if self.prefix == _REAL and capability(self.target.mcpu) >= (10, 0) else ""
+        name = f"{self.prefix}mma.sp{ordered}.m16n8k32.row.col.{'bf16' if dtype == 'bfloat16' else 'f32.f32'}"
+        given = [x if dtype == "bfloat16" else self.as_type(x, PAIRS[dtype]) for x in (*a, *b)]
+        found = self.call(kind, name, *given, *sums, places, self.const(pair, "i32"))
+        return [self.op(f"extractvalue {kind} {found.name}, {i}", "float") for i in range(4)]
 
     # Hopper: products of a warp group, straight from shared memory
 

@@ -27,6 +27,12 @@ _WRAPPED = {
     "mma.m16n8k16.row.col.f32.f32": ("float", ("<2 x half>",) * 6 + ("float",) * 4, "emulated_mma_f16"),
     "mma.m16n8k32.row.col.s8": ("i32", ("i32",) * 10, "emulated_mma_s8"),
     "mma.m16n8k32.row.col.f32.e4m3.e4m3.f32": ("float", ("i32",) * 6 + ("float",) * 4, "emulated_mma_e4m3"),
+    "mma.sp.m16n8k32.row.col.bf16": ("float", ("i32",) * 8 + ("float",) * 4 + ("i32",) * 2, "emulated_mma_sparse"),
+    "mma.sp.m16n8k32.row.col.f32.f32": (
+        "float",
+        ("<2 x half>",) * 8 + ("float",) * 4 + ("i32",) * 2,
+        "emulated_mma_sparse_f16",
+    ),
 }
 
 

@@ -1,8 +1,11 @@
-"""The C library's functions for machines that have none: in double precision, for float32 arguments rounded once.
+"""The C library's functions for machines that have none: in double precision, and in single precision for float32 arguments where that is
+often wanted (and kernels don't compute it themselves, as they do exp, tanh and erf), since many GPUs compute doubles at 1/64 of the
+rate; the other functions of float32 are those of doubles, rounded once.
 
 Every function is LLVM IR under the name that kernels call ("cosf", "pow"). Errors are a few ulp of a double (pow: |c log a| ulp; sine, cosine
-and tangent: up to 2^45).
-Sources: Cody and Waite's reductions (Software Manual for the Elementary Functions, 1980); Kahan's log1p; Taylor series.
+and tangent: up to 2^45), and at most 2 ulp of a float.
+Sources: Cody and Waite's reductions (Software Manual for the Elementary Functions, 1980); Payne and Hanek's of large arguments (Radian
+reduction for trigonometric functions, 1983); Kahan's log1p; Taylor series; minimax polynomials for float32, by Lawson's iteration.
 """
 
 from __future__ import annotations
@@ -20,27 +23,28 @@ _HALF_PI = tuple(float.fromhex(x) for x in ("0x1.921fb54442d18p+0", "0x1.1a62633
 
 
 class _Formula(Function):
-    """A function of doubles under construction."""
+    """A function of doubles, or `single`, of floats, under construction."""
 
-    def __init__(self, name: str, count: int, target: Target) -> None:
-        super().__init__(name, [("double", f"x{i}") for i in range(count)], target)
+    def __init__(self, name: str, count: int, target: Target, single: bool = False) -> None:
+        self.type, self.suffix = ("float", "f32") if single else ("double", "f64")
+        super().__init__(name, [(self.type, f"x{i}") for i in range(count)], target)
         self.name, self.arity = name, count
 
     def number(self, value: float) -> Val:
         """A constant."""
-        return self.const(value, "double")
+        return self.const(value, self.type)
 
-    def fma(self, a: Val, b: Val, c: Val | float) -> Val:
+    def fma(self, a: Val, b: Val | float, c: Val | float) -> Val:
         """a * b + c in one rounding."""
-        return self.call("double", "llvm.fma.f64", a, b, self.like(c, a))
+        return self.call(self.type, f"llvm.fma.{self.suffix}", a, self.like(b, a), self.like(c, a))
 
     def of(self, name: str, x: Val) -> Val:
         """An LLVM function: "fabs", "sqrt", "rint", "trunc"."""
-        return self.call("double", f"llvm.{name}.f64", x)
+        return self.call(self.type, f"llvm.{name}.{self.suffix}", x)
 
     def with_sign(self, x: Val, sign: Val) -> Val:
         """|x| with another's sign."""
-        return self.call("double", "llvm.copysign.f64", x, sign)
+        return self.call(self.type, f"llvm.copysign.{self.suffix}", x, sign)
 
     def series(self, x: Val, coefficients: Sequence[float]) -> Val:
         """The sum of coefficients[i] x^i."""
@@ -50,34 +54,46 @@ class _Formula(Function):
         return total
 
     def ours(self, name: str, *args: Val) -> Val:
-        """Another of these functions."""
+        """Another of these functions, of doubles."""
         return self.op(f"call double @{name}({', '.join(f'double {a.name}' for a in args)})", "double")
 
     def power_of_two(self, n: Val) -> Val:
         """2^n for an i64 in the range of normal numbers."""
+        if self.type == "float":
+            return self.cast("bitcast", self.cast("trunc", n + 127, "i32") << 23, "float")
         return self.cast("bitcast", (n + 1023) << 52, "double")
 
     def whole(self, x: Val) -> Val:
-        """An integral double (0 for NaN) as i64."""
+        """An integral number (0 for NaN) as i64."""
         return self.cast("fptosi", self.select(x.cmp("uno", x), self.number(0.0), x), "i64")
 
     def text(self, result: Val) -> str:
-        """The definitions for double and, rounding the result, for float."""
-        given = ", ".join(f"double %x{i}" for i in range(self.arity))
+        """The definition."""
+        name, given = (
+            (self.name if self.type == "double" else f"{self.name}f"),
+            ", ".join(f"{t} %{n}" for t, n in self._params),
+        )
+        body = "\n".join(self._lines)
+        return f"define {self.type} @{name}({given}) {{\nentry:\n{body}\n  ret {self.type} {result.name}\n}}\n"
+
+    def rounded_text(self) -> str:
+        """The definition for floats of a function of doubles."""
         floats = ", ".join(f"float %x{i}" for i in range(self.arity))
         wide = "\n".join(f"  %w{i} = fpext float %x{i} to double" for i in range(self.arity))
         passed = ", ".join(f"double %w{i}" for i in range(self.arity))
-        body = "\n".join(self._lines)
         return (
-            f"define double @{self.name}({given}) {{\nentry:\n{body}\n  ret double {result.name}\n}}\n"
             f"define float @{self.name}f({floats}) {{\n{wide}\n  %r = call double @{self.name}({passed})\n"
             "  %s = fptrunc double %r to float\n  ret float %s\n}\n"
         )
 
 
 def _exp_of_rest(f: _Formula, r: Val, n: Val) -> Val:
-    """e^r 2^n for small r, in two steps, so that subnormal results come out."""
-    p = f.series(r, [1 / math.factorial(i) for i in range(15)])
+    """e^r 2^n for small r; subnormal results come out."""
+    return _scaled(f, f.series(r, [1 / math.factorial(i) for i in range(15)]), n)
+
+
+def _scaled(f: _Formula, p: Val, n: Val) -> Val:
+    """p 2^n in two steps."""
     k = f.whole(n)
     half = f.op(f"ashr i64 {k.name}, 1", "i64")
     return p * f.power_of_two(half) * f.power_of_two(k - half)
@@ -161,7 +177,13 @@ def _turned(f: _Formula, x: Val, quarter: int) -> Val:
     number = f.whole(f.select(inside, k, f.number(0.0))) + quarter
     value = f.select((number & 1).cmp("eq", 1), cosine, sine)
     value = f.select((number & 2).cmp("eq", 2), -value, value)
-    return f.select(f.of("fabs", x).cmp("oeq", math.inf), f.number(math.nan), value)
+    return _ends_of_turns(f, x, value, quarter)
+
+
+def _ends_of_turns(f: _Formula, x: Val, value: Val, quarter: int) -> Val:
+    """`value`, but NaN of infinite angles, and a zero's own sign."""
+    value = f.select(f.of("fabs", x).cmp("oeq", math.inf), f.number(math.nan), value)
+    return value if quarter else f.select(x.cmp("oeq", 0.0), x, value)
 
 
 def _atan(f: _Formula, x: Val) -> Val:
@@ -305,6 +327,102 @@ _FORMULAS: dict[str, tuple[int, Callable[..., Val]]] = {
 }
 
 
+# In single precision
+
+_LN2_SINGLE = tuple(float.fromhex(x) for x in ("0x1.62e43p-1", "-0x1.05c61p-29"))
+_HALF_PI_SINGLE = tuple(float.fromhex(x) for x in ("0x1.921fb6p+0", "-0x1.777a5cp-25", "-0x1.ee59dap-50"))
+_TWO_OVER_PI = (0, 0xA2F9836E, 0x4E441529, 0xFC2757D1, 0xF534DDC0, 0xDB629599, 0x3C439041, 0xFE5163AB)
+"""Bits: of the whole number, then 32 at a time of the fraction."""
+_LARGE = 65536.0  # angles from here on are reduced by integers
+
+
+def _exp2_single(f: _Formula, x: Val) -> Val:
+    held = _clamped(f, x, -151.0, 129.0)
+    n = f.of("rint", held)
+    p = f.series(
+        held - n,
+        [1.0, 0.6931471824645996, 0.24022650718688965, 0.055503278970718384, 0.009618003852665424, 0.0013400270836427808, 0.0001547627180116251],
+    )  # fmt: skip
+    return _scaled(f, p, n)
+
+
+def _log_single(f: _Formula, x: Val) -> Val:
+    tiny = x < 2.0**-126
+    bits = f.cast("bitcast", f.select(tiny, x * 2.0**24, x), "i32")
+    # Of what is left after the root of a half is taken off, the exponent is that of m 2^e with m up to the root of two.
+    e = f.op(f"ashr i32 {(bits - 0x3F3504F3).name}, 23", "i32")
+    m = f.cast("bitcast", bits - (e << 23), "float")
+    e = f.cast("sitofp", f.select(tiny, e - 24, e), "float")
+    r = m - 1.0
+    z = r * r
+    p = f.series(
+        r,
+        [0.3333331346511841, -0.25000008940696716, 0.2000211924314499, -0.1666799634695053, 0.14219552278518677, -0.1240558922290802,
+         0.11888162046670914, -0.11675652116537094, 0.06746640801429749],
+    )  # fmt: skip
+    rest = f.fma(e, _LN2_SINGLE[1], f.fma(z, -0.5, p * (z * r)))
+    return _log_ends(f, x, f.fma(e, _LN2_SINGLE[0], r + rest))
+
+
+def _turned_single(f: _Formula, x: Val, quarter: int) -> Val:
+    """sin(x + quarter pi / 2)."""
+    k = f.of("rint", x * (2 / math.pi))
+    r = x
+    for part in _HALF_PI_SINGLE:  # the first product is exact, and so is what it leaves
+        r = f.fma(k, -part, r)
+    size = f.of("fabs", x)
+    large = f.op(f"and i1 {size.cmp('oge', _LARGE).name}, {(size < math.inf).name}", "i1")
+    count = f.select(large, f.i64(1), 0)
+    number, r, _ = f.loop(0, count, 1, [f.whole(f.select(large, f.number(0.0), k)), r], lambda *_: _reduced(f, x))
+    number, z = number + quarter, r * r
+    sine = f.series(z, [-0.16666653752326965, 0.008332133293151855, -0.0001951145677594468])
+    sine = f.fma(sine * z, r, r)
+    cosine = f.series(z, [0.04166664555668831, -0.0013887278037145734, 2.442878576403018e-05])
+    cosine = f.fma(cosine, z * z, f.fma(z, -0.5, 1.0))
+    value = f.select((number & 1).cmp("eq", 1), cosine, sine)
+    value = f.select((number & 2).cmp("eq", 2), -value, value)
+    return _ends_of_turns(f, x, value, quarter)
+
+
+def _reduced(f: _Formula, x: Val) -> list[Val]:
+    """k mod 4 (i64) and r of x = k pi / 2 + r for finite |x| from `_LARGE` on: the mantissa times those 96 bits of 2 / pi that aren't
+    multiples of 4 and count."""
+    bits = f.cast("zext", f.cast("bitcast", x, "i32"), "i64")
+    mantissa = (bits & 0x7FFFFF) | 0x800000
+    begin = ((bits >> 23) & 255) - 120  # the first bit that counts, of those in the table
+    word, within = begin >> 5, begin & 31
+
+    def taken(number: int) -> Val:
+        found = f.i64(_TWO_OVER_PI[min(4 + number, 7)])
+        for i in range(3, -1, -1):
+            found = f.select(word.cmp("eq", i), f.i64(_TWO_OVER_PI[i + number]), found)
+        return found
+
+    words = [taken(i) for i in range(4)]
+    left = 32 - within
+    window = [
+        f.op(f"lshr i64 {((high << 32) | low).name}, {left.name}", "i64") & 0xFFFFFFFF
+        for high, low in zip(words, words[1:], strict=False)
+    ]
+    top = ((mantissa * window[0]) << 32) + mantissa * window[1] + ((mantissa * window[2]) >> 32)
+    rest = top << 2  # signed: what is above or below the nearest quarter turn, as a fraction of 2^64
+    k = (top >> 62) + f.select(rest < 0, f.i64(1), 0)
+    half = f.op(f"ashr i64 {rest.name}, 1", "i64")
+    high = f.cast("sitofp", half, "float")
+    low = f.cast("sitofp", half - f.cast("fptosi", high, "i64"), "float")
+    r = f.fma(high, _HALF_PI_SINGLE[0], f.fma(low, _HALF_PI_SINGLE[0], high * _HALF_PI_SINGLE[1])) * 2.0**-63
+    negative = x < 0.0
+    return [f.select(negative, -k, k), f.select(negative, -r, r)]
+
+
+_SINGLE: dict[str, Callable[..., Val]] = {
+    "exp2": _exp2_single,
+    "log": _log_single,
+    "sin": lambda f, x: _turned_single(f, x, 0),
+    "cos": lambda f, x: _turned_single(f, x, 1),
+}
+
+
 @functools.cache
 def library(target: Target) -> str:
     """All functions as LLVM IR text; what nobody calls costs nothing in a module that is compiled with optimisation."""
@@ -312,9 +430,14 @@ def library(target: Target) -> str:
     texts = []
     for name, (count, formula) in _FORMULAS.items():
         f = _Formula(name, count, target)
-        result = formula(f, *f.params())
+        texts.append(f.text(formula(f, *f.params())))
         declares |= f._declares
-        texts.append(f.text(result))
+        if name not in _SINGLE:
+            texts.append(f.rounded_text())
+            continue
+        f = _Formula(name, count, target, single=True)
+        texts.append(f.text(_SINGLE[name](f, *f.params())))
+        declares |= f._declares
     return "\n".join([*sorted(declares), *texts])
 
 

@@ -37,12 +37,17 @@ def variants(node: Node, target: Target) -> dict[str, tuple[int, ...]]:
     return {}
 
 
-def sparse_gain(form: str, kept: float, target: Target) -> float | None:
+def sparse_gain(form: str, kept: float, target: Target, stored: str = "sparse") -> float | None:
     """Matrix units read dense tiles."""
     return None
 
 
 def sparse_limits(target: Target) -> dict[str, float]:
+    """As `sparse_gain`: none."""
+    return {}
+
+
+def halves(target: Target) -> dict[str, int]:
     """As `sparse_gain`: none."""
     return {}
 

@@ -8,6 +8,7 @@ from tvm import tirx
 
 from jisu.compiler import ops, schemes
 from jisu.compiler.graph import Node, Op
+from jisu.compiler.ops.semi_structured import INPUTS, ROWS, fours
 from jisu.compiler.types import product
 from jisu.targets.cpu.generic.build import Builder, Expr, Flat, i64, literal
 from jisu.targets.cpu.generic.contract import Scaled, bit_of, byte, epilogue, gate_up, kept_elements, load, multiply_add
@@ -103,6 +104,57 @@ def _sparse_linear(b: Builder, pull: Pull, node: Node, target: Flat) -> None:
     b.spread([m, mask.shape[0]], product((m, node.outputs, k)) * 8, strip)
 
 
+def _semi_structured(b: Builder, pull: Pull, node: Node, target: Flat) -> None:
+    x, values, places, scales, zeros = node.operands[:5]
+    assert x is not None and values is not None and places is not None
+    dtype, k = compute_dtype(node.dtype), int(x.shape[-1])  # type: ignore[call-overload]
+    left, stored, where = (pull.leaves[o] for o in (x, values, places))
+    scaled = None if scales is None else Scaled(b, pull, node, scales, zeros, k)
+    per, kind = fours(x.dtype, node.scheme), schemes.SCHEMES.get(node.scheme)
+    m, width = product(node.shape[:-1]), i64(node.outputs)
+
+    def bits(row: Expr, four: Expr) -> Expr:
+        """The four bits of a row's four (see `jisu.compiler.ops.semi_structured`)."""
+        within, half = tirx.floormod(four, i64(INPUTS // 4)), tirx.floormod(row, i64(ROWS))
+        p = tirx.floormod(within, i64(per))
+        number = tirx.floordiv(within, i64(4 * per)) * i64(per // 2) + tirx.floordiv(p, i64(2))
+        thread = tirx.floormod(half, i64(8)) * 4 + tirx.floormod(number, i64(2)) * 2 + tirx.floormod(p, i64(2))
+        place = tirx.floormod(tirx.floordiv(within, i64(per)), i64(4)) + tirx.floordiv(half, i64(8)) * 4
+        at = tirx.floordiv(number, i64(2)) * 4 + tirx.floordiv(place, i64(2))
+        unit = [tirx.floordiv(row, i64(ROWS)), tirx.floordiv(four, i64(INPUTS // 4)), thread, at]
+        held = byte(b, where, b.let(where.offset(unit), "at"))
+        return b.let((held >> (tirx.Cast("int32", tirx.floormod(place, i64(2))) * 4)) & 15, "bits")
+
+    def kept(row: Expr, four: Expr, number: int) -> Expr:
+        """The first or second number of a four."""
+        if scaled is None or kind is None:
+            return load(b, stored, row * i64(k // 2) + four * 2 + i64(number))
+        word = i64(2 * kind.per_byte)
+        code = tirx.floordiv(four, word) * word * 2 + word * i64(number) + tirx.floormod(four, word)
+        size = i64(kind.per_byte)
+        held = byte(b, stored, row * i64(k // 2 // kind.per_byte) + tirx.floordiv(code, size))
+        found = scaled.value([row], four * 4, ZERO, held >> (tirx.Cast("int32", tirx.floormod(code, size)) * 4))
+        return found if dtype == "float32" else b.let(tirx.Cast(dtype, found))
+
+    def strip(outer: list[Expr]) -> None:
+        row, column = outer
+        sums = [b.scratch(1, dtype) for _ in range(2 if node.gated else 1)]
+        for half, total in enumerate(sums):
+            own = column * i64(len(sums)) + i64(half)
+            b.store(total, ZERO, literal(0, dtype))
+            with b.loop(k // 4) as four:
+                held = bits(own, four)
+                for number in (0, 1):
+                    at = four * 4 + tirx.Cast("int64", (held >> (2 * number)) & 3)
+                    a = load(b, left, row * i64(k) + at)
+                    b.store(total, ZERO, multiply_add(a, kept(own, four, number), total[ZERO], dtype))
+        values = [b.let(total[ZERO], "v") for total in sums]
+        done = gate_up(b, node, *values) if node.gated else epilogue(b, pull, node, values[0], row, column)
+        b.store(target, row * width + column, done)
+
+    b.spread([m, node.outputs], product((m, node.outputs, k)) * 4, strip)
+
+
 def _sparse_take(b: Builder, pull: Pull, node: Node, target: Flat) -> None:
     indices, scales, zeros = node.operands[3:]
     assert indices is not None
@@ -145,5 +197,6 @@ BODIES: Mapping[Op, Callable[[Builder, Pull, Node, Flat], None]] = {
     ops.expand: _expand,
     ops.sparse_linear: _sparse_linear,
     ops.sparse_take: _sparse_take,
+    ops.semi_structured_linear: _semi_structured,
 }
 """Bodies of this module's ops."""

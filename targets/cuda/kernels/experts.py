@@ -106,7 +106,7 @@ def _part(f: Device, layer: Layer, weights: Val, y: Val, expert: Val, tile: Val,
     rows = n * layer.per_weight_row
     own = f.at(weights, expert * (rows * layer.row_bytes), "i8")
     ups = f.at(own, n * layer.row_bytes, "i8") if layer.apart else None
-    return Part(own, ups, None, None, None, y, f.i64(rows), tile * outputs, f.i64(n), None)
+    return Part(own, ups, None, None, None, None, y, f.i64(rows), tile * outputs, f.i64(n), None)
 
 
 def single(how: Mixture, down: bool, target: Target) -> DeviceKernel:
@@ -190,7 +190,7 @@ def of_groups_hopper(how: Mixture, down: bool, target: Target) -> DeviceKernel:
         own = expert * (n * layer.per_weight_row)
         first = tile * hopper.WIDE.outputs
         part = Part(
-            given["w"], None, None, None, None, given["y"], f.i64(n * layer.per_weight_row), first, f.i64(n), None
+            given["w"], None, None, None, None, None, given["y"], f.i64(n * layer.per_weight_row), first, f.i64(n), None
         )
         gates = own + (first / 2 if layer.apart else first)
         weights = ((given["w"], gates), *([(given["w"], gates + n)] if layer.apart else []))

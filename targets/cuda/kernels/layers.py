@@ -24,7 +24,7 @@ class Layer:
 
     outputs: results per matrix. apart: whether gates and ups are two matrices. dtype: of x, y, bias and residual. scheme, group, scales,
     zeros: of codes, "" for matrices of `dtype`; group: inputs per scale, 0 for a row; scales: their dtype; zeros: whether there are such,
-    uint8.
+    uint8. halves: whether W keeps two of each four inputs, the rows of a gated one by turns (see `jisu.compiler.ops.semi_structured`).
     """
 
     k: int
@@ -39,15 +39,17 @@ class Layer:
     group: int = 0
     scales: str = "float16"
     zeros: bool = False
+    halves: bool = False
 
     dtypes: ClassVar[Sequence[str]] = tuple(PAIRS)
     """Of results, that kernels have."""
 
     @property
     def parameters(self) -> list[tuple[str, str]]:
-        """Of the kernels: x, the matrices, of codes scales and zeros, biases, residual, results, and the number of rows."""
+        """Of the kernels: x, the matrices, places, of codes scales and zeros, biases, residual, results, and the number of rows."""
         count = range(len(self.outputs))
         names = ["x", *(f"w{i}" for i in count), *(["v0"] if self.apart else [])]
+        names += [f"p{i}" for i in count] if self.halves else []
         names += [f"s{i}" for i in count] if self.scheme else []
         names += [f"z{i}" for i in count] if self.zeros else []
         names += [f"b{i}" for i in count] if self.bias else []
@@ -61,12 +63,13 @@ class Layer:
 
     @property
     def codes_per_chunk(self) -> int:
-        """Weights in 16 bytes of a row."""
-        return 16 * SCHEMES[self.scheme].per_byte if self.scheme else 16 // ITEMSIZE[self.dtype]
+        """Weights in 16 bytes of a row, with those that are not kept."""
+        kept = 16 * SCHEMES[self.scheme].per_byte if self.scheme else 16 // ITEMSIZE[self.dtype]
+        return 2 * kept if self.halves else kept
 
     @property
     def per_word(self) -> int:
-        """Codes in 4 bytes."""
+        """Weights in 4 bytes."""
         return self.codes_per_chunk // 4
 
     @property
@@ -83,6 +86,7 @@ class Layer:
     def name(self) -> str:
         """What distinguishes its kernels."""
         form = self.scheme + (str(self.group) if self.group else "") if self.scheme else self.dtype
+        form += "_2of4" if self.halves else ""
         return f"{form}_{self.k}x{'_'.join(map(str, self.outputs))}{'_gated' if self.gated else ''}"
 
     def tiles(self, rows: int) -> int:
@@ -104,10 +108,11 @@ class Layer:
 @attrs.frozen(eq=False)
 class Part:
     """The matrix that a block works on: its pointers (None where the layer has none; v: of ups that lie apart), its rows of W, the block's
-    first one, and its results. table: of levels, if the scheme is one."""
+    first one, and its results. p: of places. table: of levels, if the scheme is one."""
 
     w: Val
     v: Val | None
+    p: Val | None
     s: Val | None
     z: Val | None
     b: Val | None
@@ -177,6 +182,7 @@ def part_of(f: Device, layer: Layer, block: Val, rows: int, *, mapped: bool = Fa
     return Part(
         w,
         pointer("v"),
+        pointer("p"),
         pointer("s"),
         pointer("z"),
         pointer("b"),
@@ -326,3 +332,11 @@ def scale_and_zero(f: Device, layer: Layer, part: Part, row: Val, first: Val) ->
         stored = f.load("i8", f.at(part.z, at, "uint8"))
         zero = f.cast("uitofp", stored, "float") + offset
     return f.twice(scale, layer.dtype), f.twice(zero, layer.dtype)
+
+
+def scales_of(f: Device, layer: Layer, part: Part, row: Val, number: Val) -> list[tuple[Val, Val]]:
+    """Scale and zero of each of the four words of a row's chunk of that number, see `scale_and_zero`."""
+    chunk, first = layer.codes_per_chunk, number * layer.codes_per_chunk
+    apart = chunk // layer.group if layer.group and layer.group < chunk else 1
+    found = [scale_and_zero(f, layer, part, row, first + i * (chunk // apart)) for i in range(apart)]
+    return [found[i * apart // 4] for i in range(4)]

@@ -146,20 +146,20 @@ class _Few(thin.Thin):
 
     layer: Levels
 
-    def __init__(self, f: Device, layer: Levels, rows: int, x: Val, part: Part, own: Rows) -> None:
-        super().__init__(f, layer, rows, x, part, own)
+    def __init__(self, f: Device, layer: Levels, rows: int, x: Val, part: Part, own: Rows, tiles: int) -> None:
+        super().__init__(f, layer, rows, x, part, own, tiles)
         self.scaling = Scaling(f, layer, part, x)
 
     def sums(self) -> list[Val]:
         """Without groups sums of integers go on to the end."""
         if self.layer.group:
             return super().sums()
-        return [self.scaling.number(s) for s in self.along([self.scaling.zero()] * (4 * self.columns))]
+        return [self.scaling.number(s) for s in self.along([self.scaling.zero()] * (4 * self.columns * self.tiles))]
 
-    def multiply(self, number: Val, words: list[Val], sums: list[Val], inside: Val | None) -> list[Val]:
+    def multiply(self, number: Val, words: list[list[Val]], sums: list[Val], inside: Val | None) -> list[Val]:
         """Add the products of a chunk; what isn't `inside` counts as zeros."""
         f, layer, scaling = self.f, self.layer, self.scaling
-        weights = [[level for w in own for level in words_of_levels(layer, w)] for own in (words[:4], words[4:])]
+        weights = [[level for w in own for level in words_of_levels(layer, w)] for own in words]
         if inside is not None:
             weights = [[f.select(inside, w, 0) for w in own] for own in weights]
         result = list(sums)
@@ -168,21 +168,23 @@ class _Few(thin.Thin):
         for c, row in enumerate(self.lines):
             inputs: list[Val] = []
             for piece in range(0, self.chunk, 16):
-                inputs += f.words(
-                    f.load16("<4 x i32>", f.at(self.x, row * layer.x_bytes + number * self.chunk + piece, "i8"))
-                )
-            mine = result[4 * c : 4 * c + 4]
-            found = [scaling.zero()] * 4 if layer.group else mine
-            for i in range(0, len(inputs), 2):
-                a = [weights[0][i], weights[1][i], weights[0][i + 1], weights[1][i + 1]]
-                found = f.mma_bytes(a, inputs[i : i + 2], found)
-            if layer.group:
-                found = [scaling.number(s) * steps[i // 2] for i, s in enumerate(found)]
-                if layer.own:
-                    rows = [self.own.source(self.place * 2 + (i % 2 + 8 * c)) for i in range(4)]
-                    found = [s * scaling.of_levels(r, group) for s, r in zip(found, rows, strict=True)]
-                found = [a + b for a, b in zip(mine, found, strict=True)]
-            result[4 * c : 4 * c + 4] = found
+                place = row * layer.x_bytes + number * self.chunk + piece
+                inputs += f.words(f.load16("<4 x i32>", f.at(self.x, place, "i8")))
+            rows = [self.own.source(self.place * 2 + (side + 8 * c)) for side in (0, 1)] if layer.own else []
+            levels_of = [scaling.of_levels(r, group) for r in rows]
+            for tile in range(self.tiles):
+                low, high = weights[2 * tile : 2 * tile + 2]
+                at = 4 * (c * self.tiles + tile)
+                mine = result[at : at + 4]
+                found = [scaling.zero()] * 4 if layer.group else mine
+                for i in range(0, len(inputs), 2):
+                    found = f.mma_bytes([low[i], high[i], low[i + 1], high[i + 1]], inputs[i : i + 2], found)
+                if layer.group:
+                    found = [scaling.number(s) * steps[2 * tile + i // 2] for i, s in enumerate(found)]
+                    if layer.own:
+                        found = [s * levels_of[i % 2] for i, s in enumerate(found)]
+                    found = [a + b for a, b in zip(mine, found, strict=True)]
+                result[at : at + 4] = found
         return result
 
     def total(self, output: Val, row: Val) -> Val:
@@ -221,12 +223,12 @@ class _Many(Tiled):
     """The kernel under construction: `mma` sums a group's products, and then they are scaled and added."""
 
     layer: Levels
-    inputs, number_bytes = STEP, 1
+    number_bytes = 1
 
     def __init__(
         self, f: Device, layer: Levels, tile: Tile, x: Val, part: Part, own: Rows, residual: Val | None
     ) -> None:
-        super().__init__(f, layer, tile, x, part, own, residual)
+        super().__init__(f, layer, tile, STEP, x, part, own, residual)
         self.x_bytes, self.turned = layer.x_bytes, SCHEMES[layer.scheme].per_byte == 1
         self.scaling = Scaling(f, layer, part, x)
         thread = f.thread()

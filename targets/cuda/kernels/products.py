@@ -25,9 +25,8 @@ from jisu.targets.target import Target
 
 EIGHT = 8
 """Numbers of 16 bits in 16 bytes."""
-INPUTS = 32
-"""Of k, per step."""
-_STAGES = 4  # steps whose inputs are under way or in shared memory
+_STAGES = 4  # steps whose inputs are under way or in shared memory; three of twice as many inputs
+_PART = 32  # inputs of a part of a step of codes, of which each of four threads has eight
 
 
 @attrs.frozen
@@ -57,12 +56,12 @@ LARGE, SMALL = Tile(128, 128, (2, 4)), Tile(64, 64, (2, 2))
 class Tiled:
     """A layer in tiles under construction, `inputs` of k per step, whose rows of x are `x_bytes` apart."""
 
-    inputs, number_bytes = INPUTS, 2
-    """Of k, per step, and of a number of x."""
+    number_bytes = 2
+    """Of a number of x."""
 
     def __init__(
-        self, f: Device, layer: Layer, tile: Tile, x: Val, part: Part, own: Rows, residual: Val | None
-    ) -> None:
+        self, f: Device, layer: Layer, tile: Tile, inputs: int, x: Val, part: Part, own: Rows, residual: Val | None, parts: int = 1
+    ) -> None:  # fmt: skip
         self.f, self.layer, self.tile, self.x, self.part, self.own, self.residual = (
             f,
             layer,
@@ -72,32 +71,46 @@ class Tiled:
             own,
             residual,
         )
-        self.steps = layer.k // self.inputs
+        self.inputs, self.steps, self.parts = inputs, layer.k // inputs, parts
         self.x_bytes = layer.k * self.number_bytes
-        self.step_bytes = self.inputs * self.number_bytes  # of a row of x
-        self.chunks = self.step_bytes // 16
-        self.row_bytes = self.inputs * 16 // layer.codes_per_chunk  # of W, per step
+        self.step_bytes = inputs * self.number_bytes  # of a row of x
+        self.chunks = self.step_bytes // 16 // parts  # in a row of x of a part
+        self.stages = _STAGES - 1 if parts > 1 else _STAGES
+        self.row_bytes = inputs * 16 // layer.codes_per_chunk  # of W, per step
         self.turned = not layer.scheme  # whether W stands in shared memory as x does
         self.stage_bytes = self.tile.rows * self.step_bytes + self.tile.outputs * self.row_bytes
-        self.held = f.shared(_STAGES * self.stage_bytes, 1024)
+        self.held = f.shared(self.stages * self.stage_bytes, 1024)
 
     def stage(self, step: Val) -> tuple[Val, Val]:
         """Where a step's rows and weights are in shared memory."""
-        rows = self.f.at(self.held, step % _STAGES * self.stage_bytes, "i8")
+        rows = self.f.at(self.held, step % self.stages * self.stage_bytes, "i8")
         return rows, self.f.at(rows, self.tile.rows * self.step_bytes, "i8")
+
+    def part_of_rows(self, rows: Val, number: int) -> Val:
+        """Where a part of a step's rows begins, one part lying behind the other."""
+        return self.f.at(rows, number * self.tile.rows * self.chunks * 16, "i8")
+
+    def code_place(self, row: Val, piece: Val | int) -> Val:
+        """Where a piece of 16 bytes of a row of codes lies: of two, rows that lie in the same banks have them the other way round."""
+        own = self.f.i64(piece)
+        if self.row_bytes == 32 and self.parts > 1:
+            own = self.f.op(f"xor i64 {own.name}, {((row >> 2) & 1).name}", "i64")
+        return row * self.row_bytes + own * 16
 
     def fetch(self, step: Val) -> None:
         """Begin to copy a step's inputs."""
         f, part, (rows, weights) = self.f, self.part, self.stage(step)
 
-        def row_of_x(r: Val) -> Val:
-            return f.at(self.x, self.own.source(r) * self.x_bytes + step * self.step_bytes, "i8")
-
         def row_of_w(r: Val) -> Val:
             row = f.minimum(part.first + r, part.rows - 1)
             return f.at(row_address(f, self.layer, part, row), step * self.row_bytes, "i8")
 
-        f.copy_tile(rows, self.tile.rows, self.chunks, row_of_x)
+        for which in range(self.parts):
+
+            def row_of_x(r: Val, within: int = which * 16 * self.chunks) -> Val:
+                return f.at(self.x, self.own.source(r) * self.x_bytes + step * self.step_bytes + within, "i8")
+
+            f.copy_tile(self.part_of_rows(rows, which), self.tile.rows, self.chunks, row_of_x)
         if self.turned:
             f.copy_tile(weights, self.tile.outputs, self.chunks, row_of_w)
             return
@@ -107,26 +120,26 @@ class Tiled:
 
             def copy(number: Val = number) -> None:
                 source = f.at(row_of_w(number / per_row), number % per_row * 16, "i8")
-                f.copy16(f.at(weights, number * 16, "i8"), source)
+                f.copy16(f.at(weights, self.code_place(number / per_row, number % per_row), "i8"), source)
 
             f.when(number < self.tile.outputs * per_row, copy)
 
     def begin(self) -> None:
         """Copies of the first steps are under way."""
-        for s in range(_STAGES - 1):
+        for s in range(self.stages - 1):
             if s < self.steps:
                 self.fetch(self.f.i64(s))
             self.f.commit_copies()
 
     def fetch_ahead(self, step: Val) -> None:
-        """Begin to copy what is needed `_STAGES` - 1 steps later, into the stage that was read last."""
-        later = step + (_STAGES - 1)
+        """Begin to copy what is needed `stages` - 1 steps later, into the stage that was read last."""
+        later = step + (self.stages - 1)
         self.f.when(later < self.steps, lambda: self.fetch(later))
         self.f.commit_copies()
 
     def arrived(self, step: Val) -> tuple[Val, Val]:
         """A step's rows and weights, which have come; the stage that was read before is filled again."""
-        self.f.copies_done(_STAGES - 2)
+        self.f.copies_done(self.stages - 2)
         self.f.barrier()  # all threads' copies have come, and nobody reads the stage that is filled next
         self.fetch_ahead(step)
         return self.stage(step)
@@ -165,15 +178,18 @@ def product(layer: Layer, tile: Tile, target: Target) -> DeviceKernel:
 def require_product(layer: Layer) -> None:
     """Raise TargetError unless `multiply_product` reads the layer."""
     layer.require()
-    if layer.k % INPUTS or (layer.group and layer.group % EIGHT):
-        raise TargetError(f"{layer.name}: inputs are no multiple of {INPUTS}, or groups none of {EIGHT}")
+    if layer.k % _PART or (layer.group and layer.group % EIGHT):
+        raise TargetError(f"{layer.name}: inputs are no multiple of {_PART}, or groups none of {EIGHT}")
 
 
 def multiply_product(
     f: Device, layer: Layer, tile: Tile, x: Val, part: Part, own: Rows, residual: Val | None = None
 ) -> None:
     """What a thread of `product` does: up to a tile's rows of x times its rows of W."""
-    p, thread = Tiled(f, layer, tile, x, part, own, residual), f.thread()
+    # Of codes of 4 bits 64 make whole sectors of 32 bytes.
+    wide = 64 if layer.codes_per_chunk == 32 and layer.k % 64 == 0 else _PART
+    p = Tiled(f, layer, tile, wide, x, part, own, residual, wide // _PART if layer.scheme else 1)
+    thread = f.thread()
     lane, warp = thread % WARP, thread / WARP
     tiles_m, tiles_n = tile.of_warp[0] // 16, tile.of_warp[1] // 8
     warp_row, warp_column = warp / tile.warps[1] * tile.of_warp[0], warp % tile.warps[1] * tile.of_warp[1]
@@ -231,34 +247,41 @@ def _coded(p: Tiled, lane: Val, warp_row: Val, warp_column: Val) -> Callable[[Va
     slice_bytes = 8 // SCHEMES[layer.scheme].per_byte  # of eight codes
     outputs = [warp_column + 8 * j + line for j in range(p.tile.of_warp[1] // 8)]
 
+    apart = p.parts if layer.group and layer.group % p.inputs else 1  # parts that may have other scales
+
     def read(step: Val) -> _Halves:
         # Scales come from the GPU's memory: they are asked for before the wait.
         scales = [
-            scale_and_zero(
-                f, layer, p.part, f.minimum(p.part.first + output, p.part.rows - 1),
-                step * p.inputs + place * EIGHT,
-            )
-            for output in outputs
+            [
+                scale_and_zero(
+                    f, layer, p.part, f.minimum(p.part.first + output, p.part.rows - 1),
+                    step * p.inputs + place * EIGHT + number * _PART,
+                )
+                for output in outputs
+            ]
+            for number in range(apart)
         ]  # fmt: skip
         rows, weights = p.arrived(step)
 
         def halves() -> Iterator[tuple[list[list[Val]], list[list[Val]]]]:
-            left, right = [], []
-            for i in range(p.tile.of_warp[0] // 16):
-                both = []
-                for half in (0, 1):
-                    at = f.at(rows, f.place(warp_row + 16 * i + line + 8 * half, place, p.chunks), "i8")
-                    both.append(inputs(f, layer, f.words(f.load_shared16(at))))
-                left.append(both)
-            for output, (scale, zero) in zip(outputs, scales, strict=True):
-                at = f.at(weights, output * p.row_bytes + place * slice_bytes, "i8")
-                words = [f.load("i32", f.at(at, 4 * i, "i8")) for i in range(slice_bytes // 4)]
-                right.append(decoded(f, layer, p.part, words, [(scale, zero)] * len(words)))
-            for half in (0, 2):
-                yield (
-                    [[low[half], high[half], low[half + 1], high[half + 1]] for low, high in left],
-                    [pairs[half : half + 2] for pairs in right],
-                )
+            for number in range(p.parts):
+                left, right = [], []
+                for i in range(p.tile.of_warp[0] // 16):
+                    both = []
+                    for half in (0, 1):
+                        own = f.place(warp_row + 16 * i + line + 8 * half, place, p.chunks)
+                        at = f.at(p.part_of_rows(rows, number), own, "i8")
+                        both.append(inputs(f, layer, f.words(f.load_shared16(at))))
+                    left.append(both)
+                for output, (scale, zero) in zip(outputs, scales[number % apart], strict=True):
+                    at = f.at(weights, p.code_place(output, number) + place * slice_bytes, "i8")
+                    words = [f.load("i32", f.at(at, 4 * i, "i8")) for i in range(slice_bytes // 4)]
+                    right.append(decoded(f, layer, p.part, words, [(scale, zero)] * len(words)))
+                for half in (0, 2):
+                    yield (
+                        [[low[half], high[half], low[half + 1], high[half + 1]] for low, high in left],
+                        [pairs[half : half + 2] for pairs in right],
+                    )
 
         return halves
 

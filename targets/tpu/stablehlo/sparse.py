@@ -7,6 +7,7 @@ from typing import Any
 
 from jisu.compiler import ops
 from jisu.compiler.graph import Op
+from jisu.compiler.ops.semi_structured import INPUTS, PLACES, ROWS, fours, places_shape
 from jisu.compiler.schemes import SCHEMES
 from jisu.targets.tpu.stablehlo.build import Value
 from jisu.targets.tpu.stablehlo.contract import finish, gate
@@ -122,12 +123,65 @@ def _sparse_take(
     return take(table.astype(dtype), indices, axis=0)
 
 
+def _pack_places(mask: Value, *, k: int, fours: int) -> Value:
+    tiles, units, *_ = places_shape(mask.shape[0], k)
+    table = mask.body.array(PLACES, "uint8")
+    found = table.take(unpack_bits(mask, 4, k // 4).astype("int32"), 0) - int(PLACES[0])
+    found = found.padded(0, tiles * ROWS).padded(1, units * INPUTS // 4) + int(PLACES[0])
+    apart = found.reshape(tiles, 2, 8, units, 16 // fours, 4, fours // 2, 2).transpose(0, 3, 2, 4, 6, 7, 1, 5)
+    by_step = apart.reshape(tiles, units, 8, 4, 2, 2, 8).transpose(0, 1, 2, 4, 5, 3, 6)
+    return pack_bits(by_step.reshape(tiles, units, 32, 32), 4)
+
+
+def _unpack_places(places: Value, n: int, k: int, per: int) -> Value:
+    """uint8 [n, k / 4]: the bits of each four, of what `_pack_places` made."""
+    tiles, units = places.shape[:2]
+    bits = unpack_bits(places, 4, 32).reshape(tiles, units, 8, 2, 2, 4, 8).transpose(0, 1, 2, 5, 3, 4, 6)
+    apart = bits.reshape(tiles, units, 8, 16 // per, per // 2, 2, 2, 4).transpose(0, 6, 2, 1, 3, 7, 4, 5)
+    return apart.reshape(tiles * ROWS, units * INPUTS // 4).part(0, 0, n).part(1, 0, k // 4)
+
+
+def _semi_structured(
+    x: Value, values: Value, places: Value, scales: Value | None, zeros: Value | None, b: Value | None, r: Value | None, *, outputs: int,
+    scheme: str, group: int, gated: bool, activation: str,
+) -> Value:  # fmt: skip
+    k, n, kind = x.shape[-1], values.shape[0], SCHEMES.get(scheme)
+    wide = "float64" if x.dtype == "float64" else "float32"
+    if kind is None or scales is None:
+        pairs = values.astype(wide).reshape(n, k // 4, 2)
+    else:
+        per = kind.per_byte
+        single = unpack_bits(values, 8 // per, values.shape[1] * per).reshape(n, -1, 2, 2 * per).transpose(0, 1, 3, 2)
+        codes = single.reshape(n, k // 2)
+        s, z = (None if v is None else v.reshape(n, -1) for v in (scales, zeros))
+        assert s is not None
+        codes = codes if kind.bits == 8 else codes & (2**kind.bits - 1)
+        found = weight_values(codes, s.astype("float32"), z, kind, (group or k) // 2)
+        pairs = found.astype(wide).reshape(n, k // 4, 2)
+    bits = _unpack_places(places, n, k, fours(x.dtype, scheme))
+    place = x.body.iota((n, k // 4, 4), 2, "uint8")
+    parts = [
+        at.expand(-1).broadcast(place.shape).equals(place).select(pairs.pick(2, i).expand(-1).broadcast(place.shape), 0)
+        for i, at in enumerate((bits & 3, bits >> 2))
+    ]
+    w = (parts[0] + parts[1]).reshape(n, k)
+
+    def product(rows: Value) -> Value:
+        return x.wide().dot(rows, (-1, 1), to=wide, exact=x.dtype != "bfloat16")
+
+    if gated:
+        return gate(product(w.part(0, 0, n, 2)), product(w.part(0, 1, n, 2)), activation, x.dtype)
+    return finish(product(w), b, r, activation, x.dtype)
+
+
 EMITTERS: Mapping[Op, Callable[..., Any]] = {
     ops.expand: plain(lambda values, mask, *, k: spread_kept(values, mask, k)[0]),
     ops.fill_codes: plain(_fill_codes),
     ops.pack_mask: plain(_pack_mask),
     ops.pack_starts: plain(_pack_starts),
+    ops.pack_places: plain(_pack_places),
     ops.pack_values: plain(_pack_values),
+    ops.semi_structured_linear: plain(_semi_structured),
     ops.sparse_linear: plain(_sparse_linear),
     ops.sparse_take: plain(_sparse_take),
 }
