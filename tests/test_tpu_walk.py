@@ -29,9 +29,10 @@ from jisu.targets.tpu.chip import Chip
 from jisu.targets.tpu.events import HBM, VMEM, Allocate, Copy, Event, Matmul, Vector, Wait
 from jisu.targets.tpu.functional import run
 from jisu.targets.tpu.kernel_events import events_of, number
-from jisu.targets.tpu.product import LOAD, STORE, Lowered, lower
+from jisu.targets.tpu.product import Lowered, lower
 from jisu.targets.tpu.program import PANEL, ProgramEstimate, simulated, simulated_entries
 from jisu.targets.tpu.spec import ACTIVATIONS, Product
+from jisu.targets.tpu.steps import LOAD, STORE
 from jisu.targets.tpu.tiles import ACTIVATION_WORK, ERROR, choose_tiles, make_tiles
 from jisu.targets.tpu.timing import Timeline, simulate
 from jisu.targets.tpu.walk import WAIT, parts, rebuild
@@ -56,8 +57,10 @@ def lowereds(draw: Any) -> Lowered:
         return lower(product, chip)
     depth = 128 if order == "split" else -(-k // 128) * 128
     rows, width = draw(st.sampled_from([32, 64, 128])), draw(st.sampled_from([128, 256]))
-    block = draw(st.sampled_from([128, 512]))
-    return lower(product, chip, make_tiles(product, chip, order, rows, width, depth, block=max(block, chip.mxu)))
+    block, high = draw(st.sampled_from([128, 512])), draw(st.sampled_from([32, 64, 512]))
+    return lower(
+        product, chip, make_tiles(product, chip, order, rows, width, depth, block=max(block, chip.mxu), rows=high)
+    )
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
