@@ -177,15 +177,27 @@ def test_vmem_that_does_not_suffice_is_refused(pipelined: Lowered) -> None:
 
 
 @pytest.mark.parametrize(
-    "m, dtype, least", [(128, "int8", 0.65), (512, "int8", 0.85), (128, "bfloat16", 0.75), (1024, "bfloat16", 0.90)]
+    "m, dtype, least", [(128, "int8", 0.65), (512, "int8", 0.85), (128, "bfloat16", 0.75), (512, "bfloat16", 0.90)]
 )
 @pytest.mark.parametrize("k, n", [(4096, 4096), (4096, 14336), (14336, 4096)])
 def test_prefill_keeps_the_matrix_units_busy(k: int, n: int, m: int, dtype: str, least: float) -> None:
-    """On v5e, weights in VMEM beforehand, launch not counted. Products of 2048 x 2048 stay below: `benchmarks/tpu/products.py` says by how much."""
-    product = Product(m, n, k, dtype, channel_scale=dtype == "int8")
+    """On v5e, weights in VMEM beforehand, launch not counted."""
+    assert prefetched_use(Product(m, n, k, dtype, channel_scale=dtype == "int8")) >= least
+
+
+def prefetched_use(product: Product) -> float:
     lowered = lower(product, V5E, choose_tiles(product, V5E, prefetched=True))
     roomy = attrs.evolve(V5E, vmem_bytes=4 * V5E.vmem_bytes)  # weights of 14336 x 4096 bfloat16 fill v5e's
-    assert simulate(roomy, events_of(lowered, prefetched=("w",)), launch=False).mxu_utilisation >= least
+    return simulate(roomy, events_of(lowered, prefetched=("w",)), launch=False).mxu_utilisation
+
+
+@pytest.mark.parametrize(
+    "m, dtype, least", [(128, "int8", 0.55), (512, "int8", 0.74), (128, "bfloat16", 0.74), (512, "bfloat16", 0.90)]
+)
+def test_small_products_come_near_what_latencies_allow(m: int, dtype: str, least: float) -> None:
+    """2048 x 2048. Of four criteria one is met: two copies' latencies, and for int8 the vector unit's work, take the rest
+    (`benchmarks/tpu/products.py` computes how much)."""
+    assert prefetched_use(Product(m, 2048, 2048, dtype, channel_scale=dtype == "int8")) >= least
 
 
 @pytest.mark.parametrize("dtype", ["int8", "bfloat16"])

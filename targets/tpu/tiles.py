@@ -41,8 +41,8 @@ _BLOCK = 512
 """Rows, columns and inner size of the largest block: none of them has more multiplications, nor more than twice as many results."""
 _PARTS = 4
 """Parts of the last block, at most."""
-_BLOCKS_OF_ROWS = 16
-"""Blocks of rows, at most: the first step's code has them one by one."""
+_BLOCKS = 8
+"""Blocks of a step, at most, before the first and the last are cut: the code has them one by one there."""
 ACTIVATION_WORK: dict[str, tuple[int, int]] = {
     "none": (0, 0),
     "relu": (1, 0),
@@ -319,16 +319,17 @@ def make_tiles(
     columns = _divisor(n, block, chip.lanes)
     inner = _divisor(k, min(_BLOCK, max(_BLOCK**3 // (rows * columns), chip.lanes)), chip.lanes)
     unit = (_divisor(columns, chip.mxu, chip.lanes), _divisor(inner, chip.mxu, chip.lanes))
-    several = m > rows or n > columns
+    several, whole = m > rows or n > columns, padded == (m, n, k)
+    head = _head(product, chip, rows, k) if order == "resident" or (whole and order == "panels") else rows
     tail = _tail(product, chip, k, rows, columns, unit[0], several)
-    return Tiles(order, m, n, k, padded, rows, columns, inner, unit, _head(product, chip, order, rows, k), tail)
+    return Tiles(order, m, n, k, padded, rows, columns, inner, unit, head, tail)
 
 
-def _head(product: Product, chip: Chip, order: str, rows: int, k: int) -> int:
+def _head(product: Product, chip: Chip, rows: int, k: int) -> int:
     """Rows with which to begin: so many that pushing weights isn't what takes the time, where waiting for more costs more than another block."""
     push = dict(chip.timing.push)[product.dtype] * chip.rows_per_cycle(product.dtype)
     head = round_up(math.ceil(push), row_multiple(product, chip))
-    if order == "split" or head >= rows or rows % head:
+    if head >= rows or rows % head:
         return rows
     later = (rows - head) * k * product.itemsize / chip.hbm_bytes_per_cycle
     return head if later > chip.timing.block else rows
@@ -372,10 +373,10 @@ def _candidates(product: Product, chip: Chip) -> Iterator[Tiles]:
 
 def _block_sizes(product: Product, chip: Chip, m: int, n: int) -> Iterator[tuple[int, int]]:
     """Columns and rows of blocks of a tile."""
-    heights = {_divisor(m, max(m >> i, 1), row_multiple(product, chip)) for i in range(_BLOCKS_OF_ROWS.bit_length())}
-    for rows in sorted(heights):
-        widths = [b for b in _doubling(max(chip.lanes, min(chip.mxu, n)), n) if b * rows <= 2 * _BLOCK**2]
-        yield from ((columns, rows) for columns in widths[-3:])
+    heights = {_divisor(m, max(m >> i, 1), row_multiple(product, chip)) for i in range(_BLOCKS.bit_length())}
+    for rows, columns in itertools.product(sorted(heights), _doubling(max(chip.lanes, min(chip.mxu, n)), n)):
+        if rows * columns <= 2 * _BLOCK**2 and m * n <= _BLOCKS * rows * columns:
+            yield columns, rows
 
 
 def _doubling(first: int, last: int) -> list[int]:
