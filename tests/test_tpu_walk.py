@@ -24,7 +24,6 @@ from jisu.compiler.errors import CompileError, TargetError
 from jisu.compiler.graph import Graph, Node, placeholder, weight
 from jisu.compiler.text import parse
 from jisu.compiler.types import TensorType, symbol
-from jisu.targets.tpu import estimate
 from jisu.targets.tpu.chip import Chip
 from jisu.targets.tpu.events import HBM, VMEM, Allocate, Copy, Event, Matmul, Vector, Wait
 from jisu.targets.tpu.functional import run
@@ -78,19 +77,6 @@ def test_tir_moves_what_its_tiles_say(lowered: Lowered) -> None:
     m, n, k = tiles.padded
     assert found.ideal == pytest.approx(2 * m * n * k / lowered.chip.peak_flops(product.dtype) * lowered.chip.clock)
     assert tiles.cycles(product, lowered.chip) == pytest.approx(found.cycles, rel=ERROR)
-
-
-@pytest.mark.parametrize("dtype", ["int8", "bfloat16"])
-@pytest.mark.parametrize("m", [8, 128, 512])
-def test_tir_takes_what_the_products_model_says(m: int, dtype: str) -> None:
-    """The same product in the terms of `estimate`: bytes equal, cycles near."""
-    product = Product(m, 4096, 2048, dtype)
-    lowered = lower(product, V5E)
-    t = lowered.tiles
-    form = estimate.product(V5E, m, 2048, 4096, dtype, (t.m, t.k, t.n))
-    found = timed(lowered)
-    assert t.order == "resident" and found.hbm_bytes == form.hbm_bytes == form.least_bytes
-    assert found.cycles == pytest.approx(form.cycles, rel=0.2)
 
 
 def test_closed_form_of_the_whole_table() -> None:

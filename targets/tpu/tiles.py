@@ -177,45 +177,68 @@ class Tiles:
 
     def cycles(self, product: Product, chip: Chip, *, prefetched: bool = False, launch: bool = True) -> float:
         """Simulated cycles in closed form; prefetched: weights are in VMEM beforehand; launch: starting the kernel is counted."""
-        rate, latency = chip.hbm_bytes_per_cycle, chip.dma_latency * chip.clock
-        x, w = self.m * self.k * product.itemsize, 0 if prefetched else self.k * self.n * product.itemsize
-        store = self.m * self.n * product.result_itemsize
-        columns = self.n * 4 * (product.channel_scale + product.bias) + store * product.residual
-        rows = self.m * 4 * product.row_scale
-        turns = [whole // tile for whole, tile in zip(self.padded, (self.m, self.n, self.k), strict=True)]
-        started = chip.timing.launch if launch else 0.0
-        cost = functools.partial(_cost, product, chip, self.k)
-        middle = [cost(block.rows, block.columns) for block in self.blocks()]
-        multiply = sum(max(c.mxu, c.vector) for c in middle)
-        resident = self.order == "resident"
-        steps = turns[1] if resident else turns[0] * turns[1]
+        down, across, _ = self._turns
         if self.order == "split":
-            both, scales = (x + w) / rate, (rows + columns) / rate
-            pace = max(multiply, both, (both + latency + multiply) / 2 if x + w else 0.0)
-            steps = 1
-            ready = latency + both + scales
-            if turns[2] > 1:
-                ready += max(multiply, both) + (turns[2] - 2) * pace
-            chain = _Chain(latency, ready, ready)
+            cycles = down * across * self._split_cycles(product, chip, prefetched)
+        elif self.order == "resident":
+            cycles = down * self._pipelined_cycles(product, chip, prefetched, across)
         else:
-            # The first block of rows of x comes before the weights, the others behind them.
-            by_rows = resident or steps == 1
-            once, load = (x + rows, w + columns) if by_rows else (0, x + w + columns + rows)
-            early = self.head * self.k * product.itemsize + rows if by_rows else 0
-            chain = _Chain(latency)
-            for block in self.blocks(first=True, last=steps == 1):
-                of_x = (block.row + block.rows) * self.k * product.itemsize + rows - early if by_rows else 0
-                chain.add(cost(block.rows, block.columns), latency + (early + load + of_x) / rate)
-            pace = max(_steady(middle), (load + store) / rate, (load / rate + latency + multiply) / 2 if load else 0.0)
-            if steps > 1:
-                second = latency + (once + 2 * load) / rate if load else 0.0
-                later = (steps - 2) * pace
-                chain = _Chain(latency, max(chain.mxu, second) + later, chain.vector + later)
-            ready = latency + (once + steps * load + max(steps - 2, 0) * store) / rate if load else 0.0
-        if self.order == "split" or steps > 1:
-            for block in self.blocks(last=True):
-                chain.add(cost(block.rows, block.columns), ready)
-        return started + chain.stored * (turns[0] * turns[1] if self.order == "split" else turns[0] if resident else 1)
+            cycles = self._pipelined_cycles(product, chip, prefetched, down * across)
+        return cycles + (chip.timing.launch if launch else 0.0)
+
+    @property
+    def _turns(self) -> tuple[int, int, int]:
+        """How many tiles there are along m, n and k."""
+        return self.padded[0] // self.m, self.padded[1] // self.n, self.padded[2] // self.k
+
+    def _copied(self, product: Product, prefetched: bool) -> tuple[int, int, int, int]:
+        """Bytes of a step's tiles: of x, of w, of what comes with each column, of the scales of rows."""
+        x, w = self.m * self.k * product.itemsize, 0 if prefetched else self.k * self.n * product.itemsize
+        columns = self.n * 4 * (product.channel_scale + product.bias)
+        columns += self.m * self.n * product.result_itemsize * product.residual
+        return x, w, columns, self.m * 4 * product.row_scale
+
+    def _pipelined_cycles(self, product: Product, chip: Chip, prefetched: bool, steps: int) -> float:
+        """Of the steps that follow one another without a pause."""
+        rate, latency = chip.hbm_bytes_per_cycle, chip.dma_latency * chip.clock
+        x, w, columns, rows = self._copied(product, prefetched)
+        # Where x is copied once, its first block of rows comes before the weights, the others behind them.
+        by_rows = self.order == "resident" or steps == 1
+        once, load = (x + rows, w + columns) if by_rows else (0, x + w + columns + rows)
+        early = self.head * self.k * product.itemsize + rows if by_rows else 0
+        chain = _Chain(latency)
+        for block in self.blocks(first=True, last=steps == 1):
+            later = (block.row + block.rows) * self.k * product.itemsize + rows - early if by_rows else 0
+            chain.add(_cost(product, chip, self.k, block.rows, block.columns), latency + (early + load + later) / rate)
+        if steps > 1:
+            costs = [_cost(product, chip, self.k, block.rows, block.columns) for block in self.blocks()]
+            store, multiply = sum(c.store for c in costs), sum(max(c.mxu, c.vector) for c in costs)
+            turnaround = (load / rate + latency + multiply) / 2 if load else 0.0
+            between = (steps - 2) * max(_steady(costs), load / rate + store, turnaround)
+            second = latency + (once + 2 * load) / rate if load else 0.0
+            chain = _Chain(latency, max(chain.mxu, second) + between, chain.vector + between)
+            ready = latency + (once + steps * load) / rate + (steps - 2) * store if load else 0.0
+            self._end(chain, product, chip, ready)
+        return chain.stored
+
+    def _split_cycles(self, product: Product, chip: Chip, prefetched: bool) -> float:
+        """Of a tile of results, whose inner axis is split."""
+        rate, latency = chip.hbm_bytes_per_cycle, chip.dma_latency * chip.clock
+        x, w, columns, rows = self._copied(product, prefetched)
+        costs = [_cost(product, chip, self.k, block.rows, block.columns) for block in self.blocks()]
+        multiply, copy, steps = sum(max(c.mxu, c.vector) for c in costs), (x + w) / rate, self._turns[2]
+        ready = latency + copy + (columns + rows) / rate
+        if steps > 1:
+            turnaround = (copy + latency + multiply) / 2 if copy else 0.0
+            ready += max(multiply, copy) + (steps - 2) * max(multiply, copy, turnaround)
+        chain = _Chain(latency, ready, ready)
+        self._end(chain, product, chip, ready)
+        return chain.stored
+
+    def _end(self, chain: _Chain, product: Product, chip: Chip, ready: float) -> None:
+        """Add the last step, whose operands are there at a time."""
+        for block in self.blocks(last=True):
+            chain.add(_cost(product, chip, self.k, block.rows, block.columns), ready)
 
 
 @attrs.frozen
