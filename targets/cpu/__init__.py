@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from jisu.compiler import ops
-from jisu.compiler.graph import Graph, Node
+from jisu.compiler.graph import Node
 from jisu.compiler.schemes import SCHEMES
 from jisu.compiler.types import numpy_dtype
+from jisu.targets.defaults import simulated as simulated
 from jisu.targets.target import Target
 
 
@@ -97,10 +97,3 @@ def sparse_limits(target: Target) -> dict[str, float]:
 def _word_bytes(form: str) -> float:
     """Bytes of a word's 64 numbers."""
     return 64 / SCHEMES[form].per_byte if form in SCHEMES else 64.0 * numpy_dtype(form).itemsize
-
-
-def simulated(
-    graphs: Mapping[str, Graph], sizes: Mapping[str, int], target: Target, sequence: str | None
-) -> list[dict[str, Any]]:
-    """What a timing model says of entries: there is none but the cost model."""
-    return []

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-from jisu.compiler.graph import Graph, Node
+from jisu.targets.defaults import simulated as simulated
 from jisu.targets.target import Target
 
 
@@ -30,11 +27,6 @@ INTEGERS = False
 """Rounded activations are multiplied as the bfloat16 that they stand for."""
 
 
-def variants(node: Node, target: Target) -> dict[str, tuple[int, ...]]:
-    """No kernel has numbers to tune yet."""
-    return {}
-
-
 def sparse_gain(form: str, kept: float, target: Target) -> float | None:
     """No kernel expands sparse matrices yet: they are stored dense."""
     return None
@@ -43,10 +35,3 @@ def sparse_gain(form: str, kept: float, target: Target) -> float | None:
 def sparse_limits(target: Target) -> dict[str, float]:
     """As `sparse_gain`: none."""
     return {}
-
-
-def simulated(
-    graphs: Mapping[str, Graph], sizes: Mapping[str, int], target: Target, sequence: str | None
-) -> list[dict[str, Any]]:
-    """What a timing model says of entries: there is none but the cost model."""
-    return []

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from jisu.targets.defaults import sparse_gain as sparse_gain
+from jisu.targets.defaults import sparse_limits as sparse_limits
+
 if TYPE_CHECKING:  # a target's description comes from here
-    from jisu.compiler.graph import Graph, Node
+    from jisu.compiler.graph import Graph
     from jisu.targets.target import Target
 
 
@@ -26,21 +29,6 @@ FETCHED = False
 
 SIMULATED = "simulated on this machine's processor; not run on a TPU"
 """How its programs run, where that isn't on the target; "" for targets whose programs do."""
-
-
-def variants(node: Node, target: Target) -> dict[str, tuple[int, ...]]:
-    """Tiles follow from the chip's sizes."""
-    return {}
-
-
-def sparse_gain(form: str, kept: float, target: Target) -> float | None:
-    """Matrix units read dense tiles."""
-    return None
-
-
-def sparse_limits(target: Target) -> dict[str, float]:
-    """As `sparse_gain`: none."""
-    return {}
 
 
 def simulated(

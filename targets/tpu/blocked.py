@@ -13,9 +13,9 @@ from collections.abc import Iterator, Sequence
 import attrs
 
 from jisu.compiler.errors import TargetError
+from jisu.compiler.types import round_up
 from jisu.targets.tpu.chip import Chip, itemsize
 from jisu.targets.tpu.events import HBM, VMEM, Allocate, Copy, Event, Matmul, Vector, Wait
-from jisu.targets.tpu.spec import round_up
 from jisu.targets.tpu.systolic import ceil_div
 
 RESULT = "bfloat16"

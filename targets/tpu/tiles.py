@@ -26,8 +26,9 @@ from collections.abc import Iterator, Sequence
 import attrs
 
 from jisu.compiler.errors import CompileError
+from jisu.compiler.types import round_up
 from jisu.targets.tpu.chip import Chip
-from jisu.targets.tpu.spec import Product, round_up
+from jisu.targets.tpu.spec import Product
 from jisu.targets.tpu.systolic import vector_cycles, work
 
 HEADROOM = 8
