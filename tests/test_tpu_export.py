@@ -365,6 +365,15 @@ def test_the_command(program: Program, exported: Path, tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "tiny.jisu"]
 
 
+@pytest.mark.parametrize("command", [("generate", "--prompt", "a"), ("explain",)])
+def test_commands_say_what_an_export_is(command: tuple[str, ...], exported: Path) -> None:
+    name, *options = command
+    done = jisu_command(name, exported, *options)
+    assert done.exit_code == 1
+    said = f"is an export for a TPU, not a saved program; run it there with python {exported}/{bundle.SCRIPT}"
+    assert said in done.stderr, done.output
+
+
 def test_explain_says_what_is_simulated(program: Program, tmp_path: Path) -> None:
     assert program.explain()["simulation"] == "simulated on this machine's processor; not run on a TPU"
     program.save(tmp_path / "tiny.jisu")
