@@ -97,6 +97,11 @@ def same_shape(a: Iterable[Dim], b: Iterable[Dim]) -> bool:
     return len(a) == len(b) and all(map(same_dim, a, b))
 
 
+def round_up(value: int, multiple: int) -> int:
+    """The least multiple that isn't smaller."""
+    return -(-value // multiple) * multiple
+
+
 def product(dims: Iterable[Dim]) -> Dim:
     """The product of dimensions; 1 for none."""
     return _product(tuple(dims))

@@ -19,7 +19,6 @@ import concurrent.futures
 import contextlib
 import ctypes
 import errno
-import fcntl
 import hashlib
 import io
 import json
@@ -29,7 +28,6 @@ import re
 import secrets
 import shutil
 import stat
-import tempfile
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -47,6 +45,8 @@ from jisu.compiler.launches import CUBIN, OWN_PTX, PLANS, PTX
 from jisu.compiler.storage import LazyTensor, cache_folder, map_descriptor, open_safetensors, parse_json
 
 FORMAT = 4
+TPU_EXPORT = "jisu-tpu"
+"""The format of `jisu.targets.tpu.bundle`, which isn't loaded but run by its own script."""
 MAGIC = b"JISU\x00\x01"
 PAGE = 4096
 PIECE = 1 << 24
@@ -176,6 +176,10 @@ class Manifest:
         Raises: ArtifactError if it is damaged, of another format version, or has missing, unknown or ill-typed fields.
         """
         parsed = parse_json(data, f"{label}: the manifest")
+        if isinstance(parsed, dict) and parsed.get("format") == TPU_EXPORT:
+            raise ArtifactError(
+                f"{label}: is an export for a TPU, not a saved program; run it there with python {label}/run_tpu.py, or here with --cpu behind that"
+            )
         if not isinstance(parsed, dict) or type(parsed.get("format")) is not int:
             raise ArtifactError(f"{label}: the manifest has no format version; this is not an artifact of jisu")
         if parsed["format"] != FORMAT:
@@ -507,13 +511,10 @@ class Artifact:
     What `mmap` and `tensors` returned stays valid after `close`.
     """
 
-    def __init__(
-        self, path: str, manifest: Manifest, extents: Mapping[str, _Extent], descriptors: list[int], runnable: bool
-    ) -> None:
+    def __init__(self, path: str, manifest: Manifest, extents: Mapping[str, _Extent], descriptors: list[int]) -> None:
         self.path = path
         self.manifest = manifest
         self._extents = dict(extents)
-        self._runnable = runnable
         self.close = weakref.finalize(self, _close_all, descriptors)
 
     def __enter__(self) -> Artifact:
@@ -564,35 +565,6 @@ class Artifact:
                     raise ArtifactError(f"{self.path}: tensor {key!r} stands in two weight files")
                 result[key] = tensor
         return result
-
-    @contextlib.contextmanager
-    def library(self) -> Iterator[str]:
-        """A path ending in `.so` under which `library.so` can be dlopened inside the `with` block, at most once.
-
-        It leads to a sealed copy in memory, hashed while it is made: what is loaded is what was checked. The path is
-        unique for each call, because dlopen returns the library that it already has for a path that it knows.
-
-        Raises: ArtifactError if there is none, it has changed, or `read` was not told this host's features.
-        """
-        if not self._runnable:
-            raise ArtifactError(
-                f"{self.path}: was opened for inspection only; give `read` this host's features to run it"
-            )
-        folder = tempfile.mkdtemp(prefix="jisu-")
-        try:
-            descriptor = os.memfd_create(LIBRARY, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-            try:
-                with os.fdopen(descriptor, "wb", closefd=False) as file:
-                    self._copy(LIBRARY, file.write)
-                seals = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
-                fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, seals)
-                path = os.path.join(folder, LIBRARY)
-                os.symlink(f"/proc/self/fd/{descriptor}", path)
-                yield path
-            finally:
-                os.close(descriptor)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
 
     def _extent(self, name: str) -> _Extent:
         if name not in self._extents:
@@ -665,7 +637,7 @@ def read(path: str | os.PathLike[str], *, features: Features | None) -> Artifact
     """Open an artifact and check all of it: kind of file, sizes, hashes, manifest, and that this host can run it.
 
     `features` are the processor features of this host, or a function that finds them; with None the artifact can be
-    inspected on any host, but its library can't be loaded.
+    inspected on any host.
 
     Raises: ArtifactError that says what is wrong; OSError with the path if it can't be opened.
     """
@@ -679,7 +651,7 @@ def read(path: str | os.PathLike[str], *, features: Features | None) -> Artifact
     try:
         load = _read_folder if stat.S_ISDIR(mode) else _read_single
         manifest, extents = load(label, descriptors)
-        artifact = Artifact(label, manifest, extents, descriptors, runnable=features is not None)
+        artifact = Artifact(label, manifest, extents, descriptors)
         for name in extents:
             artifact._check(name)
         if features is not None and PLANS not in extents:  # what runs on a device is compared with it when it is called

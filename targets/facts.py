@@ -11,6 +11,6 @@ _ROOMS = {"cpu": cpu, "cuda": cuda, "tpu": tpu}
 
 
 def of(target: Target) -> ModuleType:
-    """The module with `packing`, `levels`, `TOGETHER`, `FETCHED`, `SIMULATED`, `variants`, `simulated`, `sparse_gain`, `sparse_limits` and `halves`
-    for the target."""
+    """The module with `packing`, `levels`, `TOGETHER`, `FETCHED`, `SIMULATED`, `simulated`, `sparse_gain`, `sparse_limits` and `halves` for the
+    target; see `jisu.targets.defaults` for those that a module has nothing to say of."""
     return _ROOMS[target.kind]

@@ -18,11 +18,12 @@ from jisu.targets.tpu import judges
 from jisu.targets.tpu.chip import Chip
 from jisu.targets.tpu.functional import check, run
 from jisu.targets.tpu.pallas import source
-from jisu.targets.tpu.product import LOAD, STORE, Lowered, lower
+from jisu.targets.tpu.product import Lowered, lower
 from jisu.targets.tpu.reference import reference
 from jisu.targets.tpu.spec import ACTIVATIONS, Product
-from jisu.targets.tpu.tiles import Tiles, choose_tiles, make_tiles
-from jisu.targets.tpu.walk import COMMIT, WAIT, Multiply, instruction, parts, rebuild
+from jisu.targets.tpu.steps import LOAD, ONCE, STORE
+from jisu.targets.tpu.tiles import Tiles, choose_tiles, make_tiles, row_multiple
+from jisu.targets.tpu.walk import COMMIT, WAIT, Copy, Multiply, instruction, parts, rebuild
 
 V5E, V6E = Chip.named("v5e"), Chip.named("v6e")
 AOT = judges.aot_python()
@@ -106,8 +107,20 @@ def lowereds(draw: Any) -> Lowered:
         return lower(product, chip)
     rows = -(-m // 32) * 32 if order == "resident" else draw(st.sampled_from([32, 64]))
     depth = -(-k // 128) * 128 if order != "split" else 128
-    tiles = make_tiles(product, chip, order, rows, draw(st.sampled_from([128, 256])), depth)
-    return lower(product, chip, tiles)
+    width, block = draw(st.sampled_from([128, 256, 512])), draw(st.sampled_from([128, 512]))
+    tiles = make_tiles(
+        product, chip, order, rows, width, depth, block=max(block, chip.mxu), rows=draw(st.sampled_from([32, 64, 512]))
+    )
+    return lower(product, chip, draw(st.sampled_from([tiles, *recut(tiles, product, chip)])))
+
+
+def recut(tiles: Tiles, product: Product, chip: Chip) -> list[Tiles]:
+    """The tiles with other beginnings and ends of what is multiplied."""
+    step = row_multiple(product, chip)
+    heads = [h for h in range(step, tiles.rows, step) if tiles.rows % h == 0] if tiles.order != "split" else []
+    units = tiles.columns // tiles.unit[0]
+    tails = [((units - n) * tiles.unit[0], n * tiles.unit[0]) for n in range(1, units)]
+    return [attrs.evolve(tiles, head=h, tail=t) for h in [*heads[:1], tiles.rows] for t in [*tails[:2], tiles.tail]]
 
 
 RELAXED = [HealthCheck.too_slow, HealthCheck.data_too_large]
@@ -290,12 +303,55 @@ def test_two_tiles_in_one_slot_are_seen(pipelined: Lowered) -> None:
     assert not any(clean and right for clean, right in verdicts.values()), verdicts
 
 
-def test_stores_begin_before_the_next_tile_is_computed(pipelined: Lowered) -> None:
+@pytest.fixture(scope="module")
+def cut() -> Lowered:
+    """A product whose x comes by three blocks of rows, and whose last block is multiplied in three parts; one step."""
+    product = Product(90, 500, 300, "int8", channel_scale=True, row_scale=True)
+    tiles = make_tiles(product, V5E, "resident", 128, 512, 384, rows=64)
+    return lower(product, V5E, attrs.evolve(tiles, head=32, tail=(256, 128, 128)))
+
+
+def test_first_and_last_blocks_are_cut(cut: Lowered) -> None:
+    assert_right(cut)
+    copies = [c for c in map(instruction, parts(cut.function.body)) if isinstance(c, Copy)]
+    assert [c.to.rows for c in copies if c.to.buffer.name.startswith("x_")] == [32, 32, 64]
+    assert [(c.to.rows, c.to.columns) for c in copies if c.to.in_hbm] == [
+        (32, 512),
+        (32, 512),
+        (64, 256),
+        (64, 128),
+        (64, 128),
+    ]
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_a_block_of_rows_that_nobody_awaits_is_seen(cut: Lowered, number: int) -> None:
+    waits = [
+        s
+        for s in parts(cut.function.body)
+        if isinstance(s, tirx.AttrStmt) and s.attr_key == WAIT and int(s.value) == ONCE
+    ]
+    assert len(waits) == 3
+    # A wait is for all groups before its own, too: without the first one, the second comes too late.
+    faulty = changed(cut, lambda s: s.body.body if s.same_as(waits[number]) else None)
+    arrays = draw_arrays(cut.product)
+    expected = reference(cut.product, *arrays)
+    assert all(check(faulty, *arrays, dma=dma).races for dma in ("late", "early"))
+    text = source(faulty)
+    on_wait, eager = (judges.interpret(text, *arrays, dma=dma) for dma in judges.DMA)
+    assert not np.array_equal(on_wait.result, expected)
+    assert number < 2 or not eager.clean
+
+
+def test_results_leave_block_by_block(pipelined: Lowered) -> None:
+    """In the loop, too: a block's results are stored before the next block is multiplied, and awaited two steps later."""
     loop = next(
         s for s in parts(pipelined.function.body) if isinstance(s, tirx.For) and isinstance(s.body, tirx.SeqStmt)
     )
-    keys = [int(s.value) for s in loop.body.seq if isinstance(s, tirx.AttrStmt) and s.attr_key == COMMIT]
-    assert keys == [LOAD, STORE]
+    marks = {
+        int(s.value): s.attr_key for s in parts(loop) if isinstance(s, tirx.AttrStmt) and s.attr_key in (COMMIT, WAIT)
+    }
+    assert marks == {LOAD: WAIT, STORE: COMMIT}
 
 
 def test_vmem_overflow_names_the_tensor() -> None:

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 
 from jisu.compiler.errors import TargetError
 from jisu.targets.target import Target, known_targets
+from jisu.targets.tpu.blocked import Blocked
 from jisu.targets.tpu.chip import CHIPS, Chip, chips
-from jisu.targets.tpu.estimate import ERROR, best_tiles, events, product
 from jisu.targets.tpu.events import HBM, SMEM, VMEM, Allocate, Copy, Event, Free, Matmul, Repeat, Vector, Wait
-from jisu.targets.tpu.systolic import ceil_div, folded, vector_cycles, work
-from jisu.targets.tpu.timing import Timeline, simulate, trace
+from jisu.targets.tpu.systolic import folded, vector_cycles, work
+from jisu.targets.tpu.timing import simulate, trace
 
 FIXTURES = Path(__file__).with_name("fixtures")
 V5E, V6E = Chip.named("tpu:v5e"), Chip.named("tpu:v6e")
@@ -117,14 +117,8 @@ def errors(chip: Chip, cases: list[dict[str, Any]]) -> list[float]:
     for c in cases:
         if f"tpu:{c['chip']}" != chip.name:
             continue
-        n_blocks, m_blocks, k_blocks = c["blocks_nmk"]
-        tiles = (
-            ceil_div(ceil_div(c["m"], m_blocks), chip.sublanes) * chip.sublanes,
-            ceil_div(ceil_div(c["k"], k_blocks), chip.mxu) * chip.mxu,
-            ceil_div(ceil_div(c["n"], n_blocks), chip.lanes) * chip.lanes,
-        )
-        form = product(chip, c["m"], c["k"], c["n"], c["dtype"], tiles, weights=c["weights"])
-        found.append(abs(form.cycles / c["cycles"] - 1))
+        product = Blocked.by_libtpu(chip, *(c[key] for key in ("m", "k", "n", "dtype", "blocks_nmk", "weights")))
+        found.append(abs(simulate(chip, product.events()).cycles / c["cycles"] - 1))
     return found
 
 
@@ -231,7 +225,7 @@ def test_a_loop_is_its_turns() -> None:
 
 
 def test_a_dropped_wait_shows_twice() -> None:
-    whole = list(events(V5E, 64, 1024, 512, "int8", (64, 512, 256)))
+    whole = list(Blocked(V5E, 64, 1024, 512, "int8", (64, 512, 256)).events())
     assert not simulate(V5E, whole).hazards
     dropped = next(i for i, e in enumerate(whole) if isinstance(e, Wait))
     run = simulate(V5E, [*whole[:dropped], *whole[dropped + 1 :]])
@@ -277,67 +271,30 @@ DEPTHS = st.sampled_from((256, 512, 1024, 3000, 4096))
 @given(
     chip=st.sampled_from((V5E, V6E)), m=SIZES, k=DEPTHS, n=DEPTHS, dtype=st.sampled_from(("int8", "bfloat16")),
     height=st.sampled_from((32, 128, 512)), depth=st.sampled_from((512, 1024, 8192)),
-    width=st.sampled_from((128, 512, 1024)), weights=st.sampled_from(("hbm", "vmem")), slots=st.sampled_from((2, 4)),
+    width=st.sampled_from((128, 512, 1024)), weights=st.sampled_from(("hbm", "vmem")),
 )  # fmt: skip
-def test_the_closed_form_is_the_simulation(
-    chip: Chip, m: int, k: int, n: int, dtype: str, height: int, depth: int, width: int, weights: str, slots: int
+def test_blocked_products_move_and_multiply_what_they_must(
+    chip: Chip, m: int, k: int, n: int, dtype: str, height: int, depth: int, width: int, weights: str
 ) -> None:
-    tiles = (min(m, height), min(k, depth), min(n, width))
-    form = product(chip, m, k, n, dtype, tiles, weights=weights, slots=slots)
-    run = simulate(chip, events(chip, m, k, n, dtype, tiles, weights=weights, slots=slots))
-    assert not run.leaked and not run.hazards
-    assert run.hbm_bytes == form.hbm_bytes >= form.least_bytes
-    assert run.vmem_high_water == form.vmem_bytes
-    assert run.busy["mxu"] == pytest.approx(form.mxu) and run.busy["vector"] == pytest.approx(form.vector)
-    assert run.cycles >= max(form.mxu, form.vector, form.hbm)
-    assert form.cycles == pytest.approx(run.cycles, rel=ERROR)
+    product = Blocked(chip, m, k, n, dtype, (height, depth, width), weights)
+    found = simulate(chip, product.events())
+    assert not found.leaked and not found.hazards
+    assert found.hbm_bytes >= product.least_bytes
+    if (k <= depth and (m <= height or n <= width)) or (weights == "vmem" and m <= height and k <= depth):
+        assert found.hbm_bytes == product.least_bytes
+    assert found.ideal == pytest.approx(2 * m * k * n / chip.peak_flops(dtype) * chip.clock)
+    assert found.cycles >= max(*found.busy.values(), found.hbm_bound)
 
 
-def timed(chip: Chip, m: int, k: int, n: int, dtype: str, weights: str) -> Timeline:
-    tiles = best_tiles(chip, m, k, n, dtype, weights=weights, slots=4)
-    return simulate(chip, events(chip, m, k, n, dtype, tiles, weights=weights, slots=4))
-
-
-@pytest.mark.parametrize(
-    "m, dtype, least", [(128, "int8", 0.65), (512, "int8", 0.85), (128, "bfloat16", 0.75), (512, "bfloat16", 0.90)]
-)
-@pytest.mark.parametrize("k, n", [(4096, 4096), (4096, 14336)])
-def test_prefill_keeps_the_matrix_units_busy(m: int, k: int, n: int, dtype: str, least: float) -> None:
-    """Simulated, on v5e, with weights that are in VMEM beforehand, launch included.
-
-    Read from HBM, 128 rows can't keep the MXUs busier than about half the time, whatever the schedule: that is bandwidth over peak.
-    """
-    assert timed(V5E, m, k, n, dtype, "vmem").mxu_utilisation >= least
-    cold = timed(V5E, m, k, n, dtype, "hbm")
-    assert cold.mxu_utilisation <= cold.ideal / cold.hbm_bound
-
-
-def test_decode_moves_little_more_than_it_must() -> None:
-    """Simulated, on v5e, one row padded to 8: bytes within 5 % of the least possible, time within 10 % of HBM's, launch left out."""
-    for dtype in ("int8", "bfloat16"):
-        for k, n in ((4096, 4096), (4096, 14336), (14336, 4096)):
-            tiles = best_tiles(V5E, 8, k, n, dtype, slots=4)
-            form = product(V5E, 8, k, n, dtype, tiles, slots=4)
-            run = simulate(V5E, events(V5E, 8, k, n, dtype, tiles, slots=4), launch=False)
-            assert run.hbm_bytes <= 1.05 * form.least_bytes
-            assert run.cycles <= 1.10 * form.hbm_bound
-
-
-def test_best_tiles_fit_and_refuse() -> None:
-    tiles = best_tiles(V5E, 512, 4096, 4096, "bfloat16")
-    assert product(V5E, 512, 4096, 4096, "bfloat16", tiles).vmem_bytes <= V5E.vmem_bytes
-    with pytest.raises(TargetError, match="no tiles of 8x8192x32768 int8 fit into the .* bytes of VMEM of tpu:v5e"):
-        best_tiles(V5E, 8, 8192, 32768, "int8", weights="vmem")
+def test_sizes_and_places_that_do_not_exist_are_refused() -> None:
     with pytest.raises(TargetError, match="sizes start at 1"):
-        product(V5E, 0, 8, 8, "int8", (8, 8, 8))
-    with pytest.raises(TargetError, match="need 2 slots or more, not 1"):
-        product(V5E, 8, 8, 8, "int8", (8, 8, 8), slots=1)
+        Blocked(V5E, 0, 8, 8, "int8", (8, 8, 8))
     with pytest.raises(TargetError, match="'hbm' or 'vmem', not in 'smem'"):
-        product(V5E, 8, 8, 8, "int8", (8, 8, 8), weights="smem")
+        Blocked(V5E, 8, 8, 8, "int8", (8, 8, 8), "smem")
 
 
 def test_a_trace_is_one_that_perfetto_reads(tmp_path: Path) -> None:
-    run = simulate(V5E, events(V5E, 256, 1024, 1024, "bfloat16", (128, 512, 512)))
+    run = simulate(V5E, Blocked(V5E, 256, 1024, 1024, "bfloat16", (128, 512, 512)).events())
     found = trace(run, tmp_path / "trace.json")
     assert json.loads((tmp_path / "trace.json").read_text(encoding="utf-8")) == found
     assert found["otherData"]["label"] == "simulated" and "simulated" in str(run)

@@ -24,14 +24,14 @@ from jisu.compiler.errors import CompileError, TargetError
 from jisu.compiler.graph import Graph, Node, placeholder, weight
 from jisu.compiler.text import parse
 from jisu.compiler.types import TensorType, symbol
-from jisu.targets.tpu import estimate
 from jisu.targets.tpu.chip import Chip
 from jisu.targets.tpu.events import HBM, VMEM, Allocate, Copy, Event, Matmul, Vector, Wait
 from jisu.targets.tpu.functional import run
 from jisu.targets.tpu.kernel_events import events_of, number
-from jisu.targets.tpu.product import LOAD, STORE, Lowered, lower
+from jisu.targets.tpu.product import Lowered, lower
 from jisu.targets.tpu.program import PANEL, ProgramEstimate, simulated, simulated_entries
 from jisu.targets.tpu.spec import ACTIVATIONS, Product
+from jisu.targets.tpu.steps import LOAD, STORE
 from jisu.targets.tpu.tiles import ACTIVATION_WORK, ERROR, choose_tiles, make_tiles
 from jisu.targets.tpu.timing import Timeline, simulate
 from jisu.targets.tpu.walk import WAIT, parts, rebuild
@@ -56,8 +56,10 @@ def lowereds(draw: Any) -> Lowered:
         return lower(product, chip)
     depth = 128 if order == "split" else -(-k // 128) * 128
     rows, width = draw(st.sampled_from([32, 64, 128])), draw(st.sampled_from([128, 256]))
-    block = draw(st.sampled_from([128, 512]))
-    return lower(product, chip, make_tiles(product, chip, order, rows, width, depth, block=max(block, chip.mxu)))
+    block, high = draw(st.sampled_from([128, 512])), draw(st.sampled_from([32, 64, 512]))
+    return lower(
+        product, chip, make_tiles(product, chip, order, rows, width, depth, block=max(block, chip.mxu), rows=high)
+    )
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
@@ -75,19 +77,6 @@ def test_tir_moves_what_its_tiles_say(lowered: Lowered) -> None:
     m, n, k = tiles.padded
     assert found.ideal == pytest.approx(2 * m * n * k / lowered.chip.peak_flops(product.dtype) * lowered.chip.clock)
     assert tiles.cycles(product, lowered.chip) == pytest.approx(found.cycles, rel=ERROR)
-
-
-@pytest.mark.parametrize("dtype", ["int8", "bfloat16"])
-@pytest.mark.parametrize("m", [8, 128, 512])
-def test_tir_takes_what_the_products_model_says(m: int, dtype: str) -> None:
-    """The same product in the terms of `estimate`: bytes equal, cycles near."""
-    product = Product(m, 4096, 2048, dtype)
-    lowered = lower(product, V5E)
-    t = lowered.tiles
-    form = estimate.product(V5E, m, 2048, 4096, dtype, (t.m, t.k, t.n))
-    found = timed(lowered)
-    assert t.order == "resident" and found.hbm_bytes == form.hbm_bytes == form.least_bytes
-    assert found.cycles == pytest.approx(form.cycles, rel=0.2)
 
 
 def test_closed_form_of_the_whole_table() -> None:
@@ -174,15 +163,27 @@ def test_vmem_that_does_not_suffice_is_refused(pipelined: Lowered) -> None:
 
 
 @pytest.mark.parametrize(
-    "m, dtype, least", [(128, "int8", 0.65), (512, "int8", 0.85), (128, "bfloat16", 0.75), (1024, "bfloat16", 0.90)]
+    "m, dtype, least", [(128, "int8", 0.65), (512, "int8", 0.85), (128, "bfloat16", 0.75), (512, "bfloat16", 0.90)]
 )
 @pytest.mark.parametrize("k, n", [(4096, 4096), (4096, 14336), (14336, 4096)])
 def test_prefill_keeps_the_matrix_units_busy(k: int, n: int, m: int, dtype: str, least: float) -> None:
-    """On v5e, weights in VMEM beforehand, launch not counted. Products of 2048 x 2048 stay below: `benchmarks/tpu/products.py` says by how much."""
-    product = Product(m, n, k, dtype, channel_scale=dtype == "int8")
+    """On v5e, weights in VMEM beforehand, launch not counted."""
+    assert prefetched_use(Product(m, n, k, dtype, channel_scale=dtype == "int8")) >= least
+
+
+def prefetched_use(product: Product) -> float:
     lowered = lower(product, V5E, choose_tiles(product, V5E, prefetched=True))
     roomy = attrs.evolve(V5E, vmem_bytes=4 * V5E.vmem_bytes)  # weights of 14336 x 4096 bfloat16 fill v5e's
-    assert simulate(roomy, events_of(lowered, prefetched=("w",)), launch=False).mxu_utilisation >= least
+    return simulate(roomy, events_of(lowered, prefetched=("w",)), launch=False).mxu_utilisation
+
+
+@pytest.mark.parametrize(
+    "m, dtype, least", [(128, "int8", 0.55), (512, "int8", 0.74), (128, "bfloat16", 0.74), (512, "bfloat16", 0.90)]
+)
+def test_small_products_come_near_what_latencies_allow(m: int, dtype: str, least: float) -> None:
+    """2048 x 2048. Of four criteria one is met: two copies' latencies, and for int8 the vector unit's work, take the rest
+    (`benchmarks/tpu/products.py` computes how much)."""
+    assert prefetched_use(Product(m, 2048, 2048, dtype, channel_scale=dtype == "int8")) >= least
 
 
 @pytest.mark.parametrize("dtype", ["int8", "bfloat16"])

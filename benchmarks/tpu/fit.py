@@ -3,16 +3,15 @@
     python benchmarks/tpu/fit.py --json benchmarks/results/2026-11-29-tpu-timing.json           # says it
     python benchmarks/tpu/fit.py --json … --write                                               # and stores the parameters with the chips
 
-Per chip there are six parameters of `jisu.targets.tpu.chip.Timing`: launch, block, push of int8 and of bfloat16, accumulate and epilogue; all
-else is the machine's description. They minimise the sum of squared logarithms of the ratios on the half marked "fit". The blocks are those
-that libtpu chose. Needs scipy.
+What is compared are simulated events of the products as libtpu cuts them (`jisu.targets.tpu.blocked`). Per chip there are six parameters of
+`jisu.targets.tpu.chip.Timing`: launch, block, push of int8 and of bfloat16, accumulate and epilogue; all else is the machine's description. They
+minimise the sum of squared logarithms of the ratios on the half marked "fit". Needs scipy.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
-import itertools
 import json
 import statistics
 import sys
@@ -24,42 +23,28 @@ import attrs
 import numpy as np
 from scipy.optimize import minimize
 
-from jisu.compiler.errors import TargetError
+from jisu.targets.tpu.blocked import Blocked
 from jisu.targets.tpu.chip import CHIPS, Chip, Timing
-from jisu.targets.tpu.estimate import Tiles, best_tiles, events, product
-from jisu.targets.tpu.systolic import ceil_div, folded
-from jisu.targets.tpu.timing import simulate
+from jisu.targets.tpu.systolic import folded
+from jisu.targets.tpu.timing import Timeline, simulate
 
 FIXTURES = Path(__file__).parents[2] / "tests" / "fixtures"
 NAMES = ("launch", "block", "push bfloat16", "push int8", "accumulate", "epilogue")
 START = (2500.0, 200.0, 30.0, 40.0, 0.5, 4.0)
-SLOTS = 4
-"""Of the products that are simulated with our own tiles."""
-
 SOURCE = (
     "launch, block, push, accumulate and epilogue: fitted to cycles that libtpu {libtpu} estimates of twelve products "
     "(benchmarks/tpu/fit.py); element and exp: assumed"
 )
 
 
-def tiles(chip: Chip, case: dict[str, Any]) -> Tiles:
-    """The blocks that libtpu cut a product into, padded to registers and MXUs."""
-    n_blocks, m_blocks, k_blocks = case["blocks_nmk"]
-
-    def padded(size: int, blocks: int, unit: int) -> int:
-        return ceil_div(ceil_div(size, blocks), unit) * unit
-
-    return (
-        padded(case["m"], m_blocks, chip.sublanes),
-        padded(case["k"], k_blocks, chip.mxu),
-        padded(case["n"], n_blocks, chip.lanes),
-    )
+def blocked(chip: Chip, case: dict[str, Any]) -> Blocked:
+    """A product of the fixture."""
+    return Blocked.by_libtpu(chip, *(case[key] for key in ("m", "k", "n", "dtype", "blocks_nmk", "weights")))
 
 
-def predicted(chip: Chip, case: dict[str, Any]) -> float:
-    """The model's cycles of a product of the fixture."""
-    shape = (case["m"], case["k"], case["n"], case["dtype"])
-    return product(chip, *shape, tiles(chip, case), weights=case["weights"]).cycles
+def run(chip: Chip, case: dict[str, Any]) -> Timeline:
+    """The simulated product."""
+    return simulate(chip, blocked(chip, case).events())
 
 
 def timing(values: Any, source: str) -> Timing:
@@ -74,7 +59,7 @@ def fit(chip: Chip, cases: list[dict[str, Any]], source: str) -> Timing:
 
     def loss(logs: Any) -> float:
         tried = attrs.evolve(chip, timing=timing(np.exp(logs), source))
-        return float(sum(np.log(predicted(tried, c) / c["cycles"]) ** 2 for c in cases))
+        return float(sum(np.log(run(tried, c).cycles / c["cycles"]) ** 2 for c in cases))
 
     rng = np.random.default_rng(0)
     starts = [np.log(START) + rng.normal(0, 0.4, len(START)) for _ in range(8)]
@@ -85,16 +70,14 @@ def fit(chip: Chip, cases: list[dict[str, Any]], source: str) -> Timing:
 
 def roofline(chip: Chip, case: dict[str, Any]) -> float:
     """Cycles by peak and bandwidth alone, nothing fitted: what the model has to beat."""
-    shape = (case["m"], case["k"], case["n"], case["dtype"])
-    found = product(chip, *shape, tiles(chip, case), weights=case["weights"])
-    return max(found.ideal, found.hbm_bound)
+    return max(run(chip, case).ideal, blocked(chip, case).least_bytes / chip.hbm_bytes_per_cycle)
 
 
 def errors(chip: Chip, cases: list[dict[str, Any]]) -> dict[str, Any]:
     """Relative errors of the model against libtpu's estimates, and of a plain roofline."""
     rows = []
     for c in cases:
-        cycles = predicted(chip, c)
+        cycles = run(chip, c).cycles
         name = {k: c[k] for k in ("m", "k", "n", "dtype")}
         rows.append(
             {**name, "libtpu": c["cycles"], "model": round(cycles), "error": round(cycles / c["cycles"] - 1, 4)}
@@ -105,51 +88,6 @@ def errors(chip: Chip, cases: list[dict[str, Any]]) -> dict[str, Any]:
         "median": round(statistics.median(sizes), 4), "worst": max(sizes),
         "roofline_median": round(statistics.median(plain), 4), "roofline_worst": round(max(plain), 4), "products": rows,
     }  # fmt: skip
-
-
-def utilisation(chip: Chip) -> list[dict[str, Any]]:
-    """Simulated MXU use of prefill products with our tiles: weights read from HBM, and weights that are in VMEM beforehand.
-
-    Beside it: the same with the launch of a kernel, and the most that reading and writing everything once at HBM's bandwidth allows.
-    """
-    rows = []
-    for dtype, (k, n), m in itertools.product(
-        ("int8", "bfloat16"), ((2048, 2048), (4096, 4096), (4096, 14336)), (128, 512, 2048)
-    ):
-        row: dict[str, Any] = {"m": m, "k": k, "n": n, "dtype": dtype}
-        for weights in ("hbm", "vmem"):
-            try:
-                cut = best_tiles(chip, m, k, n, dtype, weights=weights, slots=SLOTS)
-            except TargetError:  # weights that VMEM doesn't hold
-                continue
-            run = simulate(chip, events(chip, m, k, n, dtype, cut, weights=weights, slots=SLOTS), launch=False)
-            bound = product(chip, m, k, n, dtype, cut, weights=weights, slots=SLOTS).hbm_bound
-            row[weights] = {
-                "tiles": cut,
-                "mxu_use": round(run.mxu_utilisation, 4),
-                "mxu_use_with_launch": round(run.ideal / (run.cycles + chip.timing.launch), 4),
-                "most_that_hbm_allows": round(min(1.0, run.ideal / bound), 4),
-            }
-        rows.append(row)
-    return rows
-
-
-def decode(chip: Chip) -> list[dict[str, Any]]:
-    """Simulated products of one step of decoding (one row padded to 8): bytes and time over the least possible."""
-    rows = []
-    for dtype, (k, n) in itertools.product(
-        ("int8", "bfloat16"), ((2048, 2048), (4096, 4096), (4096, 14336), (14336, 4096))
-    ):
-        cut = best_tiles(chip, 8, k, n, dtype, slots=SLOTS)
-        run = simulate(chip, events(chip, 8, k, n, dtype, cut, slots=SLOTS), launch=False)
-        found = product(chip, 8, k, n, dtype, cut, slots=SLOTS)
-        rows.append({
-            "m": 8, "k": k, "n": n, "dtype": dtype, "tiles": cut,
-            "bytes_over_least": round(run.hbm_bytes / found.least_bytes, 4),
-            "time_over_hbm_bound": round(run.cycles / found.hbm_bound, 4),
-            "with_launch": round((run.cycles + chip.timing.launch) / found.hbm_bound, 4),
-        })  # fmt: skip
-    return rows
 
 
 def main() -> None:
@@ -171,8 +109,6 @@ def main() -> None:
             "parameters": parameters,
             **{half: errors(chip, part) for half, part in halves.items()},
             "later": errors(chip, [c for c in later if c["chip"] == name]),
-            "prefill": utilisation(chip),
-            "decode": decode(chip),
         }
         if options.write:
             path = CHIPS / f"{name}.json"
@@ -192,7 +128,6 @@ def main() -> None:
         "scale_sim": [
             {**p, "model": folded(*(p[k] for k in ("rows", "columns", "m", "k", "n")))} for p in folds["products"]
         ],
-        "slots": SLOTS,
         "chips": chips,
     }
     options.json.write_text(json.dumps(found, indent=1) + "\n")

@@ -88,22 +88,29 @@ def fill_codes(
 def _ordered(rows: np.ndarray, panel: int, pair: int) -> np.ndarray:
     """[n, k] as [panels, words, 2 * panel] in the order in which kernels read it, padded with zeros."""
     n, k = rows.shape
-    panels, words = -(-n // panel), -(-k // 2)
-    padded = np.zeros((panels * panel, 2 * words), rows.dtype)
+    padded = np.zeros((-(-n // panel) * panel, -(-k // 2) * 2), rows.dtype)
     padded[:n, :k] = rows
-    whole = padded.reshape(panels, panel, words, 2).transpose((0, 2, 3, 1) if pair == 1 else (0, 2, 1, 3))
-    return whole.reshape(panels, words, 2 * panel)
+    found: np.ndarray = ordered(padded, panel, pair)
+    return found
 
 
-def _disordered(whole: np.ndarray, pair: int, n: int, k: int) -> np.ndarray:
-    """[n, k] of what `_ordered` made."""
+def ordered(rows: Any, panel: int, pair: int) -> Any:
+    """[n, k] of whole panels and words as [panels, words, 2 * panel]; rows: an array, or what is reshaped and transposed like one."""
+    n, k = rows.shape
+    apart = rows.reshape(n // panel, panel, k // 2, 2)
+    whole = apart.transpose(0, 2, 3, 1) if pair == 1 else apart.transpose(0, 2, 1, 3)
+    return whole.reshape(n // panel, k // 2, 2 * panel)
+
+
+def disordered(whole: Any, pair: int) -> Any:
+    """[n, k] of what `ordered` made."""
     panels, words, both = whole.shape
     panel = both // 2
     if pair == 1:
         rows = whole.reshape(panels, words, 2, panel).transpose(0, 3, 1, 2)
     else:
         rows = whole.reshape(panels, words, panel, 2).transpose(0, 2, 1, 3)
-    return rows.reshape(panels * panel, 2 * words)[:n, :k]
+    return rows.reshape(panels * panel, 2 * words)
 
 
 def mask_shape(n: int, k: int, panel: int) -> tuple[int, int, int]:
@@ -211,7 +218,7 @@ def _unpack(
         single = np.stack([values & 15, values >> 4], -1).reshape(-1)
     there = flat & (at >= 0) & (at < single.size)
     found = np.where(there, single[np.where(there, at, 0)], np.zeros((), single.dtype))
-    dense, keep = (_disordered(v.reshape(bits.shape), pair, n, k) for v in (found, there))
+    dense, keep = (disordered(v.reshape(bits.shape), pair)[:n, :k] for v in (found, there))
     if scales is None:
         return dense
     codes = dense & (2 ** find_scheme(scheme).bits - 1)

@@ -72,7 +72,7 @@ def run(
     def show(console: Console) -> None:
         console.print(f"{folder}: {manifest['kind']} for {manifest['chip']}, {units.nbytes(result['bytes'])}\n")
         rows = [
-            [p["name"], ", ".join(f"{k} {v}" for k, v in p["sizes"].items()) or "fixed", str(len(p["donated"])), units.nbytes(files[p["mlir"]])]
+            [p["name"], ", ".join(f"{k} {v}" for k, v in p["sizes"].items()) or "fixed", str(len(p["state"])), units.nbytes(files[p["mlir"]])]
             for p in manifest["programs"]
         ]  # fmt: skip
         console.print(table("Programs", ("<program", "<sizes", "updated in place", "StableHLO"), rows))
@@ -81,9 +81,7 @@ def run(
             + (", but for those that run_tpu.py takes with --kernels" if shapes.kernels else "")
         )
         console.print("expected results: simulated on this machine's processor; nothing was run on a TPU")
-        console.print(
-            f'on a TPU: pip install "jax[tpu]" flatbuffers safetensors; python {Path(folder) / bundle.SCRIPT}'
-        )
+        console.print(f'on a TPU: pip install "jax[tpu]" flatbuffers; python {Path(folder) / bundle.SCRIPT}')
         console.print(f"here: python {Path(folder) / bundle.SCRIPT} --cpu")
 
     shell.finish(result, show)

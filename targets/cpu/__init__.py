@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from jisu.compiler import ops
-from jisu.compiler.graph import Graph, Node
+from jisu.compiler.graph import Node
 from jisu.compiler.levels import Rule, whole_words
 from jisu.compiler.schemes import SCHEMES
 from jisu.compiler.types import numpy_dtype
+from jisu.targets.defaults import halves as halves
+from jisu.targets.defaults import simulated as simulated
 from jisu.targets.target import Target
 
 
@@ -98,18 +99,6 @@ def sparse_limits(target: Target) -> dict[str, float]:
     return found
 
 
-def halves(target: Target) -> dict[str, int]:
-    """A matrix that keeps two of each four inputs is sparse like any other."""
-    return {}
-
-
 def _word_bytes(form: str) -> float:
     """Bytes of a word's 64 numbers."""
     return 64 / SCHEMES[form].per_byte if form in SCHEMES else 64.0 * numpy_dtype(form).itemsize
-
-
-def simulated(
-    graphs: Mapping[str, Graph], sizes: Mapping[str, int], target: Target, sequence: str | None
-) -> list[dict[str, Any]]:
-    """What a timing model says of entries: there is none but the cost model."""
-    return []

@@ -56,11 +56,6 @@ def require_dtype(dtype: str, target: Target) -> None:
         raise TargetError(f"float16 needs the processor feature f16c, which target {target.name!r} lacks")
 
 
-def align_up(n: int, step: int) -> int:
-    """The smallest multiple of `step` that is at least `n`."""
-    return -(-n // step) * step
-
-
 def scalar_type(type_: str) -> str:
     """The element type of an LLVM vector type, or the type itself."""
     return type_.split(" x ")[1].rstrip(">") if type_.startswith("<") else type_

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-from jisu.compiler.graph import Graph, Node
 from jisu.compiler.levels import Rule, multiplied
 from jisu.compiler.ops.semi_structured import fours
 from jisu.compiler.schemes import SCHEMES, Scheme
+from jisu.targets.defaults import simulated as simulated
 from jisu.targets.target import Target, capability
 
 
@@ -41,11 +38,6 @@ def levels(target: Target) -> Rule:
         return multiplied(x, w) and (x.uniform or small_floats) and k % STEP == 0 and group % (STEP * w.per_byte) == 0
 
     return rule
-
-
-def variants(node: Node, target: Target) -> dict[str, tuple[int, ...]]:
-    """No kernel has numbers to tune yet."""
-    return {}
 
 
 _ROWS = 8  # of x that a warp multiplies at least, with 16 of weights
@@ -81,10 +73,3 @@ def halves(target: Target) -> dict[str, int]:
     forms = ("bfloat16", "float16", *SCHEMES)
     faster = [f for f in forms if (sparse_gain(f, 0.5, target, "2:4") or 0.0) > 1.0]
     return {f: 16 * fours("bfloat16" if f not in SCHEMES else "uint8", f if f in SCHEMES else "none") for f in faster}
-
-
-def simulated(
-    graphs: Mapping[str, Graph], sizes: Mapping[str, int], target: Target, sequence: str | None
-) -> list[dict[str, Any]]:
-    """What a timing model says of entries: there is none but the cost model."""
-    return []

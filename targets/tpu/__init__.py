@@ -6,9 +6,12 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from jisu.compiler.levels import Rule, whole_words
+from jisu.targets.defaults import halves as halves
+from jisu.targets.defaults import sparse_gain as sparse_gain
+from jisu.targets.defaults import sparse_limits as sparse_limits
 
 if TYPE_CHECKING:  # a target's description comes from here
-    from jisu.compiler.graph import Graph, Node
+    from jisu.compiler.graph import Graph
     from jisu.targets.target import Target
 
 
@@ -30,26 +33,6 @@ FETCHED = False
 
 SIMULATED = "simulated on this machine's processor; not run on a TPU"
 """How its programs run, where that isn't on the target; "" for targets whose programs do."""
-
-
-def variants(node: Node, target: Target) -> dict[str, tuple[int, ...]]:
-    """Tiles follow from the chip's sizes."""
-    return {}
-
-
-def sparse_gain(form: str, kept: float, target: Target, stored: str = "sparse") -> float | None:
-    """Matrix units read dense tiles."""
-    return None
-
-
-def sparse_limits(target: Target) -> dict[str, float]:
-    """As `sparse_gain`: none."""
-    return {}
-
-
-def halves(target: Target) -> dict[str, int]:
-    """As `sparse_gain`: none."""
-    return {}
 
 
 def simulated(

@@ -15,9 +15,8 @@ from __future__ import annotations
 import attrs
 
 from jisu.compiler.errors import CompileError
-from jisu.compiler.types import TensorType
+from jisu.compiler.types import TensorType, round_up
 from jisu.targets.tpu.chip import Chip
-from jisu.targets.tpu.spec import round_up
 from jisu.targets.tpu.splice import Part
 
 _ROWS, _KEYS, _HEADS = 256, 512, 8  # of a tile, at most

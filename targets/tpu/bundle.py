@@ -23,7 +23,7 @@ import numpy as np
 
 from jisu.compiler import ops
 from jisu.compiler.entry import Entry
-from jisu.compiler.errors import InputError
+from jisu.compiler.errors import CompileError, InputError
 from jisu.compiler.graph import Graph, Node
 from jisu.compiler.storage import write_safetensors
 from jisu.compiler.types import TensorType, numpy_dtype, product, substitute
@@ -37,7 +37,7 @@ from jisu.targets.tpu.spec import Product
 from jisu.targets.tpu.stablehlo import emit, signature
 
 FORMAT = "jisu-tpu"
-VERSION = 1
+VERSION = 2
 SCRIPT = "run_tpu.py"
 PLATFORMS = ("tpu", "cpu")
 TOLERANCE = {"bfloat16": 5e-2, "float16": 1e-2, "float32": 1e-3, "float64": 1e-6}
@@ -254,22 +254,28 @@ def _outputs(entry: Entry) -> list[str]:
 
 
 def _described(bucket: Bucket, entry: Entry, samples: _Samples) -> dict[str, Any]:
-    donated = export.donated(entry)
+    """A program: it takes inputs, state and weights, in this order, and returns outputs and the new state."""
+    results = sum(alias is None for alias in entry.aliases)
+    first = len(entry.inputs) - len(entry.aliases) + results
+    if entry.aliases != (*(None for _ in range(results)), *range(first, len(entry.inputs))):
+        raise CompileError(f"{bucket.name} doesn't end with its last inputs, updated, in their order: {entry.aliases}")
+    inputs = [{"name": name, **_type(t)} for name, t in entry.inputs]
     return {
         "name": bucket.name,
         "entry": bucket.entry,
         "sizes": dict(bucket.sizes),
         "mlir": f"{bucket.name}.mlir",
         "export": f"{bucket.name}.export",
-        "inputs": [{"name": name, **_type(t), "state": i in donated} for i, (name, t) in enumerate(entry.inputs)],
+        "inputs": inputs[:first],
+        "state": inputs[first:],
         "outputs": [
-            {"name": name, **_type(t), "updates": a, "tolerance": samples.tolerance if "float" in t.dtype else 0}
-            for name, t, a in zip(_outputs(entry), entry.outputs, entry.aliases, strict=True)
+            {"name": name, **_type(t), "tolerance": samples.tolerance if "float" in t.dtype else 0}
+            for name, t, alias in zip(_outputs(entry), entry.outputs, entry.aliases, strict=True)
+            if alias is None
         ],
         "weights": [name for name, _ in entry.weights],
-        "donated": list(donated),
+        "continues": bucket.continues,
         "steps": 0 if samples.source.decoding is not None else STEPS,
-        "sample": {"continues": bucket.continues},
     }
 
 

@@ -6,7 +6,7 @@ as a program for the chip is made for buckets of lengths.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import attrs
@@ -27,22 +27,19 @@ from jisu.targets.tpu.spec import ACTIVATIONS, Product
 BLOCKS = (128, 16)
 """Rows at a time: many, and what is left."""
 
+ROWS = symbol("rows")
+"""How many rows a function is given."""
+
 Fill = Callable[[Expr, Expr], Expr]
 """An operand's element [i, j], as this machine keeps it, from what the function is given."""
 
-
-@attrs.frozen(eq=False)
-class _Given:
-    """A product's function under construction: its parameters, and how operands are filled from them, given the block's first row."""
-
-    builder: Builder
-    fills: Callable[[Expr], dict[str, Fill]]
+Fills = Callable[[Expr], dict[str, Fill]]
+"""How operands are filled, given a block's first row."""
 
 
-def _function(spec: Product, chip: Chip, given: _Given) -> Any:
+def _function(spec: Product, chip: Chip, b: Builder, fills: Fills) -> Any:
     """The function that computes the product of all rows, a block at a time."""
-    b = given.builder
-    rows = b.dim(symbol("rows"))
+    rows = b.dim(ROWS)
     many = b.let(tirx.floordiv(rows, i64(BLOCKS[0])), "many")
     done = b.let(many * i64(BLOCKS[0]), "done")
     left = b.let(tirx.floordiv(rows - done + i64(BLOCKS[1] - 1), i64(BLOCKS[1])), "left")
@@ -53,11 +50,11 @@ def _function(spec: Product, chip: Chip, given: _Given) -> Any:
             for buffer in buffers:
                 b.emit(tirx.AllocBuffer(buffer))
             held = {o.name: (o, buffer) for o, buffer in zip(lowered.operands, buffers, strict=True)}
-            _fill(b, *held["w"], given.fills(i64(0))["w"], None)
+            _fill(b, *held["w"], fills(i64(0))["w"], None)
             with b.loop(count) as block:
                 begin = b.let(first + block * i64(size), "begin")
                 here = b.let(tirx.min(i64(size), rows - begin), "here")
-                for name, fill in given.fills(begin).items():
+                for name, fill in fills(begin).items():
                     if name in held and name != "w":
                         _fill(b, *held[name], fill, here if held[name][0].shape[0] == size else None)
                 b.emit(body)
@@ -94,10 +91,31 @@ def _wide(number: Expr) -> Expr:
     return tirx.reinterpret("float32", tirx.Cast("uint32", _bits(number)) << tirx.const(16, "uint32"))
 
 
-def _kernel(function: Any, node: Node, operands: tuple[int, ...], views: dict[int, tuple[Dim, ...]]) -> Kernel:
+def _kernel(
+    node: Node, target: Target, spec: Product, given: Mapping[int, tuple[tuple[Dim, ...], str]], last: tuple[int, int],
+    fills: Callable[[Mapping[int, Flat], Expr], dict[str, Fill]],
+) -> Kernel:  # fmt: skip
+    """A node's kernel. given: shapes and dtypes of what its operands are to the function, by their numbers, of `ROWS` rows; last: the
+    numbers of bias and residual; fills: how the other operands are filled."""
+    stored = "int16" if node.dtype == "bfloat16" else node.dtype
+    given = {**given, last[0]: ((spec.n,), stored), last[1]: ((ROWS, spec.n), stored)}
+    given = {i: kind for i, kind in given.items() if node.operands[i] is not None}
+    types = [TensorType(shape, dtype) for shape, dtype in given.values()]
+    b = Builder(node.op.name, types, [TensorType((ROWS, spec.n), stored)], {str(ROWS)})
+    flats: dict[int, Flat] = dict(zip(given, b.inputs, strict=True))
+
+    def all_fills(first: Expr) -> dict[str, Fill]:
+        found = fills(flats, first)
+        if last[0] in flats:
+            found["bias"] = lambda i, j: _wide(flats[last[0]][[j]])
+        if last[1] in flats:
+            found["residual"] = lambda i, j: _bits(flats[last[1]][[first + i, j]])
+        return found
+
+    function = _function(spec, Chip.named(target.name), b, all_fills)
     rows = product(node.shape[:-1])
-    arguments = tuple(Argument(i, views.get(i)) for i in operands)
-    return Kernel(function, arguments, ((rows, node.shape[-1]),))
+    views = {i: tuple(rows if d == ROWS else d for d in shape) for i, (shape, _) in given.items()}
+    return Kernel(function, tuple(Argument(i, view) for i, view in views.items()), ((rows, spec.n),))
 
 
 def _linear_product(node: Node) -> Product | None:
@@ -140,50 +158,27 @@ def _linear(node: Node, target: Target) -> Kernel | None:
     spec = product_of(node)
     if spec is None:
         return None
-    bias, residual, n, k = node.operands[2], node.operands[3], spec.n, spec.k
-    shapes = [(symbol("rows"), k), (n, k), *([(n,)] if bias is not None else [])]
-    shapes += [(symbol("rows"), n)] if residual is not None else []
-    types = [TensorType(shape, "int16") for shape in shapes]
-    b = Builder("linear", types, [TensorType((symbol("rows"), n), "int16")], {"rows"})
-    flats: list[Flat] = list(b.inputs)
 
-    def fills(first: Expr) -> dict[str, Fill]:
-        found: dict[str, Fill] = {
+    def fills(flats: Mapping[int, Flat], first: Expr) -> dict[str, Fill]:
+        return {
             "x": lambda i, j: _bits(flats[0][[first + i, j]]),
             "w": lambda i, j: _bits(flats[1][[j, i]]),
         }
-        if bias is not None:
-            found["bias"] = lambda i, j: _wide(flats[2][[j]])
-        if residual is not None:
-            found["residual"] = lambda i, j: _bits(flats[-1][[first + i, j]])
-        return found
 
-    function = _function(spec, Chip.named(target.name), _Given(b, fills))
-    rows = product(node.shape[:-1])
-    present = tuple(i for i in range(4) if node.operands[i] is not None)
-    return _kernel(function, node, present, {0: (rows, k), 3: (rows, n)})
+    given = {0: ((ROWS, spec.k), "int16"), 1: ((spec.n, spec.k), "int16")}
+    return _kernel(node, target, spec, given, (2, 3), fills)
 
 
 def _integer(node: Node, target: Target) -> Kernel | None:
     """`integer_linear` with a scale per token and per output."""
-    records, _, scales, _, bias, residual = node.operands
+    records, _, scales, *_ = node.operands
     spec = product_of(node)
     if spec is None:
         return None
     assert records is not None and scales is not None
-    n, k, size = spec.n, spec.k, int(records.shape[-1])  # type: ignore[call-overload]
-    stored = "int16" if node.dtype == "bfloat16" else "float32"
-    shapes: list[tuple[tuple[Dim, ...], str]] = [
-        ((symbol("rows"), size), "uint8"), ((n, k), "uint8"), ((n,), scales.dtype),
-    ]  # fmt: skip
-    shapes += [((n,), stored)] if bias is not None else []
-    shapes += [((symbol("rows"), n), stored)] if residual is not None else []
-    types = [TensorType(shape, dtype) for shape, dtype in shapes]
-    b = Builder("integer_linear", types, [TensorType((symbol("rows"), n), stored)], {"rows"})
-    flats = list(b.inputs)
-    at = levels.scale_offset(k)
+    at = levels.scale_offset(spec.k)
 
-    def fills(first: Expr) -> dict[str, Fill]:
+    def fills(flats: Mapping[int, Flat], first: Expr) -> dict[str, Fill]:
         def row_scale(i: Expr, j: Expr) -> Expr:
             parts = [
                 tirx.Cast("uint32", flats[0][[first + i, i64(at + n)]]) << tirx.const(8 * n, "uint32") for n in range(4)
@@ -193,20 +188,15 @@ def _integer(node: Node, target: Target) -> Kernel | None:
         def code(i: Expr, j: Expr) -> Expr:
             return tirx.Cast("int8", tirx.Cast("int32", flats[1][[j, i]]) - tirx.const(128, "int32"))
 
-        found: dict[str, Fill] = {
+        return {
             "x": lambda i, j: tirx.reinterpret("int8", flats[0][[first + i, j]]), "w": code,
             "channel_scale": lambda i, j: _wide(flats[2][[j]]), "row_scale": row_scale,
         }  # fmt: skip
-        if bias is not None:
-            found["bias"] = lambda i, j: _wide(flats[3][[j]])
-        if residual is not None:
-            found["residual"] = lambda i, j: _bits(flats[-1][[first + i, j]])
-        return found
 
-    function = _function(spec, Chip.named(target.name), _Given(b, fills))
-    rows = product(node.shape[:-1])
-    present = tuple(i for i in range(6) if node.operands[i] is not None)
-    return _kernel(function, node, present, {0: (rows, size), 1: (n, k), 2: (n,), 5: (rows, n)})
+    given = {
+        0: ((ROWS, records.shape[-1]), "uint8"), 1: ((spec.n, spec.k), "uint8"), 2: ((spec.n,), scales.dtype)
+    }  # fmt: skip
+    return _kernel(node, target, spec, given, (4, 5), fills)
 
 
 CHOOSERS: Choosers = {ops.linear: _linear, ops.integer_linear: _integer}

@@ -37,8 +37,8 @@ from jisu.targets.tpu.walk import (
     flat,
     instruction,
     loads,
+    offset_of,
     operands,
-    parts,
     rebuild,
 )
 
@@ -265,28 +265,41 @@ class _Loops:
         loops = _nest((x.rows, x.columns, w.columns), add)
         if not self.emulated:
             return loops
-        return flat([*(_call("access", self._address(r), _bytes(r), r.buffer.name, 0) for r in (x, w)), loops])
+        return flat([*(self._access(r, 0) for r in (x, w)), loops])
+
+    def _access(self, region: Region, writes: int) -> Any:
+        """A call that reports a read or write of a region."""
+        size = numpy_dtype(str(region.buffer.dtype)).itemsize
+        sizes = region.rows, region.columns * size, region.stride * size
+        return _call("access", self._address(region), *sizes, region.buffer.name, writes)
 
     def _touched(self, nest: Any) -> list[Any]:
-        """Calls that report the slots that an elementwise nest reads and writes."""
+        """Calls that report what an elementwise nest reads and writes."""
+        loops = []
+        while isinstance(nest, tirx.For):
+            loops.append(nest)
+            nest = nest.body
+        first = {loop.loop_var: tirx.IntImm("int32", int(loop.min)) for loop in loops}
+        accesses = [(nest.buffer, nest.indices, 1), *((load.source, load.indices, 0) for load in loads(nest.value))]
         calls, seen = [], set()
-
-        def report(buffer: Any, indices: Any, writes: int) -> None:
+        for buffer, indices, writes in accesses:
             if "vmem" not in str(buffer.scope()) or buffer.name in seen:
-                return
+                continue
             seen.add(buffer.name)
-            slot = indices[0] if len(indices) == 3 else 0
-            size = int(np.prod([int(n) for n in buffer.shape[-2:]]))
-            region = Region(buffer, slot * size, 1, size, size)
-            calls.append(_call("access", self._address(region), _bytes(region), buffer.name, writes))
-
-        for part in parts(nest):
-            if isinstance(part, tirx.BufferStore):
-                report(part.buffer, part.indices, 1)
-
-                for load in loads(part.value):
-                    report(load.source, load.indices, 0)
+            height, width = (int(n) for n in buffer.shape[-2:])
+            rows, columns = (int(loop.extent) for loop in loops[-2:])
+            offset = _at(offset_of(buffer, indices), first)
+            region = Region(buffer, offset, min(rows, height), min(columns, width), width)
+            calls.append(self._access(region, writes))
         return calls
+
+
+def _at(expression: Any, values: dict[Any, Any]) -> Any:
+    """The expression with variables' values in their place."""
+    if expression in values:
+        return values[expression]
+    inner = operands(expression)
+    return type(expression)(*(_at(o, values) for o in inner)) if inner else expression
 
 
 def _dtype(expression: Any) -> str:
@@ -307,12 +320,34 @@ def _moved(at: list[Any], i: Any, j: Any) -> list[Any]:
     return [*at[:-2], at[-2] + i, at[-1] + j]
 
 
-def _bytes(region: Region) -> int:
-    return ((region.rows - 1) * region.stride + region.columns) * numpy_dtype(str(region.buffer.dtype)).itemsize
-
-
 def _call(name: str, *arguments: Any) -> Any:
     return tirx.Evaluate(tirx.call_packed(_PREFIX + name, *arguments))
+
+
+@attrs.frozen
+class _Area:
+    """Rows of a buffer: the first one's address, how many, bytes of each and from one to the next."""
+
+    begin: int
+    rows: int
+    width: int
+    stride: int
+
+    def overlaps(self, other: _Area) -> bool:
+        """Whether some byte lies in both; areas of different strides are taken for all that lies between their rows, too."""
+        a, b = (area.begin + (area.rows - 1) * area.stride + area.width for area in (self, other))
+        if other.begin >= a or self.begin >= b:
+            return False
+        if self.stride != other.stride:
+            return True
+        down, across = divmod(other.begin - self.begin, self.stride)
+
+        def rows_meet(first: int) -> bool:
+            return first < self.rows and first + other.rows > 0
+
+        # The other's rows begin behind this one's, and may reach into its next ones.
+        beside, behind = across < self.width, across + other.width > self.stride
+        return (beside and rows_meet(down)) or (behind and rows_meet(down + 1))
 
 
 @attrs.frozen(eq=False)
@@ -332,9 +367,9 @@ class _Transfer:
         for row in range(self.rows):
             ctypes.memmove(self.to + row * self.to_stride, self.source + row * self.source_stride, self.width)
 
-    def vmem(self) -> tuple[int, int]:
+    def vmem(self) -> _Area:
         begin, stride = (self.source, self.source_stride) if self.stores else (self.to, self.to_stride)
-        return begin, begin + (self.rows - 1) * stride + self.width
+        return _Area(begin, self.rows, self.width, stride)
 
 
 @attrs.define(eq=False)
@@ -353,8 +388,7 @@ class Engine:
 
     def start(self, queue: int, transfer: _Transfer) -> None:
         """Begin a copy; one outside of a group (queue < 0) is waited for at once."""
-        begin, end = transfer.vmem()
-        self.access(begin, end - begin, transfer.name, writes=not transfer.stores)
+        self.access(transfer.vmem(), transfer.name, writes=not transfer.stores)
         if queue < 0:
             transfer.land()
             return
@@ -375,11 +409,10 @@ class Engine:
                 if self.late:
                     transfer.land()
 
-    def access(self, begin: int, size: int, name: str, *, writes: bool) -> None:
+    def access(self, area: _Area, name: str, *, writes: bool) -> None:
         """VMEM is read or written: a race where a copy under way writes it, or reads what is written here."""
         for transfer in (*self.open, *(t for queue in self.queues.values() for group in queue for t in group)):
-            first, last = transfer.vmem()
-            if first < begin + size and begin < last and (writes or not transfer.stores):
+            if (writes or not transfer.stores) and area.overlaps(transfer.vmem()):
                 self.races.append(
                     f"{name} is {'written' if writes else 'read'} while a copy of {transfer.name} is under way"
                 )
@@ -413,6 +446,8 @@ tvm.register_global_func(_PREFIX + "commit", lambda queue: _engine().commit(queu
 tvm.register_global_func(_PREFIX + "wait", lambda queue, inflight: _engine().wait(queue, inflight), override=True)
 tvm.register_global_func(
     _PREFIX + "access",
-    lambda begin, size, name, writes: _engine().access(_pointer(begin), size, name, writes=bool(writes)),
+    lambda begin, rows, width, stride, name, writes: _engine().access(
+        _Area(_pointer(begin), rows, width, stride), name, writes=bool(writes)
+    ),
     override=True,
 )

@@ -183,14 +183,14 @@ class _Walker:
         if _name(vmem.buffer) in self.prefetched:
             return lambda env: iter(())
         nbytes = vmem.rows * vmem.columns * numpy_dtype(str(vmem.buffer.dtype)).itemsize
-        slot, stores = self._slot(vmem), copy.to.in_hbm
+        parts_of, stores = self._parts(vmem), copy.to.in_hbm
 
         def events(env: Env) -> Iterator[Event]:
-            semaphore, name = self.queue or AT_ONCE, slot(env)
+            semaphore, names = self.queue or AT_ONCE, parts_of(env)
             if stores:
-                yield Copy(nbytes, VMEM, HBM, semaphore, reads=name)
+                yield Copy(nbytes, VMEM, HBM, semaphore, reads=names)
             else:
-                yield Copy(nbytes, HBM, VMEM, semaphore, writes=name)
+                yield Copy(nbytes, HBM, VMEM, semaphore, writes=names)
             if self.queue is None:
                 yield Wait(AT_ONCE)
             else:
@@ -198,13 +198,29 @@ class _Walker:
 
         return events
 
-    def _slot(self, region: Region) -> Callable[[Env], str]:
-        """The name of the slot that a region lies in."""
+    def _parts(self, region: Region) -> Callable[[Env], tuple[str, ...]]:
+        """The names of the parts of a slot that a region lies in: those of rows where x is copied and multiplied by blocks of them, of rows and
+        columns where results and sums are; of other buffers the whole."""
         name, offset = _name(region.buffer), number(region.offset)
-        size = math.prod(int(n) for n in region.buffer.shape[-2:])
+        height, width = (int(n) for n in region.buffer.shape[-2:])
         if name in self.prefetched:
-            return lambda env: name
-        return lambda env: f"{name}[{offset(env) // size}]"
+            return lambda env: (name,)
+        rows = self.tiles.head if name in ("x", "result", "sums") else height
+        columns = self.tiles.unit[0] if name in ("result", "sums") else width
+        known: dict[int, tuple[str, ...]] = {}
+
+        def names(env: Env) -> tuple[str, ...]:
+            begin = offset(env)
+            if begin not in known:
+                slot, inside = divmod(begin, height * width)
+                row, column = divmod(inside, width)
+                down = range(row // rows, -(-(row + region.rows) // rows))
+                across = range(column // columns, -(-(column + region.columns) // columns))
+                whole = rows == height and columns == width
+                known[begin] = tuple(f"{name}[{slot}]" + f" {i}, {j}" * (not whole) for i in down for j in across)
+            return known[begin]
+
+        return names
 
     def _products(self, nest: Any) -> Part:
         """One product per block of sums, of the sizes that the instructions in a nest of loops add up to."""
@@ -213,21 +229,23 @@ class _Walker:
         first = next((m for m in map(instruction, parts(nest)) if isinstance(m, Multiply)), None)
         if first is None:
             return lambda env: iter(())
-        x, w, sums = self._slot(first.x), self._slot(first.w), number(first.sums.offset)
-        known: dict[int, list[tuple[int, int, int, int]]] = {}  # outer loops choose slots and the first block, no more
+        x, w, sums = self._parts(first.x), self._parts(first.w), number(first.sums.offset)
+        known: dict[
+            int, list[tuple[Callable[[Env], tuple[str, ...]], int, int, int]]
+        ] = {}  # outer loops choose slots and the first block, no more
 
         def events(env: Env) -> Iterator[Event]:
             outer = {**env, **inner}
-            reads, begin = (x(outer), w(outer)), sums(outer)
+            reads, begin = (*x(outer), *w(outer)), sums(outer)
             if begin not in known:
                 known[begin] = self._blocks(instructions(env))
             for block, m, k, n in known[begin]:
-                yield Matmul(m, k, n, self.dtype, reads, _block(block))
+                yield Matmul(m, k, n, self.dtype, reads, block(outer))
 
         return events
 
-    def _blocks(self, instructions: Iterable[tuple[Multiply, int, int, int]]) -> list[tuple[int, int, int, int]]:
-        """(block of sums, m, k, n) of instructions, in their order."""
+    def _blocks(self, instructions: Iterable[tuple[Multiply, int, int, int]]) -> list[tuple[Any, int, int, int]]:
+        """(names of sums, m, k, n) of the blocks that instructions make up, in their order."""
         found: dict[int, tuple[Multiply, set[int], set[int], set[int]]] = {}
         for multiply, *offsets in instructions:
             block = self._block_of(offsets[0], int(multiply.sums.buffer.shape[-1]))
@@ -235,11 +253,13 @@ class _Walker:
             for seen, offset in zip(tiles, offsets, strict=True):
                 seen.add(offset)
         blocks = []
-        for block, (multiply, *tiles) in found.items():
+        for multiply, *tiles in found.values():
             # Sums are m x n tiles, x is m x k, w k x n: three numbers that are known for three that aren't.
             sums, x, w = map(len, tiles)
             m = math.isqrt(sums * x // w)
-            blocks.append((block, m * multiply.x.rows, x // m * multiply.x.columns, sums // m * multiply.w.columns))
+            rows, columns = m * multiply.sums.rows, sums // m * multiply.sums.columns
+            whole = attrs.evolve(multiply.sums, offset=min(tiles[0]), rows=rows, columns=columns)
+            blocks.append((self._parts(whole), rows, x // m * multiply.x.columns, columns))
         return blocks
 
     def _block_of(self, offset: int, width: int) -> int:
@@ -255,31 +275,27 @@ class _Walker:
         read = list(walk.loads(nest.value))
         rows, columns = (int(loop.extent) for loop in loops[-2:])
         outer, inner = loops[:-2], {loop.loop_var: 0 for loop in loops[-2:]}
-        slots = [self._element(load.source, load.indices) for load in read]
-        target = self._element(nest.buffer, nest.indices)
+        sources = [self._elements(load.source, load.indices, loops[-2:]) for load in read]
+        target = self._elements(nest.buffer, nest.indices, loops[-2:])
         dtype, size = str(nest.buffer.dtype), rows * columns
         adds, costly = _work(nest.value)
 
         def events(env: Env) -> Iterator[Event]:
             for here in _turns(outer, env):
                 here = {**here, **inner}
-                reads, writes = tuple(dict.fromkeys(slot(here) for slot in slots)), target(here)
+                reads, writes = tuple(dict.fromkeys(name for names in sources for name in names(here))), target(here)
                 for turns, op in ((1, "epilogue"), (adds, "element"), (costly, "exp")):
                     if turns:
                         yield Vector(size * turns, dtype, op, reads, writes)
 
         return events
 
-    def _element(self, buffer: Any, indices: Any) -> Callable[[Env], str]:
-        """The name of the slot, or block of sums, of an element."""
-        name, found = _name(buffer), [number(i) for i in indices]
-        if name == "sums":
-            width = int(buffer.shape[-1])
-            return lambda env: _block(self._block_of(found[-2](env) * width + found[-1](env), width))
-        if name in self.prefetched:
-            return lambda env: name
-        slot = found[0] if len(found) == 3 else lambda env: 0
-        return lambda env: f"{name}[{slot(env)}]"
+    def _elements(self, buffer: Any, indices: Any, loops: list[Any]) -> Callable[[Env], tuple[str, ...]]:
+        """The names of what a nest's two innermost loops go over in a buffer."""
+        rows, columns = (
+            int(loop.extent) if int(whole) > 1 else 1 for loop, whole in zip(loops, buffer.shape[-2:], strict=True)
+        )
+        return self._parts(Region(buffer, walk.offset_of(buffer, indices), rows, columns, int(buffer.shape[-1])))
 
 
 def _name(buffer: Any) -> str:
@@ -288,10 +304,6 @@ def _name(buffer: Any) -> str:
 
 def _queue(value: Any) -> str:
     return f"queue {int(value)}"
-
-
-def _block(number: int) -> str:
-    return f"sums, block {number}"
 
 
 def _multiplies(nest: Any) -> bool:

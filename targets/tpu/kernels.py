@@ -19,13 +19,13 @@ from jisu.compiler.errors import CompileError
 from jisu.compiler.graph import WEIGHT, Graph, Node, Op
 from jisu.compiler.ops.quantize import layer_parts
 from jisu.compiler.schemes import SCHEMES
-from jisu.compiler.types import TensorType
+from jisu.compiler.types import TensorType, round_up
 from jisu.targets.tpu import attention, splice
 from jisu.targets.tpu.attention import Attention
 from jisu.targets.tpu.chip import Chip
 from jisu.targets.tpu.pallas import source
 from jisu.targets.tpu.product import lower
-from jisu.targets.tpu.spec import Product, round_up
+from jisu.targets.tpu.spec import Product
 from jisu.targets.tpu.splice import Part
 from jisu.targets.tpu.stablehlo.build import Value
 from jisu.targets.tpu.stablehlo.contract import gate, unpack

@@ -36,9 +36,9 @@ from jisu.targets.tpu.walk import (
     elementwise,
     instruction,
     loads,
+    offset_of,
     operands,
     parts,
-    substitute,
 )
 
 _BINARY = {"Add": "+", "Sub": "-", "Mul": "*", "Div": "/"}
@@ -62,7 +62,7 @@ class _Writer:
     loops: list[Any] = attrs.Factory(list)
     queue: int | None = None
     queues: dict[int, dict[str, Copy]] = attrs.Factory(dict)
-    pending: dict[int, list[str]] = attrs.Factory(dict)
+    pending: dict[int, list[list[str]]] = attrs.Factory(dict)  # groups of copies to tiles without slots
     counts: Counter[str] = attrs.Factory(Counter)
 
     # The module
@@ -78,7 +78,9 @@ class _Writer:
         groups = [_hbm(o.name) for o in self.lowered.operands], map(_name, allocated), [f"{n}_copied" for n in copied]
         parameters = "".join(f"\n    {', '.join(group)}," for group in groups)
         scratch = [f"pltpu.VMEM({_shape(b)}, jnp.{b.dtype})" for b in allocated]
-        scratch += [f"pltpu.SemaphoreType.DMA(({_slots(b)},))" for n in copied for b in allocated if _name(b) == n]
+        scratch += [
+            f"pltpu.SemaphoreType.DMA(({self._copies(b)},))" for n in copied for b in allocated if _name(b) == n
+        ]
         listed = "".join(f"\n            {s}," for s in scratch)
         shapes = "".join(f"\n    {o.padded},  # {o.name}, {o.dtype}, {_meaning(o)}" for o in inputs)
         p, t, chip = self.lowered.product, self.lowered.tiles, self.lowered.chip
@@ -109,7 +111,7 @@ def pad(array, shape):
 
 
 def await_copy(tile, copied, slot):
-    """Wait until the copy to a tile's slot has come."""
+    """Wait until all of a tile's slot is copied, at once or in parts: semaphores count bytes."""
     copy(tile.at[slot], tile.at[slot], copied.at[slot]).wait()
 
 
@@ -162,10 +164,11 @@ def kernel(*arrays, interpret=False):
                 pass
             case tirx.AttrStmt() if s.attr_key == COMMIT:
                 self.queue = int(s.value)
+                self.pending.setdefault(self.queue, []).append([])
                 self._statement(s.body)
                 self.queue = None
             case tirx.AttrStmt() if s.attr_key == WAIT:
-                self._wait(int(s.value), s.body.body)
+                self._wait(int(s.value), int(s.body.value), s.body.body)
                 self._statement(s.body.body)
             case tirx.AttrStmt():
                 self._statement(s.body)
@@ -193,9 +196,6 @@ def kernel(*arrays, interpret=False):
         self._put(f"def step_{variable}({variable}, carry):")
         self.loops.append(loop)
         begin = len(self.lines)
-        carried = {queue: found for queue in self.pending if (found := _committed(loop, queue))}
-        for queue, copies in carried.items():
-            self.pending[queue] = self._shifted(copies, loop.loop_var, loop.loop_var - 1)
         with self._indented():
             self._statement(loop.body)
             self._share_quotients(begin, variable)
@@ -203,14 +203,7 @@ def kernel(*arrays, interpret=False):
         self.loops.pop()
         self._put("")
         first, count = int(loop.min), int(loop.extent)
-        for queue, copies in carried.items():
-            self.pending[queue] = self._shifted(copies, loop.loop_var, first + count - 1)
         self._put(f"lax.fori_loop({first}, {first + count}, step_{variable}, 0)")
-
-    def _shifted(self, copies: list[Any], variable: Any, value: Any) -> list[str]:
-        """Copies that another step of a loop started."""
-        moved = [instruction(substitute(copy, variable, value)) for copy in copies]
-        return [self._transfer(copy) for copy in moved if isinstance(copy, Copy)]
 
     def _share_quotients(self, begin: int, variable: str) -> None:
         """Give names to quotients and remainders of a loop's variable that the lines from `begin` on use again and again."""
@@ -252,11 +245,13 @@ def kernel(*arrays, interpret=False):
             self._put(f"{text}.wait()")
             return
         self.queues.setdefault(self.queue, {})[_name(copy.vmem.buffer)] = copy
-        self.pending.setdefault(self.queue, []).append(text)
+        if not copy.to.in_hbm and len(copy.to.buffer.shape) == 2:
+            self.pending[self.queue][-1].append(text)
         self._put(f"{text}.start()")
 
     def _transfer(self, copy: Copy) -> str:
-        slot = self._slot(copy.vmem)
+        pieces = self._pieces(copy.vmem.buffer)
+        slot = self._slot(copy.vmem) if copy.to.in_hbm or not pieces else pieces.index(int(copy.vmem.offset))
         semaphore = f"{_name(copy.vmem.buffer)}_copied.at[{slot}]"
         return f"copy({self._ref(copy.source)}, {self._ref(copy.to)}, {semaphore})"
 
@@ -266,17 +261,38 @@ def kernel(*arrays, interpret=False):
         analyzer = bound_analyzer([*self.loops, *loops])
         return self._index(region.indices(analyzer)[0]) if len(region.buffer.shape) == 3 else "0"
 
-    def _wait(self, queue: int, body: Any) -> None:
-        """Wait for the group of copies whose slots the body reads; without a body, for those that the statements before started."""
+    def _pieces(self, buffer: Any) -> list[int]:
+        """Where the pieces begin by which a tile without slots is filled; each has a semaphore, for they may come in any order."""
+        if len(buffer.shape) > 2:
+            return []
+        copies = (c.to for c in _copies(self.lowered.function.body) if not c.to.in_hbm and c.to.buffer.same_as(buffer))
+        return sorted({int(region.offset) for region in copies})
+
+    def _copies(self, buffer: Any) -> int:
+        """How many semaphores a buffer's copies have."""
+        return len(self._pieces(buffer)) or (int(buffer.shape[0]) if len(buffer.shape) == 3 else 1)
+
+    def _wait(self, queue: int, inflight: int, body: Any) -> None:
+        """Wait for the copies to or from the slots that the body reads or writes; without a body, for the oldest groups, or all that leave."""
         started = self.queues.get(queue, {})
-        slots = {_name(r.buffer): self._slot(r, body) for r in _read(body)}
+        slots = {_name(r.buffer): self._slot(r, body) for r in _used(body)}
         slot = next((slots[name] for name in started if name in slots), None)
-        if slot is None:
-            for text in self.pending.pop(queue, []):
-                self._put(f"{text}.wait()")
+        if slot is not None:
+            for name in started:
+                self._put(f"await_copy({name}, {name}_copied, {slot})")
             return
-        for name in started:
-            self._put(f"await_copy({name}, {name}_copied, {slot})")
+        groups = self.pending.get(queue, [])
+        if any(groups):
+            while len(groups) > inflight:
+                for text in groups.pop(0):
+                    self._put(f"{text}.wait()")
+            return
+        for name, copy in started.items():
+            shape = copy.vmem.buffer.shape
+            if len(shape) == 2:
+                self._put(f"copy({name}, {name}, {name}_copied.at[0]).wait()")
+            for number in range(int(shape[0]) if len(shape) == 3 else 0):
+                self._put(f"await_copy({name}, {name}_copied, {number})")
 
     # Blocks
 
@@ -449,12 +465,6 @@ def _multiplied(loop: Any) -> tuple[Zero | Multiply, list[Any]] | None:
     return (found, unrolled) if unrolled and isinstance(found, (Zero, Multiply)) else None
 
 
-def _committed(loop: Any, queue: int) -> list[Any]:
-    """The copies that a loop's body starts in a queue."""
-    groups = (p for p in parts(loop) if isinstance(p, tirx.AttrStmt) and p.attr_key == COMMIT and int(p.value) == queue)
-    return [p for group in groups for p in parts(group) if isinstance(instruction(p), Copy)]
-
-
 def _copies(statement: Any) -> Iterator[Copy]:
     for part in parts(statement):
         found = instruction(part)
@@ -462,22 +472,16 @@ def _copies(statement: Any) -> Iterator[Copy]:
             yield found
 
 
-def _read(statement: Any) -> Iterator[Region]:
-    """Tiles in VMEM that a statement's products and elementwise nests read."""
+def _used(statement: Any) -> Iterator[Region]:
+    """Tiles in VMEM that a statement's products and elementwise nests read or write."""
     for part in parts(statement):
         found = instruction(part)
         if isinstance(found, Multiply):
             yield from (found.x, found.w)
         if isinstance(part, tirx.BufferStore):
+            yield Region(part.buffer, offset_of(part.buffer, part.indices), 1, 1, 1)
             for load in loads(part.value):
-                yield Region(load.source, _flat(load), 1, 1, 1)
-
-
-def _flat(load: Any) -> Any:
-    offset: Any = 0
-    for index, size in zip(load.indices, load.source.shape, strict=True):
-        offset = offset * int(size) + index
-    return offset
+                yield Region(load.source, offset_of(load.source, load.indices), 1, 1, 1)
 
 
 def _mentions(expression: Any, variable: Any) -> bool:
@@ -531,10 +535,6 @@ def _hbm(name: str) -> str:
 
 def _shape(buffer: Any) -> str:
     return f"({', '.join(str(int(n)) for n in buffer.shape)})"
-
-
-def _slots(buffer: Any) -> int:
-    return int(buffer.shape[0]) if len(buffer.shape) == 3 else 1
 
 
 def _meaning(operand: Any) -> str:

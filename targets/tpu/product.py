@@ -2,12 +2,13 @@
 
 The computation is written once, without tiles (`_computation`); a schedule makes of it what the tiles say. TVM's software pipelining
 then gives copied tiles two slots each, starts a step's copies while the step before multiplies, and marks what is started together
-(`async_commit_queue_scope`) and how many such groups may still be under way when a step begins (`async_wait_inflight_count`).
+(`async_commit_queue_scope`) and how many such groups may still be under way when a step begins (`async_wait_inflight_count`). `steps`
+makes blocks of the steps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import attrs
@@ -18,27 +19,9 @@ from jisu.targets.tpu import intrinsics
 from jisu.targets.tpu.chip import Chip
 from jisu.targets.tpu.intrinsics import HBM, SUMS, VMEM
 from jisu.targets.tpu.spec import Operand, Product
+from jisu.targets.tpu.steps import LOAD, overlap
 from jisu.targets.tpu.tiles import Tiles, choose_tiles
-from jisu.targets.tpu.walk import (
-    COMMIT,
-    INFLIGHT,
-    WAIT,
-    Copy,
-    Multiply,
-    commit,
-    elementwise,
-    flat,
-    instruction,
-    parts,
-    rebuild,
-    substitute,
-    wait,
-)
-
-LOAD, STORE = 0, 2
-"""Stages of the pipeline whose copies are asynchronous, and so the numbers of their queues."""
-ONCE = 1
-"""The queue of copies that are needed once before a pipeline begins, beside its first ones."""
+from jisu.targets.tpu.walk import COMMIT, WAIT, flat, parts, rebuild, substitute
 
 
 @attrs.frozen(eq=False)
@@ -63,8 +46,7 @@ def lower(product: Product, chip: Chip, tiles: Tiles | None = None) -> Lowered:
     schedule = s_tir.Schedule(_computation(product, operands))
     _Scheduler(schedule, product, tiles, operands).run()
     function = _passes(schedule.mod)["main"]
-    body = _fuse_epilogues(_start_together(_await_stores(function.body)))
-    function = function.with_body(body)
+    function = function.with_body(overlap(function.body, tiles))
     return Lowered(product, tiles, chip, function, operands)
 
 
@@ -91,11 +73,7 @@ def _peel(body: Any) -> Any:
     """The first and last steps of a pipeline one by one: TVM leaves them as loops to be unrolled, with conditions inside."""
 
     def visit(statement: Any) -> Any:
-        if (
-            not isinstance(statement, tirx.For)
-            or statement.kind != tirx.ForKind.UNROLLED
-            or not _starts_copies(statement)
-        ):
+        if not isinstance(statement, tirx.For) or statement.kind != tirx.ForKind.UNROLLED or not _is_step(statement):
             return None
         first, count = int(statement.min), int(statement.extent)
         return flat([substitute(rebuild(statement.body, visit), statement.loop_var, first + n) for n in range(count)])
@@ -103,119 +81,8 @@ def _peel(body: Any) -> Any:
     return rebuild(body, visit)
 
 
-def _starts_copies(statement: Any) -> bool:
-    return any(isinstance(part, tirx.AttrStmt) and part.attr_key == COMMIT for part in parts(statement))
-
-
-def _await_stores(body: Any) -> Any:
-    """Wait for a step's stores before the next ones begin and at the end of a sequence, so that the step after finds their slot free: TVM
-    waits only for what a consumer reads. Between a store and its wait lies the computation of one tile, into the other slot, and the next
-    step's loads are started before it. A loop's first step has no stores before it: it stands in front of the loop."""
-
-    def commits(part: Any) -> bool:
-        return isinstance(part, tirx.AttrStmt) and part.attr_key == COMMIT and int(part.value) == STORE
-
-    def stores(loop: Any) -> bool:
-        return isinstance(loop, tirx.For) and isinstance(loop.body, tirx.SeqStmt) and any(map(commits, loop.body.seq))
-
-    def sequence(found: Sequence[Any], storing: bool) -> tuple[list[Any], bool]:
-        done: list[Any] = []
-        for part in found:
-            if stores(part):
-                first, count = int(part.min), int(part.extent)
-                peeled, storing = sequence(substitute(part.body, part.loop_var, first).seq, storing)
-                done += peeled
-                if count > 1:
-                    rest = flat(sequence(part.body.seq, True)[0])
-                    done.append(tirx.For(part.loop_var, first + 1, count - 1, part.kind, rest))
-                continue
-            if commits(part):
-                done += [wait(STORE, 0, tirx.Evaluate(0))] if storing else []
-                storing = True
-            done.append(rebuild(part, visit))
-        return done, storing
-
-    def visit(statement: Any) -> Any:
-        if not isinstance(statement, tirx.SeqStmt):
-            return None
-        done, storing = sequence(statement.seq, False)
-        return flat([*done, wait(STORE, 0, tirx.Evaluate(0))] if storing else done)
-
-    return rebuild(body, visit)
-
-
-def _start_together(body: Any) -> Any:
-    """Copies that TVM left synchronous start together, beside a pipeline's first ones, and are waited for where computing begins."""
-
-    def loads(part: Any) -> bool:
-        found = instruction(part)
-        return isinstance(found, Copy) and not found.to.in_hbm
-
-    def starts(part: Any) -> bool:
-        return isinstance(part, tirx.AllocBuffer) or (isinstance(part, tirx.AttrStmt) and part.attr_key == COMMIT)
-
-    def visit(statement: Any) -> Any:
-        if not isinstance(statement, tirx.SeqStmt) or not any(map(loads, statement.seq)):
-            return None
-        done: list[Any] = []
-        started: list[Any] = []
-        under_way = False
-        for part in statement.seq:
-            if loads(part):
-                started.append(part)
-                continue
-            if started and not isinstance(part, tirx.AllocBuffer):
-                done.append(commit(ONCE, flat(started)))
-                started, under_way = [], True
-            if under_way and not starts(part):
-                done.append(wait(ONCE, 0, tirx.Evaluate(0)))
-                under_way = False
-            done.append(rebuild(part, visit))
-        return flat(done)
-
-    return rebuild(body, visit)
-
-
-def _fuse_epilogues(body: Any) -> Any:
-    """What is computed of a block of sums follows the block's product, so that the vector unit works while the next block is multiplied."""
-
-    def visit(statement: Any) -> Any:
-        if not isinstance(statement, tirx.SeqStmt):
-            return None
-        done: list[Any] = []
-        for part in statement.seq:
-            fused = _fused(done[-1], part) if done and elementwise(part) else None
-            if fused is None:
-                done.append(rebuild(part, visit))
-            else:
-                done[-1] = fused
-        return flat(done)
-
-    return rebuild(body, visit)
-
-
-def _fused(product: Any, epilogue: Any) -> Any:
-    """Both nests as one over their blocks; None where they have a single one, or don't fit."""
-    if isinstance(product, tirx.AttrStmt) and product.attr_key in (WAIT, INFLIGHT):
-        inner = _fused(product.body, epilogue)
-        return None if inner is None else tirx.AttrStmt(product.node, product.attr_key, product.value, inner)
-    if not isinstance(product, tirx.For) or not any(isinstance(instruction(p), Multiply) for p in parts(product)):
-        return None
-    blocks = 0
-    loop = epilogue
-    while isinstance(loop, tirx.For):
-        blocks, loop = blocks + 1, loop.body
-
-    def fuse(a: Any, b: Any, left: int) -> Any:
-        if not left:
-            return flat([a, b])
-        same = isinstance(a, tirx.For) and int(a.extent) == int(b.extent) and int(a.min) == int(b.min)
-        if not same or a.kind != tirx.ForKind.SERIAL:
-            return None
-        inner = fuse(a.body, substitute(b.body, b.loop_var, a.loop_var), left - 1)
-        return None if inner is None else tirx.For(a.loop_var, a.min, a.extent, a.kind, inner)
-
-    return fuse(product, epilogue, blocks - 2) if blocks > 2 else None
+def _is_step(statement: Any) -> bool:
+    return any(isinstance(part, tirx.AttrStmt) and part.attr_key in (COMMIT, WAIT) for part in parts(statement))
 
 
 ACTIVATION: dict[str, Callable[[Any], Any]] = {
@@ -358,22 +225,17 @@ class _Scheduler:
         self.schedule.tensorize(j if rows == 1 else i, intrinsics.copy_tile(rows, columns, dtype, source, to))
 
     def _pipeline(self, loop: Any) -> None:
-        """Copies to VMEM are the first stage, a step ahead; copies of results to HBM are the last one, a step behind."""
+        """Copies to VMEM are the first stage, a step ahead."""
         sch = self.schedule
-        body = sch.get(loop).body
-        kinds = [_kind(part) for part in body.seq]
-        stage = {"load": LOAD, "compute": 1, "store": STORE}
-        order = [0] * len(kinds)
+        kinds = [_kind(part) for part in sch.get(loop).body.seq]
         # Within a step, all copies are started before anything is computed.
-        numbers = [n for wanted in ("load", "store", "compute") for n, kind in enumerate(kinds) if kind == wanted]
-        for place, n in enumerate(numbers):
-            order[n] = place
+        numbers = [n for wanted in ("load", "compute", "store") for n, kind in enumerate(kinds) if kind == wanted]
         if "store" in kinds:
             # While one tile of results is stored, the next one is computed; TVM doesn't see that such a copy takes its time.
             sch.annotate(sch.get_sblock("result"), "double_buffer_scope", 0)
-        sch.annotate(loop, "software_pipeline_stage", [stage[kind] for kind in kinds])
-        sch.annotate(loop, "software_pipeline_order", order)
-        sch.annotate(loop, "software_pipeline_async_stages", sorted({stage[kind] for kind in kinds} - {1}))
+        sch.annotate(loop, "software_pipeline_stage", [LOAD if kind == "load" else LOAD + 1 for kind in kinds])
+        sch.annotate(loop, "software_pipeline_order", [numbers.index(n) for n in range(len(kinds))])
+        sch.annotate(loop, "software_pipeline_async_stages", [LOAD])
 
 
 def _kind(part: Any) -> str:

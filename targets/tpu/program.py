@@ -26,10 +26,9 @@ from jisu.compiler import axes, ops, rows
 from jisu.compiler.cost import INTEGER, VIEWS
 from jisu.compiler.errors import TargetError
 from jisu.compiler.graph import INPUT, WEIGHT, Graph, Node
-from jisu.compiler.types import TensorType, TupleType, is_float, product, substitute
+from jisu.compiler.types import TensorType, TupleType, is_float, product, round_up, substitute
 from jisu.targets.tpu.chip import Chip, itemsize
 from jisu.targets.tpu.events import HBM, VMEM, Copy, Event, Matmul, Vector, Wait
-from jisu.targets.tpu.spec import round_up
 from jisu.targets.tpu.systolic import ceil_div
 from jisu.targets.tpu.timing import LABEL, Span, Timeline, simulate, trace
 

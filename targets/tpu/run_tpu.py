@@ -1,88 +1,85 @@
-"""Checks this folder's programs on a TPU and times them; with --cpu, on the processor; with --kernels, those with jisu's own kernels.
+"""Checks this folder's programs on a TPU and times them: `pip install "jax[tpu]" flatbuffers`, then `python run_tpu.py`.
 
-    pip install "jax[tpu]" flatbuffers safetensors
-    python run_tpu.py
-"""  # fmt: skip
+--cpu: on JAX's processor backend; --kernels: the programs that have jisu's own kernels in them.
+"""
 
 import hashlib
 import json
-import os
 import statistics
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
+
 HERE = Path(__file__).resolve().parent
+WORDS = {"BOOL": "bool", "BF": "bfloat", "F": "float", "I": "int", "U": "uint"}
 
 
-def tensors(name: str) -> dict[str, Any]:
-    """The arrays of a file, in the device's memory."""
-    from safetensors import safe_open
+def tensors(name: str) -> dict[str, np.ndarray]:
+    """The arrays of a safetensors file."""
+    data, found = np.memmap(HERE / name, np.uint8, "r"), {}
+    begin = 8 + int.from_bytes(data[:8].tobytes(), "little")
+    for key, held in json.loads(data[8:begin].tobytes()).items():
+        if key != "__metadata__":
+            word = held["dtype"].rstrip("0123456789")
+            dtype = jax.numpy.dtype(held["dtype"].replace(word, WORDS[word]))
+            found[key] = data[begin:][slice(*held["data_offsets"])].view(dtype).reshape(held["shape"])
+    return found
 
-    with safe_open(HERE / name, framework="flax") as file:
-        return {key: file.get_tensor(key) for key in file.keys()}
+
+def right(name: str, result: Any, wanted: Any, tolerance: float) -> bool:
+    """Whether a result is off by no more than a part of its largest number."""
+    got, want = np.asarray(result, np.float64), np.asarray(wanted, np.float64)
+    error = float(np.abs(got - want).max() / max(np.abs(want).max(), 1e-6))
+    print(f"{name} is off by {error:.2g} of its largest, {tolerance} is allowed")
+    return error <= tolerance
 
 
 def main() -> None:
-    import jax
-    import numpy as np
-
-    on_cpu = "--cpu" in sys.argv or os.environ.get("JISU_PLATFORM") == "cpu"
+    form, on_cpu = "with_kernels" if "--kernels" in sys.argv else "export", "--cpu" in sys.argv
     jax.config.update("jax_platforms", "cpu" if on_cpu else jax.config.jax_platforms)
     jax.config.update("jax_enable_x64", True)
-    if not (HERE / "manifest.json").is_file():
-        sys.exit(f"{HERE} holds no manifest.json: run this script in the folder that `jisu export` wrote")
     if jax.default_backend() != "tpu" and not on_cpu:
         sys.exit(f"JAX finds no TPU here, only {jax.default_backend()!r}; --cpu runs on the processor")
     manifest = json.loads((HERE / "manifest.json").read_text())
     for name, wanted in manifest["sha256"].items():
-        if not (HERE / name).is_file():
-            sys.exit(f"{name} is missing: copy the folder again")
-        with open(HERE / name, "rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != wanted:
-                sys.exit(f"{name} is damaged: copy the folder again")
-    form = "with_kernels" if "--kernels" in sys.argv else "export"
-    if any(form not in p for p in manifest["programs"]):
-        sys.exit("this folder has no programs with kernels: export it with --kernels")
-    weights = {key: array for name in manifest["weights"] for key, array in tensors(name).items()}
-    samples = tensors("samples.safetensors")
+        if not (HERE / name).is_file() or hashlib.sha256((HERE / name).read_bytes()).hexdigest() != wanted:
+            sys.exit(f"{name} is missing or damaged: copy the folder again")
+    weights = {key: jax.device_put(array) for name in manifest["weights"] for key, array in tensors(name).items()}
+    samples, ok = tensors("samples.safetensors"), True
     print(f"jax {jax.__version__} on {jax.devices()[0].device_kind}; programs made for {manifest['chip']}")
-    wrong, state = False, {}
-    for p in manifest["programs"]:  # each on its sample; one may go on with the caches that the one before left
-        if not p["sample"]["continues"]:
-            state = {i["name"]: jax.numpy.zeros(i["shape"], i["dtype"]) for i in p["inputs"] if i["state"]}
-        given = {i["name"]: samples[f"{p['name']}.{i['name']}"] for i in p["inputs"] if not i["state"]}
-        held = [weights[name] for name in p["weights"]]
+    for p in manifest["programs"]:
+        if form not in p:
+            sys.exit("this folder has no programs with kernels: export it with --kernels")
+        given = [samples[f"{p['name']}.{i['name']}"] for i in p["inputs"]]
+        if not p["continues"]:  # where the program before ended
+            state = [jax.numpy.zeros(s["shape"], s["dtype"]) for s in p["state"]]
         program = jax.export.deserialize(bytearray((HERE / p[form]).read_bytes()))
-        run = jax.jit(program.call, donate_argnums=tuple(p["donated"]))
-        results = run(*given.values(), *state.values(), *held)
-        state = {o["name"]: r for o, r in zip(p["outputs"], results, strict=True) if o["updates"] is not None}
-        for o, result in zip(p["outputs"], results, strict=True):
-            if o["updates"] is None:
-                got, want = (np.asarray(a, np.float64) for a in (result, samples[f"{p['name']}.{o['name']}"]))
-                error = float(np.abs(got - want).max() / max(np.abs(want).max(), 1e-6))
-                wrong |= not error <= o["tolerance"]
-                print(f"{p['name']}: {o['name']} is off by {error:.2g} of its largest, {o['tolerance']} is allowed")
+        step = jax.jit(program.call, donate_argnums=range(len(given), len(given) + len(state)))
         times, tokens = [], []
-        for _ in range(p["steps"]):  # greedy steps of a decoder, else the same call again
+        for turn in range(1 + p["steps"]):  # the sample; then a decoder's greedy steps, or the sample again
             begin = time.perf_counter()
-            if state:
-                ids = np.asarray(results[0])[:, -1].argmax(-1)[:, None]
-                given |= {"input_ids": ids.astype(np.int64), "length": np.asarray(given["length"]) + 1}
-                tokens.append(ids[:, 0].tolist())
-            results = jax.block_until_ready(run(*given.values(), *state.values(), *held))
-            state = {o["name"]: r for o, r in zip(p["outputs"], results, strict=True) if o["updates"] is not None}
+            found = jax.block_until_ready(step(*given, *state, *(weights[name] for name in p["weights"])))
             times.append(time.perf_counter() - begin)
-        if times:
-            seconds, read = statistics.median(times), sum(a.nbytes for a in (*held, *state.values()))
-            speed = f", {manifest['batch'] / seconds:.1f} tokens/s" if state else ""
-            print(f"{p['name']}: {seconds * 1e3:.3f} ms (median of {len(times)}){speed}; {read} bytes of weights and caches, "
-                  f"{read / seconds / 1e9:.2f} GB/s if all are read")  # fmt: skip
+            results, state = found[: len(p["outputs"])], found[len(p["outputs"]) :]
+            if turn == 0:
+                for o, result in zip(p["outputs"], results, strict=True):
+                    ok &= right(name := f"{p['name']}.{o['name']}", result, samples[name], o["tolerance"])
+            if state and p["steps"]:  # the first two inputs are tokens, and how many there were before
+                given[:2] = np.asarray(results[0])[:, -1:].argmax(-1), given[1] + 1
+                tokens.append(given[0][:, 0].tolist())
+        if p["steps"]:
+            seconds = statistics.median(times[1:])
+            speed = f"; {manifest['batch'] / seconds:.1f} tokens/s" if state else ""
+            print(f"{p['name']}: {seconds * 1e3:.3f} ms, median of {p['steps']}{speed}")
         if tokens:
-            wanted, tokens = manifest["tokens"], tokens[: len(manifest["tokens"])]
-            print(f"tokens: {tokens}, {'as' if tokens == wanted else 'NOT as'} in the simulation")
-    sys.exit("the results are wrong" if wrong else 0)
+            same = tokens[: len(manifest["tokens"])] == manifest["tokens"]
+            ok &= same
+            print(f"tokens: {tokens[: len(manifest['tokens'])]}, {'as' if same else 'NOT as'} in the simulation")
+    sys.exit(0 if ok else "the results are wrong")
 
 
 if __name__ == "__main__":

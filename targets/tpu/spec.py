@@ -20,11 +20,6 @@ ACCUMULATOR = {"int8": "int32", "bfloat16": "float32"}
 RESULTS = ("bfloat16", "float32")
 
 
-def round_up(value: int, multiple: int) -> int:
-    """The least multiple that isn't smaller."""
-    return -(-value // multiple) * multiple
-
-
 @attrs.frozen
 class Operand:
     """A tensor in HBM: `shape` as the caller knows it, `padded` as kernels see it."""

@@ -3,25 +3,32 @@
 A schedule moves tiles of x [m, k] and w [k, n] into VMEM, two of each where the next one comes while this one is multiplied, and one
 tile of the result back. Three orders:
 
-- "resident": a tile of x is copied once, panels of w stream past it; where it holds all rows, each byte moves once.
+- "resident": a tile of x is copied once, by blocks of rows, panels of w stream past it; where it holds all rows, each byte moves once.
 - "panels": every step copies a tile of x and a panel of w over the whole inner axis. Each is read again per tile of the other's axis.
 - "split": the inner axis is split, too, for products whose panels don't fit into VMEM.
 
+A step multiplies block by block; what is computed of a block's sums, and the copy of its results, run beside the next block. What nothing runs
+beside is the first block's copy and the last one's results: the first step begins with few rows (`head`), the last ends with few columns (`tail`).
+
 Schedules are ranked by `Tiles.cycles`, which costs a step's units as the timing model does (`systolic.work`, `vector_cycles`, the chip's
-bandwidth and latency) and adds up its pipeline in closed form: within ERROR of simulating the events of the lowered TIR. Of the schedules that
-are at most SLACK slower than the fastest, the one that moves the fewest bytes is taken: what HBM has left brings the next product's weights.
+bandwidth and latency): block by block in the first and the last step, in closed form between them; within ERROR of simulating the events of
+the lowered TIR. Of the schedules that are at most SLACK slower than the fastest, the one that moves the fewest bytes is taken: what HBM has
+left brings the next product's weights.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 
 import attrs
 
 from jisu.compiler.errors import CompileError
+from jisu.compiler.types import round_up
 from jisu.targets.tpu.chip import Chip
-from jisu.targets.tpu.spec import Product, round_up
+from jisu.targets.tpu.spec import Product
 from jisu.targets.tpu.systolic import vector_cycles, work
 
 HEADROOM = 8
@@ -31,8 +38,12 @@ ERROR = 0.15
 SLACK = 0.06
 """How much slower a schedule may be than the fastest one, if it moves fewer bytes."""
 _MOST_ROWS, _MOST_COLUMNS = 1024, 4096
-_BLOCK = 512  # rows, columns and inner size, at most, of what is multiplied at once
-_BLOCKS = (_BLOCK, _BLOCK // 2, _BLOCK // 4)
+_BLOCK = 512
+"""Rows, columns and inner size of the largest block: none of them has more multiplications, nor more than twice as many results."""
+_PARTS = 4
+"""Parts of the last block, at most."""
+_BLOCKS = 8
+"""Blocks of a step, at most, before the first and the last are cut: the code has them one by one there."""
 ACTIVATION_WORK: dict[str, tuple[int, int]] = {
     "none": (0, 0),
     "relu": (1, 0),
@@ -46,11 +57,22 @@ ACTIVATION_WORK: dict[str, tuple[int, int]] = {
 
 
 @attrs.frozen
+class Block:
+    """A part of a step's tile of results: its first row and how many, its first column and how many."""
+
+    row: int
+    rows: int
+    column: int
+    columns: int
+
+
+@attrs.frozen
 class Tiles:
     """Sizes of a product's tiles; m, n and k of one step, `padded` those of the whole product, multiples of them.
 
     order: see the module. rows, columns, inner: the block of m, n and k that is multiplied at once, from VMEM; it bounds the size of code.
-    unit: columns and inner size of what the matrix unit holds of w.
+    unit: columns and inner size of what the matrix unit holds of w. head: rows with which the first step begins, a part of `rows`, or all of
+    them. tail: the columns of the parts that the last step's last block is cut into.
     """
 
     order: str
@@ -62,6 +84,20 @@ class Tiles:
     columns: int
     inner: int
     unit: tuple[int, int]
+    head: int
+    tail: tuple[int, ...]
+
+    def blocks(self, *, first: bool = False, last: bool = False) -> list[Block]:
+        """The blocks of a step, in their order."""
+        rows = [(row, self.rows) for row in range(0, self.m, self.rows)]
+        if first and self.head < self.rows:
+            rows[:1] = [(0, self.head), (self.head, self.rows - self.head)]
+        found = [Block(*r, column, self.columns) for r in rows for column in range(0, self.n, self.columns)]
+        if last:
+            end = found.pop()
+            columns = itertools.accumulate(self.tail, initial=end.column)
+            found += [Block(end.row, end.rows, c, width) for c, width in zip(columns, self.tail, strict=False)]
+        return found
 
     @property
     def steps(self) -> int:
@@ -124,7 +160,8 @@ class Tiles:
             ("rows", self.m, self.rows),
             ("inner", self.k, self.inner),
             ("columns", self.n, self.columns),
-            ("unit n", self.columns, self.unit[0]),
+            ("head", self.rows, self.head),
+            *(("unit n", columns, self.unit[0]) for columns in (self.columns, *self.tail)),
             ("unit k", self.inner, self.unit[1]),
         ]
         for name, whole, part in nests:
@@ -141,37 +178,116 @@ class Tiles:
 
     def cycles(self, product: Product, chip: Chip, *, prefetched: bool = False, launch: bool = True) -> float:
         """Simulated cycles in closed form; prefetched: weights are in VMEM beforehand; launch: starting the kernel is counted."""
-        rate, latency = chip.hbm_bytes_per_cycle, chip.dma_latency * chip.clock
-        blocks = (self.m // self.rows) * (self.n // self.columns)
-        one = work(chip, self.rows, self.k, self.columns, product.dtype)
-        behind = sum(
-            vector_cycles(chip, self.rows * self.columns * turns, op)
-            for turns, op in zip((1, *ACTIVATION_WORK[product.activation]), ("epilogue", "element", "exp"), strict=True)
-        ) + vector_cycles(chip, self.rows * self.columns * (product.bias + product.residual), "element")
-        x, w = self.m * self.k * product.itemsize, 0 if prefetched else self.k * self.n * product.itemsize
-        store = self.m * self.n * product.result_itemsize
-        columns = self.n * 4 * (product.channel_scale + product.bias) + store * product.residual
-        rows = self.m * 4 * product.row_scale
-        turns = [whole // tile for whole, tile in zip(self.padded, (self.m, self.n, self.k), strict=True)]
-        started = chip.timing.launch if launch else 0.0
-        multiply = blocks * max(one.mxu, one.vector)
-        # The epilogue of one block runs beside the product of the next; a tile that is one block has nothing beside it.
-        whole = max(blocks * one.mxu, blocks * (one.vector + behind)) if blocks > 1 else multiply + behind
+        down, across, _ = self._turns
         if self.order == "split":
-            both = (x + w) / rate
-            pace = max(multiply, both, (both + latency + multiply) / 2 if x + w else 0.0)
-            scales = latency + (rows + columns) / rate if rows + columns else 0.0
-            tile = latency + both + (turns[2] - 1) * pace + multiply + scales + blocks * behind + latency + store / rate
-            return started + turns[0] * turns[1] * tile
-        resident = self.order == "resident"
-        once, load = (x + rows, w + columns) if resident else (0, x + w + columns + rows)
-        steps = turns[1] if resident else turns[0] * turns[1]
-        turnaround = (load / rate + latency + blocks * one.mxu) / 2 if load else 0.0
-        pace = max(whole, (load + store) / rate, turnaround)
-        last = whole if blocks == 1 else max(multiply, whole - behind) + behind
-        # Where copies set the pace, the first two steps' come together with what is copied once.
-        run = latency + (once + load) / rate + (steps - 1) * pace + last + latency + store / rate
-        return started + (turns[0] if resident else 1) * run
+            cycles = down * across * self._split_cycles(product, chip, prefetched)
+        elif self.order == "resident":
+            cycles = down * self._pipelined_cycles(product, chip, prefetched, across)
+        else:
+            cycles = self._pipelined_cycles(product, chip, prefetched, down * across)
+        return cycles + (chip.timing.launch if launch else 0.0)
+
+    @property
+    def _turns(self) -> tuple[int, int, int]:
+        """How many tiles there are along m, n and k."""
+        return self.padded[0] // self.m, self.padded[1] // self.n, self.padded[2] // self.k
+
+    def _copied(self, product: Product, prefetched: bool) -> tuple[int, int, int, int]:
+        """Bytes of a step's tiles: of x, of w, of what comes with each column, of the scales of rows."""
+        x, w = self.m * self.k * product.itemsize, 0 if prefetched else self.k * self.n * product.itemsize
+        columns = self.n * 4 * (product.channel_scale + product.bias)
+        columns += self.m * self.n * product.result_itemsize * product.residual
+        return x, w, columns, self.m * 4 * product.row_scale
+
+    def _pipelined_cycles(self, product: Product, chip: Chip, prefetched: bool, steps: int) -> float:
+        """Of the steps that follow one another without a pause."""
+        rate, latency = chip.hbm_bytes_per_cycle, chip.dma_latency * chip.clock
+        x, w, columns, rows = self._copied(product, prefetched)
+        # Where x is copied once, its first block of rows comes before the weights, the others behind them.
+        by_rows = self.order == "resident" or steps == 1
+        once, load = (x + rows, w + columns) if by_rows else (0, x + w + columns + rows)
+        early = self.head * self.k * product.itemsize + rows if by_rows else 0
+        chain = _Chain(latency)
+        for block in self.blocks(first=True, last=steps == 1):
+            later = (block.row + block.rows) * self.k * product.itemsize + rows - early if by_rows else 0
+            chain.add(_cost(product, chip, self.k, block.rows, block.columns), latency + (early + load + later) / rate)
+        if steps > 1:
+            costs = [_cost(product, chip, self.k, block.rows, block.columns) for block in self.blocks()]
+            store, multiply = sum(c.store for c in costs), sum(max(c.mxu, c.vector) for c in costs)
+            turnaround = (load / rate + latency + multiply) / 2 if load else 0.0
+            between = (steps - 2) * max(_steady(costs), load / rate + store, turnaround)
+            second = latency + (once + 2 * load) / rate if load else 0.0
+            chain = _Chain(latency, max(chain.mxu, second) + between, chain.vector + between)
+            ready = latency + (once + steps * load) / rate + (steps - 2) * store if load else 0.0
+            self._end(chain, product, chip, ready)
+        return chain.stored
+
+    def _split_cycles(self, product: Product, chip: Chip, prefetched: bool) -> float:
+        """Of a tile of results, whose inner axis is split."""
+        rate, latency = chip.hbm_bytes_per_cycle, chip.dma_latency * chip.clock
+        x, w, columns, rows = self._copied(product, prefetched)
+        costs = [_cost(product, chip, self.k, block.rows, block.columns) for block in self.blocks()]
+        multiply, copy, steps = sum(max(c.mxu, c.vector) for c in costs), (x + w) / rate, self._turns[2]
+        ready = latency + copy + (columns + rows) / rate
+        if steps > 1:
+            turnaround = (copy + latency + multiply) / 2 if copy else 0.0
+            ready += max(multiply, copy) + (steps - 2) * max(multiply, copy, turnaround)
+        chain = _Chain(latency, ready, ready)
+        self._end(chain, product, chip, ready)
+        return chain.stored
+
+    def _end(self, chain: _Chain, product: Product, chip: Chip, ready: float) -> None:
+        """Add the last step, whose operands are there at a time."""
+        for block in self.blocks(last=True):
+            chain.add(_cost(product, chip, self.k, block.rows, block.columns), ready)
+
+
+@attrs.frozen
+class _Cost:
+    """Cycles of a block: of the matrix units, of the vector unit beside them, of what is computed of the sums, and of the results' copy."""
+
+    mxu: float
+    vector: float
+    behind: float
+    store: float
+
+
+@functools.lru_cache(4096)
+def _cost(product: Product, chip: Chip, k: int, rows: int, columns: int) -> _Cost:
+    one = work(chip, rows, k, columns, product.dtype)
+    behind = sum(
+        vector_cycles(chip, rows * columns * turns, op)
+        for turns, op in zip((1, *ACTIVATION_WORK[product.activation]), ("epilogue", "element", "exp"), strict=True)
+    ) + vector_cycles(chip, rows * columns * (product.bias + product.residual), "element")
+    return _Cost(one.mxu, one.vector, behind, rows * columns * product.result_itemsize / chip.hbm_bytes_per_cycle)
+
+
+@attrs.define
+class _Chain:
+    """Blocks one after another: when the matrix units and the vector unit are done with them, and their results are in HBM."""
+
+    latency: float
+    mxu: float = 0.0
+    vector: float = 0.0
+    stored: float = 0.0
+
+    def add(self, cost: _Cost, ready: float) -> None:
+        start = max(self.mxu, ready)
+        self.mxu = max(start + cost.mxu, max(start, self.vector) + cost.vector)
+        self.vector = self.mxu + cost.behind
+        self.stored = max(self.stored, self.vector + self.latency) + cost.store
+
+
+def _steady(blocks: Sequence[_Cost]) -> float:
+    """Cycles of a step whose blocks follow those of another such step; sums of a single block hold the next step up."""
+    if len(blocks) == 1:
+        return max(blocks[0].mxu, blocks[0].vector) + blocks[0].behind
+    chain, ends = _Chain(0.0), []
+    for _ in range(3):
+        for block in blocks:
+            chain.add(block, 0.0)
+        ends.append(chain.mxu)
+    return ends[2] - ends[1]
 
 
 def usable_vmem(chip: Chip) -> int:
@@ -217,14 +333,47 @@ def choose_tiles(product: Product, chip: Chip, *, prefetched: bool = False, frug
     return min((f for f in near if f[1] <= fewest), key=lambda f: (f[0], f[2]))[-1]
 
 
-def make_tiles(product: Product, chip: Chip, order: str, m: int, n: int, k: int, *, block: int = _BLOCK) -> Tiles:
-    """Tiles of m rows, n columns and k of the inner axis, with what follows from them; block: of columns, at most, that are multiplied at
-    once. Not checked: `Tiles.check` does."""
+def make_tiles(
+    product: Product, chip: Chip, order: str, m: int, n: int, k: int, *, block: int = _BLOCK, rows: int = _BLOCK
+) -> Tiles:  # fmt: skip
+    """Tiles of m rows, n columns and k of the inner axis, with what follows from them; block, rows: columns and rows, at most, that are
+    multiplied at once. Not checked: `Tiles.check` does."""
     padded = round_up(product.m, m), round_up(product.n, n), round_up(round_up(product.k, chip.lanes), k)
-    rows = _divisor(m, _BLOCK, row_multiple(product, chip))
-    columns, inner = _divisor(n, block, chip.lanes), _divisor(k, _BLOCK, chip.lanes)
+    rows = _divisor(m, rows, row_multiple(product, chip))
+    columns = _divisor(n, block, chip.lanes)
+    inner = _divisor(k, min(_BLOCK, max(_BLOCK**3 // (rows * columns), chip.lanes)), chip.lanes)
     unit = (_divisor(columns, chip.mxu, chip.lanes), _divisor(inner, chip.mxu, chip.lanes))
-    return Tiles(order, m, n, k, padded, rows, columns, inner, unit)
+    several, whole = m > rows or n > columns, padded == (m, n, k)
+    head = _head(product, chip, rows, k) if order == "resident" or (whole and order == "panels") else rows
+    tail = _tail(product, chip, k, rows, columns, unit[0], several)
+    return Tiles(order, m, n, k, padded, rows, columns, inner, unit, head, tail)
+
+
+def _head(product: Product, chip: Chip, rows: int, k: int) -> int:
+    """Rows with which to begin: so many that pushing weights isn't what takes the time, where waiting for more costs more than another block."""
+    push = dict(chip.timing.push)[product.dtype] * chip.rows_per_cycle(product.dtype)
+    head = round_up(math.ceil(push), row_multiple(product, chip))
+    if head >= rows or rows % head:
+        return rows
+    later = (rows - head) * k * product.itemsize / chip.hbm_bytes_per_cycle
+    return head if later > chip.timing.block else rows
+
+
+@functools.lru_cache(4096)
+def _tail(product: Product, chip: Chip, k: int, rows: int, columns: int, unit: int, several: bool) -> tuple[int, ...]:
+    """How the last block's columns are cut, so that all is done the earliest: a part's results leave while the next one is multiplied."""
+    widths = [unit << i for i in range(columns.bit_length()) if unit << i < columns]
+    ends = [end for count in range(_PARTS) for end in itertools.combinations(widths, count) if sum(end) < columns]
+    cuts = [(columns - sum(end), *reversed(end)) for end in ends]
+
+    def time(cut: tuple[int, ...]) -> float:
+        latency = chip.dma_latency * chip.clock
+        chain = _Chain(latency, 0.0, _cost(product, chip, k, rows, columns).behind if several else 0.0)
+        for width in cut:
+            chain.add(_cost(product, chip, k, rows, width), 0.0)
+        return chain.stored
+
+    return min(cuts, key=time)
 
 
 def _candidates(product: Product, chip: Chip) -> Iterator[Tiles]:
@@ -235,17 +384,23 @@ def _candidates(product: Product, chip: Chip) -> Iterator[Tiles]:
     whole = few or round_up(product.m, packed)
     columns = [n for n in _doubling(chip.lanes, _MOST_COLUMNS) if n < 2 * product.n or n == chip.lanes]
     rows = [m for m in _doubling(packed, _MOST_ROWS) if m < whole]
-    for n, block in itertools.product(columns, (b for b in _BLOCKS if b >= chip.mxu)):
-        if block > n > chip.lanes:
-            continue
-        for m in [*rows, whole]:
-            yield make_tiles(product, chip, "resident", m, n, depth, block=block)
-            yield make_tiles(product, chip, "panels", m, n, depth, block=block)
+    for n, m in itertools.product(columns, [*rows, whole]):
+        for block, height in _block_sizes(product, chip, m, n):
+            yield make_tiles(product, chip, "resident", m, n, depth, block=block, rows=height)
+            yield make_tiles(product, chip, "panels", m, n, depth, block=block, rows=height)
     for k in (k for k in _doubling(chip.lanes, depth) if k < depth):
         for n in columns:
             for m in [*rows, whole]:
                 yield make_tiles(product, chip, "split", m, n, k)
     yield make_tiles(product, chip, "split", rows[0] if rows else whole, chip.lanes, chip.lanes)
+
+
+def _block_sizes(product: Product, chip: Chip, m: int, n: int) -> Iterator[tuple[int, int]]:
+    """Columns and rows of blocks of a tile."""
+    heights = {_divisor(m, max(m >> i, 1), row_multiple(product, chip)) for i in range(_BLOCKS.bit_length())}
+    for rows, columns in itertools.product(sorted(heights), _doubling(max(chip.lanes, min(chip.mxu, n)), n)):
+        if rows * columns <= 2 * _BLOCK**2 and m * n <= _BLOCKS * rows * columns:
+            yield columns, rows
 
 
 def _doubling(first: int, last: int) -> list[int]:

@@ -135,6 +135,14 @@ class Region:
         return [left, *reversed(indices)]
 
 
+def offset_of(buffer: Any, indices: Any) -> Any:
+    """How many numbers of a buffer stand in front of an element."""
+    offset: Any = 0
+    for index, size in zip(indices, buffer.shape, strict=True):
+        offset = offset * int(size) + index
+    return offset
+
+
 @attrs.frozen(eq=False)
 class Copy:
     """A copy between HBM and VMEM."""
@@ -187,6 +195,24 @@ def instruction(statement: Any) -> Copy | Zero | Multiply | None:
         sums, x, w, rows, columns, inner, cs, xs, ws = arguments
         return Multiply(region(sums, rows, columns, cs), region(x, rows, inner, xs), region(w, inner, columns, ws))
     return None
+
+
+def statement(found: Copy | Multiply) -> Any:
+    """The statement that calls an instruction: the inverse of `instruction`."""
+
+    def pointer(region: Region, access: str) -> Any:
+        extent = (region.rows - 1) * region.stride + region.columns
+        return region.buffer.access_ptr(access, offset=region.offset, extent=extent)
+
+    arguments: list[Any]
+    if isinstance(found, Copy):
+        to, source = found.to, found.source
+        arguments = [COPY, pointer(to, "w"), pointer(source, "r"), to.rows, to.columns, to.stride, source.stride]
+    else:
+        sums, x, w = found.sums, found.x, found.w
+        pointers = [pointer(sums, "rw"), pointer(x, "r"), pointer(w, "r")]
+        arguments = [MULTIPLY, *pointers, x.rows, w.columns, x.columns, sums.stride, x.stride, w.stride]
+    return tirx.Evaluate(tirx.call_extern("int32", *arguments))
 
 
 def bound_analyzer(loops: list[Any]) -> Any:

@@ -19,13 +19,13 @@ from tvm.script.ir_builder import tirx as T
 from jisu.compiler import ops
 from jisu.compiler.errors import InputError
 from jisu.compiler.graph import Op
+from jisu.compiler.types import round_up
 from jisu.targets.cpu.isa import (
     ITEMSIZE,
     Arg,
     Function,
     Micro,
     Val,
-    align_up,
     prim_func,
     require_activation,
     require_dtype,
@@ -319,7 +319,7 @@ class Floats:
         words = 2 if kind in ("bfloat16", "float16") else 1  # of a row, per word of the panel
         room = part_inputs(self.target) // words
         parts = -(-depth // (self.target.schedule.depth or max(room // 64 * 64, 64)))
-        step = align_up(-(-depth // parts), 16)
+        step = round_up(-(-depth // parts), 16)
 
         def part(first: int) -> Callable[[Val, Val], None]:
             deep = min(step, depth - first)

@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 import attrs
 
 from jisu.compiler.rows import ROW_BITS, record_bytes
-from jisu.targets.cpu.isa import ITEMSIZE, Arg, Function, Micro, Val, align_up
+from jisu.compiler.types import round_up
+from jisu.targets.cpu.isa import ITEMSIZE, Arg, Function, Micro, Val
 from jisu.targets.cpu.kernels.matmul import ahead, product, row_blocks
 from jisu.targets.target import Target
 
@@ -71,7 +72,7 @@ class Spec:
 
 def state_words(spec: Spec, target: Target) -> int:
     """Words per row of running state: maximum, sum, then from `STATE_VALUES` the weighted values, padded to whole vectors."""
-    return _HEAD + align_up(spec.v_dim, target.lanes("float32"))
+    return _HEAD + round_up(spec.v_dim, target.lanes("float32"))
 
 
 STATE_VALUES = _HEAD
@@ -216,7 +217,7 @@ def decode_records(scheme: str, k: int, target: Target) -> Micro:
 def few_words(spec: Spec, target: Target) -> int:
     """32-bit words of scratch memory that a task of few rows needs."""
     tiles = 0 if spec.scheme == "none" else KEYS * (spec.head_dim + spec.v_dim)
-    return FEW * (KEYS + align_up(spec.head_dim, target.lanes("float32"))) + tiles
+    return FEW * (KEYS + round_up(spec.head_dim, target.lanes("float32"))) + tiles
 
 
 def few_rows(spec: Spec, args: Sequence[Arg], target: Target) -> Micro:
@@ -224,7 +225,7 @@ def few_rows(spec: Spec, args: Sequence[Arg], target: Target) -> Micro:
     task = _Task("attend_few", spec, args, target)
     f, at, rows, states = task.f, task.at, task.rows, task.states
     d, v_dim, state = spec.head_dim, spec.v_dim, state_words(spec, target)
-    d_pad = align_up(d, f.lanes)
+    d_pad = round_up(d, f.lanes)
     scores = at["scratch"]
     queries = f.at(scores, FEW * KEYS, "float32")
     coded = spec.scheme != "none"
@@ -306,7 +307,7 @@ def _dots(spec: Spec, stored: str, k_stride: int, target: Target) -> Micro:
     f = Function("dots", [("ptr", "q"), ("ptr", "k"), ("ptr", "s"), ("i64", "rows"), ("i64", "n")], target)
     q, k, s, rows, n = f.params()
     lanes, d = f.lanes, spec.head_dim
-    d_pad = align_up(d, lanes)
+    d_pad = round_up(d, lanes)
 
     def block(j: Val, _: list[Val]) -> None:
         at = [f.at(k, f.minimum(j + i, n - 1) * k_stride, stored) for i in range(lanes)]
@@ -440,7 +441,7 @@ def _blocks(target: Target) -> tuple[int, tuple[int, ...]]:
 
 def _lanes_of_rows(spec: Spec, target: Target) -> int:
     """Rows of a task padded to whole blocks."""
-    return align_up(spec.rows, _blocks(target)[0] * target.lanes("float32"))
+    return round_up(spec.rows, _blocks(target)[0] * target.lanes("float32"))
 
 
 def many_words(spec: Spec, target: Target) -> int:
@@ -448,7 +449,7 @@ def many_words(spec: Spec, target: Target) -> int:
     size = _lanes_of_rows(spec, target)
     tiles = 0 if spec.scheme == "none" and spec.dtype == "float32" else KEYS * (spec.head_dim + spec.v_dim)
     return tiles + size * (
-        KEYS + spec.head_dim + len(attrs.fields(_State)) - 1 + align_up(spec.v_dim, target.lanes("float32"))
+        KEYS + spec.head_dim + len(attrs.fields(_State)) - 1 + round_up(spec.v_dim, target.lanes("float32"))
     )
 
 
@@ -478,7 +479,7 @@ def many_rows(spec: Spec, args: Sequence[Arg], target: Target) -> Micro:
     scores = at["scratch"]
     queries = f.at(scores, KEYS * size, "float32")
     own = _State.at(f, f.at(queries, d * size, "float32"), size)
-    tiles = f.at(own.values, align_up(v_dim, lanes) * size, "float32")
+    tiles = f.at(own.values, round_up(v_dim, lanes) * size, "float32")
     k_stride, v_stride = (d, v_dim) if copied else (spec.k_stride, spec.v_stride)
     vectors, sizes = _blocks(target)
     _begin(task, own, queries, size)
@@ -555,7 +556,7 @@ def _begin(task: _Task, own: _State, queries: Val, size: int) -> None:
         f.loop(0, words, lanes, [], lambda i, _: f.store_f32(f.like(value, zero), field, i, "float32"))
 
     f.loop(0, (rows + (lanes - 1)) & -lanes, lanes, [], turn)
-    fill(own.values, 0.0, align_up(spec.v_dim, lanes) * size)
+    fill(own.values, 0.0, round_up(spec.v_dim, lanes) * size)
     fill(own.top, _LOWEST, size)
     for field in (own.sum, own.first, own.last):
         fill(field, 0.0, size)

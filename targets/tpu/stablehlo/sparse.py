@@ -8,6 +8,7 @@ from typing import Any
 from jisu.compiler import ops
 from jisu.compiler.graph import Op
 from jisu.compiler.ops.semi_structured import INPUTS, PLACES, ROWS, fours, places_shape
+from jisu.compiler.ops.sparse import disordered, ordered
 from jisu.compiler.schemes import SCHEMES
 from jisu.targets.tpu.stablehlo.build import Value
 from jisu.targets.tpu.stablehlo.contract import finish, gate
@@ -36,20 +37,14 @@ def _fill_codes(codes: Value, mask: Value, zeros: Value | None, *, scheme: str, 
 def _ordered(rows: Value, panel: int, pair: int) -> Value:
     """[n, k] as [panels, words, 2 * panel], in the order in which kernels read it."""
     n, k = rows.shape
-    panels, words = -(-n // panel), -(-k // 2)
-    whole = rows.padded(0, panels * panel).padded(1, 2 * words).reshape(panels, panel, words, 2)
-    return whole.transpose(*((0, 2, 3, 1) if pair == 1 else (0, 2, 1, 3))).reshape(panels, words, 2 * panel)
+    found: Value = ordered(rows.padded(0, -(-n // panel) * panel).padded(1, -(-k // 2) * 2), panel, pair)
+    return found
 
 
 def _disordered(whole: Value, pair: int, n: int, k: int) -> Value:
     """[n, k] of what `_ordered` made."""
-    panels, words, both = whole.shape
-    panel = both // 2
-    if pair == 1:
-        rows = whole.reshape(panels, words, 2, panel).transpose(0, 3, 1, 2)
-    else:
-        rows = whole.reshape(panels, words, panel, 2).transpose(0, 2, 1, 3)
-    return rows.reshape(panels * panel, 2 * words).slice((0, 0), (n, k))
+    found: Value = disordered(whole, pair).slice((0, 0), (n, k))
+    return found
 
 
 def _pack_mask(mask: Value, *, k: int, panel: int, pair: int) -> Value:

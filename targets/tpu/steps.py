@@ -1,0 +1,232 @@
+"""What runs beside what in a lowered product: its steps cut into blocks, each of whose results leave when they are there.
+
+TVM's pipeline starts copies of w ahead and says which to wait for; what a step does is one product, one nest behind it, one copy. Here a step
+becomes its tiles' blocks, one after the other: multiply, compute what is behind the sums, start the copy of the results. Copies of results are
+waited for two steps later, when their slot is needed again. What is copied once starts in front of all, x by the first step's blocks of
+rows: the first one before the weights, and each is waited for where it is multiplied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import attrs
+from tvm import sym, tirx
+
+from jisu.targets.tpu.tiles import Block, Tiles
+from jisu.targets.tpu.walk import (
+    COMMIT,
+    WAIT,
+    Copy,
+    Multiply,
+    Region,
+    commit,
+    flat,
+    instruction,
+    parts,
+    rebuild,
+    statement,
+    substitute,
+    wait,
+)
+
+LOAD, ONCE, STORE = 0, 1, 2
+"""Queues of copies: of what each step needs, of what is needed once before, of results."""
+
+
+def overlap(body: Any, tiles: Tiles) -> Any:
+    """The body with its steps in blocks, and with all its copies asynchronous."""
+
+    def visit(s: Any) -> Any:
+        if not isinstance(s, tirx.SeqStmt) or not any(_stores(part) for part in s.seq):
+            return None
+        return _Flow(tiles).sequence(list(s.seq))
+
+    return rebuild(body, visit)
+
+
+def _stores(s: Any) -> bool:
+    found = instruction(s)
+    return isinstance(found, Copy) and found.to.in_hbm
+
+
+def _loads(s: Any) -> bool:
+    found = instruction(s)
+    return isinstance(found, Copy) and not found.to.in_hbm
+
+
+@attrs.frozen(eq=False)
+class _Step:
+    """A step of a pipeline, its first block's first instruction and first elements standing for all of them.
+
+    before: statements in front of its product. awaited: the queue that is waited for there, and how many groups of copies may be under way.
+    behind: the variables of a row and a column, and what is computed of that element's sum.
+    """
+
+    before: tuple[Any, ...]
+    awaited: tuple[int, int] | None
+    product: Multiply
+    behind: tuple[Any, Any, Any]
+    store: Copy
+
+    @classmethod
+    def parsed(cls, found: Sequence[Any]) -> _Step:
+        """Of statements that end with a product, the nest behind it and the copy of results."""
+        *before, product, behind, store = found
+        awaited = None
+        if isinstance(product, tirx.AttrStmt) and product.attr_key == WAIT:
+            awaited = int(product.value), int(product.body.value)
+        first = next(s for s in parts(product) if isinstance(instruction(s), Multiply))
+        for loop in parts(product):
+            if isinstance(loop, tirx.For):
+                first = substitute(first, loop.loop_var, 0)
+        multiply, copy = instruction(first), instruction(store)
+        assert isinstance(multiply, Multiply) and isinstance(copy, Copy)
+        loops = []
+        while isinstance(behind, tirx.For):
+            loops.append(behind)
+            behind = behind.body
+        *outer, i, j = loops
+        for loop in outer:
+            behind = substitute(behind, loop.loop_var, 0)
+        return cls(tuple(before), awaited, multiply, (i.loop_var, j.loop_var, behind), copy)
+
+    @property
+    def slotted(self) -> bool:
+        """Whether results alternate between slots."""
+        return len(self.store.source.buffer.shape) > 2
+
+
+def _moved(region: Region, row: Any, rows: int, column: Any, columns: int) -> Region:
+    offset = sym.Analyzer().simplify(region.offset + row * region.stride + column)
+    return Region(region.buffer, offset, rows, columns, region.stride)
+
+
+def _loop(name: str, count: int, kind: Any, body: Any) -> Any:
+    """A loop over body(variable), or body(0) where there is one turn."""
+    if count == 1:
+        return body(tirx.IntImm("int32", 0))
+    variable = tirx.Var(name, "int32")
+    return tirx.For(variable, tirx.IntImm("int32", 0), tirx.IntImm("int32", count), kind, body(variable))
+
+
+@attrs.define
+class _Flow:
+    """Writes a sequence anew."""
+
+    tiles: Tiles
+    groups: list[int] = attrs.Factory(list)  # of copies of results: how many each step so far has
+
+    def sequence(self, found: list[Any]) -> Any:
+        ahead, steps = self.steps(found)
+        memory, once = [s for s in ahead if isinstance(s, tirx.AllocBuffer)], [s for s in ahead if _loads(s)]
+        ahead = [s for s in ahead if not isinstance(s, tirx.AllocBuffer) and not _loads(s)]
+        end = len(steps) - 1
+        groups = self.once(once, steps[0][1], self.tiles.blocks(first=True, last=end == 0))
+        # The first block of rows of x, the first weights, the other rows, the other weights.
+        begun = 1 if ahead and isinstance(ahead[0], tirx.AttrStmt) and ahead[0].attr_key == COMMIT else 0
+        done = [*memory, *groups[:1], *ahead[:begun], *groups[1:], *ahead[begun:]]
+        for number, (loop, step) in enumerate(steps):
+            one_by_one = self.tiles.blocks(first=number == 0, last=number == end) if number in (0, end) else []
+            body = self.step(step, one_by_one, len(groups) if number == 0 else 0)
+            done.append(body if loop is None else tirx.For(loop.loop_var, loop.min, loop.extent, loop.kind, body))
+        return flat([*done, wait(STORE, 0, tirx.Evaluate(0))])
+
+    def steps(self, found: list[Any]) -> tuple[list[Any], list[tuple[Any, _Step]]]:
+        """The statements in front of all steps, with copies that stand between a product and what reads them; and the steps, with the loop
+        around those that are in one. The first two are peeled off a loop: before them, no results are under way."""
+        ahead: list[Any] = []
+        steps: list[tuple[Any, _Step]] = []
+        here: list[Any] = []
+        for s in found:
+            if isinstance(s, tirx.For) and isinstance(s.body, tirx.SeqStmt) and any(map(_stores, s.body.seq)):
+                ahead, here = here, []
+                first, count = int(s.min), int(s.extent)
+                peeled = 2 if count > 3 else count
+                turns = [substitute(s.body, s.loop_var, first + turn) for turn in range(peeled)]
+                steps += [(None, _Step.parsed(turn.seq)) for turn in turns]
+                if count > peeled:
+                    loop = tirx.For(s.loop_var, first + peeled, count - peeled, s.kind, s.body)
+                    steps.append((loop, _Step.parsed(s.body.seq)))
+                continue
+            here.append(s)
+            if _stores(s):
+                if not steps:
+                    own = [h for h in here if not _loads(h)]
+                    ahead, here = [h for h in here if _loads(h)] + own[:-3], own[-3:]
+                steps.append((None, _Step.parsed(here)))
+                here = []
+        return ahead, steps
+
+    def once(self, copies: list[Any], step: _Step, blocks: list[Block]) -> list[Any]:
+        """What is copied once, in groups: the first block of rows of x and all that isn't x, then x's other blocks of rows."""
+        whole = {c.to.buffer: c for c in map(instruction, copies) if isinstance(c, Copy)}
+        x = whole.pop(step.product.x.buffer, None)
+        groups: list[list[Any]] = [[]]
+        if x is not None:
+            rows = dict.fromkeys((b.row, b.rows) for b in blocks)
+            pieces = [Copy(*(_moved(r, row, count, 0, r.columns) for r in (x.to, x.source))) for row, count in rows]
+            groups = [[statement(piece)] for piece in pieces]
+        groups[0] += [statement(copy) for copy in whole.values()]
+        return [commit(ONCE, flat(group)) for group in groups if group]
+
+    def step(self, step: _Step, blocks: Sequence[Block] = (), once: int = 0) -> Any:
+        """A step; blocks: in which it is done, if not in a loop; once: groups of copies that are needed once, under way until it begins."""
+        done: list[Any] = []
+        if blocks:
+            row = -1
+            for block in blocks:
+                if block.row != row and once:
+                    once, row = once - 1, block.row
+                    done.append(wait(ONCE, once, tirx.Evaluate(0)))
+                done.append(self.block(step, block.row, block.rows, block.column, block.columns))
+        else:
+            done.append(self.loops(step))
+        body = flat(done)
+        if step.awaited is not None:
+            body = wait(*step.awaited, body)
+        if step.slotted and len(self.groups) > 1:
+            body = wait(STORE, self.groups[-1], body)
+        self.groups.append(len(blocks) or len(self.tiles.blocks()))
+        return flat([*step.before, body])
+
+    def loops(self, step: _Step) -> Any:
+        """All blocks of a step, in loops."""
+        t = self.tiles
+        return _loop(
+            "rows", t.m // t.rows, tirx.ForKind.SERIAL,
+            lambda i: _loop(
+                "columns", t.n // t.columns, tirx.ForKind.SERIAL,
+                lambda j: self.block(step, i * t.rows, t.rows, j * t.columns, t.columns),
+            ),
+        )  # fmt: skip
+
+    def block(self, step: _Step, row: Any, rows: int, column: Any, columns: int) -> Any:
+        """Multiply, compute what is behind the sums, start the copy of the results."""
+        (n, k), p = self.tiles.unit, step.product
+
+        def multiply(outer: Any, across: Any, inner: Any) -> Any:
+            depth, to = outer * self.tiles.inner + inner * k, column + across * n
+            sums, x = _moved(p.sums, row, rows, to, n), _moved(p.x, row, rows, depth, k)
+            return statement(Multiply(sums, x, _moved(p.w, depth, k, to, n)))
+
+        # What is multiplied at once is unrolled: consumers may take these loops as one product.
+        at_once = tirx.ForKind.UNROLLED
+        product = _loop(
+            "outer", self.tiles.k // self.tiles.inner, tirx.ForKind.SERIAL,
+            lambda o: _loop(
+                "across", columns // n, at_once,
+                lambda a: _loop("inner", self.tiles.inner // k, at_once, lambda i: multiply(o, a, i)),
+            ),
+        )  # fmt: skip
+        i, j, element = step.behind
+        variables = tirx.Var("i", "int32"), tirx.Var("j", "int32")
+        for variable, new, first in ((i, variables[0], row), (j, variables[1], column)):
+            element = substitute(element, variable, new + first)
+        for variable, count in ((variables[1], columns), (variables[0], rows)):
+            element = tirx.For(
+                variable, tirx.IntImm("int32", 0), tirx.IntImm("int32", count), tirx.ForKind.SERIAL, element
+            )
+        store = Copy(*(_moved(r, row, rows, column, columns) for r in (step.store.to, step.store.source)))
+        return flat([product, element, commit(STORE, statement(store))])
