@@ -30,7 +30,8 @@ constexpr int ARGUMENTS = 48; /* of a kernel, at most; more than it takes are pa
 struct Copy { void *to; const void *from; int bytes; };
 
 /* A product of a warp group, which adds to the sums of a number. a: a tile, or what this thread has of it in registers. */
-struct Product { uint32_t sums; bool registers; uint64_t a; uint32_t own[4]; uint64_t b; int outputs; bool half; };
+struct Product { uint32_t sums; bool registers; uint64_t a; uint32_t own[4]; uint64_t b; int outputs; int kind; };
+enum { BF16, F16, S8_U8, E4M3 }; /* kinds of products; sums of the third are int32 */
 
 struct Fiber {
     ucontext_t context;
@@ -542,42 +543,48 @@ void emulated_wgmma_commit() {
     f.products.clear();
 }
 
-/* 16 numbers of some rows of a tile that a descriptor names: rows of 128 bytes in blocks of eight, with the swizzle of 128 bytes. */
-static void read_tile(float (*to)[16], uint64_t descriptor, int first, int rows, bool half) {
+static float of_e4m3(uint32_t bits);
+
+/* 32 bytes of numbers of some rows of a tile that a descriptor names: rows of 128 bytes in blocks of eight, with the swizzle of 128 bytes. */
+static void read_tile(float (*to)[32], uint64_t descriptor, int first, int rows, int kind, bool left) {
     if (descriptor >> 62 != 1) fail("a tile with another swizzle than that of 128 bytes");
     uint64_t stride = ((descriptor >> 32) & 0x3fff) << 4;
     for (int row = first; row < first + rows; row++)
-        for (int k = 0; k < 16; k++) {
-            uint64_t at = ((descriptor & 0x3fff) << 4) + row / 8 * stride + row % 8 * 128 + 2 * k;
+        for (int k = 0, size = kind < S8_U8 ? 2 : 1; k < 32 / size; k++) {
+            uint64_t at = ((descriptor & 0x3fff) << 4) + row / 8 * stride + row % 8 * 128 + size * k;
             at ^= ((at >> 7) & 7) << 4;
             if (at >= SHARED_BYTES) fail("a tile outside of shared memory");
-            uint16_t bits;
-            std::memcpy(&bits, jisu_shared + at, 2);
-            to[row - first][k] = half ? of_f16(bits) : of_bf16(bits);
+            uint16_t bits = 0;
+            std::memcpy(&bits, jisu_shared + at, size);
+            to[row - first][k] = kind == F16 ? of_f16(bits) : kind == BF16 ? of_bf16(bits) : kind == E4M3 ? of_e4m3(bits) : left ? int8_t(bits) : uint8_t(bits);
         }
 }
 
 /* Add a product of each of some threads, whole warps, to what they hold. */
 static void add_product(int begin, int count, const std::function<const Product &(int)> &product, const std::function<float *(int)> &held) {
-    static float a[64][16], b[256][16];
+    static float a[64][32], b[256][32];
     const Product &p = product(begin);
     if (p.registers) {
         for (int i = 0; i < count; i++)
             for (int r = 0; r < 4; r++)
                 for (int h = 0; h < 2; h++) {
                     uint32_t bits = product(begin + i).own[r] >> (16 * h) & 0xffff;
-                    a[i / 32 * 16 + i % 32 / 4 + 8 * (r & 1)][2 * (i % 4) + h + 8 * (r >> 1)] = p.half ? of_f16(bits) : of_bf16(bits);
+                    a[i / 32 * 16 + i % 32 / 4 + 8 * (r & 1)][2 * (i % 4) + h + 8 * (r >> 1)] = p.kind == F16 ? of_f16(bits) : of_bf16(bits);
                 }
     } else {
-        read_tile(a, p.a, begin % 128 / 2, count / 2, p.half); /* 16 rows per warp */
+        read_tile(a, p.a, begin % 128 / 2, count / 2, p.kind, true); /* 16 rows per warp */
     }
-    read_tile(b, p.b, 0, p.outputs, p.half);
+    read_tile(b, p.b, 0, p.outputs, p.kind, false);
     for (int i = 0; i < count; i++) {
         float *sums = held(begin + i);
         int line = i / 32 * 16 + i % 32 / 4;
         for (int j = 0; j < p.outputs / 8; j++)
             for (int part = 0; part < 4; part++)
-                for (int k = 0; k < 16; k++) sums[4 * j + part] += a[line + 8 * (part / 2)][k] * b[8 * j + i % 4 * 2 + part % 2][k];
+                for (int k = 0; k < (p.kind < S8_U8 ? 16 : 32); k++) {
+                    float one = a[line + 8 * (part / 2)][k] * b[8 * j + i % 4 * 2 + part % 2][k];
+                    float &sum = sums[4 * j + part];
+                    sum = p.kind == S8_U8 ? of_bits(bits_of(sum) + uint32_t(int32_t(one))) : sum + one;
+                }
     }
 }
 
@@ -610,15 +617,15 @@ static void begin_product(float *sums, int32_t count, Product p) {
     for (int i = 0; i < count; i++) sums[i] = of_bits(SUMS_TO_COME + number);
 }
 
-void emulated_wgmma(float *sums, int32_t count, uint64_t a, uint64_t b, int32_t outputs, int32_t half) __asm__("emulated.wgmma");
-void emulated_wgmma(float *sums, int32_t count, uint64_t a, uint64_t b, int32_t outputs, int32_t half) {
-    begin_product(sums, count, {0, false, a, {}, b, outputs, half != 0});
+void emulated_wgmma(float *sums, int32_t count, uint64_t a, uint64_t b, int32_t outputs, int32_t kind) __asm__("emulated.wgmma");
+void emulated_wgmma(float *sums, int32_t count, uint64_t a, uint64_t b, int32_t outputs, int32_t kind) {
+    begin_product(sums, count, {0, false, a, {}, b, outputs, kind});
 }
 
-void emulated_wgmma_registers(float *sums, int32_t count, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint64_t b, int32_t outputs, int32_t half)
+void emulated_wgmma_registers(float *sums, int32_t count, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint64_t b, int32_t outputs, int32_t kind)
     __asm__("emulated.wgmma.registers");
-void emulated_wgmma_registers(float *sums, int32_t count, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint64_t b, int32_t outputs, int32_t half) {
-    begin_product(sums, count, {0, true, 0, {a0, a1, a2, a3}, b, outputs, half != 0});
+void emulated_wgmma_registers(float *sums, int32_t count, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint64_t b, int32_t outputs, int32_t kind) {
+    begin_product(sums, count, {0, true, 0, {a0, a1, a2, a3}, b, outputs, kind});
 }
 
 void emulated_wgmma_wait(float *sums, int32_t count, int32_t but) __asm__("emulated.wgmma.wait");

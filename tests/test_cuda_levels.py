@@ -10,8 +10,9 @@ from typing import Any
 import attrs
 import numpy as np
 import pytest
-from test_cuda import GPU, REAL, Launch, drawn, emulator, launch  # noqa: F401
+from test_cuda import GPU, HOPPER, RACES, REAL, Launch, drawn, emulator, launch  # noqa: F401
 from test_cuda_models import run_all
+from test_hopper import Map, mapped  # noqa: F401
 from test_quantization import coded
 
 from jisu.compiler import levels as records
@@ -28,7 +29,7 @@ from jisu.passes.compression.gptq import choose_grid
 from jisu.targets import facts
 from jisu.targets.cuda import ptx
 from jisu.targets.cuda.device import Device
-from jisu.targets.cuda.kernels import levels, products, thin
+from jisu.targets.cuda.kernels import hopper, levels, products, thin
 from jisu.targets.cuda.kernels.levels import Levels
 from jisu.targets.target import Target
 
@@ -124,6 +125,36 @@ def test_many_rows(layer: Levels, late: bool, order: int, launch: Launch) -> Non
     check(layer, 70, launch, products.SMALL, late=late, order=order)
 
 
+@pytest.mark.parametrize(
+    "layer",
+    [
+        Levels(384, (140,), scheme="int8", scales="float32"),
+        Levels(256, (264,), scheme="int8", zeros=True, scales="float32", residual=True, bias=True),
+        Levels(128, (133,), scheme="int6", scales="float32", gated=True, activation="silu"),
+        Levels(256, (130,), scheme="fp8", levels="fp8", scales="float32"),
+    ],
+    ids=lambda layer: layer.name,
+)
+@pytest.mark.parametrize("tile", [hopper.NARROW, hopper.WIDE])
+@RACES
+def test_many_rows_on_hopper(
+    layer: Levels, tile: hopper.Tile, late: bool, order: int, launch: Launch, mapped: Map
+) -> None:
+    m = 150
+    (x, packed, *given), want = case(layer, m)
+    y = drawn(9, m + 1, layer.outputs[0])
+    guard = y[-1].copy()
+    w = packed.reshape(-1, layer.k)
+    maps = [
+        mapped(x, hopper.map_of_x(layer, tile, ("step", 0), m)),
+        mapped(w, hopper.map_of_w(layer, tile, ("step", 1), len(w))),
+    ]
+    launch(levels.many_hopper(layer, tile, HOPPER), (2,), *maps, *given, y, m, x, late=late, order=order)
+    scale = float(np.abs(want.astype(np.float32)).max())
+    np.testing.assert_allclose(y[:m].astype(np.float32), want.astype(np.float32), rtol=1e-2, atol=1e-3 * scale)
+    np.testing.assert_array_equal(y[-1], guard)
+
+
 @pytest.mark.parametrize("missing", ["copies_done", "barrier"])
 def test_what_is_missing_shows(missing: str, launch: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Device, missing, lambda self, *_: None)
@@ -171,6 +202,11 @@ def test_ptx_has_the_instructions(mcpu: str) -> None:
     if mcpu != "sm_80":
         fp8 = Levels(4096, (4096,), scheme="fp8", levels="fp8")
         made |= {"floats": levels.many(fp8, products.LARGE, target), "few floats": levels.few(fp8, 8, target)}
+        byte = attrs.evolve(fp8, scheme="int8", levels="int8")
+        made |= {
+            "hopper": levels.many_hopper(byte, hopper.WIDE, target),
+            "hopper floats": levels.many_hopper(fp8, hopper.WIDE, target),
+        }
         made["records of floats"] = levels.encoded(4096, "bfloat16", "fp8", 0, False, False, target)
     else:
         with pytest.raises(TargetError, match="sm_80 multiplies no fp8"):
@@ -178,7 +214,10 @@ def test_ptx_has_the_instructions(mcpu: str) -> None:
     text = ptx.to_ptx(list(made.values()), target)
     for kind, kernel in made.items():
         body = text.partition(f".entry {ptx.entry_name(kernel)}(")[2].partition("\n}")[0]
-        if "records" not in kind:
+        if "hopper" in kind:
+            form = "f32.e4m3.e4m3" if "floats" in kind else "s32.s8.u8"
+            assert f"wgmma.mma_async.sync.aligned.m64n256k32.{form}" in body and "cp.async.bulk.tensor" in body, kind
+        elif "records" not in kind:
             form = "f32.e4m3.e4m3.f32" if "floats" in kind else "s32.s8.s8.s32"
             assert f"mma.sync.aligned.m16n8k32.row.col.{form}" in body and "cp.async.cg.shared.global" in body, kind
         assert not re.search(r"\.local\b|call\.uni", body), kind
@@ -191,12 +230,12 @@ def test_ptx_has_the_instructions(mcpu: str) -> None:
 
 
 @pytest.mark.parametrize(("scheme", "group", "symmetric"), [("int8", 0, True), ("int4", 128, False), ("fp8", 0, True)])
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize(("dtype", "mcpu"), [("bfloat16", "sm_90"), ("bfloat16", "sm_90a"), ("float32", "sm_90")])
 def test_layers_of_rounded_inputs(
-    scheme: str, group: int, symmetric: bool, dtype: str, emulated_gpu: Target, tmp_path: Path
+    scheme: str, group: int, symmetric: bool, dtype: str, mcpu: str, emulated_gpu: Target, tmp_path: Path
 ) -> None:
     """From the graph to the GPU: records once, projections in one launch, epilogues, few rows and many."""
-    target, rng, k = attrs.evolve(emulated_gpu, cores=1), np.random.default_rng(0), 256
+    target, rng, k = attrs.evolve(emulated_gpu, cores=1, mcpu=mcpu), np.random.default_rng(0), 256
     graphs = {}
     activations = "fp8" if scheme == "fp8" else "int8"
     for own in (False, True) if group else (False,):

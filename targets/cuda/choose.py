@@ -112,7 +112,7 @@ def _products(layer: Layer, rows: Dim, arguments: Arguments, target: Target) -> 
         large = semi_structured.CODED if layer.scheme else semi_structured.LARGE
     elif layer.dtype == "float32":
         make, small, large = single.product_single, single.SMALL, single.LARGE
-    on_hopper = list(_on_hopper(layer, rows, arguments, target)) if make is products.product else []
+    on_hopper = list(_on_hopper(layer, rows, arguments, target)) if make in (products.product, levels.many) else []
     # So many large tiles as there are multiprocessors keep all of them busy; on half of them, warp groups should still be faster than small tiles
     # on all: by peak rates, `wgmma` does about twice what `mma` does.
     few = target.cores // (2 if on_hopper else 1) // max(1, layer.tiles(large.outputs)) * large.rows
@@ -134,12 +134,14 @@ def _on_hopper(layer: Layer, rows: Dim, arguments: Arguments, target: Target) ->
         narrow, wide = hopper.tiles_of(layer)
         few = target.cores // max(1, layer.tiles(wide.outputs)) * wide.rows
         for tile, most in ((narrow, few), (wide, 0)) if few else ((wide, 0),):
-            kernel = hopper.product_hopper(layer, tile, target)
+            in_levels = isinstance(layer, Levels)
+            kernel = (levels.many_hopper if in_levels else hopper.product_hopper)(layer, tile, target)  # type: ignore[arg-type]
             matrices = layer.outputs * 2 if layer.apart else [n * layer.per_weight_row for n in layer.outputs]
             maps = [hopper.map_of_x(layer, tile, ("step", 0), rows)]
             maps += [hopper.map_of_w(layer, tile, ("step", i), n) for i, n in enumerate(matrices, 1)]
             grid = (_least(_ceiling(rows, tile.rows) * layer.tiles(tile.outputs), target.cores), 1, 1)
-            yield DeviceCall(kernel, grid, (*maps, *arguments[len(maps) :])), most
+            given = (*maps, *arguments[len(maps) :], *((0,) if in_levels else ()))
+            yield DeviceCall(kernel, grid, given), most
 
 
 def _present(node: Node, *indices: int) -> tuple[int, ...]:

@@ -38,6 +38,15 @@ _LOG2_E, _LOG2_E_LOW = 1.4426950216293335, 1.925963033500011e-8  # log2(e) in tw
 _MOST_HELD = 128  # sums that products of an emulated warp group change
 
 
+_GROUP_KINDS = {
+    "bfloat16": (16, "f32.bf16.bf16"),
+    "float16": (16, "f32.f16.f16"),
+    "int8": (32, "s32.s8.u8"),
+    "fp8": (32, "f32.e4m3.e4m3"),
+}
+"""Inputs of a product of a warp group, and PTX's name of its numbers, by what is multiplied."""
+
+
 def prefix(target: Target) -> str:
     """What the names of functions begin with that a CPU lacks."""
     return _REAL if target.architecture == "nvptx64" else _EMULATED
@@ -425,9 +434,10 @@ class Device(Function):
     def multiply_group(
         self, a: Val | Sequence[Val], b: Val, sums: Sequence[Val], outputs: int, dtype: str
     ) -> list[Val]:
-        """Begin sums[64, outputs] += a[64, 16] b[outputs, 16]^T in a 16-bit dtype, by the warp group.
+        """Begin sums[64, outputs] += a[64, 16] b[outputs, 16]^T in a 16-bit dtype, or of 32 inputs of 8 bits: "fp8" (e4m3), or "int8", levels
+        int8 times codes uint8 with sums i32; by the warp group.
 
-        a, b: descriptors, advanced by 2 for each 16 inputs of a row; or a: i32 [4], each warp's 16 rows as `mma` takes them. sums: float
+        a, b: descriptors, advanced by 2 for each 32 bytes of a row; or, of 16 bits, a: i32 [4], each warp's 16 rows as `mma` takes them. sums: float
         [outputs / 2] of this thread; thread t has, for each 8 outputs j, columns 8 j + 2 (t % 4) and the next of row
         16 (t / 32) + (t % 32) / 4, then of that row + 8. What is returned may be given to another product or to `products_done`, which
         returns the numbers.
@@ -435,16 +445,17 @@ class Device(Function):
         self.portable = False
         left = (a,) if isinstance(a, Val) else tuple(a)
         if self._held is not None:
-            given = (self.const(outputs, "i32"), self.const(dtype == "float16", "i32"))
+            given = (self.const(outputs, "i32"), self.const(list(_GROUP_KINDS).index(dtype), "i32"))
             return self._through_memory("wgmma" if len(left) == 1 else "wgmma.registers", sums, *left, b, *given)
         count = outputs // 2
-        short = {"bfloat16": "bf16", "float16": "f16"}[dtype]
         registers = ",".join(f"${i}" for i in range(count))
         operand = ",".join(f"${2 * count + i}" for i in range(len(left)))
-        of_a, turned = (operand, "0, 0") if len(left) == 1 else (f"{{{operand}}}", "0")
+        of_a, turned = (operand, ", 0, 0") if len(left) == 1 else (f"{{{operand}}}", ", 0")
+        depth, form = _GROUP_KINDS[dtype]
+        signs = "" if dtype == "int8" else ", 1, 1"
         text = (
-            f"wgmma.mma_async.sync.aligned.m64n{outputs}k16.f32.{short}.{short} {{{registers}}}, {of_a}, "
-            f"${2 * count + len(left)}, 1, 1, 1, {turned};"
+            f"wgmma.mma_async.sync.aligned.m64n{outputs}k{depth}.{form} {{{registers}}}, {of_a}, "
+            f"${2 * count + len(left)}, 1{signs}{turned if depth == 16 else ''};"
         )
         return self._changed(text, sums, *left, b)
 
@@ -460,13 +471,14 @@ class Device(Function):
 
     def _changed(self, text: str, sums: Sequence[Val], *given: Val) -> list[Val]:
         """An instruction that changes registers, which nothing else may use meanwhile."""
-        count = len(sums)
-        kind = "{ " + ", ".join(["float"] * count) + " }"
+        count, element = len(sums), sums[0].type
+        kind = "{ " + ", ".join([element] * count) + " }"
+        register = {"float": "=f", "i32": "=r"}[element]
         operands = ", ".join(f"{v.type} {v.name}" for v in (*sums, *given))
         kinds = [{"i64": "l", "i32": "r"}[v.type] for v in given]
-        constraints = ",".join(["=f"] * count + [str(i) for i in range(count)] + kinds + ["~{memory}"])
+        constraints = ",".join([register] * count + [str(i) for i in range(count)] + kinds + ["~{memory}"])
         both = self.op(f'call {kind} asm sideeffect "{text}", "{constraints}"({operands}) convergent', kind)
-        return [self.op(f"extractvalue {kind} {both.name}, {i}", "float") for i in range(count)]
+        return [self.op(f"extractvalue {kind} {both.name}, {i}", element) for i in range(count)]
 
     def _through_memory(self, name: str, sums: Sequence[Val], *given: Val) -> list[Val]:
         """The same by an emulation's function."""
@@ -474,7 +486,7 @@ class Device(Function):
         for i, s in enumerate(sums):
             self.store(s, self.at(self._held, i, "float32"))
         self.run(self.prefix + name, self._held, self.const(len(sums), "i32"), *given)
-        return [self.load("float", self.at(self._held, i, "float32")) for i in range(len(sums))]
+        return [self.load(s.type, self.at(self._held, i, "float32")) for i, s in enumerate(sums)]
 
     def _special(self, name: str) -> None:
         """An instruction without operands that LLVM has no function for."""

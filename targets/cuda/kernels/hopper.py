@@ -57,7 +57,7 @@ NARROW, WIDE, HIGH = Tile(128, 128), Tile(128, 256), Tile(256, 128)
 def tiles_of(layer: Layer) -> tuple[Tile, Tile]:
     """The tiles where there are few of them for so many multiprocessors, and where there are enough. A warp group has 64 rows of what it multiplies:
     of x or, for codes, which pass through its registers, of W; all groups multiply them by the same up to 256 rows of the other one."""
-    return NARROW, HIGH if layer.scheme else WIDE
+    return NARROW, HIGH if layer.decodes else WIDE
 
 
 @attrs.frozen(eq=False)
@@ -103,15 +103,25 @@ def parameters(layer: Layer) -> list[tuple[str, str]]:
 
 def map_of_x(layer: Layer, tile: Tile, tensor: tuple[str, int], rows: Dim) -> TensorMap:
     """How kernels copy so many rows of x."""
-    return TensorMap(tensor, layer.dtype, rows, layer.k, (tile.rows, INPUTS))
+    return TensorMap(tensor, _stored(layer), rows, layer.x_bytes // layer.number_bytes, (tile.rows, inputs_of(layer)))
 
 
 def map_of_w(layer: Layer, tile: Tile, tensor: tuple[str, int], rows: int) -> TensorMap:
     """How kernels copy a matrix of so many rows: all of a tile, or its gates, or its ups."""
     height = tile.outputs // 2 if layer.apart else tile.outputs
-    if layer.scheme:
+    if layer.decodes:
         return TensorMap(tensor, "uint8", rows, layer.row_bytes, (height, _code_bytes(layer)))
-    return TensorMap(tensor, layer.dtype, rows, layer.k, (height, INPUTS))
+    return TensorMap(tensor, _stored(layer), rows, layer.k, (height, inputs_of(layer)))
+
+
+def inputs_of(layer: Layer) -> int:
+    """Inputs per stage: as many as a swizzle goes over."""
+    return _ROW_BYTES // layer.number_bytes
+
+
+def _stored(layer: Layer) -> str:
+    """What maps say of numbers."""
+    return "uint8" if layer.number_bytes == 1 else layer.dtype
 
 
 def _code_bytes(layer: Layer) -> int:
@@ -125,8 +135,17 @@ def product_hopper(layer: Layer, tile: Tile, target: Target) -> DeviceKernel:
     Raises TargetError unless k is a multiple of 64, groups of codes are parts or multiples of 64 and the target is sm_90a.
     """
     require_hopper(layer, target)
-    f = Device(f"product_hopper{tile.rows}x{tile.outputs}_{layer.name}", parameters(layer), target, THREADS)
-    given = {name: value for (_, name), value in zip(layer.parameters, f.params(), strict=True)}
+    return of_layer(layer, tile, target)
+
+
+def of_layer(
+    layer: Layer, tile: Tile, target: Target, beside: Sequence[tuple[str, str]] = (),
+    scaled: Callable[[Device, dict[str, Val]], Scaled] | None = None,
+) -> DeviceKernel:  # fmt: skip
+    """A kernel as `product_hopper`. beside: more parameters, behind the others; scaled(f, the parameters): what is done to sums."""
+    kinds = [*parameters(layer), *beside]
+    f = Device(f"product_hopper{tile.rows}x{tile.outputs}_{layer.name}", kinds, target, THREADS)
+    given = {name: value for (_, name), value in zip(kinds, f.params(), strict=True)}
     row_tiles = (given["m"] + (tile.rows - 1)) / tile.rows
     matrix_tiles, band_tiles, table = layer.tiles(tile.outputs), _BAND // tile.rows, table_of(f, layer)
 
@@ -143,13 +162,16 @@ def product_hopper(layer: Layer, tile: Tile, target: Target) -> DeviceKernel:
 
     residual = f.memory(given["r"]) if layer.residual else None
     work = Work(row_tiles * matrix_tiles, piece)
-    multiply_hopper(f, layer, tile, Boxed(given["x"]), work, residual)
+    how = None if scaled is None else scaled(f, given)
+    multiply_hopper(f, layer, tile, Boxed(given["x"]), work, residual, how)
     return f.built()
 
 
 def require_hopper(layer: Layer, target: Target) -> None:
     """Raise TargetError unless `multiply_hopper` reads the layer."""
     layer.require()
+    if layer.halves or layer.number_bytes != 2:
+        raise TargetError(f"{layer.name}: warp groups multiply dense matrices by numbers of 16 bits, or by levels")
     if target.mcpu != "sm_90a" or layer.dtype not in PAIRS:
         raise TargetError(f"warp groups multiply floats of 16 bits on sm_90a, not {layer.dtype} on {target.mcpu}")
     if layer.k % INPUTS or (layer.group and (layer.group % 16 or (layer.group % INPUTS and INPUTS % layer.group))):
@@ -157,11 +179,11 @@ def require_hopper(layer: Layer, target: Target) -> None:
 
 
 def multiply_hopper(
-    f: Device, layer: Layer, tile: Tile, source: Source, work: Work, residual: Val | None = None
-) -> None:
-    """What a thread does: its share of all tiles of the block."""
+    f: Device, layer: Layer, tile: Tile, source: Source, work: Work, residual: Val | None = None, scaled: Scaled | None = None
+) -> None:  # fmt: skip
+    """What a thread does: its share of all tiles of the block. scaled: what is done to sums before they are finished."""
     ring = _Ring(f, layer, tile, source)
-    f.when(f.thread() < GROUP, lambda: _fetch(ring, work), lambda: _multiply(ring, work, residual))
+    f.when(f.thread() < GROUP, lambda: _fetch(ring, work), lambda: _multiply(ring, work, residual, scaled))
 
 
 @attrs.frozen(eq=False)
@@ -183,7 +205,7 @@ class _Ring:
         self.f, self.layer, self.tile, self.source = f, layer, tile, source
         self.gathered = isinstance(source, Gathered)
         self.row_part = tile.rows * _ROW_BYTES
-        self.weight_part = tile.outputs * (_code_bytes(layer) if layer.scheme else _ROW_BYTES)
+        self.weight_part = tile.outputs * (_code_bytes(layer) if layer.decodes else _ROW_BYTES)
         self.stage_bytes = self.row_part + self.weight_part
         self.stages = min(_MOST_STAGES, _RING_BYTES // self.stage_bytes)
         self.held = f.shared(self.stages * self.stage_bytes, 1024)
@@ -230,7 +252,7 @@ class _Ring:
         f = self.f
 
         def one(number: Val, values: list[Val]) -> list[Val]:
-            piece, steps = work.piece(number), f.i64(self.layer.k // INPUTS)
+            piece, steps = work.piece(number), f.i64(self.layer.k // inputs_of(self.layer))
             if piece.there is not None:
                 steps = f.select(piece.there, steps, 0)
             return do(piece, steps, _Turn(*values)).values
@@ -253,7 +275,7 @@ def _weights(ring: _Ring, piece: Piece, step: Val, stage: Val, more: int = 0) ->
     """Begin to copy a step's weights; `more` bytes are expected besides."""
     f, (_, to), barrier = ring.f, ring.tiles(stage), ring.full(stage)
     f.arrive_expecting(barrier, ring.weight_part + more)
-    columns = _code_bytes(ring.layer) if ring.layer.scheme else INPUTS
+    columns = _code_bytes(ring.layer) if ring.layer.decodes else inputs_of(ring.layer)
     for number, (tensor, row) in enumerate(piece.weights):
         own = f.at(to, number * (ring.weight_part // len(piece.weights)), "i8")
         f.copy_box(own, tensor, row, step * columns, barrier)
@@ -268,7 +290,7 @@ def _fetch_boxes(ring: _Ring, source: Boxed, piece: Piece, steps: Val, turn: _Tu
         f.wait_for(ring.empty(now.stage), 1 - now.parity)
         _weights(ring, piece, step, now.stage, ring.row_part)
         rows, _ = ring.tiles(now.stage)
-        f.copy_box(rows, source.tensor, piece.rows.first, step * INPUTS, ring.full(now.stage))
+        f.copy_box(rows, source.tensor, piece.rows.first, step * inputs_of(ring.layer), ring.full(now.stage))
         return ring.after(now).values
 
     *values, _ = f.loop(0, steps, 1, turn.values, fetch)
@@ -313,39 +335,45 @@ _Operand = Val | list[Val]
 _Read = Callable[[Val, Val, list[Val]], Callable[[], tuple[list[_Operand], list[Val]]]]
 
 
-def _multiply(ring: _Ring, work: Work, residual: Val | None) -> None:
+Scaled = Callable[[Piece, Val, list[Val]], list[Val]]
+"""scaled(piece, the warp group's number, sums): float32 of sums that come as `Device.multiply_group` leaves them."""
+
+
+def _multiply(ring: _Ring, work: Work, residual: Val | None, scaled: Scaled | None) -> None:
     """What the other warp groups do: each 64 rows of every tile, one step's products under way while the next one's inputs are awaited."""
     f, layer = ring.f, ring.layer
     group = f.thread() / GROUP - 1
     one = (f.thread() % WARP).cmp("eq", 0)
-    other = ring.tile.rows if layer.scheme else ring.tile.outputs
+    other = ring.tile.rows if layer.decodes else ring.tile.outputs
     f.registers(_MULTIPLYING, more=True)
 
     def release(stage: Val, when: Val) -> None:
         f.when(f.op(f"and i1 {one.name}, {when.name}", "i1"), lambda: f.arrive(ring.empty(stage)))
 
     def tile(piece: Piece, steps: Val, turn: _Turn) -> _Turn:
-        held, read = _codes(ring, piece, group) if layer.scheme else _floats(ring, group)
+        held, read = _codes(ring, piece, group) if layer.decodes else _as_they_lie(ring, group)
 
         def multiply(step: Val, values: list[Val]) -> list[Val]:
             sums, held, now = values[: other // 2], values[other // 2 : -2], _Turn(*values[-2:])
             operands = read(step, now.stage, held)
             f.wait_for(ring.full(now.stage), now.parity)
             left, held = operands()
-            right = f.tile_address(ring.tiles(now.stage)[0 if layer.scheme else 1])
+            right = f.tile_address(ring.tiles(now.stage)[0 if layer.decodes else 1])
             f.begin_products()
             for part, own in enumerate(left):
-                sums = f.multiply_group(own, right + 2 * part, sums, other, layer.dtype)
+                sums = f.multiply_group(own, right + 2 * part, sums, other, layer.operand)
             f.commit_products()
             sums = f.products_done(1, sums)
             release(ring.before(now.stage, 1), step > 0)
             return [*sums, *held, *ring.after(now).values]
 
-        zeros = [f.const(0.0, "float")] * (other // 2)
+        zeros = [f.const(0, "i32") if layer.operand == "int8" else f.const(0.0, "float")] * (other // 2)
         *values, _ = f.loop(0, steps, 1, [*zeros, *held, *turn.values], multiply)
         sums, after = f.products_done(0, values[: other // 2]), _Turn(*values[-2:])
+        if scaled is not None:
+            sums = scaled(piece, group, sums)
         release(ring.before(after.stage, 1), steps > 0)
-        store = functools.partial(_store_turned if layer.scheme else _store, ring, piece, group, sums, residual)
+        store = functools.partial(_store_turned if layer.decodes else _store, ring, piece, group, sums, residual)
         if piece.there is None:
             store()
         else:
@@ -355,13 +383,13 @@ def _multiply(ring: _Ring, work: Work, residual: Val | None) -> None:
     ring.each(work, tile)
 
 
-def _floats(ring: _Ring, group: Val) -> tuple[list[Val], _Read]:
+def _as_they_lie(ring: _Ring, group: Val) -> tuple[list[Val], _Read]:
     """A warp group's rows of x, as they lie in shared memory."""
     f = ring.f
 
     def read(step: Val, stage: Val, held: list[Val]) -> Callable[[], tuple[list[_Operand], list[Val]]]:
         rows = f.tile_address(f.at(ring.tiles(stage)[0], group * (64 * _ROW_BYTES), "i8"))
-        return lambda: ([rows + 2 * part for part in range(INPUTS // 16)], held)
+        return lambda: ([rows + 2 * part for part in range(_ROW_BYTES // 32)], held)
 
     return [], read
 

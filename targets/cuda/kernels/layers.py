@@ -73,6 +73,26 @@ class Layer:
         return self.codes_per_chunk // 4
 
     @property
+    def decodes(self) -> bool:
+        """Whether codes become numbers before they are multiplied."""
+        return bool(self.scheme)
+
+    @property
+    def number_bytes(self) -> int:
+        """Of a number of x."""
+        return ITEMSIZE[self.dtype]
+
+    @property
+    def x_bytes(self) -> int:
+        """From a row of x to the next."""
+        return self.k * self.number_bytes
+
+    @property
+    def operand(self) -> str:
+        """What tensor cores multiply."""
+        return self.dtype
+
+    @property
     def row_bytes(self) -> int:
         """Of a row of W."""
         return self.k * 16 // self.codes_per_chunk

@@ -16,8 +16,8 @@ from jisu.compiler.levels import multiplied, record_bytes, scale_offset, sum_off
 from jisu.compiler.schemes import SCHEMES
 from jisu.targets.cpu.isa import FLOATS, Val
 from jisu.targets.cuda import STEP, levels
-from jisu.targets.cuda.device import WARP, Device, DeviceKernel
-from jisu.targets.cuda.kernels import thin
+from jisu.targets.cuda.device import GROUP, PAIRS, WARP, Device, DeviceKernel
+from jisu.targets.cuda.kernels import hopper, thin
 from jisu.targets.cuda.kernels.layers import Layer, Part, Rows, part_of
 from jisu.targets.cuda.kernels.norm import Norm
 from jisu.targets.cuda.kernels.products import Tile, Tiled
@@ -40,9 +40,24 @@ class Levels(Layer):
         return SCHEMES[self.scheme].uniform
 
     @property
+    def decodes(self) -> bool:
+        """Codes of 4 bits become bytes."""
+        return SCHEMES[self.scheme].per_byte > 1
+
+    @property
+    def number_bytes(self) -> int:
+        """Of a level."""
+        return 1
+
+    @property
     def x_bytes(self) -> int:
-        """Of a row of x."""
+        """From a record to the next."""
         return record_bytes(self.k, self.group, self.own)
+
+    @property
+    def operand(self) -> str:
+        """What tensor cores multiply."""
+        return "int8" if self.integers else "fp8"
 
     @property
     def name(self) -> str:
@@ -116,12 +131,17 @@ class Scaling:
             "i32", self.f.at(self.f.at(self.x, row * self.layer.x_bytes + sum_offset(k, *how), "i8"), group, "float32")
         )
 
+    def zero_of(self, row: Val, group: Val | None = None) -> Val:
+        """The code that stands for 0 in a row of W, or its group, i32."""
+        if self.part.z is None:
+            return self.f.const(int(SCHEMES[self.layer.scheme].middle), "i32")
+        at = row if group is None else row * self.layer.groups + group
+        return self.f.cast("zext", self.f.load("i8", self.f.at(self.part.z, at, "uint8")), "i32")
+
     def shift(self, row: Val, group: Val) -> Val:
         """What a group's zero is below the grid's middle, as often as levels are in sums, i32."""
-        assert self.part.z is not None
-        stored = self.f.load("i8", self.f.at(self.part.z, row * self.layer.groups + group, "uint8"))
         middle = int(SCHEMES[self.layer.scheme].middle)
-        return (self.f.cast("zext", stored, "i32") * -1 + middle) * int(factor(self.layer))
+        return (self.zero_of(row, group) * -1 + middle) * int(factor(self.layer))
 
     def number(self, sum_: Val) -> Val:
         """A sum as float32."""
@@ -223,13 +243,11 @@ class _Many(Tiled):
     """The kernel under construction: `mma` sums a group's products, and then they are scaled and added."""
 
     layer: Levels
-    number_bytes = 1
 
     def __init__(
         self, f: Device, layer: Levels, tile: Tile, x: Val, part: Part, own: Rows, residual: Val | None
     ) -> None:
         super().__init__(f, layer, tile, STEP, x, part, own, residual)
-        self.x_bytes, self.turned = layer.x_bytes, SCHEMES[layer.scheme].per_byte == 1
         self.scaling = Scaling(f, layer, part, x)
         thread = f.thread()
         lane, warp = thread % WARP, thread / WARP
@@ -283,7 +301,7 @@ class _Many(Tiled):
         rows, weights = self.arrived(step)
         result = list(sums)
         for half in (0, 1):  # of 32 inputs
-            left, right = (self.plain if self.turned else self.coded)(rows, weights, half)
+            left, right = (self.coded if self.layer.decodes else self.plain)(rows, weights, half)
             for i, a in enumerate(left):
                 for j, b in enumerate(right):
                     at = 4 * (i * self.tiles[1] + j)
@@ -320,6 +338,46 @@ class _Many(Tiled):
             at = (self.column + 8 * j + self.line) * self.row_bytes + (self.place * 4 + 16 * half)
             right.append(words_of_levels(self.layer, f.load("i32", f.at(weights, at, "i8"))))
         return left, right
+
+
+# --- Many rows on Hopper -----------------------------------------------------------------------------------------------------
+
+
+def many_hopper(layer: Levels, tile: hopper.Tile, target: Target) -> DeviceKernel:
+    """As `hopper.product_hopper`: records and codes of a byte are multiplied as they lie. Parameters: those, and the records' address.
+
+    Raises TargetError unless rows of W have one scale, k is a multiple of 128, results have 16 bits and the target is sm_90a.
+    """
+    require_levels(layer, target)
+    if target.mcpu != "sm_90a" or layer.dtype not in PAIRS or layer.decodes or layer.group:
+        raise TargetError(f"{layer.name}: no product of warp groups on {target.mcpu}")
+    if layer.k % hopper.inputs_of(layer):
+        raise TargetError(f"{layer.name}: inputs are no multiple of {hopper.inputs_of(layer)}")
+
+    def scaled(f: Device, given: dict[str, Val]) -> hopper.Scaled:
+        x = f.memory(given["records"])
+
+        def scale(piece: hopper.Piece, group: Val, sums: list[Val]) -> list[Val]:
+            scaling, thread = Scaling(f, layer, piece.part, x), f.thread() % GROUP
+            lane, none = thread % WARP, f.i64(0)
+            line = group * 64 + thread / WARP * 16 + lane / 4
+            rows = [piece.rows.source(line + 8 * half) for half in (0, 1)]
+            steps = [scaling.of_levels(row) for row in rows]
+            totals = [scaling.sum_of_levels(row, none) for row in rows] if layer.integers else []
+            found = []
+            for block in range(len(sums) // 4):
+                for part in range(4):
+                    column = lane % 4 * 2 + (8 * block + part % 2)
+                    output = f.minimum(piece.part.first + column, piece.part.rows - 1)
+                    own = sums[4 * block + part]
+                    if layer.integers:  # codes stand for what they are above their zero
+                        own = own - scaling.zero_of(output) * totals[part // 2]
+                    found.append(scaling.number(own) * scaling.of_weights(output, none) * steps[part // 2])
+            return found
+
+        return scale
+
+    return hopper.of_layer(layer, tile, target, [("ptr", "records")], scaled)
 
 
 # --- Rounding --------------------------------------------------------------------------------------------------------------

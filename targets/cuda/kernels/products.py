@@ -54,10 +54,7 @@ LARGE, SMALL = Tile(128, 128, (2, 4)), Tile(64, 64, (2, 2))
 
 
 class Tiled:
-    """A layer in tiles under construction, `inputs` of k per step, whose rows of x are `x_bytes` apart."""
-
-    number_bytes = 2
-    """Of a number of x."""
+    """A layer in tiles under construction, `inputs` of k per step."""
 
     def __init__(
         self, f: Device, layer: Layer, tile: Tile, inputs: int, x: Val, part: Part, own: Rows, residual: Val | None, parts: int = 1
@@ -72,12 +69,10 @@ class Tiled:
             residual,
         )
         self.inputs, self.steps, self.parts = inputs, layer.k // inputs, parts
-        self.x_bytes = layer.k * self.number_bytes
-        self.step_bytes = inputs * self.number_bytes  # of a row of x
+        self.step_bytes = inputs * layer.number_bytes  # of a row of x
         self.chunks = self.step_bytes // 16 // parts  # in a row of x of a part
         self.stages = _STAGES - 1 if parts > 1 else _STAGES
         self.row_bytes = inputs * 16 // layer.codes_per_chunk  # of W, per step
-        self.turned = not layer.scheme  # whether W stands in shared memory as x does
         self.stage_bytes = self.tile.rows * self.step_bytes + self.tile.outputs * self.row_bytes
         self.held = f.shared(self.stages * self.stage_bytes, 1024)
 
@@ -108,10 +103,10 @@ class Tiled:
         for which in range(self.parts):
 
             def row_of_x(r: Val, within: int = which * 16 * self.chunks) -> Val:
-                return f.at(self.x, self.own.source(r) * self.x_bytes + step * self.step_bytes + within, "i8")
+                return f.at(self.x, self.own.source(r) * self.layer.x_bytes + step * self.step_bytes + within, "i8")
 
             f.copy_tile(self.part_of_rows(rows, which), self.tile.rows, self.chunks, row_of_x)
-        if self.turned:
+        if not self.layer.decodes:
             f.copy_tile(weights, self.tile.outputs, self.chunks, row_of_w)
             return
         per_row = self.row_bytes // 16
