@@ -33,7 +33,7 @@ VIEWS = frozenset({ops.reshape, ops.get})
 """Ops that only look at their operand in another way."""
 
 INTEGER = frozenset({ops.integer_linear, ops.integer_projections})
-"""Ops whose products are those of integers of 8 bits."""
+"""Ops whose products are those of 8 bits: of integers, or of fp8."""
 
 PARTIAL = frozenset({ops.take, ops.gather, *ops.LOOKUPS})
 """Ops that read only as much of their first operand as they return."""
@@ -74,7 +74,7 @@ def node_cost(node: Node, env: Mapping[str, int], machine: Machine) -> Cost:
     else:
         read = [int(substitute(p.tensor.nbytes, env)) for p in node.parents if not isinstance(p.type, TupleType)]  # type: ignore[call-overload]
         moved = written + sum(read)
-    dtype = "int8" if node.op in INTEGER else types[0].dtype
+    dtype = ("float8_e4m3fn" if node.records == "fp8" else "int8") if node.op in INTEGER else types[0].dtype
     peak, bandwidth = machine.peak_flops(dtype), machine.memory_bandwidth
     seconds = max(flops / peak if peak else 0.0, moved / bandwidth if bandwidth else 0.0)
     return Cost(flops, moved, 1, seconds)

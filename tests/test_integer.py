@@ -15,7 +15,7 @@ from hypothesis.extra import numpy as hnp
 from test_quantization import coded
 
 import jisu
-from jisu.compiler import levels, ops
+from jisu.compiler import axes, levels, ops
 from jisu.compiler.entry import stored
 from jisu.compiler.graph import ArrayStorage, Graph, Node, Storage, placeholder, weight
 from jisu.compiler.interpret import interpret
@@ -46,6 +46,15 @@ def test_a_record_means_what_fake_quantize_rounds_to(x: np.ndarray, group: int, 
         total = np.ascontiguousarray(records[:, at + 4 * i : at + 4 * i + 4]).view(np.int32)[:, 0]
         part = records[:, i * size : (i + 1) * size].view(np.int8)
         np.testing.assert_array_equal(total, part.sum(1, dtype=np.int32) if scheme != "fp8" else 0)
+
+
+def test_records_cost_what_their_numbers_do() -> None:
+    """Work per number, not per number and byte."""
+    x = placeholder("x", TensorType((3, 64), "float32"))
+    records = ops.encode_rows(x, scheme="int8")
+    levelled = ops.encode_levels(x, scheme="int8", group=16, own=False)
+    assert axes.flops(records) == axes.flops(levelled) == 8 * 3 * 64
+    assert axes.flops(ops.decode_rows(records, scheme="int8")) == 2 * 3 * 64
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])

@@ -205,7 +205,7 @@ def fake_quantize(x: TensorType, scale: TensorType | None = None, *, scheme: str
 @defop(
     meaning=lambda x, feedback, *, scheme: rows.encode(x, scheme, feedback),
     axes=lambda x, feedback, **_: "*b k! -> *b r" if feedback is None else "*b g k!, g k! l! -> *b g r",
-    flops=8,
+    flops=lambda result, x, feedback, **_: (8 if feedback is None else 2 * x.shape[-1]) * x.size,
     samples=lambda: iter(
         [
             (("float32[2, 3, 6]", None), {"scheme": "int8"}),
@@ -232,7 +232,7 @@ def encode_rows(x: TensorType, feedback: TensorType | None = None, *, scheme: st
 @defop(
     meaning=lambda records, *, scheme, dtype: rows.decode(records, scheme).astype(numpy_dtype(dtype)),
     axes="*b r! -> *b k",
-    flops=2,
+    flops=lambda result, *_, **__: 2 * result.size,
     samples=lambda: iter(
         [
             (("uint8[2, 3, 10]",), {"scheme": "int8", "dtype": "float32"}),
@@ -258,7 +258,7 @@ def _encode_levels(x: np.ndarray, scale: np.ndarray | None, *, scheme: str, grou
 @defop(
     meaning=_encode_levels,
     axes=lambda x, scale, **_: f"*b k!{', ' if scale is not None else ''} -> *b r",
-    flops=8,
+    flops=lambda result, x, *_, **__: 8 * x.size,
     samples=lambda: iter(
         [
             (("float32[2, 3, 5]", None), {"scheme": "int8", "group": 0, "own": False}),
