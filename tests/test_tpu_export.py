@@ -164,6 +164,7 @@ def test_the_script_verifies_and_generates(exported: Path, program: Program) -> 
 
 MODELS: dict[str, Callable[[], Program]] = {
     "int8": lambda: jisu.compile(make("llama").bfloat16(), target="tpu:v5e", recipe="int8"),
+    "w8a16": lambda: jisu.compile(make("llama").bfloat16(), target="tpu:v5e", recipe="w8a16"),
     "pages": lambda: jisu.compile(make("qwen3"), target="tpu:v6e", recipe={"cache": {"page": 4}}),
     "ring": lambda: jisu.compile(make("mistral"), target="tpu:v5e", recipe={"cache": {"ring": True}}),
 }

@@ -118,6 +118,37 @@ def test_weights_are_laid_out_once() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("kind", ["plain", "gated", "int4", "other rows"])
+def test_layers_of_codes(kind: str, dtype: str) -> None:
+    """x in floats, weights as codes with a scale per output; the product reads their levels."""
+    rows, n, k, panel = 9, 80, 192, 16 if kind != "other rows" else 1
+    scheme = "int4" if kind == "int4" else "int8"
+    bits = schemes.SCHEMES[scheme].bits
+    rng = np.random.default_rng(0)
+    x, b, r = tensor("x", rows, k, dtype=dtype), tensor("b", n, dtype=dtype), tensor("r", rows, n, dtype=dtype)
+    codes = [tensor(f"c{i}", n, k * bits // 8, dtype="uint8") for i in range(2)]
+    scales = [tensor(f"s{i}", n, 1, dtype="float16") for i in range(2)]
+    packed = [ops.pack_codes(c, scheme=scheme, k=k, panel=panel, word=1) for c in codes]
+    steps = [ops.pack_scales(s, scheme=scheme, whole=1.0, panel=panel) for s in scales]
+    how = {"outputs": n, "scheme": scheme, "group": 0, "activation": "silu"}
+    if kind == "gated":
+        both = (ops.concat(*(ops.reshape(v, shape=(5, 1, *v.shape[1:])) for v in vs), axis=1) for vs in (packed, steps))
+        out = ops.quantized_linear(x, *both, gated=True, **how)
+    else:
+        out = ops.quantized_linear(x, packed[0], steps[0], None, b, r, **how)
+    graph = Graph((x, b, r, *codes, *scales), (out,))
+    to = bfloat16 if dtype == "bfloat16" else dtype
+    arrays = [
+        *(rng.standard_normal(i.shape).astype(to) for i in (x, b, r)),
+        *(rng.integers(0, 256, c.shape).astype(np.uint8) for c in codes),
+        *((rng.random((n, 1)) * 0.01).astype(np.float16) for _ in scales),
+    ]
+    (got,), text = run(graph, arrays)
+    assert_close(got, interpret(graph, arrays)[0], 1e-2 if dtype == "bfloat16" else 1e-5)
+    assert text.count("@tpu_custom_call") == (2 if kind == "gated" else 1) and "dot_general" not in text
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("kind", ["plain", "gated", "projections", "int4"])
 def test_integer_layers(kind: str, dtype: str) -> None:
     rows, n, k, panel, word = 9, 80, 192, 16, 4
@@ -155,8 +186,10 @@ def test_integer_layers(kind: str, dtype: str) -> None:
     assert text.count("@tpu_custom_call") == (1 if kind in ("plain", "int4") else 2)
 
 
-@pytest.mark.parametrize("gated", [False, True])
-def test_levels_are_laid_out_once(gated: bool) -> None:
+@pytest.mark.parametrize("stored", [False, True], ids=["packed here", "stored packed"])
+@pytest.mark.parametrize("integers", [False, True], ids=["floats", "integers"])
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+def test_levels_are_laid_out_once(gated: bool, integers: bool, stored: bool) -> None:
     """Codes become levels int8, transposed, when weights are stored: the program has no step for them."""
     rows, n, k = 9, 80, 192
     rng = np.random.default_rng(0)
@@ -166,22 +199,26 @@ def test_levels_are_laid_out_once(gated: bool) -> None:
         held[f"c{i}"] = ArrayStorage(rng.integers(0, 256, (n, k)).astype(np.uint8))
         held[f"s{i}"] = ArrayStorage((rng.random((n, 1)) * 0.001).astype(np.float16))
         c, s = weight(f"c{i}", TensorType((n, k), "uint8")), weight(f"s{i}", TensorType((n, 1), "float16"))
-        packed.append(ops.pack_codes(c, scheme="int8", k=k, panel=16, word=4))
+        packed.append(ops.pack_codes(c, scheme="int8", k=k, panel=16, word=4 if integers else 1))
         steps.append(ops.pack_scales(s, scheme="int8", whole=1.0, panel=16))
     both = [ops.concat(*(ops.reshape(v, shape=(5, 1, *v.shape[1:])) for v in vs), axis=1) for vs in (packed, steps)]
     codes, scales = both if gated else (packed[0], steps[0])
     x = tensor("x", rows, k)
-    records = ops.encode_levels(x, scheme="int8", group=0, own=False)
-    how = {"k": k, "scheme": "int8", "group": 0, "own": False, "dtype": "bfloat16", "activation": "silu"}
-    graph = Graph((x,), (ops.integer_linear(records, codes, scales, outputs=n, gated=gated, **how),), held)
-    laid = FoldWeights()(kernels.lay_out(graph, V5E))
+    how: dict[str, Any] = {"outputs": n, "scheme": "int8", "group": 0, "gated": gated, "activation": "silu"}
+    if integers:
+        records = ops.encode_levels(x, scheme="int8", group=0, own=False)
+        out = ops.integer_linear(records, codes, scales, k=k, own=False, dtype="bfloat16", **how)
+    else:
+        out = ops.quantized_linear(x, codes, scales, **how)
+    graph = Graph((x,), (out,), held)
+    laid = FoldWeights()(kernels.lay_out(FoldWeights()(graph) if stored else graph, V5E))
     arrays = [normal(rows, k)]
     (want,) = interpret(graph, arrays)
     assert_close(interpret(laid, arrays)[0], want)
     (got,), text = run(laid, arrays)
     assert_close(got, want)
-    stored = [laid.weights[name].numpy() for name, _ in signature(laid, {}).weights]
-    assert_close(export.runner(emit(laid, {}), signature(laid, {}))(*arrays, *stored)[0], want)
+    weights = [laid.weights[name].numpy() for name, _ in signature(laid, {}).weights]
+    assert_close(export.runner(emit(laid, {}), signature(laid, {}))(*arrays, *weights)[0], want)
     assert "transpose" not in text and text.count("@tpu_custom_call") == 1 + gated
     assert "tensor<1x192x128x1xi8>" in text
 

@@ -306,7 +306,8 @@ def _kernels(folder: Path, chip: Chip, products: Mapping[Product, Mapping[str, i
     for spec, counted in products.items():
         extras = [name for name in ("bias", "residual") if getattr(spec, name)]
         extras += [spec.activation] * (spec.activation != "none")
-        name = "_".join((spec.dtype, f"{spec.m}x{spec.n}x{spec.k}", *extras, "to", spec.result))
+        dtypes = (spec.dtype, "by", spec.weights) if spec.widens else (spec.dtype,)
+        name = "_".join((*dtypes, f"{spec.m}x{spec.n}x{spec.k}", *extras, "to", spec.result))
         (folder / "kernels" / f"{name}.py").write_text(source(lower(spec, chip)), encoding="utf-8")
         yield {"file": f"kernels/{name}.py", **attrs.asdict(spec), "nodes": dict(counted)}
 

@@ -22,10 +22,12 @@ from jisu.targets.target import Target
 from jisu.targets.tpu.chip import Chip
 from jisu.targets.tpu.functional import inlined
 from jisu.targets.tpu.product import lower
-from jisu.targets.tpu.spec import ACTIVATIONS, Product
+from jisu.targets.tpu.spec import ACTIVATIONS, RESULTS, Product
 
 BLOCKS = (128, 16)
 """Rows at a time: many, and what is left."""
+_STORED = {"bfloat16": "int16", "float32": "float32"}
+"""How this machine's functions take floats."""
 
 Fill = Callable[[Expr, Expr], Expr]
 """An operand's element [i, j], as this machine keeps it, from what the function is given."""
@@ -104,30 +106,35 @@ def _linear_product(node: Node) -> Product | None:
     x, w, bias, residual = node.operands
     assert x is not None and w is not None
     sizes = (w.shape[0], x.shape[-1])
-    if node.dtype != "bfloat16" or w.dtype != "bfloat16" or not all(isinstance(n, int) for n in sizes):
+    if node.dtype not in RESULTS or w.dtype != node.dtype or not all(isinstance(n, int) for n in sizes):
         return None
     n, k = map(int, sizes)  # type: ignore[call-overload]
     if node.activation not in ACTIVATIONS:
         return None
-    return Product(1, n, k, bias=bias is not None, activation=node.activation, residual=residual is not None)
-
-
-def _integer_product(node: Node) -> Product | None:
-    _, codes, _, zeros, bias, residual = node.operands
-    assert codes is not None
-    if node.group or node.own or zeros is not None or node.gated or node.scheme != "int8":
-        return None
-    if codes.tensor.size != node.outputs * node.k:
-        return None
-    if node.dtype not in ("bfloat16", "float32") or node.activation not in ACTIVATIONS:
-        return None
     return Product(
-        1, int(node.outputs), int(node.k), "int8", node.dtype, channel_scale=True, row_scale=True, bias=bias is not None,
-        activation=node.activation, residual=residual is not None,
+        1, n, k, node.dtype, node.dtype, bias=bias is not None, activation=node.activation, residual=residual is not None
     )  # fmt: skip
 
 
-_PRODUCTS = {ops.linear: _linear_product, ops.integer_linear: _integer_product}
+def _coded_product(node: Node) -> Product | None:
+    """Of levels of codes, and of x in floats or rounded to levels, too."""
+    x, codes, _, zeros, bias, residual = node.operands
+    assert x is not None and codes is not None
+    rounded = node.op is ops.integer_linear
+    k = node.k if rounded else x.shape[-1]
+    if node.group or (rounded and node.own) or zeros is not None or node.gated or node.scheme != "int8":
+        return None
+    if codes.tensor.size != node.outputs * k or codes.dtype != "uint8":
+        return None
+    if node.dtype not in RESULTS or node.activation not in ACTIVATIONS:
+        return None
+    return Product(
+        1, int(node.outputs), int(k), "int8" if rounded else node.dtype, node.dtype, channel_scale=True, row_scale=rounded,
+        bias=bias is not None, activation=node.activation, residual=residual is not None, weights="int8",
+    )  # fmt: skip
+
+
+_PRODUCTS = {ops.linear: _linear_product, ops.quantized_linear: _coded_product, ops.integer_linear: _coded_product}
 
 
 def product_of(node: Node) -> Product | None:
@@ -136,15 +143,15 @@ def product_of(node: Node) -> Product | None:
 
 
 def _linear(node: Node, target: Target) -> Kernel | None:
-    """`linear` of bfloat16."""
+    """`linear` of bfloat16 or float32."""
     spec = product_of(node)
     if spec is None:
         return None
-    bias, residual, n, k = node.operands[2], node.operands[3], spec.n, spec.k
+    bias, residual, n, k, stored = node.operands[2], node.operands[3], spec.n, spec.k, _STORED[node.dtype]
     shapes = [(symbol("rows"), k), (n, k), *([(n,)] if bias is not None else [])]
     shapes += [(symbol("rows"), n)] if residual is not None else []
-    types = [TensorType(shape, "int16") for shape in shapes]
-    b = Builder("linear", types, [TensorType((symbol("rows"), n), "int16")], {"rows"})
+    types = [TensorType(shape, stored) for shape in shapes]
+    b = Builder("linear", types, [TensorType((symbol("rows"), n), stored)], {"rows"})
     flats: list[Flat] = list(b.inputs)
 
     def fills(first: Expr) -> dict[str, Fill]:
@@ -164,22 +171,21 @@ def _linear(node: Node, target: Target) -> Kernel | None:
     return _kernel(function, node, present, {0: (rows, k), 3: (rows, n)})
 
 
-def _integer(node: Node, target: Target) -> Kernel | None:
-    """`integer_linear` with a scale per token and per output."""
-    records, _, scales, _, bias, residual = node.operands
+def _coded(node: Node, target: Target) -> Kernel | None:
+    """`quantized_linear` with a scale per output, and `integer_linear` with one per token, too."""
+    x, _, scales, _, bias, residual = node.operands
     spec = product_of(node)
     if spec is None:
         return None
-    assert records is not None and scales is not None
-    n, k, size = spec.n, spec.k, int(records.shape[-1])  # type: ignore[call-overload]
-    stored = "int16" if node.dtype == "bfloat16" else "float32"
+    assert x is not None and scales is not None
+    n, k, size, stored = spec.n, spec.k, int(x.shape[-1]), _STORED[node.dtype]  # type: ignore[call-overload]
     shapes: list[tuple[tuple[Dim, ...], str]] = [
-        ((symbol("rows"), size), "uint8"), ((n, k), "uint8"), ((n,), scales.dtype),
+        ((symbol("rows"), size), "uint8" if spec.row_scale else stored), ((n, k), "uint8"), ((n,), scales.dtype),
     ]  # fmt: skip
     shapes += [((n,), stored)] if bias is not None else []
     shapes += [((symbol("rows"), n), stored)] if residual is not None else []
     types = [TensorType(shape, dtype) for shape, dtype in shapes]
-    b = Builder("integer_linear", types, [TensorType((symbol("rows"), n), stored)], {"rows"})
+    b = Builder(node.op.name, types, [TensorType((symbol("rows"), n), stored)], {"rows"})
     flats = list(b.inputs)
     at = levels.scale_offset(k)
 
@@ -194,9 +200,12 @@ def _integer(node: Node, target: Target) -> Kernel | None:
             return tirx.Cast("int8", tirx.Cast("int32", flats[1][[j, i]]) - tirx.const(128, "int32"))
 
         found: dict[str, Fill] = {
-            "x": lambda i, j: tirx.reinterpret("int8", flats[0][[first + i, j]]), "w": code,
-            "channel_scale": lambda i, j: _wide(flats[2][[j]]), "row_scale": row_scale,
+            "x": lambda i, j: _bits(flats[0][[first + i, j]]), "w": code,
+            "channel_scale": lambda i, j: _wide(flats[2][[j]]),
         }  # fmt: skip
+        if spec.row_scale:
+            found["x"] = lambda i, j: tirx.reinterpret("int8", flats[0][[first + i, j]])
+            found["row_scale"] = row_scale
         if bias is not None:
             found["bias"] = lambda i, j: _wide(flats[3][[j]])
         if residual is not None:
@@ -209,5 +218,5 @@ def _integer(node: Node, target: Target) -> Kernel | None:
     return _kernel(function, node, present, {0: (rows, size), 1: (n, k), 2: (n,), 5: (rows, n)})
 
 
-CHOOSERS: Choosers = {ops.linear: _linear, ops.integer_linear: _integer}
+CHOOSERS: Choosers = {ops.linear: _linear, ops.quantized_linear: _coded, ops.integer_linear: _coded}
 """Choosers by op; see `jisu.targets.lowering.lower`."""

@@ -16,7 +16,7 @@ import attrs
 
 from jisu.compiler import levels, ops
 from jisu.compiler.errors import CompileError
-from jisu.compiler.graph import WEIGHT, Graph, Node, Op
+from jisu.compiler.graph import WEIGHT, Graph, Node
 from jisu.compiler.ops.quantize import layer_parts
 from jisu.compiler.schemes import SCHEMES
 from jisu.compiler.types import TensorType
@@ -40,9 +40,10 @@ SMALLEST = 1 << 20
 def chooser(chip: Chip, *, smallest: int = SMALLEST, platform: str = "tpu") -> Chooser:
     """What `stablehlo.emit` asks: our kernel for a node, or None where StableHLO has to do.
 
-    Kernels compute layers in bfloat16 (`linear`, `gated_linear`, and packed ones) and of integer codes (`integer_linear` with one scale per
-    output and no zeros), from `smallest` multiplications on, and attention in bfloat16, with or without a cache. platform: "tpu", or "cpu" for
-    a program whose kernels Pallas' interpreter runs. Needs JAX; raises TargetError without it when a kernel is chosen.
+    Kernels compute layers in bfloat16 and float32 (`linear`, `gated_linear`, and packed ones), those and rounded ones of integer codes
+    (`quantized_linear`, `integer_linear`, with one scale per output and no zeros), from `smallest` multiplications on, and attention in
+    bfloat16, with or without a cache. platform: "tpu", or "cpu" for a program whose kernels Pallas' interpreter runs. Needs JAX; raises
+    TargetError without it when a kernel is chosen.
     """
 
     def choose(node: Node, sizes: Mapping[str, int]) -> Kernel | None:
@@ -58,11 +59,11 @@ def chooser(chip: Chip, *, smallest: int = SMALLEST, platform: str = "tpu") -> C
 def lay_out(graph: Graph, chip: Chip) -> Graph:
     """The graph with weights packed as kernels read them, transposed and with columns of whole lanes.
 
-    Those of layers in bfloat16 (`linear`, `gated_linear`), and those of `integer_linear` whose codes have 8 bits, which become levels int8. The
-    packing stands in the graph; `jisu.passes.layout.FoldWeights` stores its results, `PackWeights` goes before. A weight that something
-    else reads, too, stays as it is. The two products of a gated layer become layers of their own.
+    Those of layers in bfloat16 and float32 (`linear`, `gated_linear`), and those of `quantized_linear` and `integer_linear` whose codes have 8
+    bits, which become levels int8. The packing stands in the graph; `jisu.passes.layout.FoldWeights` stores its results, `PackWeights` goes
+    before. A weight that something else reads, too, stays as it is. The two products of a gated layer become layers of their own.
     """
-    shared = {o for n in graph.nodes if n.op not in (ops.linear, ops.gated_linear) for o in n.operands}
+    shared = {o for n in graph.nodes if n.op not in _LAID_OUT for o in n.operands}
     made: dict[tuple[Any, ...], Node] = {}
 
     def once(key: tuple[Any, ...], make: Callable[[], Node]) -> Node:
@@ -71,38 +72,41 @@ def lay_out(graph: Graph, chip: Chip) -> Graph:
         return made[key]
 
     def packs(w: Node | None) -> bool:
-        return w is not None and w.op is WEIGHT and w.dtype == "bfloat16" and w not in shared
+        return w is not None and w.op is WEIGHT and w.dtype in _FLOATS and w not in shared
 
     def packed(x: Node, w: Node, b: Node | None, r: Node | None, activation: str, where: str) -> Node:
         panel = round_up(int(w.shape[0]), chip.lanes)  # type: ignore[call-overload]
         wide = once((ops.pack, w), lambda: ops.pack(w, panel=panel, pair=1))
         return ops.packed_linear.make((x, wide, b, r), {"outputs": w.shape[0], "activation": activation}, where)
 
-    def levelled(node: Node) -> Node | None:
-        """An integer layer on levels; None where its codes aren't packed in the graph, or aren't single products."""
-        x, codes, scales, zeros, b, r = node.operands
+    def levelled(old: Node, new: Node) -> Node:
+        """A layer of codes on levels."""
+        x, codes, scales, zeros, b, r = new.operands
         assert x is not None and codes is not None and scales is not None
-        if not _exact_levels(node, zeros is not None) or SCHEMES[node.scheme].bits != 8:
-            return None
-        parts = list(zip(_made_by(codes, ops.pack_codes), _made_by(scales, ops.pack_scales), strict=False))
-        if len(parts) != 1 + node.gated:
-            return None
-        panel = round_up(node.outputs, chip.lanes)
+        exact = _exact_levels(new, zeros is not None) and SCHEMES[new.scheme].bits == 8
+        if not exact or codes.dtype == "int8" or old.operands[1] in shared:
+            return new
+        n, k = int(new.outputs), _inputs(new)
+        panel = round_up(n, chip.lanes)
 
-        def levels_of(c: Node) -> Node:
-            wide = ops.pack_codes.make(c.operands, {**c.attributes, "panel": panel, "word": 1})
+        def levels_of(half: int | None) -> Node:
+            single = _out_of_panels(codes, half, n, k)
+            wide = ops.pack_codes(single, scheme=new.scheme, k=k, panel=panel, word=1)
             return ops.cast(ops.sub(ops.cast(wide, dtype="int32"), 128), dtype="int8")
 
-        def layer(c: Node, s: Node, activation: str) -> Node:
-            ahead = once((ops.pack_codes, c), lambda: levels_of(c))
-            steps = once(
-                (ops.pack_scales, s), lambda: ops.pack_scales.make(s.operands, {**s.attributes, "panel": panel})
-            )
-            attributes = {**node.attributes, "gated": False, "activation": activation}
-            return ops.integer_linear.make((x, ahead, steps, None, b, r), attributes, node.source)
+        def scales_of(half: int | None) -> Node:
+            whole = ops.reshape(scales, shape=(*scales.shape, 1))
+            return ops.pack_scales(_out_of_panels(whole, half, n, 1), scheme=new.scheme, panel=panel)
 
-        found = [layer(c, s, a) for (c, s), a in zip(parts, (node.activation, "none"), strict=False)]
-        return found[0] if len(found) == 1 else ops.mul.make(found, {}, node.source)
+        def layer(half: int | None, activation: str) -> Node:
+            ahead = once((codes, half), functools.partial(levels_of, half))
+            steps = once((scales, half), functools.partial(scales_of, half))
+            attributes = {**new.attributes, "gated": False, "activation": activation}
+            return new.op.make((x, ahead, steps, None, b, r), attributes, new.source)
+
+        if not new.gated:
+            return layer(None, new.activation)
+        return ops.mul.make((layer(0, new.activation), layer(1, "none")), {}, new.source)
 
     def transform(old: Node, new: Node) -> Node:
         if new.op is ops.linear and packs(old.operands[1]):
@@ -113,14 +117,22 @@ def lay_out(graph: Graph, chip: Chip) -> Graph:
             x, g, u = new.parents
             first = packed(x, g, None, None, new.activation, new.source)
             return ops.mul.make((first, packed(x, u, None, None, "none", new.source)), {}, new.source)
-        return (levelled(new) if new.op is ops.integer_linear else None) or new
+        return levelled(old, new) if new.op in _CODED else new
 
     return graph.map(transform)
 
 
-def _made_by(node: Node, op: Op) -> list[Node]:
-    """What `op` made of a value, from left to right."""
-    return [node] if node.op is op else [found for p in node.parents for found in _made_by(p, op)]
+def _out_of_panels(packed: Node, half: int | None, n: int, k: int) -> Node:
+    """[n, k] of [panels, words, panel, word], or of one of two such that lie panel by panel side by side."""
+    if half is not None:
+        starts, stops = (
+            [half + i if axis == 1 else i * size for axis, size in enumerate(packed.shape)] for i in (0, 1)
+        )
+        packed = ops.slice_(packed, starts=tuple(starts), stops=tuple(stops), steps=(1,) * packed.rank)
+    panels, words, panel, word = (int(size) for axis, size in enumerate(packed.shape) if half is None or axis != 1)
+    whole = ops.transpose(ops.reshape(packed, shape=(panels, words, panel, word)), perm=(0, 2, 1, 3))
+    rows = ops.reshape(whole, shape=(panels * panel, words * word))
+    return ops.slice_(rows, starts=(0, 0), stops=(n, k), steps=(1, 1))
 
 
 # --- Layers ---------------------------------------------------------------------------------------------------------------
@@ -177,7 +189,7 @@ def _packed_projections(node: Node) -> _Layer:
     return _Layer("panels", tuple(_Product(n, 1 + i, bias=1 + count + i if node.biased else None) for i, n in parts))
 
 
-def _integer(node: Node) -> _Layer | None:
+def _coded(node: Node) -> _Layer | None:
     if not _exact_levels(node, node.operands[3] is not None):
         return None
     if node.gated:
@@ -196,13 +208,27 @@ def _integer_projections(node: Node) -> _Layer | None:
 
 
 def _exact_levels(node: Node, zeros: bool) -> bool:
-    """Whether an integer layer is one product of levels, scaled by row and column."""
-    return (
-        node.group == 0
-        and not zeros
-        and SCHEMES[node.scheme].uniform
-        and node.attributes["dtype"] in ("bfloat16", "float32")
-    )
+    """Whether a layer of codes is one product of levels, whose sums are scaled."""
+    return node.group == 0 and not zeros and SCHEMES[node.scheme].uniform and _result(node) in _FLOATS
+
+
+def _result(node: Node) -> str:
+    """The dtype of a layer's results."""
+    x = node.operands[0]
+    assert x is not None
+    return str(node.attributes.get("dtype", x.dtype))
+
+
+def _inputs(node: Node) -> int:
+    """Inputs of a layer."""
+    x = node.operands[0]
+    assert x is not None
+    return int(node.attributes.get("k", x.shape[-1]))
+
+
+_FLOATS = ("bfloat16", "float32")
+_CODED = (ops.quantized_linear, ops.integer_linear)
+_LAID_OUT = (ops.linear, ops.gated_linear, *_CODED)
 
 
 _LAYERS: Mapping[Any, Any] = {
@@ -211,7 +237,8 @@ _LAYERS: Mapping[Any, Any] = {
     ops.packed_linear: lambda node: _single("panels", node, node.outputs, 2),
     ops.packed_gated_linear: _packed_gated,
     ops.packed_projections: _packed_projections,
-    ops.integer_linear: _integer,
+    ops.quantized_linear: _coded,
+    ops.integer_linear: _coded,
     ops.integer_projections: _integer_projections,
 }
 
@@ -219,21 +246,20 @@ _LAYERS: Mapping[Any, Any] = {
 def _layer(chip: Chip, node: Node, sizes: Mapping[str, int], smallest: int, platform: str) -> Kernel | None:
     x = node.operands[0]
     assert x is not None
-    result = node.attributes.get("dtype", x.dtype)
-    integer = node.op in (ops.integer_linear, ops.integer_projections)
-    if not integer and x.dtype != "bfloat16":
-        return None
-    layer = _LAYERS[node.op](node)
+    result, k = _result(node), _inputs(node)
+    integer = x.dtype == "uint8"  # records of levels
+    layer = _LAYERS[node.op](node) if result in _FLOATS else None
     if layer is None:
         return None
-    *lead, width = (int(n) for n in x.tensor.at(sizes).shape)  # type: ignore[call-overload]
-    rows, k = math.prod(lead), node.k if integer else width
+    *lead, _ = (int(n) for n in x.tensor.at(sizes).shape)  # type: ignore[call-overload]
+    rows, coded = math.prod(lead), layer.kind == "codes"
     if rows * k * sum(p.outputs for p in layer.products) < smallest:
         return None
     products = [
         Product(
-            rows, p.outputs, k, "int8" if integer else "bfloat16", result, channel_scale=integer, row_scale=integer,
+            rows, p.outputs, k, "int8" if integer else x.dtype, result, channel_scale=coded, row_scale=integer,
             bias=p.bias is not None, activation=p.activation, residual=p.residual is not None,
+            weights="int8" if coded else x.dtype,
         )
         for p in layer.products
     ]  # fmt: skip
@@ -317,10 +343,11 @@ class _Form:
 
         found = [matrix(0), self.weight(half(spec.weight), product, part.inputs[1])]
         if spec.scales is not None:
+            found.append(half(spec.scales).reshape(1, -1).part(1, 0, product.n).astype("float32"))  # one per output
+        if product.row_scale:
             at = levels.scale_offset(self.k)
             records = found[0]
             found[0] = records.part(1, 0, self.k).bits("int8")
-            found.append(half(spec.scales).reshape(1, -1).part(1, 0, product.n).astype("float32"))  # one per output
             found.append(records.part(1, at, at + 4).bits("float32").reshape(self.rows, 1))
         if spec.bias is not None:
             found.append(value(spec.bias).astype("float32").reshape(1, product.n))

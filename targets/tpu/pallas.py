@@ -294,7 +294,11 @@ def kernel(*arrays, interpret=False):
         self._put(f"{self._value(sums, analyzer)} += jnp.dot(")
         with self._indented():
             self._put(f"{self._value(x, analyzer)},")
-            self._put(f"{self._value(w, analyzer)},")
+            dtype = str(x.buffer.dtype)
+            widened = "" if str(w.buffer.dtype) == dtype else f".astype(jnp.{dtype})"
+            self._put(f"{self._value(w, analyzer)}{widened},")
+            if dtype == "float32":
+                self._put("precision=lax.Precision.HIGHEST,")
             self._put(f"preferred_element_type=jnp.{sums.buffer.dtype},")
         self._put(")")
 
@@ -547,4 +551,5 @@ def _title(product: Any) -> str:
     text = "x @ w" + " * channel_scale" * p.channel_scale + " * row_scale" * p.row_scale + " + bias" * p.bias
     text = text if p.activation == "none" else f"{p.activation}({text})"
     text += " + residual" * p.residual
-    return f"{text}: [{p.m}, {p.k}] @ [{p.k}, {p.n}], {p.dtype}, summed in {p.accumulator}, result {p.result}."
+    dtypes = f"{p.dtype} @ {p.weights}" if p.widens else p.dtype
+    return f"{text}: [{p.m}, {p.k}] @ [{p.k}, {p.n}], {dtypes}, summed in {p.accumulator}, result {p.result}."

@@ -341,14 +341,14 @@ class _Scheduler:
         sch.reorder(m0, n0, m1, n1)
 
     def _instructions(self, zero: Any, sums: Any) -> None:
-        sch, tiles, dtype = self.schedule, self.tiles, self.product.dtype
+        sch, tiles, product = self.schedule, self.tiles, self.product
         loops = sch.get_loops(zero)
         # Zeroing spans the whole tile: its loops by blocks become one instruction each.
         m1, n2 = loops[-2:]
-        sch.tensorize(m1, intrinsics.zero_tile(tiles.rows, tiles.unit[0], self.product.accumulator))
+        sch.tensorize(m1, intrinsics.zero_tile(tiles.rows, tiles.unit[0], product.accumulator))
         del n2
         m1 = sch.get_loops(sums)[-3]
-        sch.tensorize(m1, intrinsics.multiply_tile(tiles.rows, *tiles.unit, dtype))
+        sch.tensorize(m1, intrinsics.multiply_tile(tiles.rows, *tiles.unit, product.dtype, product.weights))
 
     def _copy(self, block: Any, dtype: str, source: str, to: str) -> None:
         i, j = self.schedule.get_loops(block)[-2:]

@@ -72,7 +72,7 @@ class Tiles:
         """Bytes that copies between HBM and VMEM move."""
         pm, pn, pk = self.padded
         x_times = 1 if self.order == "resident" else pn // self.n
-        x, w = x_times * pm * pk * product.itemsize, pm // self.m * pk * pn * product.itemsize
+        x, w = x_times * pm * pk * product.itemsize, pm // self.m * pk * pn * product.weight_itemsize
         rows, columns = (
             x_times * pm * 4 * product.row_scale,
             pm // self.m * pn * 4 * (product.channel_scale + product.bias),
@@ -90,7 +90,7 @@ class Tiles:
 
         sizes = {
             "x": x_slots * size(self.m, self.k, product.itemsize),
-            "w": two * size(self.k, self.n, product.itemsize),
+            "w": two * size(self.k, self.n, product.weight_itemsize),
             "accumulator": size(self.m, self.n, 4),
             "result": tile_slots * size(self.m, self.n, product.result_itemsize),
         }
@@ -144,19 +144,21 @@ class Tiles:
         rate, latency = chip.hbm_bytes_per_cycle, chip.dma_latency * chip.clock
         blocks = (self.m // self.rows) * (self.n // self.columns)
         one = work(chip, self.rows, self.k, self.columns, product.dtype)
+        # Weights of another dtype become x's, an operation each, every time that they are multiplied.
+        adding = one.vector + vector_cycles(chip, self.k * self.columns * product.widens, "element")
         behind = sum(
             vector_cycles(chip, self.rows * self.columns * turns, op)
             for turns, op in zip((1, *ACTIVATION_WORK[product.activation]), ("epilogue", "element", "exp"), strict=True)
         ) + vector_cycles(chip, self.rows * self.columns * (product.bias + product.residual), "element")
-        x, w = self.m * self.k * product.itemsize, 0 if prefetched else self.k * self.n * product.itemsize
+        x, w = self.m * self.k * product.itemsize, 0 if prefetched else self.k * self.n * product.weight_itemsize
         store = self.m * self.n * product.result_itemsize
         columns = self.n * 4 * (product.channel_scale + product.bias) + store * product.residual
         rows = self.m * 4 * product.row_scale
         turns = [whole // tile for whole, tile in zip(self.padded, (self.m, self.n, self.k), strict=True)]
         started = chip.timing.launch if launch else 0.0
-        multiply = blocks * max(one.mxu, one.vector)
+        multiply = blocks * max(one.mxu, adding)
         # The epilogue of one block runs beside the product of the next; a tile that is one block has nothing beside it.
-        whole = max(blocks * one.mxu, blocks * (one.vector + behind)) if blocks > 1 else multiply + behind
+        whole = max(blocks * one.mxu, blocks * (adding + behind)) if blocks > 1 else multiply + behind
         if self.order == "split":
             both = (x + w) / rate
             pace = max(multiply, both, (both + latency + multiply) / 2 if x + w else 0.0)
