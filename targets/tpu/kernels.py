@@ -2,22 +2,23 @@
 
 A layer's kernel is the one that `product.lower` schedules: the same TIR that the functional run proves. Around it stand, in StableHLO, what
 brings operands into its form: rows of any rank as a matrix, weights [n, k] as [k, n], levels and scales out of records. Transposing weights
-costs their bytes twice at each call; `lay_out` stores them as kernels read them instead.
+costs their bytes twice at each call; `jisu.targets.tpu.layout` stores them as kernels read them instead.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import attrs
 
 from jisu.compiler import levels, ops
 from jisu.compiler.errors import CompileError
-from jisu.compiler.graph import WEIGHT, Graph, Node
+from jisu.compiler.graph import Node
 from jisu.compiler.ops.quantize import layer_parts
+from jisu.compiler.rows import TAIL
 from jisu.compiler.schemes import SCHEMES
 from jisu.compiler.types import TensorType
 from jisu.targets.tpu import attention, splice
@@ -54,85 +55,6 @@ def chooser(chip: Chip, *, smallest: int = SMALLEST, platform: str = "tpu") -> C
         return None
 
     return choose
-
-
-def lay_out(graph: Graph, chip: Chip) -> Graph:
-    """The graph with weights packed as kernels read them, transposed and with columns of whole lanes.
-
-    Those of layers in bfloat16 and float32 (`linear`, `gated_linear`), and those of `quantized_linear` and `integer_linear` whose codes have 8
-    bits, which become levels int8. The packing stands in the graph; `jisu.passes.layout.FoldWeights` stores its results, `PackWeights` goes
-    before. A weight that something else reads, too, stays as it is. The two products of a gated layer become layers of their own.
-    """
-    shared = {o for n in graph.nodes if n.op not in _LAID_OUT for o in n.operands}
-    made: dict[tuple[Any, ...], Node] = {}
-
-    def once(key: tuple[Any, ...], make: Callable[[], Node]) -> Node:
-        if key not in made:
-            made[key] = make()
-        return made[key]
-
-    def packs(w: Node | None) -> bool:
-        return w is not None and w.op is WEIGHT and w.dtype in _FLOATS and w not in shared
-
-    def packed(x: Node, w: Node, b: Node | None, r: Node | None, activation: str, where: str) -> Node:
-        panel = round_up(int(w.shape[0]), chip.lanes)  # type: ignore[call-overload]
-        wide = once((ops.pack, w), lambda: ops.pack(w, panel=panel, pair=1))
-        return ops.packed_linear.make((x, wide, b, r), {"outputs": w.shape[0], "activation": activation}, where)
-
-    def levelled(old: Node, new: Node) -> Node:
-        """A layer of codes on levels."""
-        x, codes, scales, zeros, b, r = new.operands
-        assert x is not None and codes is not None and scales is not None
-        exact = _exact_levels(new, zeros is not None) and SCHEMES[new.scheme].bits == 8
-        if not exact or codes.dtype == "int8" or old.operands[1] in shared:
-            return new
-        n, k = int(new.outputs), _inputs(new)
-        panel = round_up(n, chip.lanes)
-
-        def levels_of(half: int | None) -> Node:
-            single = _out_of_panels(codes, half, n, k)
-            wide = ops.pack_codes(single, scheme=new.scheme, k=k, panel=panel, word=1)
-            return ops.cast(ops.sub(ops.cast(wide, dtype="int32"), 128), dtype="int8")
-
-        def scales_of(half: int | None) -> Node:
-            whole = ops.reshape(scales, shape=(*scales.shape, 1))
-            return ops.pack_scales(_out_of_panels(whole, half, n, 1), scheme=new.scheme, panel=panel)
-
-        def layer(half: int | None, activation: str) -> Node:
-            ahead = once((codes, half), functools.partial(levels_of, half))
-            steps = once((scales, half), functools.partial(scales_of, half))
-            attributes = {**new.attributes, "gated": False, "activation": activation}
-            return new.op.make((x, ahead, steps, None, b, r), attributes, new.source)
-
-        if not new.gated:
-            return layer(None, new.activation)
-        return ops.mul.make((layer(0, new.activation), layer(1, "none")), {}, new.source)
-
-    def transform(old: Node, new: Node) -> Node:
-        if new.op is ops.linear and packs(old.operands[1]):
-            x, w, b, r = new.operands
-            assert x is not None and w is not None
-            return packed(x, w, b, r, new.activation, new.source)
-        if new.op is ops.gated_linear and all(packs(w) for w in old.operands[1:]):
-            x, g, u = new.parents
-            first = packed(x, g, None, None, new.activation, new.source)
-            return ops.mul.make((first, packed(x, u, None, None, "none", new.source)), {}, new.source)
-        return levelled(old, new) if new.op in _CODED else new
-
-    return graph.map(transform)
-
-
-def _out_of_panels(packed: Node, half: int | None, n: int, k: int) -> Node:
-    """[n, k] of [panels, words, panel, word], or of one of two such that lie panel by panel side by side."""
-    if half is not None:
-        starts, stops = (
-            [half + i if axis == 1 else i * size for axis, size in enumerate(packed.shape)] for i in (0, 1)
-        )
-        packed = ops.slice_(packed, starts=tuple(starts), stops=tuple(stops), steps=(1,) * packed.rank)
-    panels, words, panel, word = (int(size) for axis, size in enumerate(packed.shape) if half is None or axis != 1)
-    whole = ops.transpose(ops.reshape(packed, shape=(panels, words, panel, word)), perm=(0, 2, 1, 3))
-    rows = ops.reshape(whole, shape=(panels * panel, words * word))
-    return ops.slice_(rows, starts=(0, 0), stops=(n, k), steps=(1, 1))
 
 
 # --- Layers ---------------------------------------------------------------------------------------------------------------
@@ -190,7 +112,7 @@ def _packed_projections(node: Node) -> _Layer:
 
 
 def _coded(node: Node) -> _Layer | None:
-    if not _exact_levels(node, node.operands[3] is not None):
+    if not exact_levels(node, node.operands[3] is not None):
         return None
     if node.gated:
         first = _Product(node.outputs, 1, 0, 2, activation=node.activation)
@@ -199,7 +121,7 @@ def _coded(node: Node) -> _Layer | None:
 
 
 def _integer_projections(node: Node) -> _Layer | None:
-    if not _exact_levels(node, node.offset):
+    if not exact_levels(node, node.offset):
         return None
     numbers = layer_parts(range(1, len(node.operands)), len(node.outputs), node.offset, node.biased)
     return _Layer(
@@ -207,9 +129,9 @@ def _integer_projections(node: Node) -> _Layer | None:
     )
 
 
-def _exact_levels(node: Node, zeros: bool) -> bool:
+def exact_levels(node: Node, zeros: bool) -> bool:
     """Whether a layer of codes is one product of levels, whose sums are scaled."""
-    return node.group == 0 and not zeros and SCHEMES[node.scheme].uniform and _result(node) in _FLOATS
+    return node.group == 0 and not zeros and SCHEMES[node.scheme].uniform and _result(node) in FLOATS
 
 
 def _result(node: Node) -> str:
@@ -219,16 +141,15 @@ def _result(node: Node) -> str:
     return str(node.attributes.get("dtype", x.dtype))
 
 
-def _inputs(node: Node) -> int:
+def inputs_of(node: Node) -> int:
     """Inputs of a layer."""
     x = node.operands[0]
     assert x is not None
     return int(node.attributes.get("k", x.shape[-1]))
 
 
-_FLOATS = ("bfloat16", "float32")
-_CODED = (ops.quantized_linear, ops.integer_linear)
-_LAID_OUT = (ops.linear, ops.gated_linear, *_CODED)
+FLOATS = ("bfloat16", "float32")
+"""What layers are computed in."""
 
 
 _LAYERS: Mapping[Any, Any] = {
@@ -246,9 +167,9 @@ _LAYERS: Mapping[Any, Any] = {
 def _layer(chip: Chip, node: Node, sizes: Mapping[str, int], smallest: int, platform: str) -> Kernel | None:
     x = node.operands[0]
     assert x is not None
-    result, k = _result(node), _inputs(node)
+    result, k = _result(node), inputs_of(node)
     integer = x.dtype == "uint8"  # records of levels
-    layer = _LAYERS[node.op](node) if result in _FLOATS else None
+    layer = _LAYERS[node.op](node) if result in FLOATS else None
     if layer is None:
         return None
     *lead, _ = (int(n) for n in x.tensor.at(sizes).shape)  # type: ignore[call-overload]
@@ -373,12 +294,17 @@ class _Form:
 
 
 def _attention(chip: Chip, node: Node, sizes: Mapping[str, int], smallest: int, platform: str) -> Kernel | None:
-    """Prefill, or over a cache whose rows are whole native tiles; None with a bias, sinks or records in the cache."""
+    """Prefill, or over a cache whose rows, or records int8, are whole native tiles; None with a bias, sinks or other records."""
     cached = node.op is ops.attention_cached
     shapes = [None if o is None else tuple(int(n) for n in o.tensor.at(sizes).shape) for o in node.operands]  # type: ignore[call-overload]
     q, k, v = shapes[:3]
     others = shapes[6:] if cached else shapes[3:]
-    if any(o is not None for o in others) or node.dtype != "bfloat16" or (cached and node.scheme != "none"):
+    records = cached and node.scheme == "int8"
+    if (
+        any(o is not None for o in others)
+        or node.dtype != "bfloat16"
+        or (cached and node.scheme not in ("none", "int8"))
+    ):
         return None
     assert q is not None and k is not None and v is not None
     table = shapes[5] if cached else None
@@ -386,11 +312,12 @@ def _attention(chip: Chip, node: Node, sizes: Mapping[str, int], smallest: int, 
     groups = k[1] if cached else k[2]
     page = k[2] if table else 0
     keys = page * table[1] if table else k[2] if cached else k[1]
-    if batch * queries * heads * keys * (d + v[3]) < smallest:
+    values = v[3] - TAIL * records
+    if batch * queries * heads * keys * (d + values) < smallest:
         return None
     spec = Attention(
-        batch, queries, groups, heads // groups, d, v[3], keys, node.scale, cached or node.causal, node.window, node.softcap,
-        cached, page, k[0] if page else 0,
+        batch, queries, groups, heads // groups, d, values, keys, node.scale, cached or node.causal, node.window, node.softcap,
+        cached, page, k[0] if page else 0, records=records,
     )  # fmt: skip
     try:
         part = _attention_part(spec, chip)
@@ -399,20 +326,25 @@ def _attention(chip: Chip, node: Node, sizes: Mapping[str, int], smallest: int, 
     name = _attention_name(spec, chip)
     shown = [(f"o{i}", o.tensor.at(sizes)) for i, o in enumerate(node.operands) if o is not None]
 
-    def compute(*values: Value) -> list[Value]:
-        body = values[0].body
+    def compute(*given: Value) -> list[Value]:
+        body = given[0].body
         if not cached:
             where = [body.full(keys - queries, (batch,), "int32"), body.full(0, (batch,), "int32")]
-            return [part.call(body, f"{name}.pallas", *where, *values)]
-        length, start = (v.astype("int32") for v in values[3:5])
-        pages = [values[5].maximum(0).minimum(spec.pages - 1)] if page else []
-        return [part.call(body, f"{name}.pallas", length.broadcast((batch,)), start, *pages, *values[:3])]
+            return [part.call(body, f"{name}.pallas", *where, *given)]
+        length, start = (v.astype("int32") for v in given[3:5])
+        pages = [given[5].maximum(0).minimum(spec.pages - 1)] if page else []
+        both = list(zip(given[1:3], (d, values), strict=True))
+        tails = [v.part(3, n, n + TAIL).transpose(0, 2, 1, 3) for v, n in both if records]
+        flat = [t.reshape(*t.shape[:2], groups * TAIL) for t in tails]
+        numbers = [v.part(3, 0, n) for v, n in both]
+        return [part.call(body, f"{name}.pallas", length.broadcast((batch,)), start, *pages, given[0], *numbers, *flat)]
 
     return splice.kernel(name, shown, [(f"{name}.pallas", part)], compute, platform)
 
 
 def _attention_name(a: Attention, chip: Chip) -> str:
     kind = f"pages{a.pages}x{a.page}" if a.page else "cached" if a.cached else "causal" if a.causal else "all"
+    kind += "_records" if a.records else ""
     limits = "".join(f"_{word}{value}" for word, value in (("window", a.window), ("cap", a.softcap)) if value)
     size = f"{a.batch}x{a.queries}x{a.groups}x{a.repeats}x{a.d}x{a.e}_on{a.keys}"
     return f"attention_{kind}_{size}_scale{a.scale}{limits}_{chip.short}"
