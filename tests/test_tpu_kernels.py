@@ -89,7 +89,9 @@ def test_forms_of_layers(kind: str) -> None:
     out = {
         "gated": lambda: ops.gated_linear(x, w, u, activation="silu"),
         "laid out": lambda: ops.packed_linear(x, ops.pack(w, panel=256, pair=1), outputs=n, activation="relu"),
-        "gated, laid out": lambda: ops.gated_linear(x, w, u, activation="silu"),
+        "gated, laid out": lambda: ops.packed_gated_linear(
+            x, ops.pack_gated(w, u, panel=256, pair=1), outputs=n, activation="silu"
+        ),
         "panels": lambda: ops.packed_linear(x, wide, outputs=n, activation="none"),
         "gated panels": lambda: ops.packed_gated_linear(
             x, ops.pack_gated(w, u, panel=16, pair=2), outputs=n, activation="gelu_tanh"
@@ -99,7 +101,7 @@ def test_forms_of_layers(kind: str) -> None:
     graph = Graph((x, w, u), (out,))
     (got,), text = run(graph, arrays)
     assert_close(got, interpret(graph, arrays)[0])
-    assert text.count("@tpu_custom_call") == (1 if kind in ("laid out", "panels") else 2)
+    assert text.count("@tpu_custom_call") == (2 if kind == "projections" else 1)
 
 
 def test_weights_are_laid_out_once() -> None:
@@ -116,7 +118,7 @@ def test_weights_are_laid_out_once() -> None:
     got, text = run(laid, arrays)
     for value, want in zip(got, interpret(graph, arrays), strict=True):
         assert_close(value, want)
-    assert text.count("@tpu_custom_call") == 3  # two layers share one
+    assert text.count("@tpu_custom_call") == 3
     assert text.count("stablehlo.transpose") == 1
 
 
@@ -148,7 +150,7 @@ def test_layers_of_codes(kind: str, dtype: str) -> None:
     ]
     (got,), text = run(graph, arrays)
     assert_close(got, interpret(graph, arrays)[0], 1e-2 if dtype == "bfloat16" else 1e-5)
-    assert text.count("@tpu_custom_call") == (2 if kind == "gated" else 1) and "dot_general" not in text
+    assert text.count("@tpu_custom_call") == 1 and "dot_general" not in text
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -186,7 +188,7 @@ def test_integer_layers(kind: str, dtype: str) -> None:
     got, text = run(graph, arrays)
     for value, want in zip(got, interpret(graph, arrays), strict=True):
         assert_close(value, want, 1e-2 if dtype == "bfloat16" else 1e-3)  # a level of x between two may go either way
-    assert text.count("@tpu_custom_call") == (1 if kind in ("plain", "int4") else 2)
+    assert text.count("@tpu_custom_call") == (2 if kind == "projections" else 1)
 
 
 @pytest.mark.parametrize("stored", [False, True], ids=["packed here", "stored packed"])
@@ -222,8 +224,8 @@ def test_levels_are_laid_out_once(gated: bool, integers: bool, stored: bool) -> 
     assert_close(got, want)
     weights = [laid.weights[name].numpy() for name, _ in signature(laid, {}).weights]
     assert_close(export.runner(emit(laid, {}), signature(laid, {}))(*arrays, *weights)[0], want)
-    assert "transpose" not in text and text.count("@tpu_custom_call") == 1 + gated
-    assert "tensor<1x192x128x1xi8>" in text
+    assert "transpose" not in text and text.count("@tpu_custom_call") == 1
+    assert f"tensor<1x{'2x' * gated}192x128x1xi8>" in text
 
 
 # --- Attention ------------------------------------------------------------------------------------------------------------

@@ -72,12 +72,16 @@ def test_layers_of_any_number_of_rows(dtype: str, tolerance: float, tmp_path: Pa
     held = {n: ArrayStorage(array(*s)) for n, s in (("w", (70, 96)), ("v", (70, 96)), ("b", (70,)))}
     w, v, bias = (weight(n, TensorType(s.shape, dtype)) for n, s in held.items())
     x = placeholder("x", TensorType((symbol("m"), 96), dtype))
-    outputs = (ops.linear(x, w), ops.linear(x, w, bias, ops.linear(x, v), activation="gelu_tanh"))
+    outputs = (
+        ops.linear(x, w),
+        ops.linear(x, w, bias, ops.linear(x, v), activation="gelu_tanh"),
+        ops.gated_linear(x, w, v, activation="silu"),
+    )
     graph = Graph((x,), outputs, held)
     target = Target.resolve("tpu:v5e")
     info = compile_graphs({"main": graph}, target, out=tmp_path / "out", cache_dir=tmp_path / "cache")
     run = Executable.load(info.library, info.entries)
-    assert {op for _, op, *_ in info.kernels} >= {"linear"}
+    assert {op for _, op, *_ in info.kernels} >= {"linear", "gated_linear"}
     alone = array(300, 96)
     weights = {n: s.numpy() for n, s in held.items()}
     for m in (1, 16, 17, 128, 300):

@@ -67,7 +67,7 @@ def assert_right(lowered: Lowered, seed: int = 0) -> None:
     """LLVM's run, emulated copies that come late or early, and the interpreter in both modes: all equal NumPy, no race, nothing left."""
     product = lowered.product
     arrays = draw_arrays(product, seed)
-    plain = product.activation == "none" and not (product.bias or product.residual)
+    plain = product.activation == "none" and not (product.bias or product.residual or product.gated)
     expected = reference(product, *arrays, exact=not plain)
     floor = float(np.abs(expected.astype(np.float64)).max()) / 64
 
@@ -83,8 +83,9 @@ def assert_right(lowered: Lowered, seed: int = 0) -> None:
         assert checked.clean, (dma, checked.races, checked.unfinished)
         agrees(checked.result, dma)
     text = source(lowered)
+    taken = [arrays[0], np.stack(arrays[1:3]), *arrays[3:]] if product.gated else arrays
     for dma in judges.DMA:
-        interpreted = judges.interpret(text, *arrays, dma=dma)
+        interpreted = judges.interpret(text, *taken, dma=dma)
         assert interpreted.clean, (dma, interpreted.raced, interpreted.left)
         agrees(interpreted.result, dma)
 
@@ -96,6 +97,7 @@ def lowereds(draw: Any) -> Lowered:
     m, n, k = draw(st.integers(1, 150)), draw(st.integers(1, 700)), draw(st.integers(1, 700))
     dtype, weights = draw(st.sampled_from(KINDS))
     flags = {name: draw(st.booleans()) for name in ("channel_scale", "row_scale", "bias", "residual")}
+    flags["gated"] = not (flags["bias"] or flags["residual"])
     product = Product(
         m,
         n,
@@ -106,7 +108,7 @@ def lowereds(draw: Any) -> Lowered:
         weights=weights,
         **flags,
     )
-    order = draw(st.sampled_from(["chosen", "resident", "panels", "split"]))
+    order = draw(st.sampled_from(["chosen", "resident", "panels", *([] if product.gated else ["split"])]))
     if order == "chosen":
         return lower(product, chip)
     rows = -(-m // 32) * 32 if order == "resident" else draw(st.sampled_from([32, 64]))
@@ -137,6 +139,17 @@ def test_orders(order: str, dtype: str, weights: str) -> None:
     """Every order of tiles, over several steps of its pipeline, ragged in all axes."""
     product = Product(60, 500, 300, dtype, channel_scale=weights == "int8", row_scale=dtype == "int8", weights=weights)
     assert_right(lower(product, V5E, several_steps(product, order)))
+
+
+@pytest.mark.parametrize(("dtype", "weights"), KINDS)
+@pytest.mark.parametrize("order", ["resident", "panels"])
+def test_gates(order: str, dtype: str, weights: str) -> None:
+    """Two products of one x, of which the second scales the first's activation: neither leaves VMEM."""
+    scaled: dict[str, Any] = {"channel_scale": weights == "int8", "row_scale": dtype == "int8"}
+    product = Product(60, 500, 300, dtype, activation="gelu_tanh", weights=weights, gated=True, **scaled)
+    lowered = lower(product, V5E, several_steps(product, order))
+    assert_right(lowered)
+    assert [o.name for o in lowered.operands[:3]] == ["x", "w", "u"]
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 4])
@@ -342,6 +355,14 @@ def test_misaligned_tiles_are_refused(m: int, n: int, k: int, said: str) -> None
         lower(product, V5E, make_tiles(product, V5E, "split", m, n, k))
 
 
+def test_what_gates_refuse() -> None:
+    product = Product(60, 500, 300, gated=True)
+    with pytest.raises(CompileError, match="the inner axis of a gated product isn't split"):
+        lower(product, V5E, several_steps(product, "split"))
+    with pytest.raises(CompileError, match="neither bias nor residual"):
+        Product(1, 1, 1, bias=True, gated=True)
+
+
 def test_unknown_dtypes_are_refused() -> None:
     with pytest.raises(CompileError, match="int8, bfloat16, float32, not float16"):
         Product(1, 1, 1, "float16")
@@ -363,6 +384,9 @@ LIBTPU_SHAPES = [
     Product(512, 2048, 2048, channel_scale=True, activation="silu", weights="int8"),
     Product(100, 300, 200, "float32", "float32", channel_scale=True, bias=True, residual=True, weights="int8"),
     Product(512, 1024, 2048, "float32", "float32"),
+    Product(1, 4096, 4096, activation="silu", gated=True),
+    Product(512, 2048, 2048, "int8", channel_scale=True, row_scale=True, activation="silu", gated=True),
+    Product(64, 1024, 2048, channel_scale=True, activation="gelu_tanh", weights="int8", gated=True),
 ]
 
 

@@ -49,15 +49,16 @@ OTHERS = [("bfloat16", "int8"), ("float32", "float32"), ("float32", "int8")]
 
 
 @st.composite
-def lowereds(draw: Any, kinds: list[tuple[str, str]]) -> Lowered:
+def lowereds(draw: Any, kinds: list[tuple[str, str]], gated: bool = False) -> Lowered:
     """Products of all orders, with several steps, and all kinds of epilogue."""
     chip, (dtype, weights) = draw(st.sampled_from([V5E, V6E])), draw(st.sampled_from(kinds))
     m, n, k = draw(st.integers(33, 600)), draw(st.integers(300, 3000)), draw(st.integers(200, 1500))
     flags = {name: draw(st.booleans()) for name in ("channel_scale", "row_scale", "bias", "residual")}
     activation = draw(st.sampled_from(ACTIVATIONS))
     result = draw(st.sampled_from(["bfloat16", "float32"]))
-    product = Product(m, n, k, dtype, result, activation=activation, weights=weights, **flags)
-    order = draw(st.sampled_from(["chosen", "resident", "panels", "split"]))
+    flags |= dict.fromkeys(("bias", "residual"), False) if gated else {}
+    product = Product(m, n, k, dtype, result, activation=activation, weights=weights, gated=gated, **flags)
+    order = draw(st.sampled_from(["chosen", "resident", "panels", *([] if gated else ["split"])]))
     if order == "chosen":
         return lower(product, chip)
     depth = 128 if order == "split" else -(-k // 128) * 128
@@ -75,8 +76,8 @@ def test_tir_moves_what_its_tiles_say(lowered: Lowered) -> None:
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
-@given(lowereds(OTHERS))
-def test_other_dtypes_move_what_their_tiles_say(lowered: Lowered) -> None:
+@given(lowereds(OTHERS) | lowereds([*PLAIN, *OTHERS], gated=True))
+def test_other_products_move_what_their_tiles_say(lowered: Lowered) -> None:
     assert_moves(lowered)
 
 
@@ -90,7 +91,9 @@ def assert_moves(lowered: Lowered) -> Timeline:
     if pipelined:
         assert found.vmem_high_water == sum(sizes.values())
     m, n, k = tiles.padded
-    assert found.ideal == pytest.approx(2 * m * n * k / lowered.chip.peak_flops(product.dtype) * lowered.chip.clock)
+    assert found.ideal == pytest.approx(
+        2 * m * n * k * product.matrices / lowered.chip.peak_flops(product.dtype) * lowered.chip.clock
+    )
     return found
 
 
@@ -123,6 +126,19 @@ def test_activations_cost_what_their_tir_computes() -> None:
             if isinstance(event, Vector) and event.op != "epilogue":
                 found[event.op] += event.elements // (64 * 256)
         assert tuple(found.values()) == ACTIVATION_WORK[activation], activation
+
+
+@pytest.mark.parametrize("m", [1, 128, 512])
+def test_a_gate_takes_what_two_products_take_without_their_results(m: int) -> None:
+    """Launch not counted; results of products aren't written to HBM and read again."""
+    product = Product(m, 8192, 2048, activation="silu", gated=True)
+    lowered = lower(product, V5E)
+    found = timed(lowered, launch=False)
+    assert lowered.tiles.cycles(product, V5E, launch=False) == pytest.approx(found.cycles, rel=0.05)
+    both = [timed(lower(Product(m, 8192, 2048, activation=a), V5E), launch=False) for a in ("silu", "none")]
+    assert found.cycles <= sum(t.cycles for t in both)
+    padded = max(m, 8)
+    assert found.hbm_bytes == 2 * (padded * 2048 + 2 * 2048 * 8192 + padded * 8192)
 
 
 def test_narrow_weights_cost_an_operation_each() -> None:

@@ -19,7 +19,7 @@ INTEGERS = True
 """Rounded activations and codes are multiplied as integers, by the matrix units."""
 
 TOGETHER = False
-"""Kernels do one matrix at a time; XLA runs what reads the same one after the other anyway."""
+"""Kernels do one layer at a time; XLA runs what reads the same one after the other anyway."""
 
 FETCHED = False
 """What runs here is a simulation, in this machine's memory."""

@@ -314,7 +314,7 @@ def _kernels(folder: Path, chip: Chip, products: Mapping[Product, Mapping[str, i
     (folder / "kernels").mkdir()
     for spec, counted in products.items():
         extras = [name for name in ("bias", "residual") if getattr(spec, name)]
-        extras += [spec.activation] * (spec.activation != "none")
+        extras += [spec.activation] * (spec.activation != "none") + ["gated"] * spec.gated
         dtypes = (spec.dtype, "by", spec.weights) if spec.widens else (spec.dtype,)
         name = "_".join((*dtypes, f"{spec.m}x{spec.n}x{spec.k}", *extras, "to", spec.result))
         (folder / "kernels" / f"{name}.py").write_text(source(lower(spec, chip)), encoding="utf-8")

@@ -55,12 +55,14 @@ def _function(spec: Product, chip: Chip, given: _Given) -> Any:
             for buffer in buffers:
                 b.emit(tirx.AllocBuffer(buffer))
             held = {o.name: (o, buffer) for o, buffer in zip(lowered.operands, buffers, strict=True)}
-            _fill(b, *held["w"], given.fills(i64(0))["w"], None)
+            weights: list[str] = [name for name in ("w", "u") if name in held]
+            for name in weights:
+                _fill(b, *held[name], given.fills(i64(0))[name], None)
             with b.loop(count) as block:
                 begin = b.let(first + block * i64(size), "begin")
                 here = b.let(tirx.min(i64(size), rows - begin), "here")
                 for name, fill in given.fills(begin).items():
-                    if name in held and name != "w":
+                    if name in held and name not in weights:
                         _fill(b, *held[name], fill, here if held[name][0].shape[0] == size else None)
                 b.emit(body)
                 with b.loops([here, i64(spec.n)]) as (i, j):
@@ -116,25 +118,41 @@ def _linear_product(node: Node) -> Product | None:
     )  # fmt: skip
 
 
+def _gated_product(node: Node) -> Product | None:
+    x, w, u = node.parents
+    n, k = w.shape[0], x.shape[-1]
+    dtypes = {m.dtype for m in (x, w, u)}
+    if not isinstance(n, int) or not isinstance(k, int) or dtypes != {node.dtype} or node.dtype not in RESULTS:
+        return None
+    if node.activation not in ACTIVATIONS:
+        return None
+    return Product(1, n, k, node.dtype, node.dtype, activation=node.activation, gated=True)
+
+
 def _coded_product(node: Node) -> Product | None:
     """Of levels of codes, and of x in floats or rounded to levels, too."""
     x, codes, _, zeros, bias, residual = node.operands
     assert x is not None and codes is not None
     rounded = node.op is ops.integer_linear
     k = node.k if rounded else x.shape[-1]
-    if node.group or (rounded and node.own) or zeros is not None or node.gated or node.scheme != "int8":
+    if node.group or (rounded and node.own) or zeros is not None or node.scheme != "int8":
         return None
-    if codes.tensor.size != node.outputs * k or codes.dtype != "uint8":
+    if codes.tensor.size != node.outputs * k * (1 + node.gated) or codes.dtype != "uint8":
         return None
     if node.dtype not in RESULTS or node.activation not in ACTIVATIONS:
         return None
     return Product(
         1, int(node.outputs), int(k), "int8" if rounded else node.dtype, node.dtype, channel_scale=True, row_scale=rounded,
-        bias=bias is not None, activation=node.activation, residual=residual is not None, weights="int8",
+        bias=bias is not None, activation=node.activation, residual=residual is not None, weights="int8", gated=bool(node.gated),
     )  # fmt: skip
 
 
-_PRODUCTS = {ops.linear: _linear_product, ops.quantized_linear: _coded_product, ops.integer_linear: _coded_product}
+_PRODUCTS = {
+    ops.linear: _linear_product,
+    ops.gated_linear: _gated_product,
+    ops.quantized_linear: _coded_product,
+    ops.integer_linear: _coded_product,
+}
 
 
 def product_of(node: Node) -> Product | None:
@@ -171,6 +189,27 @@ def _linear(node: Node, target: Target) -> Kernel | None:
     return _kernel(function, node, present, {0: (rows, k), 3: (rows, n)})
 
 
+def _gated(node: Node, target: Target) -> Kernel | None:
+    """`gated_linear` of bfloat16 or float32."""
+    spec = product_of(node)
+    if spec is None:
+        return None
+    n, k, stored = spec.n, spec.k, _STORED[node.dtype]
+    types = [TensorType(shape, stored) for shape in ((symbol("rows"), k), (n, k), (n, k))]
+    b = Builder(node.op.name, types, [TensorType((symbol("rows"), n), stored)], {"rows"})
+    flats = list(b.inputs)
+
+    def fills(first: Expr) -> dict[str, Fill]:
+        return {
+            "x": lambda i, j: _bits(flats[0][[first + i, j]]),
+            "w": lambda i, j: _bits(flats[1][[j, i]]),
+            "u": lambda i, j: _bits(flats[2][[j, i]]),
+        }
+
+    function = _function(spec, Chip.named(target.name), _Given(b, fills))
+    return _kernel(function, node, (0, 1, 2), {0: (product(node.shape[:-1]), k)})
+
+
 def _coded(node: Node, target: Target) -> Kernel | None:
     """`quantized_linear` with a scale per output, and `integer_linear` with one per token, too."""
     x, _, scales, _, bias, residual = node.operands
@@ -179,8 +218,10 @@ def _coded(node: Node, target: Target) -> Kernel | None:
         return None
     assert x is not None and scales is not None
     n, k, size, stored = spec.n, spec.k, int(x.shape[-1]), _STORED[node.dtype]  # type: ignore[call-overload]
+    # Gate and up lie side by side, output by output.
+    halves: tuple[Dim, ...] = (2,) if spec.gated else ()
     shapes: list[tuple[tuple[Dim, ...], str]] = [
-        ((symbol("rows"), size), "uint8" if spec.row_scale else stored), ((n, k), "uint8"), ((n,), scales.dtype),
+        ((symbol("rows"), size), "uint8" if spec.row_scale else stored), ((n, *halves, k), "uint8"), ((n, *halves), scales.dtype),
     ]  # fmt: skip
     shapes += [((n,), stored)] if bias is not None else []
     shapes += [((symbol("rows"), n), stored)] if residual is not None else []
@@ -196,12 +237,17 @@ def _coded(node: Node, target: Target) -> Kernel | None:
             ]
             return tirx.reinterpret("float32", parts[0] | parts[1] | parts[2] | parts[3])
 
-        def code(i: Expr, j: Expr) -> Expr:
-            return tirx.Cast("int8", tirx.Cast("int32", flats[1][[j, i]]) - tirx.const(128, "int32"))
+        def code(half: int) -> Fill:
+            at = [i64(half)] if spec.gated else []
+            return lambda i, j: tirx.Cast("int8", tirx.Cast("int32", flats[1][[j, *at, i]]) - tirx.const(128, "int32"))
+
+        def scale(half: int) -> Fill:
+            at = [i64(half)] if spec.gated else []
+            return lambda i, j: _wide(flats[2][[j, *at]])
 
         found: dict[str, Fill] = {
-            "x": lambda i, j: _bits(flats[0][[first + i, j]]), "w": code,
-            "channel_scale": lambda i, j: _wide(flats[2][[j]]),
+            "x": lambda i, j: _bits(flats[0][[first + i, j]]), "w": code(0), "u": code(1),
+            "channel_scale": scale(0), "up_scale": scale(1),
         }  # fmt: skip
         if spec.row_scale:
             found["x"] = lambda i, j: tirx.reinterpret("int8", flats[0][[first + i, j]])
@@ -215,8 +261,13 @@ def _coded(node: Node, target: Target) -> Kernel | None:
     function = _function(spec, Chip.named(target.name), _Given(b, fills))
     rows = product(node.shape[:-1])
     present = tuple(i for i in range(6) if node.operands[i] is not None)
-    return _kernel(function, node, present, {0: (rows, size), 1: (n, k), 2: (n,), 5: (rows, n)})
+    return _kernel(function, node, present, {0: (rows, size), 1: (n, *halves, k), 2: (n, *halves), 5: (rows, n)})
 
 
-CHOOSERS: Choosers = {ops.linear: _linear, ops.quantized_linear: _coded, ops.integer_linear: _coded}
+CHOOSERS: Choosers = {
+    ops.linear: _linear,
+    ops.gated_linear: _gated,
+    ops.quantized_linear: _coded,
+    ops.integer_linear: _coded,
+}
 """Choosers by op; see `jisu.targets.lowering.lower`."""

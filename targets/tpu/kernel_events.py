@@ -22,7 +22,7 @@ from jisu.compiler.errors import CompileError
 from jisu.compiler.types import numpy_dtype
 from jisu.targets.tpu import walk
 from jisu.targets.tpu.chip import Chip
-from jisu.targets.tpu.events import HBM, VMEM, Allocate, Copy, Event, Free, Matmul, Vector, Wait
+from jisu.targets.tpu.events import ACC, HBM, VMEM, Allocate, Copy, Event, Free, Matmul, Vector, Wait
 from jisu.targets.tpu.product import Lowered
 from jisu.targets.tpu.tiles import Tiles, bytes_in_vmem
 from jisu.targets.tpu.walk import COMMIT, INFLIGHT, WAIT, Multiply, Region, Zero, elementwise, instruction, parts
@@ -214,7 +214,7 @@ class _Walker:
         first = next((m for m in map(instruction, parts(nest)) if isinstance(m, Multiply)), None)
         if first is None:
             return lambda env: iter(())
-        x, w, sums = self._slot(first.x), self._slot(first.w), number(first.sums.offset)
+        x, w, sums, name = self._slot(first.x), self._slot(first.w), number(first.sums.offset), _name(first.sums.buffer)
         widened = str(first.w.buffer.dtype) != self.dtype
         known: dict[int, list[tuple[int, int, int, int]]] = {}  # outer loops choose slots and the first block, no more
 
@@ -226,7 +226,7 @@ class _Walker:
             for block, m, k, n in known[begin]:
                 if widened:
                     yield Vector(k * n, self.dtype, "element", reads[1])
-                yield Matmul(m, k, n, self.dtype, reads, _block(block))
+                yield Matmul(m, k, n, self.dtype, reads, _block(name, block))
 
         return events
 
@@ -277,9 +277,9 @@ class _Walker:
     def _element(self, buffer: Any, indices: Any) -> Callable[[Env], str]:
         """The name of the slot, or block of sums, of an element."""
         name, found = _name(buffer), [number(i) for i in indices]
-        if name == "sums":
+        if str(buffer.scope()) == ACC:
             width = int(buffer.shape[-1])
-            return lambda env: _block(self._block_of(found[-2](env) * width + found[-1](env), width))
+            return lambda env: _block(name, self._block_of(found[-2](env) * width + found[-1](env), width))
         if name in self.prefetched:
             return lambda env: name
         slot = found[0] if len(found) == 3 else lambda env: 0
@@ -294,8 +294,8 @@ def _queue(value: Any) -> str:
     return f"queue {int(value)}"
 
 
-def _block(number: int) -> str:
-    return f"sums, block {number}"
+def _block(sums: str, number: int) -> str:
+    return f"{sums}, block {number}"
 
 
 def _multiplies(nest: Any) -> bool:

@@ -24,12 +24,12 @@ from jisu.compiler.types import TensorType
 from jisu.targets.tpu import attention, splice
 from jisu.targets.tpu.attention import Attention
 from jisu.targets.tpu.chip import Chip
-from jisu.targets.tpu.pallas import source
+from jisu.targets.tpu.pallas import inputs, source
 from jisu.targets.tpu.product import lower
 from jisu.targets.tpu.spec import Product, round_up
 from jisu.targets.tpu.splice import Part
 from jisu.targets.tpu.stablehlo.build import Value
-from jisu.targets.tpu.stablehlo.contract import gate, unpack
+from jisu.targets.tpu.stablehlo.contract import unpack
 from jisu.targets.tpu.stablehlo.emit import Chooser, Kernel
 from jisu.targets.tpu.stablehlo.quantize import code_levels
 from jisu.targets.tpu.tiles import choose_tiles
@@ -75,7 +75,7 @@ class _Product:
 
 @attrs.frozen
 class _Layer:
-    """Products of one x. kind: how weights are stored; gated: the first product times the second."""
+    """Products of one x. kind: how weights are stored; gated: the first product times the second, as one."""
 
     kind: str
     products: tuple[_Product, ...]
@@ -176,19 +176,20 @@ def _layer(chip: Chip, node: Node, sizes: Mapping[str, int], smallest: int, plat
     rows, coded = math.prod(lead), layer.kind == "codes"
     if rows * k * sum(p.outputs for p in layer.products) < smallest:
         return None
+    groups = [layer.products] if layer.gated else [(p,) for p in layer.products]
     products = [
         Product(
             rows, p.outputs, k, "int8" if integer else x.dtype, result, channel_scale=coded, row_scale=integer,
             bias=p.bias is not None, activation=p.activation, residual=p.residual is not None,
-            weights="int8" if coded else x.dtype,
+            weights="int8" if coded else x.dtype, gated=layer.gated,
         )
-        for p in layer.products
+        for p, *_ in groups
     ]  # fmt: skip
     name = _name(node, products, chip)
     form = _Form(node, layer.kind, rows, k)
     parts = [
-        (f"{name}.{'product' if len(products) == 1 else i}", _part(p, chip, form.columns(spec, p, chip)))
-        for i, (spec, p) in enumerate(zip(layer.products, products, strict=True))
+        (f"{name}.{'product' if len(products) == 1 else i}", _part(p, chip, form.columns(specs[0], p, chip)))
+        for i, (specs, p) in enumerate(zip(groups, products, strict=True))
     ]
     shown = [(f"o{i}", o.tensor.at(sizes)) for i, o in enumerate(node.operands) if o is not None]
 
@@ -198,11 +199,9 @@ def _layer(chip: Chip, node: Node, sizes: Mapping[str, int], smallest: int, plat
         first = operands[0]
         assert first is not None
         found = []
-        for spec, product, (called, part) in zip(layer.products, products, parts, strict=True):
-            given = form.given(operands, spec, product, part)
+        for specs, product, (called, part) in zip(groups, products, parts, strict=True):
+            given = form.given(operands, specs, product, part)
             found.append(part.call(first.body, called, *given).reshape(*lead, product.n))
-        if layer.gated:
-            return [gate(found[0].wide(), found[1].wide(), "none", result)]
         return found
 
     return splice.kernel(name, shown, parts, compute, platform)
@@ -213,7 +212,7 @@ def _name(node: Node, products: Sequence[Product], chip: Chip) -> str:
     p = products[0]
     columns = "_".join(str(product.n) for product in products)
     flags = [node.attributes.get("scheme", p.dtype), p.result, p.activation]
-    flags += [word for word, there in (("bias", p.bias), ("residual", p.residual)) if there]
+    flags += [word for word, there in (("bias", p.bias), ("residual", p.residual), ("gated", p.gated)) if there]
     forms = [
         f"{'x'.join(str(n) for n in o.shape)}_{o.dtype}"
         for o in node.operands[1:]
@@ -226,9 +225,9 @@ def _name(node: Node, products: Sequence[Product], chip: Chip) -> str:
 def _part(product: Product, chip: Chip, columns: int) -> Part:
     """columns: of w as it is given, n or more."""
     lowered = lower(product, chip, choose_tiles(product, chip, frugal=True))
-    types = [TensorType(o.shape, o.dtype) for o in lowered.operands]  # type: ignore[arg-type]
-    types[1] = types[1].with_shape(product.k, columns)
-    return Part(source(lowered), tuple(types[:-1]), types[-1])
+    types, result = [t for _, t, _ in inputs(lowered)], lowered.operands[-1]
+    types[1] = types[1].with_shape(*types[1].shape[:-1], columns)
+    return Part(source(lowered), tuple(types), TensorType(result.shape, result.dtype))  # type: ignore[arg-type]
 
 
 @attrs.frozen
@@ -245,11 +244,19 @@ class _Form:
         w = self.node.operands[spec.weight]
         assert w is not None
         wide = round_up(product.n, chip.lanes)
-        laid = w.shape == ((1, product.k, wide) if self.kind == "panels" else (1, product.k, wide, 1))
-        return wide if laid and (self.kind == "panels" or w.dtype == "int8") else product.n
+        return wide if self.laid_out(w.shape, w.dtype, product, wide) else product.n
 
-    def given(self, operands: Sequence[Value | None], spec: _Product, product: Product, part: Part) -> list[Value]:
-        """Operands in the product's order."""
+    def laid_out(self, shape: Sequence[Any], dtype: str, product: Product, columns: int) -> bool:
+        """Whether weights are stored as the kernel reads them."""
+        lead = (1, 2) if product.gated else (1,)
+        word = (1,) if self.kind == "codes" else ()
+        return tuple(shape) == (*lead, product.k, columns, *word) and (self.kind == "panels" or dtype == "int8")
+
+    def given(
+        self, operands: Sequence[Value | None], specs: Sequence[_Product], product: Product, part: Part
+    ) -> list[Value]:
+        """Inputs of a product's kernel."""
+        spec = specs[0]
 
         def value(index: int) -> Value:
             found = operands[index]
@@ -259,12 +266,18 @@ class _Form:
         def matrix(index: int) -> Value:
             return value(index).reshape(self.rows, value(index).shape[-1])
 
-        def half(index: int) -> Value:
+        def half(index: int, spec: _Product) -> Value:
             return value(index) if spec.half is None else value(index).pick(1, spec.half)
 
-        found = [matrix(0), self.weight(half(spec.weight), product, part.inputs[1])]
-        if spec.scales is not None:
-            found.append(half(spec.scales).reshape(1, -1).part(1, 0, product.n).astype("float32"))  # one per output
+        w, wanted = value(spec.weight), part.inputs[1]
+        if self.laid_out(w.shape, w.dtype, product, int(wanted.shape[-1])):  # type: ignore[call-overload]
+            found = [matrix(0), w.reshape(*(int(n) for n in wanted.shape))]  # type: ignore[call-overload]
+        else:
+            each = [self.weight(half(s.weight, s), product) for s in specs]
+            found = [matrix(0), w.body.stack(each, 0) if product.gated else each[0]]
+        for s in specs:
+            if s.scales is not None:
+                found.append(half(s.scales, s).reshape(1, -1).part(1, 0, product.n).astype("float32"))  # one per output
         if product.row_scale:
             at = levels.scale_offset(self.k)
             records = found[0]
@@ -276,17 +289,13 @@ class _Form:
             found.append(matrix(spec.residual))
         return found
 
-    def weight(self, w: Value, product: Product, wanted: TensorType) -> Value:
-        """[k, n], or with the columns that are wanted."""
+    def weight(self, w: Value, product: Product) -> Value:
+        """[k, n] of weights in another form."""
         n, k = product.n, product.k
         if self.kind == "rows":
             return w.transpose(1, 0)
         if self.kind == "codes":
-            if w.dtype == "int8" and w.shape == (1, *wanted.shape, 1):
-                return w.reshape(*w.shape[1:-1])
             return code_levels(w, SCHEMES[self.node.scheme], n, k).transpose(1, 0)
-        if w.shape == (1, *wanted.shape):
-            return w.reshape(*w.shape[1:])
         return unpack(w, n, k).transpose(1, 0)
 
 

@@ -6,7 +6,6 @@ what nobody's kernel reads gets the former values back.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -28,8 +27,7 @@ def lay_out(graph: Graph, chip: Chip, sizes: Mapping[str, int] | None = None) ->
 
     Weights are transposed, with columns of whole lanes: those of layers in bfloat16 and float32 (`linear`, `gated_linear`), and those of
     `quantized_linear` and `integer_linear` whose codes have 8 bits, which become levels int8. The packing stands in the graph:
-    `FoldWeights` stores its results, `PackWeights` goes before. A weight that something else reads, too, stays as it is. The two products
-    of a gated layer become layers of their own.
+    `FoldWeights` stores its results, `PackWeights` goes before. A weight that something else reads, too, stays as it is.
 
     Caches of records int8 become two inputs each, `name.codes` and `name.tails`, and two outputs: see `_apart`.
     """
@@ -72,15 +70,15 @@ def _packed(graph: Graph, chip: Chip) -> Graph:
             whole = ops.reshape(scales, shape=(*scales.shape, 1))
             return ops.pack_scales(_out_of_panels(whole, half, n, 1), scheme=new.scheme, panel=panel)
 
-        def layer(half: int | None, activation: str) -> Node:
-            ahead = once((codes, half), functools.partial(levels_of, half))
-            steps = once((scales, half), functools.partial(scales_of, half))
-            attributes = {**new.attributes, "gated": False, "activation": activation}
-            return new.op.make((x, ahead, steps, None, b, r), attributes, new.source)
+        def both(made: Callable[[int | None], Node]) -> Node:
+            if not new.gated:
+                return made(None)
+            halves = [made(i) for i in (0, 1)]
+            return ops.concat(*(ops.reshape(h, shape=(1, 1, *h.shape[1:])) for h in halves), axis=1)
 
-        if not new.gated:
-            return layer(None, new.activation)
-        return ops.mul.make((layer(0, new.activation), layer(1, "none")), {}, new.source)
+        ahead = once((codes,), lambda: both(levels_of))
+        steps = once((scales,), lambda: both(scales_of))
+        return new.op.make((x, ahead, steps, None, b, r), new.attributes, new.source)
 
     def transform(old: Node, new: Node) -> Node:
         if new.op is ops.linear and packs(old.operands[1]):
@@ -89,8 +87,10 @@ def _packed(graph: Graph, chip: Chip) -> Graph:
             return packed(x, w, b, r, new.activation, new.source)
         if new.op is ops.gated_linear and all(packs(w) for w in old.operands[1:]):
             x, g, u = new.parents
-            first = packed(x, g, None, None, new.activation, new.source)
-            return ops.mul.make((first, packed(x, u, None, None, "none", new.source)), {}, new.source)
+            panel = round_up(int(g.shape[0]), chip.lanes)  # type: ignore[call-overload]
+            wide = once((ops.pack_gated, g, u), lambda: ops.pack_gated(g, u, panel=panel, pair=1))
+            attributes = {"outputs": g.shape[0], "activation": new.activation}
+            return ops.packed_gated_linear.make((x, wide), attributes, new.source)
         return levelled(old, new) if new.op in _CODED else new
 
     return graph.map(transform)

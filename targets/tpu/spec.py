@@ -62,12 +62,18 @@ def _held(instance: Product, _: object, value: str) -> None:
         raise CompileError(f"weights of a product in {instance.dtype} are that or {NARROW}, not {value}")
 
 
+def _alone(instance: Product, _: object, value: bool) -> None:
+    if value and (instance.bias or instance.residual):
+        raise CompileError("a gated product has neither bias nor residual")
+
+
 @attrs.frozen
 class Product:
-    """activation(x [m, k] @ w [k, n] * channel_scale [1, n] * row_scale [m, 1] + bias [1, n]) + residual [m, n].
+    """activation(x [m, k] @ w [k, n] * channel_scale [1, n] * row_scale [m, 1] + bias [1, n]) + residual [m, n]; or, gated,
+    activation(x @ w * channel_scale * row_scale) * (x @ u * up_scale * row_scale), without bias and residual.
 
-    x has `dtype` (int8, summed in int32; bfloat16 or float32, summed in float32), and so has w, unless `weights` says that it is stored in
-    int8. Scales and bias are float32, the residual has the result's dtype. Everything behind the sum is computed in float32, in this
+    x has `dtype` (int8, summed in int32; bfloat16 or float32, summed in float32), and so have w and u, unless `weights` says that they are
+    stored in int8. Scales and bias are float32, the residual has the result's dtype. Everything behind the sum is computed in float32, in this
     order, and rounded once.
     """
 
@@ -84,6 +90,7 @@ class Product:
     weights: str = attrs.field(
         default=attrs.Factory(lambda self: self.dtype, takes_self=True), validator=_held, kw_only=True
     )
+    gated: bool = attrs.field(default=False, validator=_alone, kw_only=True)
 
     @property
     def accumulator(self) -> str:
@@ -101,6 +108,11 @@ class Product:
         return numpy_dtype(self.weights).itemsize
 
     @property
+    def matrices(self) -> int:
+        """How many matrices x is multiplied by."""
+        return 1 + self.gated
+
+    @property
     def widens(self) -> bool:
         """Whether w's numbers become another dtype before they are multiplied."""
         return self.weights != self.dtype
@@ -115,7 +127,9 @@ class Product:
         named = [
             (True, Operand("x", (self.m, self.k), (m, k), self.dtype)),
             (True, Operand("w", (self.k, self.n), (k, n), self.weights)),
+            (self.gated, Operand("u", (self.k, self.n), (k, n), self.weights)),
             (self.channel_scale, Operand("channel_scale", (1, self.n), (1, n), "float32")),
+            (self.channel_scale and self.gated, Operand("up_scale", (1, self.n), (1, n), "float32")),
             (self.row_scale, Operand("row_scale", (self.m, 1), (m, 1), "float32")),
             (self.bias, Operand("bias", (1, self.n), (1, n), "float32")),
             (self.residual, Operand("residual", (self.m, self.n), (m, n), self.result)),

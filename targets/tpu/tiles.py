@@ -72,10 +72,10 @@ class Tiles:
         """Bytes that copies between HBM and VMEM move."""
         pm, pn, pk = self.padded
         x_times = 1 if self.order == "resident" else pn // self.n
-        x, w = x_times * pm * pk * product.itemsize, pm // self.m * pk * pn * product.weight_itemsize
+        x, w = x_times * pm * pk * product.itemsize, pm // self.m * pk * pn * product.weight_itemsize * product.matrices
         rows, columns = (
             x_times * pm * 4 * product.row_scale,
-            pm // self.m * pn * 4 * (product.channel_scale + product.bias),
+            pm // self.m * pn * 4 * (product.channel_scale * product.matrices + product.bias),
         )
         return x + w + rows + columns + pm * pn * product.result_itemsize * (1 + product.residual)
 
@@ -91,11 +91,13 @@ class Tiles:
         sizes = {
             "x": x_slots * size(self.m, self.k, product.itemsize),
             "w": two * size(self.k, self.n, product.weight_itemsize),
-            "accumulator": size(self.m, self.n, 4),
+            "accumulator": product.matrices * size(self.m, self.n, 4),
             "result": tile_slots * size(self.m, self.n, product.result_itemsize),
         }
+        if product.gated:
+            sizes["u"] = sizes["w"]
         if product.channel_scale:
-            sizes["channel_scale"] = tile_slots * size(1, self.n, 4)
+            sizes["channel_scale"] = product.matrices * tile_slots * size(1, self.n, 4)
         if product.row_scale:
             sizes["row_scale"] = min(x_slots, tile_slots) * size(self.m, 1, 4)
         if product.bias:
@@ -117,6 +119,8 @@ class Tiles:
                 raise CompileError(
                     f"a tile has {size} {name}, which is no multiple of {multiple}: {product.dtype} on {chip.name}"
                 )
+        if product.gated and self.order == "split":
+            raise CompileError("the inner axis of a gated product isn't split: it has two sums")
         nests = [
             ("m", pm, self.m),
             ("n", pn, self.n),
@@ -144,15 +148,20 @@ class Tiles:
         rate, latency = chip.hbm_bytes_per_cycle, chip.dma_latency * chip.clock
         blocks = (self.m // self.rows) * (self.n // self.columns)
         one = work(chip, self.rows, self.k, self.columns, product.dtype)
+        one = attrs.evolve(one, mxu=one.mxu * product.matrices, vector=one.vector * product.matrices)
         # Weights of another dtype become x's, an operation each, every time that they are multiplied.
-        adding = one.vector + vector_cycles(chip, self.k * self.columns * product.widens, "element")
+        widened = self.k * self.columns * product.widens * product.matrices
+        adding = one.vector + vector_cycles(chip, widened, "element")
         behind = sum(
             vector_cycles(chip, self.rows * self.columns * turns, op)
             for turns, op in zip((1, *ACTIVATION_WORK[product.activation]), ("epilogue", "element", "exp"), strict=True)
-        ) + vector_cycles(chip, self.rows * self.columns * (product.bias + product.residual), "element")
-        x, w = self.m * self.k * product.itemsize, 0 if prefetched else self.k * self.n * product.weight_itemsize
+        )
+        more = product.bias + product.residual + product.gated * (1 + product.channel_scale + product.row_scale)
+        behind += vector_cycles(chip, self.rows * self.columns * more, "element")
+        held = product.matrices * self.k * self.n * product.weight_itemsize
+        x, w = self.m * self.k * product.itemsize, 0 if prefetched else held
         store = self.m * self.n * product.result_itemsize
-        columns = self.n * 4 * (product.channel_scale + product.bias) + store * product.residual
+        columns = self.n * 4 * (product.channel_scale * product.matrices + product.bias) + store * product.residual
         rows = self.m * 4 * product.row_scale
         turns = [whole // tile for whole, tile in zip(self.padded, (self.m, self.n, self.k), strict=True)]
         started = chip.timing.launch if launch else 0.0
