@@ -302,19 +302,22 @@ class _Form:
 # --- Attention --------------------------------------------------------------------------------------------------------------
 
 
+def attends(node: Node) -> bool:
+    """Whether our kernel computes an attention, if its cache's rows are whole native tiles: in bfloat16, without bias and sinks, over numbers or
+    records int8."""
+    others = node.operands[6:] if node.op is ops.attention_cached else node.operands[3:]
+    scheme = node.attributes.get("scheme", "none")
+    return node.dtype == "bfloat16" and scheme in ("none", "int8") and all(o is None for o in others)
+
+
 def _attention(chip: Chip, node: Node, sizes: Mapping[str, int], smallest: int, platform: str) -> Kernel | None:
-    """Prefill, or over a cache whose rows, or records int8, are whole native tiles; None with a bias, sinks or other records."""
+    """Prefill, or over a cache; None for what `attends` doesn't, and rows that aren't whole tiles."""
+    if not attends(node):
+        return None
     cached = node.op is ops.attention_cached
     shapes = [None if o is None else tuple(int(n) for n in o.tensor.at(sizes).shape) for o in node.operands]  # type: ignore[call-overload]
     q, k, v = shapes[:3]
-    others = shapes[6:] if cached else shapes[3:]
     records = cached and node.scheme == "int8"
-    if (
-        any(o is not None for o in others)
-        or node.dtype != "bfloat16"
-        or (cached and node.scheme not in ("none", "int8"))
-    ):
-        return None
     assert q is not None and k is not None and v is not None
     table = shapes[5] if cached else None
     batch, queries, heads, d = q

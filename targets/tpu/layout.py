@@ -15,7 +15,7 @@ from jisu.compiler.rows import TAIL
 from jisu.compiler.schemes import SCHEMES
 from jisu.compiler.types import TensorType, substitute
 from jisu.targets.tpu.chip import Chip
-from jisu.targets.tpu.kernels import FLOATS, exact_levels, inputs_of
+from jisu.targets.tpu.kernels import FLOATS, attends, exact_levels, inputs_of
 from jisu.targets.tpu.spec import round_up
 
 _CODED = (ops.quantized_linear, ops.integer_linear)
@@ -113,12 +113,13 @@ def _apart(graph: Graph, chip: Chip, sizes: Mapping[str, int]) -> Graph:
     """Caches of records [b, g, rows, d + 4] as their codes [b, g, rows, d] and tails [b, 1, rows, g * 4].
 
     Tensors lie in whole lanes: d + 4 bytes of 128 channels would take 256, as many as numbers in bfloat16 do, and tails of single rows 128.
-    Caches whose rows aren't whole tiles of bytes stay, as no kernel reads them.
+    Caches that no kernel reads stay, such as those whose rows aren't whole tiles of bytes. What isn't our kernel reads records that are put
+    together first.
     """
     native = chip.sublane_tile("uint8")
     caches: set[Node] = set()
     for node in graph.nodes:
-        if node.op is ops.attention_cached and node.scheme == "int8":
+        if node.op is ops.attention_cached and node.scheme == "int8" and attends(node):
             caches |= {found for o in node.operands[1:3] if o is not None and (found := _appended(o)).op is INPUT}
     fits = {c for c in caches if not isinstance(n := substitute(c.shape[2], sizes), int) or n % native == 0}
     parts: dict[Node, tuple[Node, Node]] = {}
