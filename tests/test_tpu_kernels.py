@@ -30,6 +30,7 @@ from jisu.passes.layout import FoldWeights, PackWeights
 from jisu.targets.tpu import attention, export, judges, kernels
 from jisu.targets.tpu.attention import Attention
 from jisu.targets.tpu.chip import Chip
+from jisu.targets.tpu.choose import product_of
 from jisu.targets.tpu.layout import lay_out
 from jisu.targets.tpu.stablehlo import emit, signature
 
@@ -102,6 +103,14 @@ def test_forms_of_layers(kind: str) -> None:
     (got,), text = run(graph, arrays)
     assert_close(got, interpret(graph, arrays)[0])
     assert text.count("@tpu_custom_call") == (2 if kind == "projections" else 1)
+
+
+def test_gates_that_do_not_fit_stay_stablehlo() -> None:
+    """Columns of two matrices, 8192 long, in float32: v4 has 16 MiB of VMEM."""
+    x, w, u = (tensor(n, m, 8192, dtype="float32") for n, m in (("x", 8), ("w", 256), ("u", 256)))
+    gated = ops.gated_linear(x, w, u, activation="silu")
+    for chip, fits in ((V5E, True), (Chip.named("v4"), False)):
+        assert (kernels.chooser(chip)(gated, {}) is not None) == (product_of(gated, chip) is not None) == fits
 
 
 def test_weights_are_laid_out_once() -> None:

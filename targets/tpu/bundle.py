@@ -188,7 +188,7 @@ def write(folder: Path, given: Source, buckets: Sequence[Bucket], tell: Progress
             text = emit(graph, bucket.sizes, chooser(given.chip), name=bucket.name)
             (folder / f"{bucket.name}.kernels.export").write_bytes(export.export_bytes(text, entry, "tpu", bucket.name))
         for node in simulated.nodes:
-            spec = product_of(node)
+            spec = product_of(node, given.chip)
             if spec is not None:
                 counted = kernels.setdefault(attrs.evolve(spec, m=_rows(node, bucket.sizes)), Counter())
                 counted[bucket.name] += 1

@@ -6,6 +6,7 @@ as a program for the chip is made for buckets of lengths.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ import attrs
 from tvm import tirx
 
 from jisu.compiler import levels, ops
+from jisu.compiler.errors import CompileError
 from jisu.compiler.graph import Node
 from jisu.compiler.types import Dim, TensorType, product, symbol
 from jisu.targets.cpu.generic.build import Builder, Expr, Flat, i64
@@ -23,6 +25,7 @@ from jisu.targets.tpu.chip import Chip
 from jisu.targets.tpu.functional import inlined
 from jisu.targets.tpu.product import lower
 from jisu.targets.tpu.spec import ACTIVATIONS, RESULTS, Product
+from jisu.targets.tpu.tiles import choose_tiles
 
 BLOCKS = (128, 16)
 """Rows at a time: many, and what is left."""
@@ -155,14 +158,24 @@ _PRODUCTS = {
 }
 
 
-def product_of(node: Node) -> Product | None:
-    """The product, with one row, that a node is and a chip's kernel computes; None where there is no such kernel."""
-    return _PRODUCTS[node.op](node) if node.op in _PRODUCTS else None
+def product_of(node: Node, chip: Chip) -> Product | None:
+    """The product, with one row, that a node is and a chip's kernel computes; None where there is no such kernel, or its tiles don't fit."""
+    spec = _PRODUCTS[node.op](node) if node.op in _PRODUCTS else None
+    return spec if spec is not None and _fits(attrs.evolve(spec, m=BLOCKS[0]), chip) else None
+
+
+@functools.lru_cache(256)
+def _fits(spec: Product, chip: Chip) -> bool:
+    try:
+        choose_tiles(spec, chip)
+    except CompileError:  # a gated product needs two matrices' columns whole
+        return False
+    return True
 
 
 def _linear(node: Node, target: Target) -> Kernel | None:
     """`linear` of bfloat16 or float32."""
-    spec = product_of(node)
+    spec = product_of(node, Chip.named(target.name))
     if spec is None:
         return None
     bias, residual, n, k, stored = node.operands[2], node.operands[3], spec.n, spec.k, _STORED[node.dtype]
@@ -191,7 +204,7 @@ def _linear(node: Node, target: Target) -> Kernel | None:
 
 def _gated(node: Node, target: Target) -> Kernel | None:
     """`gated_linear` of bfloat16 or float32."""
-    spec = product_of(node)
+    spec = product_of(node, Chip.named(target.name))
     if spec is None:
         return None
     n, k, stored = spec.n, spec.k, _STORED[node.dtype]
@@ -213,7 +226,7 @@ def _gated(node: Node, target: Target) -> Kernel | None:
 def _coded(node: Node, target: Target) -> Kernel | None:
     """`quantized_linear` with a scale per output, and `integer_linear` with one per token, too."""
     x, _, scales, _, bias, residual = node.operands
-    spec = product_of(node)
+    spec = product_of(node, Chip.named(target.name))
     if spec is None:
         return None
     assert x is not None and scales is not None

@@ -187,10 +187,13 @@ def _layer(chip: Chip, node: Node, sizes: Mapping[str, int], smallest: int, plat
     ]  # fmt: skip
     name = _name(node, products, chip)
     form = _Form(node, layer.kind, rows, k)
-    parts = [
-        (f"{name}.{'product' if len(products) == 1 else i}", _part(p, chip, form.columns(specs[0], p, chip)))
-        for i, (specs, p) in enumerate(zip(groups, products, strict=True))
-    ]
+    try:
+        parts = [
+            (f"{name}.{'product' if len(products) == 1 else i}", _part(p, chip, form.columns(specs[0], p, chip)))
+            for i, (specs, p) in enumerate(zip(groups, products, strict=True))
+        ]
+    except CompileError:  # a gated product of which not even the smallest tiles fit into VMEM
+        return None
     shown = [(f"o{i}", o.tensor.at(sizes)) for i, o in enumerate(node.operands) if o is not None]
 
     def compute(*values: Value) -> list[Value]:

@@ -252,6 +252,8 @@ def _candidates(product: Product, chip: Chip) -> Iterator[Tiles]:
         for m in [*rows, whole]:
             yield make_tiles(product, chip, "resident", m, n, depth, block=block)
             yield make_tiles(product, chip, "panels", m, n, depth, block=block)
+    if product.gated:
+        return
     for k in (k for k in _doubling(chip.lanes, depth) if k < depth):
         for n in columns:
             for m in [*rows, whole]:
