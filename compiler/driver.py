@@ -22,7 +22,7 @@ import numpy as np
 from jisu.compiler.cost import graph_cost, weight_bytes
 from jisu.compiler.entry import Entry, stored
 from jisu.compiler.errors import InputError, InputTypeError, JisuError, RecipeError, TargetError
-from jisu.compiler.graph import Graph, Storage
+from jisu.compiler.graph import ArrayStorage, Graph, Storage
 from jisu.compiler.launches import GAP_S, PLANS, Plan
 from jisu.compiler.pipeline import Pass, Pipeline, Report, sample_inputs
 from jisu.compiler.recipe import QuantizeRecipe, Recipe
@@ -161,19 +161,22 @@ def export(
     one, what its varying size is. batch: sequences at a time. capacity: slots of the caches, per sequence (default: what the
     model has positions for, 1024 at most). sizes: of a module, those of its other varying sizes, by name. chip: whose kernels are
     written (default: the program's). kernels: whether programs are written a second time, for TPUs alone, with our Pallas kernels in the place
-    of XLA's products and attention (`run_tpu.py --kernels`). overwrite: whether an older export at `folder` may go. The folder appears whole or not
-    at all; see `jisu.targets.tpu.bundle` for what is in it. Results to compare with are computed by the program, simulated.
+    of XLA's products and attention (`run_tpu.py --kernels`); weights and caches are then in the form that kernels read. overwrite: whether an
+    older export at `folder` may go. The folder appears whole or not at all; see `jisu.targets.tpu.bundle` for what is in it. Results to compare
+    with are computed by the program, simulated.
 
     Raises TargetError for a program that isn't for a TPU and without JAX, InputError for sizes that don't fit and for a folder that
     holds something, OSError where it can't be written.
     """
     from jisu.compiler.text import parse
+    from jisu.passes.layout import Derived, FoldWeights
     from jisu.runtime.artifact import whole_folder
     from jisu.runtime.program import TOKENIZER_FILES
     from jisu.runtime.session import APPEND_LAST, MAIN
     from jisu.targets.tpu import bundle
     from jisu.targets.tpu.chip import Chip
     from jisu.targets.tpu.export import require
+    from jisu.targets.tpu.layout import lay_out
 
     name = str(program.target["name"])
     if name.partition(":")[0] != "tpu":
@@ -217,11 +220,18 @@ def export(
         ]  # fmt: skip
         table = info.table(batch, slots) if info.page else None
         decoding = bundle.Decoding(info.vocabulary, slots, len(info.state), table)
+    held = {name: ArrayStorage(array) for name, array in parts.weights.items()}
+    graphs = {entry: graph.replace(weights=held) for entry, graph in graphs.items()}
+    programs = graphs
+    if kernels:
+        fixed = {name: n for name, n in found[0].sizes.items() if all(b.sizes[name] == n for b in found)}
+        programs = {entry: FoldWeights()(lay_out(graph, machine, fixed)) for entry, graph in graphs.items()}
+    laid = {n: w for graph in programs.values() for n, w in graph.weights.items() if isinstance(w, Derived)}
     source = bundle.Source(
-        machine, graphs, parts.weights, program.run, batch, decoding,
+        machine, graphs, programs, program.run, batch, decoding,
         {n: data for n, data in parts.files.items() if n in TOKENIZER_FILES},
         {"jisu": parts.producers.get("jisu", ""), "kind": "module" if info is None else "decoder", "recipe": program.recipe},
-        with_kernels=kernels,
+        {name: str(Graph((), (w.node,))) for name, w in laid.items()}, with_kernels=kernels,
     )  # fmt: skip
     with whole_folder(folder, lambda: bundle.check_place(folder, overwrite)) as new:
         manifest = bundle.write(new, source, found, tell)

@@ -8,7 +8,7 @@ from jisu.compiler.levels import Rule, whole_words
 from jisu.compiler.pipeline import Pass
 from jisu.passes.canonicalize import Canonicalize
 from jisu.passes.fusion import FUSIONS
-from jisu.passes.layout import FoldWeights, MergeProjections, PackWeights, SplitGated
+from jisu.passes.layout import FoldWeights, MergeProjections, PackWeights
 
 
 def default_passes(fuse: bool = True, max_fold_bytes: int = 1 << 20) -> tuple[Pass, ...]:
@@ -28,6 +28,6 @@ def layout_passes(
     halves: Mapping[str, int] | None = None,
 ) -> tuple[Pass, ...]:
     """The passes that bring weights into their kernels' order; the arguments come from the target (see `PackWeights`). together: whether
-    kernels do several matrices of one input at once."""
+    kernels do several layers of one input at once."""
     pack = PackWeights(panel, pair, sparse or {}, halves or {}, levels)
-    return (pack, MergeProjections(), FoldWeights()) if together else (SplitGated(), pack, FoldWeights())
+    return (pack, MergeProjections(), FoldWeights()) if together else (pack, FoldWeights())

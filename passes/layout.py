@@ -539,22 +539,6 @@ class MergeProjections:
         return graph.map(transform)
 
 
-@attrs.frozen
-class SplitGated:
-    """Gated layers as two layers and their product, for targets whose kernels do one matrix at a time."""
-
-    name: str = "split gated layers"
-    exact: bool = True
-
-    def __call__(self, graph: Graph) -> Graph:
-        def transform(old: Node, new: Node) -> Node:
-            if new.op is not ops.gated_linear:
-                return new
-            return ops.mul.make(_apart(new), {}, new.source)
-
-        return graph.map(transform)
-
-
 def _apart(gated: Node) -> list[Node]:
     """A gated layer's two layers, whose product it is."""
     data, *weights = gated.parents

@@ -19,15 +19,19 @@ from jisu.compiler.graph import ArrayStorage, Graph, Node, placeholder, weight
 from jisu.compiler.interpret import interpret
 from jisu.compiler.pipeline import Pipeline, relative_error
 from jisu.compiler.recipe import QuantizeRecipe
+from jisu.compiler.rows import TAIL, decode, encode
 from jisu.compiler.types import TensorType, symbol
 from jisu.passes import default_passes
 from jisu.passes.cache import CacheLayout, Step, derive_step, keep_last_token
 from jisu.passes.compression import Compress
 from jisu.passes.compression.activations import QuantizeActivations
+from jisu.passes.compression.cached import QuantizeCache
 from jisu.passes.layout import FoldWeights, PackWeights
 from jisu.targets.tpu import attention, export, judges, kernels
 from jisu.targets.tpu.attention import Attention
 from jisu.targets.tpu.chip import Chip
+from jisu.targets.tpu.choose import product_of
+from jisu.targets.tpu.layout import lay_out
 from jisu.targets.tpu.stablehlo import emit, signature
 
 V5E, V6E = Chip.named("v5e"), Chip.named("v6e")
@@ -86,7 +90,9 @@ def test_forms_of_layers(kind: str) -> None:
     out = {
         "gated": lambda: ops.gated_linear(x, w, u, activation="silu"),
         "laid out": lambda: ops.packed_linear(x, ops.pack(w, panel=256, pair=1), outputs=n, activation="relu"),
-        "gated, laid out": lambda: ops.gated_linear(x, w, u, activation="silu"),
+        "gated, laid out": lambda: ops.packed_gated_linear(
+            x, ops.pack_gated(w, u, panel=256, pair=1), outputs=n, activation="silu"
+        ),
         "panels": lambda: ops.packed_linear(x, wide, outputs=n, activation="none"),
         "gated panels": lambda: ops.packed_gated_linear(
             x, ops.pack_gated(w, u, panel=16, pair=2), outputs=n, activation="gelu_tanh"
@@ -96,7 +102,15 @@ def test_forms_of_layers(kind: str) -> None:
     graph = Graph((x, w, u), (out,))
     (got,), text = run(graph, arrays)
     assert_close(got, interpret(graph, arrays)[0])
-    assert text.count("@tpu_custom_call") == (1 if kind in ("laid out", "panels") else 2)
+    assert text.count("@tpu_custom_call") == (2 if kind == "projections" else 1)
+
+
+def test_gates_that_do_not_fit_stay_stablehlo() -> None:
+    """Columns of two matrices, 8192 long, in float32: v4 has 16 MiB of VMEM."""
+    x, w, u = (tensor(n, m, 8192, dtype="float32") for n, m in (("x", 8), ("w", 256), ("u", 256)))
+    gated = ops.gated_linear(x, w, u, activation="silu")
+    for chip, fits in ((V5E, True), (Chip.named("v4"), False)):
+        assert (kernels.chooser(chip)(gated, {}) is not None) == (product_of(gated, chip) is not None) == fits
 
 
 def test_weights_are_laid_out_once() -> None:
@@ -108,13 +122,44 @@ def test_weights_are_laid_out_once() -> None:
     gated = ops.gated_linear(x, g, u, activation="silu")
     out = (ops.linear(x, a), gated, ops.linear(ops.take(table, ids, axis=0), table))
     graph = Graph((x, ids), out, held)
-    laid = FoldWeights()(kernels.lay_out(graph, V5E))
+    laid = FoldWeights()(lay_out(graph, V5E))
     arrays = [normal(8, 128), rng.integers(0, 200, 8)]
     got, text = run(laid, arrays)
     for value, want in zip(got, interpret(graph, arrays), strict=True):
         assert_close(value, want)
-    assert text.count("@tpu_custom_call") == 3  # two layers share one
+    assert text.count("@tpu_custom_call") == 3
     assert text.count("stablehlo.transpose") == 1
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("kind", ["plain", "gated", "int4", "other rows"])
+def test_layers_of_codes(kind: str, dtype: str) -> None:
+    """x in floats, weights as codes with a scale per output; the product reads their levels."""
+    rows, n, k, panel = 9, 80, 192, 16 if kind != "other rows" else 1
+    scheme = "int4" if kind == "int4" else "int8"
+    bits = schemes.SCHEMES[scheme].bits
+    rng = np.random.default_rng(0)
+    x, b, r = tensor("x", rows, k, dtype=dtype), tensor("b", n, dtype=dtype), tensor("r", rows, n, dtype=dtype)
+    codes = [tensor(f"c{i}", n, k * bits // 8, dtype="uint8") for i in range(2)]
+    scales = [tensor(f"s{i}", n, 1, dtype="float16") for i in range(2)]
+    packed = [ops.pack_codes(c, scheme=scheme, k=k, panel=panel, word=1) for c in codes]
+    steps = [ops.pack_scales(s, scheme=scheme, whole=1.0, panel=panel) for s in scales]
+    how = {"outputs": n, "scheme": scheme, "group": 0, "activation": "silu"}
+    if kind == "gated":
+        both = (ops.concat(*(ops.reshape(v, shape=(5, 1, *v.shape[1:])) for v in vs), axis=1) for vs in (packed, steps))
+        out = ops.quantized_linear(x, *both, gated=True, **how)
+    else:
+        out = ops.quantized_linear(x, packed[0], steps[0], None, b, r, **how)
+    graph = Graph((x, b, r, *codes, *scales), (out,))
+    to = bfloat16 if dtype == "bfloat16" else dtype
+    arrays = [
+        *(rng.standard_normal(i.shape).astype(to) for i in (x, b, r)),
+        *(rng.integers(0, 256, c.shape).astype(np.uint8) for c in codes),
+        *((rng.random((n, 1)) * 0.01).astype(np.float16) for _ in scales),
+    ]
+    (got,), text = run(graph, arrays)
+    assert_close(got, interpret(graph, arrays)[0], 1e-2 if dtype == "bfloat16" else 1e-5)
+    assert text.count("@tpu_custom_call") == 1 and "dot_general" not in text
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -152,11 +197,13 @@ def test_integer_layers(kind: str, dtype: str) -> None:
     got, text = run(graph, arrays)
     for value, want in zip(got, interpret(graph, arrays), strict=True):
         assert_close(value, want, 1e-2 if dtype == "bfloat16" else 1e-3)  # a level of x between two may go either way
-    assert text.count("@tpu_custom_call") == (1 if kind in ("plain", "int4") else 2)
+    assert text.count("@tpu_custom_call") == (2 if kind == "projections" else 1)
 
 
-@pytest.mark.parametrize("gated", [False, True])
-def test_levels_are_laid_out_once(gated: bool) -> None:
+@pytest.mark.parametrize("stored", [False, True], ids=["packed here", "stored packed"])
+@pytest.mark.parametrize("integers", [False, True], ids=["floats", "integers"])
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+def test_levels_are_laid_out_once(gated: bool, integers: bool, stored: bool) -> None:
     """Codes become levels int8, transposed, when weights are stored: the program has no step for them."""
     rows, n, k = 9, 80, 192
     rng = np.random.default_rng(0)
@@ -166,24 +213,28 @@ def test_levels_are_laid_out_once(gated: bool) -> None:
         held[f"c{i}"] = ArrayStorage(rng.integers(0, 256, (n, k)).astype(np.uint8))
         held[f"s{i}"] = ArrayStorage((rng.random((n, 1)) * 0.001).astype(np.float16))
         c, s = weight(f"c{i}", TensorType((n, k), "uint8")), weight(f"s{i}", TensorType((n, 1), "float16"))
-        packed.append(ops.pack_codes(c, scheme="int8", k=k, panel=16, word=4))
+        packed.append(ops.pack_codes(c, scheme="int8", k=k, panel=16, word=4 if integers else 1))
         steps.append(ops.pack_scales(s, scheme="int8", whole=1.0, panel=16))
     both = [ops.concat(*(ops.reshape(v, shape=(5, 1, *v.shape[1:])) for v in vs), axis=1) for vs in (packed, steps)]
     codes, scales = both if gated else (packed[0], steps[0])
     x = tensor("x", rows, k)
-    records = ops.encode_levels(x, scheme="int8", group=0, own=False)
-    how = {"k": k, "scheme": "int8", "group": 0, "own": False, "dtype": "bfloat16", "activation": "silu"}
-    graph = Graph((x,), (ops.integer_linear(records, codes, scales, outputs=n, gated=gated, **how),), held)
-    laid = FoldWeights()(kernels.lay_out(graph, V5E))
+    how: dict[str, Any] = {"outputs": n, "scheme": "int8", "group": 0, "gated": gated, "activation": "silu"}
+    if integers:
+        records = ops.encode_levels(x, scheme="int8", group=0, own=False)
+        out = ops.integer_linear(records, codes, scales, k=k, own=False, dtype="bfloat16", **how)
+    else:
+        out = ops.quantized_linear(x, codes, scales, **how)
+    graph = Graph((x,), (out,), held)
+    laid = FoldWeights()(lay_out(FoldWeights()(graph) if stored else graph, V5E))
     arrays = [normal(rows, k)]
     (want,) = interpret(graph, arrays)
     assert_close(interpret(laid, arrays)[0], want)
     (got,), text = run(laid, arrays)
     assert_close(got, want)
-    stored = [laid.weights[name].numpy() for name, _ in signature(laid, {}).weights]
-    assert_close(export.runner(emit(laid, {}), signature(laid, {}))(*arrays, *stored)[0], want)
-    assert "transpose" not in text and text.count("@tpu_custom_call") == 1 + gated
-    assert "tensor<1x192x128x1xi8>" in text
+    weights = [laid.weights[name].numpy() for name, _ in signature(laid, {}).weights]
+    assert_close(export.runner(emit(laid, {}), signature(laid, {}))(*arrays, *weights)[0], want)
+    assert "transpose" not in text and text.count("@tpu_custom_call") == 1
+    assert f"tensor<1x{'2x' * gated}192x128x1xi8>" in text
 
 
 # --- Attention ------------------------------------------------------------------------------------------------------------
@@ -204,15 +255,30 @@ def draw_inputs(a: Attention, seed: int = 0) -> list[np.ndarray]:
             found.append((rng.integers(0, 4, shape) if a.cached else np.zeros(shape)).astype(np.int32))
         elif name == "table":
             found.append(rng.permutation(a.pages)[: shape[0] * shape[1]].reshape(shape).astype(np.int32))
+        elif t.dtype == "uint8":  # codes or tails of records
+            width = a.d if name.startswith("k") else a.e
+            records = np.random.default_rng(seed + width + (name[0] == "v")).standard_normal(
+                (shape[0], a.groups, a.page or a.keys, width)
+            )
+            codes, tails = np.split(encode(records.astype(np.float32), "int8"), [width], axis=-1)
+            found.append(codes if name in "kv" else tails.swapaxes(1, 2).reshape(shape))
         else:
             found.append(rng.standard_normal(shape).astype(bfloat16))
     return found
+
+
+def records_of(codes: np.ndarray, tails: np.ndarray) -> np.ndarray:
+    """[b, g, rows, d + 4] of codes [b, g, rows, d] and tails [b, rows, g * 4]."""
+    b, g, slots, _ = codes.shape
+    return np.concatenate([codes, tails.reshape(b, slots, g, TAIL).swapaxes(1, 2)], -1)
 
 
 def meaning(a: Attention, arrays: Sequence[np.ndarray]) -> np.ndarray:
     """What the ops mean, one sequence after the other."""
     given = dict(zip([name for name, _ in a.inputs], arrays, strict=True))
     q, k, v = given["q"], given["k"], given["v"]
+    if a.records:
+        k, v = (records_of(given[n], given[f"{n}_tails"]) for n in "kv")
     how: dict[str, Any] = {"scale": a.scale, "window": a.window, "softcap": a.softcap}
     attend, cached = ops.attention.meaning, ops.attention_cached.meaning
     assert attend is not None and cached is not None
@@ -224,7 +290,7 @@ def meaning(a: Attention, arrays: Sequence[np.ndarray]) -> np.ndarray:
         table = given["table"][one] if a.page else None
         keys, values = (k, v) if a.page else (k[one], v[one])
         where = (given[n][one].astype(np.int64) for n in ("first", "start"))
-        found.append(cached(q[one], keys, values, *where, table, None, scheme="none", **how))
+        found.append(cached(q[one], keys, values, *where, table, None, scheme="int8" if a.records else "none", **how))
     return np.concatenate(found)
 
 
@@ -240,8 +306,10 @@ def attentions(draw: Any) -> Attention:
     if kind == "prefill":
         causal = bool(window) or draw(st.booleans())
         return Attention(batch, queries, groups, repeats, d, e, queries + draw(st.integers(0, 700)), 0.1, causal, **how)
-    page = draw(st.sampled_from([16, 32, 128])) if kind == "pages" else 0
-    keys = page * draw(st.integers(1, 20)) if page else 16 * draw(st.integers(1, 60))
+    how["records"] = draw(st.booleans())
+    native = 32 if how["records"] else 16
+    page = draw(st.sampled_from([native, 64, 128])) if kind == "pages" else 0
+    keys = page * draw(st.integers(1, 20)) if page else native * draw(st.integers(1, 30))
     pages = batch * keys // page + 1 if page else 0
     how["window"] = min(window, max(keys - queries + 1, 1))
     return Attention(batch, queries, groups, repeats, d, e, keys, 0.1, cached=True, page=page, pages=pages, **how)
@@ -263,6 +331,9 @@ EXAMPLES = [
     Attention(2, 5, 4, 3, 64, 64, 96, 0.1, cached=True, window=20),
     Attention(3, 1, 2, 4, 128, 128, 1024, 0.1, cached=True, page=64, pages=50),
     Attention(2, 1, 16, 1, 128, 128, 1536, 0.1, cached=True, page=64, pages=60, window=700),
+    Attention(2, 1, 8, 4, 128, 128, 1024, 0.1, cached=True, page=64, pages=40, records=True),
+    Attention(1, 12, 16, 1, 128, 64, 768, 0.1, cached=True, softcap=20.0, records=True),
+    Attention(3, 1, 3, 2, 96, 96, 160, 0.1, cached=True, window=30, records=True),
 ]
 
 
@@ -278,10 +349,19 @@ def test_drawn_attention(a: Attention, seed: int) -> None:
     assert_attends(a, seed)
 
 
-@pytest.mark.parametrize(("right", "wrong"), [("c.wait()", "pass"), ("step + 1, 1 - slot)", "step + 1, slot)")])
-def test_faults_on_purpose_are_seen(right: str, wrong: str) -> None:
+@pytest.mark.parametrize(
+    ("right", "wrong", "records"),
+    [
+        ("c.wait()", "pass", False),
+        ("c.wait()", "pass", True),
+        ("step + 1, 1 - slot)", "step + 1, slot)", False),
+        ("step + 1, 1 - slot)", "step + 1, slot)", True),
+        ("v_tails.at[slot, piece]", "v_tails.at[0, piece]", True),
+    ],
+)
+def test_faults_on_purpose_are_seen(right: str, wrong: str, records: bool) -> None:
     """A dropped wait; two tiles in one slot."""
-    a = Attention(1, 1, 1, 2, 64, 64, 1536, 0.1, cached=True, page=64, pages=30)
+    a = Attention(1, 1, 1, 2, 64, 64, 1536, 0.1, cached=True, page=64, pages=30, records=records)
     arrays, text = draw_inputs(a), attention.source(a, V5E)
     arrays[0][:] = 1500
     assert text.count(right) == 1
@@ -301,11 +381,13 @@ def test_ragged_sequences_cost_what_they_hold() -> None:
     assert_close(found.result, want)
 
 
+@pytest.mark.parametrize("records", [False, True])
 @pytest.mark.parametrize("kind", ["cache", "pages"])
-def test_sequences_that_see_nothing(kind: str) -> None:
+def test_sequences_that_see_nothing(kind: str, records: bool) -> None:
     """Blocks without a step, between others and at both ends: zeros, and the copies of the next block are still started."""
     page = 64 if kind == "pages" else 0
-    a = Attention(5, 1, 1, 2, 64, 64, 1024, 0.1, cached=True, page=page, pages=80 if page else 0)
+    pages = 80 if page else 0
+    a = Attention(5, 1, 1, 2, 64, 64, 1024, 0.1, cached=True, page=page, pages=pages, records=records)
     arrays = draw_inputs(a)
     arrays[0] = np.array([5, 1000, 9, 8, 600], np.int32)
     for starts in ([900, 3, 700, 1000, 0], [0, 3, 700, 0, 1000]):
@@ -356,6 +438,57 @@ def test_attention_in_programs(kind: str) -> None:
     assert text.count("@tpu_custom_call") == (0 if kind in ("bias", "small pages") else 1)
 
 
+def over_records(page: int, keys: int, d: int = 64, e: int = 32, chunk: int = 3) -> Graph:
+    """A step of attention that appends to caches of records int8."""
+    q, new = tensor("q", 2, chunk, 4, d), [tensor(n, 2, chunk, 2, size) for n, size in (("k", d), ("v", e))]
+    lead = (2 * keys // page + 1, 2, page) if page else (2, 2, keys)
+    caches = [tensor(f"{n.name}.cache", *lead, int(n.shape[3]) + TAIL, dtype="uint8") for n in new]
+    length, start = tensor("length", 1, dtype="int64"), tensor("start", 2, dtype="int64")
+    table = tensor("table", 2, keys // page, dtype="int32") if page else None
+    pairs = zip(caches, new, strict=True)
+    k, v = (ops.cache_append(c, ops.encode_rows(n, scheme="int8"), length, table, ring=not page) for c, n in pairs)
+    seen = ops.attention_cached(q, k, v, length, start, table, scale=0.1, window=20, scheme="int8")
+    where = [length, start, *([] if table is None else [table])]
+    return Graph((q, *new, *where, *caches), (seen, k, v))
+
+
+@pytest.mark.parametrize(("page", "keys", "length"), [(32, 96, 40), (0, 96, 40), (0, 64, 150), (16, 96, 40)])
+def test_records_in_programs(page: int, keys: int, length: int) -> None:
+    """Caches in two parts hold what whole ones do, and kernels read them as they lie; pages that aren't whole tiles of bytes stay StableHLO."""
+    rng = np.random.default_rng(0)
+    graph = over_records(page, keys)
+    laid = lay_out(graph, V5E)
+    arrays: list[np.ndarray] = []
+    for node in graph.inputs:
+        shape = tuple(int(n) for n in node.shape)
+        if node.dtype == "bfloat16":
+            arrays.append(rng.standard_normal(shape).astype(bfloat16))
+        elif node.dtype == "uint8":
+            arrays.append(encode(rng.standard_normal((*shape[:-1], shape[-1] - TAIL)), "int8"))
+    where = [np.array([length]), np.array([0, 5])]
+    where += [rng.permutation(2 * keys // page)[: 2 * (keys // page)].reshape(2, -1).astype(np.int32)] if page else []
+    *numbers, first, second = arrays
+    split = []
+    for cache in (first, second):
+        codes, tails = np.split(cache, [cache.shape[3] - TAIL], axis=-1)
+        split += [codes, tails.swapaxes(1, 2).reshape(codes.shape[0], 1, codes.shape[2], -1)]
+    want = interpret(graph, [*numbers, *where, first, second])
+    apart = page != 16
+    given = [*numbers, *where, *(split if apart else (first, second))]
+    for values in (interpret(laid, given), run(laid, given)[0]):
+        seen, *state = (np.asarray(v) for v in values)
+        assert_close(seen, want[0])
+        if apart:
+            state = [records_of(c, t[:, 0]) for c, t in zip(state[::2], state[1::2], strict=True)]
+        for value, whole in zip(state, want[1:], strict=True):
+            np.testing.assert_array_equal(value, whole)
+    text = emit(laid, {}, kernels.chooser(V5E, smallest=0))
+    assert text.count("@tpu_custom_call") == apart
+    assert [i.name for i in laid.inputs][-2 - 2 * apart :] == (
+        ["k.cache.codes", "k.cache.tails", "v.cache.codes", "v.cache.tails"] if apart else ["k.cache", "v.cache"]
+    )
+
+
 AOT = judges.aot_python()
 
 
@@ -380,16 +513,27 @@ def test_libtpu_compiles_attention() -> None:
 
 
 def decoder(layout: CacheLayout | None = None, integers: bool = False) -> Step:
-    """The step of a tiny decoder in bfloat16, its weights laid out; integers: weights and what layers read are int8."""
+    """The step of a tiny decoder in bfloat16, its weights laid out; integers: weights, what layers read, and the cache are int8."""
     from jisu.frontends.huggingface import trace_decoder
 
     found = trace_decoder(make("llama").bfloat16())
     rules = (QuantizeRecipe(scheme="int8", group=0, activations="int8"),)
-    compress = (QuantizeActivations(rules, None), Compress((), rules)) if integers else ()
+    compress = (
+        (QuantizeActivations(rules, None), Compress((), rules), QuantizeCache("int8", "none", None)) if integers else ()
+    )
     graph, _ = Pipeline((*default_passes(), *compress)).run(found.graph)
     step = keep_last_token(derive_step(graph, sequence=found.sequence, layout=layout), found.sequence)
     packed = PackWeights(16, {})(step.graph) if integers else step.graph
-    return attrs.evolve(step, graph=FoldWeights()(kernels.lay_out(packed, V5E)))
+    return attrs.evolve(step, graph=FoldWeights()(lay_out(packed, V5E)))
+
+
+def floats(results: Sequence[Any]) -> list[np.ndarray]:
+    """Results of a step, caches of records decoded."""
+    arrays = [np.asarray(r) for r in results]
+    if all(a.dtype != np.uint8 for a in arrays):
+        return arrays
+    pairs = zip(arrays[1::2], arrays[2::2], strict=True)
+    return [arrays[0], *(decode(records_of(c, t[:, 0]), "int8") for c, t in pairs)]
 
 
 def bucket(step: Step, rows: int, capacity: int, page: int = 16) -> dict[str, int]:
@@ -405,7 +549,18 @@ def chunk(step: Step, sizes: Mapping[str, int], length: int) -> list[np.ndarray]
     if "table" in named:
         pages = rng.permutation(sizes["pages"])[: 2 * sizes["sequence_pages"]]
         arrays.append(pages.reshape(2, -1).astype(np.int32))
-    return [*arrays, *(rng.standard_normal(named[s.name].shape).astype(bfloat16) for s in step.state)]
+    for name, t in list(named.items())[len(arrays) :]:
+        shape = tuple(int(n) for n in t.shape)  # type: ignore[call-overload]
+        if name.endswith(".codes"):
+            arrays.append(rng.integers(0, 256, shape).astype(np.uint8))
+        elif name.endswith(".tails"):
+            arrays.append(
+                np.broadcast_to(np.array([0.01, -1], bfloat16).view(np.uint8), (shape[3] // TAIL, TAIL)).reshape(-1)
+                + np.zeros(shape, np.uint8)
+            )
+        else:
+            arrays.append(rng.standard_normal(shape).astype(bfloat16))
+    return arrays
 
 
 @pytest.mark.parametrize(
@@ -413,7 +568,7 @@ def chunk(step: Step, sizes: Mapping[str, int], length: int) -> list[np.ndarray]
     [
         (12, 0, 0, False),
         (1, 20, 16, False),
-        (1, 20, 16, True),
+        (1, 20, 32, True),
         *(pytest.param(*p, marks=pytest.mark.slow) for p in [(12, 8, 16, False), (1, 20, 0, False), (12, 0, 0, True)]),
     ],
 )
@@ -427,7 +582,7 @@ def test_a_model_with_kernels_equals_the_one_without(rows: int, length: int, pag
     weights = [step.graph.weights[name].numpy() for name, _ in entry.weights]
     plain = export.runner(emit(step.graph, sizes), entry)(*arrays, *weights)
     exact = interpret(step.graph, arrays, float64=True)
-    for value, other, want in zip(got, plain, exact, strict=True):
+    for value, other, want in zip(*(floats(v) for v in (got, plain, exact)), strict=True):
         truth = want.astype(np.float64)
         assert value.shape == other.shape and value.dtype == other.dtype
         assert relative_error(value, truth) <= max(1e-2, 1.5 * relative_error(other, truth))
@@ -447,35 +602,54 @@ def test_models_with_kernels_compile_for_chips(chip: Chip, page: int, integers: 
         assert made.hlo.count("tpu_custom_call") >= 6 and made.memory["code"] > 0
 
 
-def large_layer(batch: int) -> Graph:
-    """Decoding in a layer of 8 billion weights' model: laid out weights, a paged cache that is updated in place."""
+def large_layer(batch: int, narrow: bool) -> Graph:
+    """Decoding in a layer of 8 billion weights' model: laid out weights, a paged cache that is updated in place; narrow: both of int8."""
     heads, groups, d, page, pages = 32, 8, 128, 64, 32
     x = tensor("x", batch, 1, 4096)
     sizes = {"q": (4096, 4096), "k": (4096, 1024), "v": (4096, 1024), "o": (4096, 4096), "gate": (4096, 14336)}
-    sizes |= {"up": (4096, 14336), "down": (14336, 4096)}
+    sizes |= {"down": (14336, 4096)}
     w = {name: tensor(name, 1, *size) for name, size in sizes.items()}
-    caches = [tensor(name, batch * pages, groups, page, d) for name in ("keys", "values")]
+    w["gate"] = tensor("gate", 1, 2, *sizes["gate"])
+    scales = {
+        name: tensor(f"{name}.scale", *v.shape[:-2], 1, v.shape[-1], dtype="float16") for name, v in w.items() if narrow
+    }
+    if narrow:
+        w = {name: tensor(name, *v.shape, 1, dtype="int8") for name, v in w.items()}
+    kind = {"dtype": "uint8" if narrow else "bfloat16"}
+    caches = [tensor(name, batch * pages, groups, page, d + TAIL * narrow, **kind) for name in ("keys", "values")]
     length, start = tensor("length", 1, dtype="int64"), tensor("start", batch, dtype="int64")
     table = tensor("table", batch, pages, dtype="int32")
 
     def layer(x: Node, name: str, r: Node | None = None, activation: str = "none") -> Node:
-        return ops.packed_linear(x, w[name], None, r, outputs=sizes[name][1], activation=activation)
+        how = {"outputs": sizes[name][1], "activation": activation}
+        if narrow:
+            gated = name == "gate"
+            return ops.quantized_linear(
+                x, w[name], scales[name], None, None, r, scheme="int8", group=0, gated=gated, **how
+            )
+        if name == "gate":
+            return ops.packed_gated_linear(x, w[name], **how)
+        return ops.packed_linear(x, w[name], None, r, **how)
 
     q = ops.reshape(layer(x, "q"), shape=(batch, 1, heads, d))
     new = [ops.reshape(layer(x, name), shape=(batch, 1, groups, d)) for name in ("k", "v")]
+    new = [ops.encode_rows(n, scheme="int8") for n in new] if narrow else new
     keys, values = (ops.cache_append(c, n, length, table) for c, n in zip(caches, new, strict=True))
-    attended = ops.attention_cached(q, keys, values, length, start, table, scale=d**-0.5)
+    scheme = "int8" if narrow else "none"
+    attended = ops.attention_cached(q, keys, values, length, start, table, scale=d**-0.5, scheme=scheme)
     y = layer(ops.reshape(attended, shape=(batch, 1, heads * d)), "o", x)
-    inner = ops.mul(layer(y, "gate", activation="silu"), layer(y, "up"))
-    return Graph((x, length, start, table, *caches, *w.values()), (layer(inner, "down", y), keys, values))
+    out = layer(layer(y, "gate", activation="silu"), "down", y)
+    graph = Graph((x, length, start, table, *caches, *w.values(), *scales.values()), (out, keys, values))
+    return lay_out(graph, V5E)
 
 
 @needs_libtpu
 @pytest.mark.slow
+@pytest.mark.parametrize("narrow", [False, True])
 @pytest.mark.parametrize("chip", [V5E, V6E], ids=lambda c: c.short)
-def test_no_weight_or_cache_is_copied(chip: Chip) -> None:
-    """libtpu's program has eight custom calls on the weights and caches as they lie, and next to no memory of its own."""
-    graph = large_layer(8)
+def test_no_weight_or_cache_is_copied(chip: Chip, narrow: bool) -> None:
+    """libtpu's program has seven custom calls on the weights and caches as they lie, and next to no memory of its own."""
+    graph = large_layer(8, narrow)
     made = export.compile_for(chip.short, emit(graph, {}, kernels.chooser(chip)), signature(graph, {}))
-    assert made.hlo.count('custom_call_target="tpu_custom_call"') == 8
+    assert made.hlo.count('custom_call_target="tpu_custom_call"') == 7
     assert made.memory["temporary"] <= 1 << 20

@@ -28,7 +28,7 @@ FAMILIES = {"llama": llama, "qwen3": qwen3, "gpt2": gpt2}
 @pytest.mark.parametrize(
     ("family", "recipe"),
     [
-        ("llama", None), ("qwen3", None), ("gpt2", None), ("llama", "int8"),
+        ("llama", None), ("qwen3", None), ("gpt2", None), ("llama", "int8"), ("llama", "w8a16"),
         *(pytest.param(f, "int8", marks=pytest.mark.slow) for f in ("qwen3", "gpt2")),
     ],
 )  # fmt: skip
@@ -44,7 +44,7 @@ def test_decoders(family: str, recipe: str | None) -> None:
     on_cpu = jisu.compile(model, recipe=recipe).generate(PROMPT, max_new_tokens=12)
     assert program.generate(PROMPT, max_new_tokens=12).sequences == on_cpu.sequences
     used = {k["op"] for k in program.explain()["kernels"]}
-    assert ("linear" if recipe is None else "integer_linear") in used
+    assert {None: "linear", "int8": "integer_linear", "w8a16": "quantized_linear"}[recipe] in used
 
 
 def test_an_encoder_for_another_chip() -> None:
@@ -61,28 +61,33 @@ def test_an_encoder_for_another_chip() -> None:
     assert (program(ids).last_hidden_state.float() - want).abs().max() <= 2e-2 * want.abs().max()
 
 
-def test_layers_of_any_number_of_rows(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 2e-2), ("float32", 1e-5)])
+def test_layers_of_any_number_of_rows(dtype: str, tolerance: float, tmp_path: Path) -> None:
     """With everything that may follow a product; many rows, few, and both."""
     rng = np.random.default_rng(0)
 
     def array(*shape: int) -> Any:
-        return (rng.standard_normal(shape) * shape[-1] ** -0.5).astype(numpy_dtype("bfloat16"))
+        return (rng.standard_normal(shape) * shape[-1] ** -0.5).astype(numpy_dtype(dtype))
 
     held = {n: ArrayStorage(array(*s)) for n, s in (("w", (70, 96)), ("v", (70, 96)), ("b", (70,)))}
-    w, v, bias = (weight(n, TensorType(s.shape, "bfloat16")) for n, s in held.items())
-    x = placeholder("x", TensorType((symbol("m"), 96), "bfloat16"))
-    outputs = (ops.linear(x, w), ops.linear(x, w, bias, ops.linear(x, v), activation="gelu_tanh"))
+    w, v, bias = (weight(n, TensorType(s.shape, dtype)) for n, s in held.items())
+    x = placeholder("x", TensorType((symbol("m"), 96), dtype))
+    outputs = (
+        ops.linear(x, w),
+        ops.linear(x, w, bias, ops.linear(x, v), activation="gelu_tanh"),
+        ops.gated_linear(x, w, v, activation="silu"),
+    )
     graph = Graph((x,), outputs, held)
     target = Target.resolve("tpu:v5e")
     info = compile_graphs({"main": graph}, target, out=tmp_path / "out", cache_dir=tmp_path / "cache")
     run = Executable.load(info.library, info.entries)
-    assert {op for _, op, *_ in info.kernels} >= {"linear"}
+    assert {op for _, op, *_ in info.kernels} >= {"linear", "gated_linear"}
     alone = array(300, 96)
     weights = {n: s.numpy() for n, s in held.items()}
     for m in (1, 16, 17, 128, 300):
         got = run.call("main", [alone[:m]], weights)
         for found, want in zip(got, interpret(graph, [alone[:m]]), strict=True):
-            assert relative_error(np.asarray(found), want) < 2e-2, m
+            assert relative_error(np.asarray(found), want) < tolerance, m
         np.testing.assert_array_equal(np.asarray(got[0])[:1], np.asarray(run.call("main", [alone[:1]], weights)[0]))
 
 

@@ -33,6 +33,10 @@ needs_libtpu = pytest.mark.skipif(
 )
 
 
+KINDS = [("int8", "int8"), ("bfloat16", "bfloat16"), ("bfloat16", "int8"), ("float32", "float32"), ("float32", "int8")]
+"""Dtypes of x and w."""
+
+
 def draw_arrays(product: Product, seed: int = 0, *, exact: bool = True) -> list[np.ndarray]:
     """Operands; exact: of integers so small that bfloat16 products sum up without rounding."""
     random = np.random.default_rng(seed)
@@ -64,7 +68,7 @@ def assert_right(lowered: Lowered, seed: int = 0) -> None:
     """LLVM's run, emulated copies that come late or early, and the interpreter in both modes: all equal NumPy, no race, nothing left."""
     product = lowered.product
     arrays = draw_arrays(product, seed)
-    plain = product.activation == "none" and not (product.bias or product.residual)
+    plain = product.activation == "none" and not (product.bias or product.residual or product.gated)
     expected = reference(product, *arrays, exact=not plain)
     floor = float(np.abs(expected.astype(np.float64)).max()) / 64
 
@@ -80,8 +84,9 @@ def assert_right(lowered: Lowered, seed: int = 0) -> None:
         assert checked.clean, (dma, checked.races, checked.unfinished)
         agrees(checked.result, dma)
     text = source(lowered)
+    taken = [arrays[0], np.stack(arrays[1:3]), *arrays[3:]] if product.gated else arrays
     for dma in judges.DMA:
-        interpreted = judges.interpret(text, *arrays, dma=dma)
+        interpreted = judges.interpret(text, *taken, dma=dma)
         assert interpreted.clean, (dma, interpreted.raced, interpreted.left)
         agrees(interpreted.result, dma)
 
@@ -91,8 +96,9 @@ def lowereds(draw: Any) -> Lowered:
     """Products of ragged shapes with all kinds of epilogue, in all orders of tiles, small enough to be interpreted."""
     chip = draw(st.sampled_from([V5E, V6E]))
     m, n, k = draw(st.integers(1, 150)), draw(st.integers(1, 700)), draw(st.integers(1, 700))
-    dtype = draw(st.sampled_from(["int8", "bfloat16"]))
+    dtype, weights = draw(st.sampled_from(KINDS))
     flags = {name: draw(st.booleans()) for name in ("channel_scale", "row_scale", "bias", "residual")}
+    flags["gated"] = not (flags["bias"] or flags["residual"])
     product = Product(
         m,
         n,
@@ -100,9 +106,10 @@ def lowereds(draw: Any) -> Lowered:
         dtype,
         draw(st.sampled_from(["bfloat16", "float32"])),
         activation=draw(st.sampled_from(ACTIVATIONS)),
+        weights=weights,
         **flags,
     )
-    order = draw(st.sampled_from(["chosen", "resident", "panels", "split"]))
+    order = draw(st.sampled_from(["chosen", "resident", "panels", *([] if product.gated else ["split"])]))
     if order == "chosen":
         return lower(product, chip)
     rows = -(-m // 32) * 32 if order == "resident" else draw(st.sampled_from([32, 64]))
@@ -139,12 +146,23 @@ def test_many_drawn_products(lowered: Lowered, seed: int) -> None:
     assert_right(lowered, seed)
 
 
-@pytest.mark.parametrize("dtype", ["int8", "bfloat16"])
+@pytest.mark.parametrize(("dtype", "weights"), KINDS)
 @pytest.mark.parametrize("order", ["resident", "panels", "split"])
-def test_orders(order: str, dtype: str) -> None:
+def test_orders(order: str, dtype: str, weights: str) -> None:
     """Every order of tiles, over several steps of its pipeline, ragged in all axes."""
-    product = Product(60, 500, 300, dtype, channel_scale=dtype == "int8", row_scale=dtype == "int8")
+    product = Product(60, 500, 300, dtype, channel_scale=weights == "int8", row_scale=dtype == "int8", weights=weights)
     assert_right(lower(product, V5E, several_steps(product, order)))
+
+
+@pytest.mark.parametrize(("dtype", "weights"), KINDS)
+@pytest.mark.parametrize("order", ["resident", "panels"])
+def test_gates(order: str, dtype: str, weights: str) -> None:
+    """Two products of one x, of which the second scales the first's activation: neither leaves VMEM."""
+    scaled: dict[str, Any] = {"channel_scale": weights == "int8", "row_scale": dtype == "int8"}
+    product = Product(60, 500, 300, dtype, activation="gelu_tanh", weights=weights, gated=True, **scaled)
+    lowered = lower(product, V5E, several_steps(product, order))
+    assert_right(lowered)
+    assert [o.name for o in lowered.operands[:3]] == ["x", "w", "u"]
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 4])
@@ -162,14 +180,34 @@ def several_steps(product: Product, order: str) -> Tiles:
     return make_tiles(product, V5E, order, 64 if order == "resident" else 32, 128, depth)
 
 
-def test_reals_within_an_ulp() -> None:
+@pytest.mark.parametrize("weights", ["bfloat16", "int8"])
+def test_reals_within_an_ulp(weights: str) -> None:
     """Sums of reals are rounded on the way, in another order than NumPy's."""
-    product = Product(33, 130, 515, bias=True, activation="silu", residual=True)
+    product = Product(33, 130, 515, channel_scale=True, bias=True, activation="silu", residual=True, weights=weights)
     arrays = draw_arrays(product, exact=False)
     expected = reference(product, *arrays)
     lowered = lower(product, V5E)
     assert ulps(run(lowered, *arrays), expected, floor=1.0) <= 1
     assert ulps(judges.interpret(source(lowered), *arrays).result, expected, floor=1.0) <= 1
+
+
+def test_float32_keeps_its_precision() -> None:
+    """Errors are those of float32's sums; parts of bfloat16 alone would be a thousand times further off."""
+    product = Product(33, 130, 515, "float32", "float32")
+    arrays = draw_arrays(product, exact=False)
+    expected = arrays[0].astype(np.float64) @ arrays[1].astype(np.float64)
+    lowered = lower(product, V5E)
+    for found in (run(lowered, *arrays), judges.interpret(source(lowered), *arrays).result):
+        assert np.abs(found - expected).max() <= 4e-6 * np.abs(expected).max()
+    assert source(lowered).count("precision=lax.Precision.HIGHEST") == source(lowered).count("jnp.dot(")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_narrow_weights_move_fewer_bytes(dtype: str) -> None:
+    """A decode step's product moves its weights as they are stored."""
+    narrow, wide = (Product(1, 4096, 4096, dtype, weights=w) for w in ("int8", dtype))
+    moved = [choose_tiles(p, V5E).hbm_bytes(p) for p in (narrow, wide)]
+    assert moved[0] <= 4096 * 4096 * 1.02 and moved[1] >= 4096 * 4096 * wide.itemsize
 
 
 def test_a_decode_row_becomes_eight() -> None:
@@ -187,17 +225,17 @@ def test_padded_operands_are_taken_as_they_are() -> None:
         run(lowered, arrays[0].astype(np.float32), arrays[1])
 
 
-@pytest.mark.parametrize("dtype", ["int8", "bfloat16"])
+@pytest.mark.parametrize(("dtype", "weights"), KINDS)
 @pytest.mark.parametrize("chip", [V5E, V6E], ids=lambda c: c.name)
 @pytest.mark.parametrize("m", [1, 16, 100, 512, 2048])
-def test_chosen_tiles_fit_and_read_little(m: int, chip: Chip, dtype: str) -> None:
+def test_chosen_tiles_fit_and_read_little(m: int, chip: Chip, dtype: str, weights: str) -> None:
     """Whatever is chosen passes its own check, and weights are read once where rows are few."""
     for n, k in ((4096, 4096), (11008, 4096), (4096, 14336), (300, 200)):
-        product = Product(m, n, k, dtype)
+        product = Product(m, n, k, dtype, weights=weights)
         tiles = choose_tiles(product, chip)
         tiles.check(product, chip)
         assert all(p >= s for p, s in zip(tiles.padded, (m, n, k), strict=True))
-        least = m * k * product.itemsize + k * n * product.itemsize + 2 * m * n
+        least = m * k * product.itemsize + k * n * product.weight_itemsize + 2 * m * n
         if m <= 512 and n > 300:
             assert tiles.hbm_bytes(product) <= 1.05 * least
 
@@ -373,9 +411,19 @@ def test_misaligned_tiles_are_refused(m: int, n: int, k: int, said: str) -> None
         lower(product, V5E, make_tiles(product, V5E, "split", m, n, k))
 
 
+def test_what_gates_refuse() -> None:
+    product = Product(60, 500, 300, gated=True)
+    with pytest.raises(CompileError, match="the inner axis of a gated product isn't split"):
+        lower(product, V5E, several_steps(product, "split"))
+    with pytest.raises(CompileError, match="neither bias nor residual"):
+        Product(1, 1, 1, bias=True, gated=True)
+
+
 def test_unknown_dtypes_are_refused() -> None:
-    with pytest.raises(CompileError, match="int8 and bfloat16, not float32"):
-        Product(1, 1, 1, "float32")
+    with pytest.raises(CompileError, match="int8, bfloat16, float32, not float16"):
+        Product(1, 1, 1, "float16")
+    with pytest.raises(CompileError, match="weights of a product in bfloat16 are that or int8, not float32"):
+        Product(1, 1, 1, weights="float32")
 
 
 # Google's compiler
@@ -388,6 +436,13 @@ LIBTPU_SHAPES = [
     Product(512, 2048, 2048, "int8", channel_scale=True),
     Product(512, 2048, 2048, activation="silu"),
     Product(1500, 1000, 3000, result="float32"),
+    Product(1, 4096, 4096, channel_scale=True, weights="int8"),
+    Product(512, 2048, 2048, channel_scale=True, activation="silu", weights="int8"),
+    Product(100, 300, 200, "float32", "float32", channel_scale=True, bias=True, residual=True, weights="int8"),
+    Product(512, 1024, 2048, "float32", "float32"),
+    Product(1, 4096, 4096, activation="silu", gated=True),
+    Product(512, 2048, 2048, "int8", channel_scale=True, row_scale=True, activation="silu", gated=True),
+    Product(64, 1024, 2048, channel_scale=True, activation="gelu_tanh", weights="int8", gated=True),
 ]
 
 

@@ -43,15 +43,22 @@ def timed(lowered: Lowered, **options: Any) -> Timeline:
     return simulate(lowered.chip, events_of(lowered), **options)
 
 
+PLAIN = [("int8", "int8"), ("bfloat16", "bfloat16")]
+OTHERS = [("bfloat16", "int8"), ("float32", "float32"), ("float32", "int8")]
+"""Dtypes of x and w."""
+
+
 @st.composite
-def lowereds(draw: Any) -> Lowered:
+def lowereds(draw: Any, kinds: list[tuple[str, str]], gated: bool = False) -> Lowered:
     """Products of all orders, with several steps, and all kinds of epilogue."""
-    chip, dtype = draw(st.sampled_from([V5E, V6E])), draw(st.sampled_from(["int8", "bfloat16"]))
+    chip, (dtype, weights) = draw(st.sampled_from([V5E, V6E])), draw(st.sampled_from(kinds))
     m, n, k = draw(st.integers(33, 600)), draw(st.integers(300, 3000)), draw(st.integers(200, 1500))
     flags = {name: draw(st.booleans()) for name in ("channel_scale", "row_scale", "bias", "residual")}
     activation = draw(st.sampled_from(ACTIVATIONS))
-    product = Product(m, n, k, dtype, draw(st.sampled_from(["bfloat16", "float32"])), activation=activation, **flags)
-    order = draw(st.sampled_from(["chosen", "resident", "panels", "split"]))
+    result = draw(st.sampled_from(["bfloat16", "float32"]))
+    flags |= dict.fromkeys(("bias", "residual"), False) if gated else {}
+    product = Product(m, n, k, dtype, result, activation=activation, weights=weights, gated=gated, **flags)
+    order = draw(st.sampled_from(["chosen", "resident", "panels", *([] if gated else ["split"])]))
     if order == "chosen":
         return lower(product, chip)
     depth = 128 if order == "split" else -(-k // 128) * 128
@@ -63,9 +70,19 @@ def lowereds(draw: Any) -> Lowered:
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
-@given(lowereds())
+@given(lowereds(PLAIN))
 def test_tir_moves_what_its_tiles_say(lowered: Lowered) -> None:
     """Bytes, VMEM and the MXUs' work of the walked TIR are those of its tiles, and its cycles those of the closed form."""
+    assert_moves(lowered)
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+@given(lowereds(OTHERS) | lowereds([*PLAIN, *OTHERS], gated=True))
+def test_other_products_move_what_their_tiles_say(lowered: Lowered) -> None:
+    assert_moves(lowered)
+
+
+def assert_moves(lowered: Lowered) -> None:
     product, tiles, found = lowered.product, lowered.tiles, timed(lowered)
     assert not found.leaked and not found.hazards
     assert found.hbm_bytes == tiles.hbm_bytes(product)
@@ -75,13 +92,15 @@ def test_tir_moves_what_its_tiles_say(lowered: Lowered) -> None:
     if pipelined:
         assert found.vmem_high_water == sum(sizes.values())
     m, n, k = tiles.padded
-    assert found.ideal == pytest.approx(2 * m * n * k / lowered.chip.peak_flops(product.dtype) * lowered.chip.clock)
+    assert found.ideal == pytest.approx(
+        2 * m * n * k * product.matrices / lowered.chip.peak_flops(product.dtype) * lowered.chip.clock
+    )
     assert tiles.cycles(product, lowered.chip) == pytest.approx(found.cycles, rel=ERROR)
 
 
 def test_closed_form_of_the_whole_table() -> None:
-    for m, (k, n), dtype in itertools.product((1, 128, 512, 2048), ((2048, 2048), (4096, 4096)), ("int8", "bfloat16")):
-        product = Product(m, n, k, dtype, channel_scale=dtype == "int8")
+    for m, (k, n), kind in itertools.product((1, 128, 512, 2048), ((2048, 2048), (4096, 4096)), (*PLAIN, *OTHERS)):
+        product = Product(m, n, k, kind[0], channel_scale=kind[1] == "int8", weights=kind[1])
         lowered = lower(product, V5E)
         assert lowered.tiles.cycles(product, V5E) == pytest.approx(timed(lowered).cycles, rel=0.03), product
 
@@ -95,6 +114,30 @@ def test_activations_cost_what_their_tir_computes() -> None:
             if isinstance(event, Vector) and event.op != "epilogue":
                 found[event.op] += event.elements // (64 * 256)
         assert tuple(found.values()) == ACTIVATION_WORK[activation], activation
+
+
+@pytest.mark.parametrize("m", [1, 128, 512])
+def test_a_gate_takes_what_two_products_take_without_their_results(m: int) -> None:
+    """Launch not counted; results of products aren't written to HBM and read again."""
+    product = Product(m, 8192, 2048, activation="silu", gated=True)
+    lowered = lower(product, V5E)
+    found = timed(lowered, launch=False)
+    assert lowered.tiles.cycles(product, V5E, launch=False) == pytest.approx(found.cycles, rel=0.05)
+    both = [timed(lower(Product(m, 8192, 2048, activation=a), V5E), launch=False) for a in ("silu", "none")]
+    assert found.cycles <= sum(t.cycles for t in both)
+    padded = max(m, 8)
+    assert found.hbm_bytes == 2 * (padded * 2048 + 2 * 2048 * 8192 + padded * 8192)
+
+
+def test_narrow_weights_cost_an_operation_each() -> None:
+    """As often as they are multiplied: once per block of rows, of which the first is cut in two here."""
+    product = Product(1024, 512, 256, weights="int8")
+    lowered = lower(product, V5E, make_tiles(product, V5E, "resident", 1024, 512, 256))
+    found = [e for e in events_of(lowered) if isinstance(e, Vector) and e.op == "element"]
+    blocks = lowered.tiles.blocks(first=True, last=True)
+    assert [e.elements for e in found] == [block.columns * 256 for block in blocks]
+    assert len({(block.row, block.rows) for block in blocks}) == 3
+    assert {e.reads for e in found} == {("w[0]",)}
 
 
 def test_prefetched_weights_are_not_copied() -> None:
@@ -186,12 +229,12 @@ def test_small_products_come_near_what_latencies_allow(m: int, dtype: str, least
     assert prefetched_use(Product(m, 2048, 2048, dtype, channel_scale=dtype == "int8")) >= least
 
 
-@pytest.mark.parametrize("dtype", ["int8", "bfloat16"])
+@pytest.mark.parametrize("dtype, weights", [*PLAIN, *OTHERS])
 @pytest.mark.parametrize("k, n", [(4096, 4096), (4096, 14336), (14336, 4096)])
-def test_a_decode_row_takes_what_hbm_takes(k: int, n: int, dtype: str) -> None:
-    product = Product(1, n, k, dtype)
+def test_a_decode_row_takes_what_hbm_takes(k: int, n: int, dtype: str, weights: str) -> None:
+    product = Product(1, n, k, dtype, weights=weights)
     found = timed(lower(product, V5E), launch=False)
-    least = (k + n * k) * product.itemsize + 2 * n
+    least = k * product.itemsize + n * k * product.weight_itemsize + 2 * n
     assert found.hbm_bytes <= 1.05 * least
     assert found.cycles <= 1.10 * least / V5E.hbm_bytes_per_cycle
 

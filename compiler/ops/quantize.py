@@ -407,6 +407,9 @@ def _quantized(
     x: np.ndarray, codes: np.ndarray, scales: np.ndarray, zeros: np.ndarray | None, b: np.ndarray | None, r: np.ndarray | None,
     k: int, outputs: int, scheme: str, group: int, gated: bool, activation: str, dtype: Any,
 ) -> np.ndarray:  # fmt: skip
+    if codes.dtype == np.int8:
+        codes = codes.view(np.uint8) ^ np.uint8(128)
+
     def matrix(own: Any) -> np.ndarray:
         z = None if zeros is None else zeros[own]
         w = _values(_unpack_codes(codes[own], scheme, outputs, k), scales[own], z, scheme, outputs, group)
@@ -430,8 +433,6 @@ def _integer_linear(
     outputs: int, k: int, scheme: str, group: int, own: bool, gated: bool, activation: str, dtype: str, records: str = "int8",
 ) -> np.ndarray:  # fmt: skip
     values, to = levels.decode(x, k, group, own, _scheme(records)), numpy_dtype(dtype)
-    if codes.dtype == np.int8:
-        codes = codes.view(np.uint8) ^ np.uint8(128)
     return _quantized(values, codes, scales, zeros, b, r, k, outputs, scheme, group, gated, activation, to)
 
 
@@ -489,8 +490,8 @@ def quantized_linear(
     """`linear`, or with `gated` `gated_linear`, of weights [outputs, k] that stay codes: `pack_codes`, `pack_scales` and `pack_zeros`
     made them.
 
-    With `gated`, codes, scales and zeros of gate and up lie panel by panel side by side ([panels, 2, …]). Weights are float32 in
-    the product; results are rounded as those of `linear`.
+    With `gated`, codes, scales and zeros of gate and up lie panel by panel side by side ([panels, 2, …]). Codes of 8 bits may also be
+    their levels, int8, as machines widen them that have no offset. Weights are float32 in the product; results are rounded as those of `linear`.
     """
     k = x.shape[-1]
     require(isinstance(k, int) and is_float(x.dtype), f"needs floats with a last axis of fixed size, got {x}")
@@ -511,7 +512,7 @@ def integer_linear(
     activation: str = "none", dtype: str, records: str = "int8",
 ) -> TensorType:  # fmt: skip
     """`quantized_linear` of levels: x uint8 [*b, bytes] are records of `encode_levels` of the scheme `records` with sums (`own`: and
-    scales) of the same group. Codes of 8 bits may also be their levels, int8, as machines multiply them that have no offset.
+    scales) of the same group.
 
     Levels and codes are multiplied as they are, integers by integers and fp8 by fp8, and summed per group, integers exactly and small floats
     in float32; these sums are scaled and added in float32, and rounded as results of `linear` in `dtype`.
@@ -521,7 +522,7 @@ def integer_linear(
     require(levels.multiplied(_scheme(records), _scheme(scheme)), f"levels of {records} aren't multiplied by {scheme}")
     require(is_float(dtype), f"the result is a float, not {dtype}")
     result = TensorType((*x.shape[:-1], outputs), dtype)
-    _check_quantized(codes, scales, zeros, b, r, result, k, scheme, group, gated, activation, levelled=True)
+    _check_quantized(codes, scales, zeros, b, r, result, k, scheme, group, gated, activation)
     return result
 
 
@@ -558,6 +559,7 @@ def quantized_take(
     require(indices.dtype in ("int64", "int32"), f"indices must be integers, got {indices}")
     require(is_float(dtype), f"rows are floats, not {dtype}")
     result = TensorType((1, rows), dtype)
+    require(codes.dtype == "uint8", f"rows are looked up in codes, got {codes}")
     _check_quantized(codes, scales, zeros, None, None, result, width, scheme, group, False, "none")
     return TensorType((*indices.shape, width), dtype)
 
@@ -628,12 +630,12 @@ def integer_projections(
 
 def _check_quantized(
     codes: TensorType, scales: TensorType, zeros: TensorType | None, b: TensorType | None, r: TensorType | None,
-    result: TensorType, k: int, scheme: str, group: int, gated: bool, activation: str, levelled: bool = False,
+    result: TensorType, k: int, scheme: str, group: int, gated: bool, activation: str,
 ) -> None:  # fmt: skip
     kind, outputs = _scheme(scheme), int(result.shape[-1])  # type: ignore[call-overload]
     panel, word = codes.shape[-2:] if codes.rank >= 4 else (1, 1)
     lead = (-(-outputs // panel), *((2,) if gated else ()))  # type: ignore[operator]
-    stored = "int8" if levelled and kind.bits == 8 and codes.dtype == "int8" else "uint8"
+    stored = "int8" if kind.bits == 8 and kind.uniform and codes.dtype == "int8" else "uint8"
     want = TensorType((*lead, kind.panel_words(k, word), panel, word), stored)  # type: ignore[arg-type]
     require(codes == want, f"the codes must be {want}, got {codes}")
     groups = (*lead, kind.groups(k, group), panel)

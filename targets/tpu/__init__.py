@@ -26,7 +26,7 @@ def levels(target: Target) -> Rule:
 
 
 TOGETHER = False
-"""Kernels do one matrix at a time; XLA runs what reads the same one after the other anyway."""
+"""Kernels do one layer at a time; XLA runs what reads the same one after the other anyway."""
 
 FETCHED = False
 """What runs here is a simulation, in this machine's memory."""

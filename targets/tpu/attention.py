@@ -8,6 +8,10 @@ al., 2023, "Efficient Memory Management for Large Language Model Serving with Pa
 neither copied nor computed, so a short sequence beside a long one costs what it holds.
 
 Queries that share keys are rows of one block: a decode step with 8 queries per key head multiplies 8 rows at once.
+
+A cache may hold records (`jisu.compiler.rows`) in two arrays: codes, and the scales and offsets of all key heads of a slot side by side, as rows
+of one array would take twice the lanes. Codes are multiplied as they are, exactly; a key's scale and offset then apply to its score, a value's
+to its weight.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ from __future__ import annotations
 import attrs
 
 from jisu.compiler.errors import CompileError
+from jisu.compiler.rows import TAIL
 from jisu.compiler.types import TensorType, round_up
 from jisu.targets.tpu.chip import Chip
 from jisu.targets.tpu.splice import Part
@@ -30,6 +35,8 @@ class Attention:
     causal: query i sits in slot first + i, and sees slots from `start` to its own, with `window` only the last so many; both int32 [batch].
     Else all keys are seen. cached: keys lie in a cache [batch, groups, keys, d], where row r holds the newest slot n with n % keys == r; with `page`
     in pages [pages, groups, page, d] behind a table int32 [batch, keys / page]. Else they are [batch, keys, groups, d].
+    records: of a cache, that codes uint8 of records int8 are in the place of numbers, and their tails beside them: uint8 [batch, keys,
+    groups * 4], or by pages.
     """
 
     batch: int
@@ -47,6 +54,12 @@ class Attention:
     page: int = 0
     pages: int = 0
     dtype: str = "bfloat16"
+    records: bool = False
+
+    @property
+    def stored(self) -> str:
+        """The dtype of keys and values in HBM."""
+        return "uint8" if self.records else self.dtype
 
     @property
     def inputs(self) -> tuple[tuple[str, TensorType], ...]:
@@ -55,13 +68,11 @@ class Attention:
         lead = (self.pages, g, self.page) if self.page else (b, g, self.keys) if self.cached else (b, self.keys, g)
         where = [("first", TensorType((b,), "int32")), ("start", TensorType((b,), "int32"))]
         table = [("table", TensorType((b, self.keys // self.page), "int32"))] if self.page else []
-        return (
-            *where,
-            *table,
-            ("q", TensorType((b, self.queries, g * self.repeats, d), self.dtype)),
-            ("k", TensorType((*lead, d), self.dtype)),
-            ("v", TensorType((*lead, self.e), self.dtype)),
-        )
+        q = ("q", TensorType((b, self.queries, g * self.repeats, d), self.dtype))
+        both = (("k", TensorType((*lead, d), self.stored)), ("v", TensorType((*lead, self.e), self.stored)))
+        slots = (self.pages, self.page) if self.page else (b, self.keys)
+        tails = [(f"{n}_tails", TensorType((*slots, g * TAIL), "uint8")) for n in "kv" if self.records]
+        return (*where, *table, q, *both, *tails)
 
     @property
     def result(self) -> TensorType:
@@ -86,9 +97,9 @@ def choose_blocks(a: Attention, chip: Chip) -> Blocks:
     """Blocks for a chip. CompileError where a cache's rows, or a page's, aren't whole native tiles."""
     if a.dtype not in DTYPES:
         raise CompileError(f"attention is computed in {' or '.join(DTYPES)}, not in {a.dtype}")
-    native = chip.sublane_tile(a.dtype)
+    native = chip.sublane_tile(a.stored)
     rows = a.queries * a.repeats
-    tile = min(round_up(rows, native), _ROWS)
+    tile = min(round_up(rows, chip.sublane_tile(a.dtype)), _ROWS)
     heads = 1 if rows > _ROWS // 4 else max(n for n in range(1, _HEADS + 1) if a.groups % n == 0)
     if not a.cached:
         piece = min(round_up(a.keys, chip.lanes), _KEYS)
@@ -96,7 +107,7 @@ def choose_blocks(a: Attention, chip: Chip) -> Blocks:
     whole = a.page or a.keys
     if whole % native:
         raise CompileError(
-            f"a cache of {whole} rows{' per page' if a.page else ''} isn't made of whole tiles of {native} rows of {a.dtype} on {chip.name}"
+            f"a cache of {whole} rows{' per page' if a.page else ''} isn't made of whole tiles of {native} rows of {a.stored} on {chip.name}"
         )
     if a.page:
         table = a.keys // a.page
@@ -124,6 +135,8 @@ def source(a: Attention, chip: Chip, blocks: Blocks | None = None) -> str:
     step = n.piece * n.pieces
     in_pages = f" in {n.pieces} pages" if a.page else ""
     packed = f"({{}}, {n.pieces}, {n.heads}, {n.piece}, {{}})".format
+    more = ("k_tails", "v_tails") if a.records else ()
+    hbm, vmem = ("".join(f", {name}{suffix}" for name in more) for suffix in ("_hbm", ""))
     return f'''"""{_title(a)}
 
 For TPU {chip.name}: blocks of {n.rows} rows of queries and {step} keys{in_pages}, {n.heads} key heads at once; written by jisu.
@@ -155,10 +168,10 @@ NOTHING = -1e30  # a score of what isn't seen
 
 copy = pltpu.make_async_copy
 
-
+{_grid(a)}
 # Memory: scalars; blocks of queries and of their numbers; keys and values in HBM; the block of results; two slots of keys and values;
 # per head the peak, the sum of exponentials and the sum of values; how many steps went before; semaphores.
-def body({", ".join(scalars)}, q, number, k_hbm, v_hbm, result, keys, values, peak, total, sums, before, copied):
+def body({", ".join(scalars)}, q, number, k_hbm, v_hbm{hbm}, result, keys, values{vmem}, peak, total, sums, before, copied):
     def extent(b, i):
         """Where the steps begin and end whose keys some query of a block sees."""
 {_extent(a)}
@@ -171,7 +184,7 @@ def body({", ".join(scalars)}, q, number, k_hbm, v_hbm, result, keys, values, pe
 {_places(a)}
             found.append(copy(k_hbm.at[{_place(a)}], keys.at[slot, piece], copied.at[0, slot]))
             found.append(copy(v_hbm.at[{_place(a)}], values.at[slot, piece], copied.at[1, slot]))
-        return found
+{_copied_tails(a)}        return found
 
     def start_block(block, slot):
         """Start the first step's copies of a block, if there is one that sees any keys."""
@@ -199,7 +212,7 @@ def body({", ".join(scalars)}, q, number, k_hbm, v_hbm, result, keys, values, pe
     peak[...] = jnp.full((HEADS, BLOCK, 1), NOTHING, jnp.float32)
     total[...] = jnp.zeros((HEADS, BLOCK, 1), jnp.float32)
     sums[...] = jnp.zeros((HEADS, BLOCK, E), jnp.float32)
-
+{_sums_of_queries(a)}
     def attend(step, carry):
         slot = lax.rem(done + step - begin, 2)
 
@@ -216,17 +229,17 @@ def body({", ".join(scalars)}, q, number, k_hbm, v_hbm, result, keys, values, pe
             c.wait()
         place = step * STEP + lax.broadcasted_iota(jnp.int32, (1, STEP), 1)
 {_visible(a)}
-        for h in range(HEADS):
-            k = keys[slot, :, h].reshape(STEP, D)
-            v = values[slot, :, h].reshape(STEP, E)
-            scores = lax.dot_general(q[0, h], k, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32) * SCALE
+{_grids(a)}        for h in range(HEADS):
+            k = {_numbers(a, "keys", "D")}
+            v = {_numbers(a, "values", "E")}
+            scores = lax.dot_general(q[0, h], k, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32){_scaled(a)}
 {_softcap(a)}            old = peak[h]
             new = jnp.maximum(old, jnp.max(jnp.where(visible, scores, NOTHING), axis=1, keepdims=True))
             weight = jnp.where(visible, jnp.exp(scores - new), 0.0)
             kept = jnp.exp(old - new)
             peak[h] = new
             total[h] = total[h] * kept + jnp.sum(weight, axis=1, keepdims=True)
-            sums[h] = sums[h] * kept + jnp.dot(weight.astype(v.dtype), v, preferred_element_type=jnp.float32)
+{_added(a)}
         return carry
 
     @pl.when(begin >= end)
@@ -253,22 +266,21 @@ def kernel({", ".join(names)}, interpret=False):
             in_specs=[
                 pl.BlockSpec((1, HEADS, BLOCK, D), lambda b, g, i, *_: (b, g, i, 0)),
                 pl.BlockSpec((BLOCK, 1), lambda b, g, i, *_: (i, 0)),
-                pl.BlockSpec(memory_space=pl.ANY),
-                pl.BlockSpec(memory_space=pl.ANY),
+                *[pl.BlockSpec(memory_space=pl.ANY)] * {2 + len(more)},
             ],
             out_specs=pl.BlockSpec((1, HEADS, BLOCK, E), lambda b, g, i, *_: (b, g, i, 0)),
             scratch_shapes=[
-                pltpu.VMEM({packed(2, a.d)}, jnp.{a.dtype}),
-                pltpu.VMEM({packed(2, a.e)}, jnp.{a.dtype}),
-                pltpu.VMEM((HEADS, BLOCK, 1), jnp.float32),
+                pltpu.VMEM({packed(2, a.d)}, jnp.{a.stored}),
+                pltpu.VMEM({packed(2, a.e)}, jnp.{a.stored}),
+{_held_tails(a)}                pltpu.VMEM((HEADS, BLOCK, 1), jnp.float32),
                 pltpu.VMEM((HEADS, BLOCK, 1), jnp.float32),
                 pltpu.VMEM((HEADS, BLOCK, E), jnp.float32),
                 pltpu.SMEM((1,), jnp.int32),
-                pltpu.SemaphoreType.DMA((2, 2)),
+                pltpu.SemaphoreType.DMA(({2 + len(more)}, 2)),
             ],
         ),
         interpret=interpret,
-    )({", ".join(flat)}, q, number, k, v)
+    )({", ".join(flat)}, q, number, k, v{vmem})
     result = result[:, :, : QUERIES * REPEATS].reshape(BATCH, GROUPS, QUERIES, REPEATS, E)
     return result.transpose(0, 2, 1, 3, 4).reshape(BATCH, QUERIES, GROUPS * REPEATS, E)
 '''
@@ -276,6 +288,7 @@ def kernel({", ".join(names)}, interpret=False):
 
 def _title(a: Attention) -> str:
     kind = "over a paged cache" if a.page else "over a cache" if a.cached else "causal" if a.causal else "of all keys"
+    kind += " of records" if a.records else ""
     more = f", the last {a.window} keys" if a.window else ""
     return f"Attention {kind}{more}: [{a.batch}, {a.queries}, {a.groups * a.repeats}, {a.d}] on up to {a.keys} keys, {a.dtype}."
 
@@ -326,6 +339,89 @@ def _places(a: Attention) -> str:
 def _place(a: Attention) -> str:
     heads = "pl.ds(g * HEADS, HEADS)"
     return f"page, {heads}" if a.page else f"b, {heads}, at"
+
+
+def _copied_tails(a: Attention) -> str:
+    if not a.records:
+        return ""
+    place = "page" if a.page else "b, at"
+    texts = [
+        f"found.append(copy({n}_tails_hbm.at[{place}], {n}_tails.at[slot, piece], copied.at[{i}, slot]))"
+        for n, i in (("k", 2), ("v", 3))
+    ]
+    return _lines(12, *texts) + "\n"
+
+
+def _held_tails(a: Attention) -> str:
+    held = f"pltpu.VMEM((2, PIECES, PIECE, {a.groups * TAIL}), jnp.uint8),"
+    return _lines(16, held, held) + "\n" if a.records else ""
+
+
+def _grid(a: Attention) -> str:
+    """The function that reads scales and offsets out of bytes: a matrix unit picks those of some heads, and turns them along the keys."""
+    if not a.records:
+        return ""
+    return f'''
+def grid(tails, g):
+    """Per head of a block and key, [8, STEP]: scales, and what a level of 0, code 128, stands for."""
+    shape = (32, {a.groups * TAIL})
+    row, column = lax.broadcasted_iota(jnp.int32, shape, 0), lax.broadcasted_iota(jnp.int32, shape, 1)
+    # Row 8 * i + h is byte i of head h.
+    picked = column == {TAIL} * (g * HEADS + (row & 7)) + (row >> 3)
+    one, numbers = (a.astype(jnp.float32).astype(jnp.bfloat16) for a in (picked, tails.astype(jnp.int32)))
+    found = lax.dot_general(one, numbers, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32).astype(jnp.int32)
+    scale, offset = (
+        lax.bitcast_convert_type(found[i : i + 8] << 16 | found[i + 8 : i + 16] << 24, jnp.float32) for i in (0, 16)
+    )
+    return scale, offset + 128.0 * scale
+
+
+def levels(codes):
+    """Codes about 0."""
+    return (codes.astype(jnp.int32) - 128).astype(jnp.float32).astype(jnp.{a.dtype})
+
+'''
+
+
+def _sums_of_queries(a: Attention) -> str:
+    if not a.records:
+        return ""
+    return (
+        _lines(4, "whole = [jnp.sum(q[0, h].astype(jnp.float32), axis=1, keepdims=True) for h in range(HEADS)]") + "\n"
+    )
+
+
+def _grids(a: Attention) -> str:
+    if not a.records:
+        return ""
+    return (
+        _lines(8, *(f"{n}_scale, {n}_zero = grid({n}_tails[slot].reshape(STEP, {a.groups * TAIL}), g)" for n in "kv"))
+        + "\n"
+    )
+
+
+def _numbers(a: Attention, name: str, width: str) -> str:
+    text = f"{name}[slot, :, h].reshape(STEP, {width})"
+    return f"levels({text})" if a.records else text
+
+
+def _scaled(a: Attention) -> str:
+    if not a.records:
+        return " * SCALE"
+    return "\n" + _lines(12, "scores = (scores * k_scale[h : h + 1] + whole[h] * k_zero[h : h + 1]) * SCALE")
+
+
+def _added(a: Attention) -> str:
+    if not a.records:
+        return _lines(
+            12, "sums[h] = sums[h] * kept + jnp.dot(weight.astype(v.dtype), v, preferred_element_type=jnp.float32)"
+        )
+    return _lines(
+        12,
+        "zeros = jnp.sum(weight * v_zero[h : h + 1], axis=1, keepdims=True)",
+        "weight = (weight * v_scale[h : h + 1]).astype(v.dtype)",
+        "sums[h] = sums[h] * kept + zeros + jnp.dot(weight, v, preferred_element_type=jnp.float32)",
+    )
 
 
 def _visible(a: Attention) -> str:

@@ -2,15 +2,17 @@
 
 `manifest.json` says what there is. Per entry and bucket there is a program, as StableHLO text (`.mlir`) and as the bytes of `jax.export`
 for TPUs and CPUs (`.export`), if wanted also with our kernels inside (`.kernels.export`, for TPUs); `weights*.safetensors` has what they
-take by name; `kernels/` the chip's own kernels of the products in them, as Pallas source to be read and run (the plain programs leave
-products to XLA); `samples.safetensors` seeded inputs and what the simulated program makes of them; `run_tpu.py` loads, checks and times
-all that. Nothing here needs a TPU, and nothing here has seen one.
+take by name, where kernels are wanted in the layout that these read (`layouts` in the manifest); `kernels/` the chip's own kernels of the
+products in them, as Pallas source to be read and run (the plain programs leave products to XLA); `samples.safetensors` seeded inputs and what
+the simulated program makes of them; `run_tpu.py` loads, checks and times all that. Nothing here needs a TPU, and nothing here has seen one.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+import math
 import os
 import shutil
 from collections import Counter
@@ -24,7 +26,7 @@ import numpy as np
 from jisu.compiler import ops
 from jisu.compiler.entry import Entry
 from jisu.compiler.errors import CompileError, InputError
-from jisu.compiler.graph import Graph, Node
+from jisu.compiler.graph import ArrayStorage, Graph, Node, Storage
 from jisu.compiler.storage import write_safetensors
 from jisu.compiler.types import TensorType, numpy_dtype, product, substitute
 from jisu.targets.tpu import export
@@ -87,17 +89,20 @@ class Decoding:
 
 @attrs.frozen
 class Source:
-    """What is exported. graphs, weights: by entry and by name; files: tokenizer and configuration; about: goes into the manifest.
-    with_kernels: whether each program is written a second time, for TPUs alone, with our kernels in it."""
+    """What is exported, by entry. graphs: what `run` computes, simulated; programs: what is written, the same or with weights and caches laid
+    out for kernels; both hold their weights. layouts: of weights that were laid out, how they follow from the graphs', as text of the IR. files:
+    tokenizer and configuration; about: goes into the manifest. with_kernels: whether each program is written a second time, for TPUs alone, with
+    our kernels in it."""
 
     chip: Chip
     graphs: Mapping[str, Graph]
-    weights: Mapping[str, np.ndarray]
+    programs: Mapping[str, Graph]
     run: Run
     batch: int
     decoding: Decoding | None = None
     files: Mapping[str, bytes] = attrs.field(factory=dict)
     about: Mapping[str, Any] = attrs.field(factory=dict)
+    layouts: Mapping[str, str] = attrs.field(factory=dict)
     with_kernels: bool = False
     seed: int = 0
 
@@ -170,11 +175,11 @@ def write(folder: Path, given: Source, buckets: Sequence[Bucket], tell: Progress
     export.require()
     kernels: dict[Product, Counter[str]] = {}
     programs: list[dict[str, Any]] = []
-    names: dict[str, TensorType] = {}
+    weights: dict[str, Storage] = {}
     samples = _Samples(given, _tolerance(given))
     for i, bucket in enumerate(buckets):
         tell(f"exporting {bucket.name}", 0.8 * i / len(buckets))
-        graph = given.graphs[bucket.entry]
+        graph, simulated = given.programs[bucket.entry], given.graphs[bucket.entry]
         entry = signature(graph, bucket.sizes)
         text = emit(graph, bucket.sizes, name=bucket.name)
         (folder / f"{bucket.name}.mlir").write_text(text, encoding="utf-8")
@@ -182,17 +187,17 @@ def write(folder: Path, given: Source, buckets: Sequence[Bucket], tell: Progress
         if given.with_kernels:
             text = emit(graph, bucket.sizes, chooser(given.chip), name=bucket.name)
             (folder / f"{bucket.name}.kernels.export").write_bytes(export.export_bytes(text, entry, "tpu", bucket.name))
-        for node in graph.nodes:
-            spec = product_of(node)
+        for node in simulated.nodes:
+            spec = product_of(node, given.chip)
             if spec is not None:
                 counted = kernels.setdefault(attrs.evolve(spec, m=_rows(node, bucket.sizes)), Counter())
                 counted[bucket.name] += 1
         tell(f"simulating {bucket.name}", 0.8 * (i + 0.5) / len(buckets))
-        samples.add(bucket, entry)
+        samples.add(bucket, signature(simulated, bucket.sizes))
         programs.append(_described(bucket, entry, samples))
         if given.with_kernels:
             programs[-1]["with_kernels"] = f"{bucket.name}.kernels.export"
-        names |= dict(entry.weights)
+        weights |= {name: graph.weights[name] for name, _ in entry.weights}
     manifest: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,
@@ -212,9 +217,10 @@ def write(folder: Path, given: Source, buckets: Sequence[Bucket], tell: Progress
     tell("writing kernels", 0.8)
     manifest["kernels"] = list(_kernels(folder, given.chip, kernels))
     tell("writing weights", 0.9)
-    manifest["weights"] = _weights(folder, {name: given.weights[name] for name in names})
+    manifest["weights"] = _weights(folder, weights)
+    manifest["layouts"] = {name: given.layouts[name] for name in weights if name in given.layouts}
     with open(folder / "samples.safetensors", "wb") as file:
-        _tensors(file, samples.arrays)
+        _tensors(file, {name: ArrayStorage(array) for name, array in samples.arrays.items()})
     for name, data in given.files.items():
         (folder / name).write_bytes(data)
     manifest["files"] = sorted(given.files)
@@ -249,8 +255,9 @@ def is_bundle(folder: Path) -> bool:
 
 
 def _outputs(entry: Entry) -> list[str]:
-    """Names of results: of the input that is updated, or by number."""
-    return [f"output.{i}" if a is None else entry.inputs[a][0] for i, a in enumerate(entry.aliases)]
+    """Names of results: of the input that is updated, or by number among the others."""
+    numbers = itertools.count()
+    return [f"output.{next(numbers)}" if a is None else entry.inputs[a][0] for a in entry.aliases]
 
 
 def _described(bucket: Bucket, entry: Entry, samples: _Samples) -> dict[str, Any]:
@@ -299,7 +306,9 @@ def _drawn(rng: np.random.Generator, kind: TensorType) -> np.ndarray:
 
 def _tolerance(given: Source) -> float:
     """Of the coarsest form of numbers in the programs."""
-    found = [TOLERANCE[w.dtype.name] for w in given.weights.values() if w.dtype.name in TOLERANCE]
+    found = [
+        TOLERANCE[w.dtype.name] for g in given.graphs.values() for w in g.weights.values() if w.dtype.name in TOLERANCE
+    ]
     rounding = (ops.encode_levels, ops.encode_rows, ops.fake_quantize)
     if any(node.op in rounding for graph in given.graphs.values() for node in graph.nodes):
         found.append(ROUNDED)
@@ -311,19 +320,24 @@ def _kernels(folder: Path, chip: Chip, products: Mapping[Product, Mapping[str, i
     (folder / "kernels").mkdir()
     for spec, counted in products.items():
         extras = [name for name in ("bias", "residual") if getattr(spec, name)]
-        extras += [spec.activation] * (spec.activation != "none")
-        name = "_".join((spec.dtype, f"{spec.m}x{spec.n}x{spec.k}", *extras, "to", spec.result))
+        extras += [spec.activation] * (spec.activation != "none") + ["gated"] * spec.gated
+        dtypes = (spec.dtype, "by", spec.weights) if spec.widens else (spec.dtype,)
+        name = "_".join((*dtypes, f"{spec.m}x{spec.n}x{spec.k}", *extras, "to", spec.result))
         (folder / "kernels" / f"{name}.py").write_text(source(lower(spec, chip)), encoding="utf-8")
         yield {"file": f"kernels/{name}.py", **attrs.asdict(spec), "nodes": dict(counted)}
 
 
-def _weights(folder: Path, weights: Mapping[str, np.ndarray]) -> list[str]:
+def _weights(folder: Path, weights: Mapping[str, Storage]) -> list[str]:
     """Writes them one after the other; the names of the files."""
-    shards: list[dict[str, np.ndarray]] = [{}]
-    for name, array in weights.items():
-        if shards[-1] and sum(a.nbytes for a in shards[-1].values()) + array.nbytes > SHARD:
+
+    def nbytes(*stored: Storage) -> int:
+        return sum(math.prod(s.shape) * s.dtype.itemsize for s in stored)
+
+    shards: list[dict[str, Storage]] = [{}]
+    for name, stored in weights.items():
+        if shards[-1] and nbytes(*shards[-1].values(), stored) > SHARD:
             shards.append({})
-        shards[-1][name] = array
+        shards[-1][name] = stored
     many = len(shards) > 1
     names = [f"weights-{i + 1:05}.safetensors" if many else "weights.safetensors" for i in range(len(shards))]
     for name, shard in zip(names, shards, strict=True):
@@ -332,8 +346,8 @@ def _weights(folder: Path, weights: Mapping[str, np.ndarray]) -> list[str]:
     return names
 
 
-def _tensors(file: Any, arrays: Mapping[str, np.ndarray]) -> None:
-    tensors = {name: (a.dtype, a.shape, lambda a=a: a) for name, a in arrays.items()}
+def _tensors(file: Any, stored: Mapping[str, Storage]) -> None:
+    tensors = {name: (s.dtype, s.shape, s.numpy) for name, s in stored.items()}
     write_safetensors(file, tensors, {"format": "jisu"}, alignment=1)
 
 

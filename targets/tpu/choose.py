@@ -6,6 +6,7 @@ as a program for the chip is made for buckets of lengths.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ import attrs
 from tvm import tirx
 
 from jisu.compiler import levels, ops
+from jisu.compiler.errors import CompileError
 from jisu.compiler.graph import Node
 from jisu.compiler.types import Dim, TensorType, product, symbol
 from jisu.targets.cpu.generic.build import Builder, Expr, Flat, i64
@@ -22,10 +24,13 @@ from jisu.targets.target import Target
 from jisu.targets.tpu.chip import Chip
 from jisu.targets.tpu.functional import inlined
 from jisu.targets.tpu.product import lower
-from jisu.targets.tpu.spec import ACTIVATIONS, Product
+from jisu.targets.tpu.spec import ACTIVATIONS, RESULTS, Product
+from jisu.targets.tpu.tiles import choose_tiles
 
 BLOCKS = (128, 16)
 """Rows at a time: many, and what is left."""
+_STORED = {"bfloat16": "int16", "float32": "float32"}
+"""How this machine's functions take floats."""
 
 ROWS = symbol("rows")
 """How many rows a function is given."""
@@ -50,12 +55,14 @@ def _function(spec: Product, chip: Chip, b: Builder, fills: Fills) -> Any:
             for buffer in buffers:
                 b.emit(tirx.AllocBuffer(buffer))
             held = {o.name: (o, buffer) for o, buffer in zip(lowered.operands, buffers, strict=True)}
-            _fill(b, *held["w"], fills(i64(0))["w"], None)
+            weights: list[str] = [name for name in ("w", "u") if name in held]
+            for name in weights:
+                _fill(b, *held[name], fills(i64(0))[name], None)
             with b.loop(count) as block:
                 begin = b.let(first + block * i64(size), "begin")
                 here = b.let(tirx.min(i64(size), rows - begin), "here")
                 for name, fill in fills(begin).items():
-                    if name in held and name != "w":
+                    if name in held and name not in weights:
                         _fill(b, *held[name], fill, here if held[name][0].shape[0] == size else None)
                 b.emit(body)
                 with b.loops([here, i64(spec.n)]) as (i, j):
@@ -92,13 +99,13 @@ def _wide(number: Expr) -> Expr:
 
 
 def _kernel(
-    node: Node, target: Target, spec: Product, given: Mapping[int, tuple[tuple[Dim, ...], str]], last: tuple[int, int],
+    node: Node, target: Target, spec: Product, given: Mapping[int, tuple[tuple[Dim, ...], str]], last: tuple[int, ...],
     fills: Callable[[Mapping[int, Flat], Expr], dict[str, Fill]],
 ) -> Kernel:  # fmt: skip
     """A node's kernel. given: shapes and dtypes of what its operands are to the function, by their numbers, of `ROWS` rows; last: the
-    numbers of bias and residual; fills: how the other operands are filled."""
-    stored = "int16" if node.dtype == "bfloat16" else node.dtype
-    given = {**given, last[0]: ((spec.n,), stored), last[1]: ((ROWS, spec.n), stored)}
+    numbers of bias and residual, if the op has such; fills: how the other operands are filled."""
+    stored = _STORED[node.dtype]
+    given = {**given, **dict(zip(last, (((spec.n,), stored), ((ROWS, spec.n), stored)), strict=False))}
     given = {i: kind for i, kind in given.items() if node.operands[i] is not None}
     types = [TensorType(shape, dtype) for shape, dtype in given.values()]
     b = Builder(node.op.name, types, [TensorType((ROWS, spec.n), stored)], {str(ROWS)})
@@ -106,9 +113,9 @@ def _kernel(
 
     def all_fills(first: Expr) -> dict[str, Fill]:
         found = fills(flats, first)
-        if last[0] in flats:
+        if spec.bias:
             found["bias"] = lambda i, j: _wide(flats[last[0]][[j]])
-        if last[1] in flats:
+        if spec.residual:
             found["residual"] = lambda i, j: _bits(flats[last[1]][[first + i, j]])
         return found
 
@@ -122,61 +129,98 @@ def _linear_product(node: Node) -> Product | None:
     x, w, bias, residual = node.operands
     assert x is not None and w is not None
     sizes = (w.shape[0], x.shape[-1])
-    if node.dtype != "bfloat16" or w.dtype != "bfloat16" or not all(isinstance(n, int) for n in sizes):
+    if node.dtype not in RESULTS or w.dtype != node.dtype or not all(isinstance(n, int) for n in sizes):
         return None
     n, k = map(int, sizes)  # type: ignore[call-overload]
     if node.activation not in ACTIVATIONS:
         return None
-    return Product(1, n, k, bias=bias is not None, activation=node.activation, residual=residual is not None)
-
-
-def _integer_product(node: Node) -> Product | None:
-    _, codes, _, zeros, bias, residual = node.operands
-    assert codes is not None
-    if node.group or node.own or zeros is not None or node.gated or node.scheme != "int8":
-        return None
-    if codes.tensor.size != node.outputs * node.k:
-        return None
-    if node.dtype not in ("bfloat16", "float32") or node.activation not in ACTIVATIONS:
-        return None
     return Product(
-        1, int(node.outputs), int(node.k), "int8", node.dtype, channel_scale=True, row_scale=True, bias=bias is not None,
-        activation=node.activation, residual=residual is not None,
+        1, n, k, node.dtype, node.dtype, bias=bias is not None, activation=node.activation, residual=residual is not None
     )  # fmt: skip
 
 
-_PRODUCTS = {ops.linear: _linear_product, ops.integer_linear: _integer_product}
+def _gated_product(node: Node) -> Product | None:
+    x, w, u = node.parents
+    n, k = w.shape[0], x.shape[-1]
+    dtypes = {m.dtype for m in (x, w, u)}
+    if not isinstance(n, int) or not isinstance(k, int) or dtypes != {node.dtype} or node.dtype not in RESULTS:
+        return None
+    if node.activation not in ACTIVATIONS:
+        return None
+    return Product(1, n, k, node.dtype, node.dtype, activation=node.activation, gated=True)
 
 
-def product_of(node: Node) -> Product | None:
-    """The product, with one row, that a node is and a chip's kernel computes; None where there is no such kernel."""
-    return _PRODUCTS[node.op](node) if node.op in _PRODUCTS else None
+def _coded_product(node: Node) -> Product | None:
+    """Of levels of codes, and of x in floats or rounded to levels, too."""
+    x, codes, _, zeros, bias, residual = node.operands
+    assert x is not None and codes is not None
+    rounded = node.op is ops.integer_linear
+    k = node.k if rounded else x.shape[-1]
+    if node.group or (rounded and node.own) or zeros is not None or node.scheme != "int8":
+        return None
+    if codes.tensor.size != node.outputs * k * (1 + node.gated) or codes.dtype != "uint8":
+        return None
+    if node.dtype not in RESULTS or node.activation not in ACTIVATIONS:
+        return None
+    return Product(
+        1, int(node.outputs), int(k), "int8" if rounded else node.dtype, node.dtype, channel_scale=True, row_scale=rounded,
+        bias=bias is not None, activation=node.activation, residual=residual is not None, weights="int8", gated=bool(node.gated),
+    )  # fmt: skip
 
 
-def _linear(node: Node, target: Target) -> Kernel | None:
-    """`linear` of bfloat16."""
-    spec = product_of(node)
+_PRODUCTS = {
+    ops.linear: _linear_product,
+    ops.gated_linear: _gated_product,
+    ops.quantized_linear: _coded_product,
+    ops.integer_linear: _coded_product,
+}
+
+
+def product_of(node: Node, chip: Chip) -> Product | None:
+    """The product, with one row, that a node is and a chip's kernel computes; None where there is no such kernel, or its tiles don't fit."""
+    spec = _PRODUCTS[node.op](node) if node.op in _PRODUCTS else None
+    return spec if spec is not None and _fits(attrs.evolve(spec, m=BLOCKS[0]), chip) else None
+
+
+@functools.lru_cache(256)
+def _fits(spec: Product, chip: Chip) -> bool:
+    try:
+        choose_tiles(spec, chip)
+    except CompileError:  # a gated product needs two matrices' columns whole
+        return False
+    return True
+
+
+def _floats(node: Node, target: Target) -> Kernel | None:
+    """`linear` and `gated_linear` of bfloat16 or float32."""
+    spec = product_of(node, Chip.named(target.name))
     if spec is None:
         return None
 
     def fills(flats: Mapping[int, Flat], first: Expr) -> dict[str, Fill]:
-        return {
+        found: dict[str, Fill] = {
             "x": lambda i, j: _bits(flats[0][[first + i, j]]),
             "w": lambda i, j: _bits(flats[1][[j, i]]),
         }
+        if spec.gated:
+            found["u"] = lambda i, j: _bits(flats[2][[j, i]])
+        return found
 
-    given = {0: ((ROWS, spec.k), "int16"), 1: ((spec.n, spec.k), "int16")}
-    return _kernel(node, target, spec, given, (2, 3), fills)
+    stored = _STORED[node.dtype]
+    given = {0: ((ROWS, spec.k), stored), **{1 + i: ((spec.n, spec.k), stored) for i in range(spec.matrices)}}
+    return _kernel(node, target, spec, given, () if spec.gated else (2, 3), fills)
 
 
-def _integer(node: Node, target: Target) -> Kernel | None:
-    """`integer_linear` with a scale per token and per output."""
-    records, _, scales, *_ = node.operands
-    spec = product_of(node)
+def _coded(node: Node, target: Target) -> Kernel | None:
+    """`quantized_linear` with a scale per output, and `integer_linear` with one per token, too."""
+    x, _, scales, *_ = node.operands
+    spec = product_of(node, Chip.named(target.name))
     if spec is None:
         return None
-    assert records is not None and scales is not None
+    assert x is not None and scales is not None
     at = levels.scale_offset(spec.k)
+    # Gate and up lie side by side, output by output.
+    halves: tuple[Dim, ...] = (2,) if spec.gated else ()
 
     def fills(flats: Mapping[int, Flat], first: Expr) -> dict[str, Fill]:
         def row_scale(i: Expr, j: Expr) -> Expr:
@@ -185,19 +229,34 @@ def _integer(node: Node, target: Target) -> Kernel | None:
             ]
             return tirx.reinterpret("float32", parts[0] | parts[1] | parts[2] | parts[3])
 
-        def code(i: Expr, j: Expr) -> Expr:
-            return tirx.Cast("int8", tirx.Cast("int32", flats[1][[j, i]]) - tirx.const(128, "int32"))
+        def code(*half: Expr) -> Fill:
+            return lambda i, j: tirx.Cast(
+                "int8", tirx.Cast("int32", flats[1][[j, *half, i]]) - tirx.const(128, "int32")
+            )
 
-        return {
-            "x": lambda i, j: tirx.reinterpret("int8", flats[0][[first + i, j]]), "w": code,
-            "channel_scale": lambda i, j: _wide(flats[2][[j]]), "row_scale": row_scale,
-        }  # fmt: skip
+        def scale(*half: Expr) -> Fill:
+            return lambda i, j: _wide(flats[2][[j, *half]])
+
+        found: dict[str, Fill] = {"x": lambda i, j: _bits(flats[0][[first + i, j]])}
+        if spec.row_scale:
+            found |= {"x": lambda i, j: tirx.reinterpret("int8", flats[0][[first + i, j]]), "row_scale": row_scale}
+        for number, (w, channel_scale) in enumerate((("w", "channel_scale"), ("u", "up_scale"))[: spec.matrices]):
+            half = [i64(number)] if spec.gated else []
+            found |= {w: code(*half), channel_scale: scale(*half)}
+        return found
 
     given = {
-        0: ((ROWS, records.shape[-1]), "uint8"), 1: ((spec.n, spec.k), "uint8"), 2: ((spec.n,), scales.dtype)
-    }  # fmt: skip
+        0: ((ROWS, x.shape[-1]), "uint8" if spec.row_scale else _STORED[node.dtype]),
+        1: ((spec.n, *halves, spec.k), "uint8"),
+        2: ((spec.n, *halves), scales.dtype),
+    }
     return _kernel(node, target, spec, given, (4, 5), fills)
 
 
-CHOOSERS: Choosers = {ops.linear: _linear, ops.integer_linear: _integer}
+CHOOSERS: Choosers = {
+    ops.linear: _floats,
+    ops.gated_linear: _floats,
+    ops.quantized_linear: _coded,
+    ops.integer_linear: _coded,
+}
 """Choosers by op; see `jisu.targets.lowering.lower`."""

@@ -257,8 +257,7 @@ class _Loops:
 
         def add(i: Any, k: Any, j: Any) -> Any:
             a, b = self._load(x.buffer, _moved(x_at, i, k)), self._load(w.buffer, _moved(w_at, k, j))
-            if dtype == "int32":
-                a, b = tirx.Cast(dtype, a), tirx.Cast(dtype, b)
+            a, b = (v if _dtype(v) == dtype else tirx.Cast(dtype, v) for v in (a, b))
             to = _moved(at, i, j)
             return tirx.BufferStore(sums.buffer, tirx.BufferLoad(sums.buffer, to) + a * b, to)
 

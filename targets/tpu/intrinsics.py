@@ -4,7 +4,8 @@
     tpu.zero(sums, rows, columns, stride)                                zeroes sums
     tpu.multiply(sums, x, w, rows, columns, inner, sums' stride, x's stride, w's stride)
                                                                          pushes w [inner, columns] into the matrix unit and streams rows
-                                                                         of x [rows, inner] past it; results are added to the sums
+                                                                         of x [rows, inner] past it; results are added to the sums.
+                                                                         Weights of another dtype become x's on their way
 
 Strides count numbers, not bytes. Pointers are `tvm_access_ptr`s, whose offset says where a tile begins in its buffer. `tensor_intrinsic`
 registers what `Schedule.tensorize` needs to put them into place of loops.
@@ -88,14 +89,14 @@ def zero_tile(rows: int, columns: int, dtype: str) -> str:
 
 
 @functools.cache
-def multiply_tile(rows: int, columns: int, inner: int, dtype: str) -> str:
-    """The name of adding x [rows, inner] @ w [inner, columns] to sums."""
+def multiply_tile(rows: int, columns: int, inner: int, dtype: str, weights: str) -> str:
+    """The name of adding x [rows, inner] @ w [inner, columns] to sums; `weights` is the dtype of w."""
     summed = ACCUMULATOR[dtype]
 
     @T.prim_func(s_tir=True)
     def description(a: T.handle, b: T.handle, c: T.handle) -> None:
         A = T.match_buffer(a, (rows, inner), dtype, offset_factor=1, scope=VMEM)
-        B = T.match_buffer(b, (inner, columns), dtype, offset_factor=1, scope=VMEM)
+        B = T.match_buffer(b, (inner, columns), weights, offset_factor=1, scope=VMEM)
         C = T.match_buffer(c, (rows, columns), summed, offset_factor=1, scope=SUMS)
         with T.sblock("root"):
             T.reads(C[0:rows, 0:columns], A[0:rows, 0:inner], B[0:inner, 0:columns])
@@ -103,13 +104,13 @@ def multiply_tile(rows: int, columns: int, inner: int, dtype: str) -> str:
             for i, j, k in T.grid(rows, columns, inner):
                 with T.sblock("multiply"):
                     vi, vj, vk = T.axis.remap("SSR", [i, j, k])
-                    C[vi, vj] = C[vi, vj] + T.Cast(summed, A[vi, vk]) * T.Cast(summed, B[vk, vj])
+                    C[vi, vj] = C[vi, vj] + A[vi, vk].astype(summed) * B[vk, vj].astype(summed)
 
     @T.prim_func(s_tir=True)
     def instruction(a: T.handle, b: T.handle, c: T.handle) -> None:
         sa, sb, sc = T.int32(), T.int32(), T.int32()
         A = T.match_buffer(a, (rows, inner), dtype, offset_factor=1, scope=VMEM, strides=[sa, 1])
-        B = T.match_buffer(b, (inner, columns), dtype, offset_factor=1, scope=VMEM, strides=[sb, 1])
+        B = T.match_buffer(b, (inner, columns), weights, offset_factor=1, scope=VMEM, strides=[sb, 1])
         C = T.match_buffer(c, (rows, columns), summed, offset_factor=1, scope=SUMS, strides=[sc, 1])
         with T.sblock("root"):
             T.reads(C[0:rows, 0:columns], A[0:rows, 0:inner], B[0:inner, 0:columns])
@@ -130,7 +131,7 @@ def multiply_tile(rows: int, columns: int, inner: int, dtype: str) -> str:
                 )
             )
 
-    return _register(f"multiply_{rows}x{columns}x{inner}_{dtype}", description, instruction)
+    return _register(f"multiply_{rows}x{columns}x{inner}_{dtype}_{weights}", description, instruction)
 
 
 def _row(columns: int, dtype: str, source: str, to: str) -> Any:

@@ -2,33 +2,34 @@
 
 A layer's kernel is the one that `product.lower` schedules: the same TIR that the functional run proves. Around it stand, in StableHLO, what
 brings operands into its form: rows of any rank as a matrix, weights [n, k] as [k, n], levels and scales out of records. Transposing weights
-costs their bytes twice at each call; `lay_out` stores them as kernels read them instead.
+costs their bytes twice at each call; `jisu.targets.tpu.layout` stores them as kernels read them instead.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import attrs
 
 from jisu.compiler import levels, ops
 from jisu.compiler.errors import CompileError
-from jisu.compiler.graph import WEIGHT, Graph, Node, Op
+from jisu.compiler.graph import Node
 from jisu.compiler.ops.quantize import layer_parts
+from jisu.compiler.rows import TAIL
 from jisu.compiler.schemes import SCHEMES
 from jisu.compiler.types import TensorType, round_up
 from jisu.targets.tpu import attention, splice
 from jisu.targets.tpu.attention import Attention
 from jisu.targets.tpu.chip import Chip
-from jisu.targets.tpu.pallas import source
+from jisu.targets.tpu.pallas import inputs, source
 from jisu.targets.tpu.product import lower
 from jisu.targets.tpu.spec import Product
 from jisu.targets.tpu.splice import Part
 from jisu.targets.tpu.stablehlo.build import Value
-from jisu.targets.tpu.stablehlo.contract import gate, unpack
+from jisu.targets.tpu.stablehlo.contract import unpack
 from jisu.targets.tpu.stablehlo.emit import Chooser, Kernel
 from jisu.targets.tpu.stablehlo.quantize import code_levels
 from jisu.targets.tpu.tiles import choose_tiles
@@ -40,9 +41,10 @@ SMALLEST = 1 << 20
 def chooser(chip: Chip, *, smallest: int = SMALLEST, platform: str = "tpu") -> Chooser:
     """What `stablehlo.emit` asks: our kernel for a node, or None where StableHLO has to do.
 
-    Kernels compute layers in bfloat16 (`linear`, `gated_linear`, and packed ones) and of integer codes (`integer_linear` with one scale per
-    output and no zeros), from `smallest` multiplications on, and attention in bfloat16, with or without a cache. platform: "tpu", or "cpu" for
-    a program whose kernels Pallas' interpreter runs. Needs JAX; raises TargetError without it when a kernel is chosen.
+    Kernels compute layers in bfloat16 and float32 (`linear`, `gated_linear`, and packed ones), those and rounded ones of integer codes
+    (`quantized_linear`, `integer_linear`, with one scale per output and no zeros), from `smallest` multiplications on, and attention in
+    bfloat16, with or without a cache. platform: "tpu", or "cpu" for a program whose kernels Pallas' interpreter runs. Needs JAX; raises
+    TargetError without it when a kernel is chosen.
     """
 
     def choose(node: Node, sizes: Mapping[str, int]) -> Kernel | None:
@@ -53,74 +55,6 @@ def chooser(chip: Chip, *, smallest: int = SMALLEST, platform: str = "tpu") -> C
         return None
 
     return choose
-
-
-def lay_out(graph: Graph, chip: Chip) -> Graph:
-    """The graph with weights packed as kernels read them, transposed and with columns of whole lanes.
-
-    Those of layers in bfloat16 (`linear`, `gated_linear`), and those of `integer_linear` whose codes have 8 bits, which become levels int8. The
-    packing stands in the graph; `jisu.passes.layout.FoldWeights` stores its results, `PackWeights` goes before. A weight that something
-    else reads, too, stays as it is. The two products of a gated layer become layers of their own.
-    """
-    shared = {o for n in graph.nodes if n.op not in (ops.linear, ops.gated_linear) for o in n.operands}
-    made: dict[tuple[Any, ...], Node] = {}
-
-    def once(key: tuple[Any, ...], make: Callable[[], Node]) -> Node:
-        if key not in made:
-            made[key] = make()
-        return made[key]
-
-    def packs(w: Node | None) -> bool:
-        return w is not None and w.op is WEIGHT and w.dtype == "bfloat16" and w not in shared
-
-    def packed(x: Node, w: Node, b: Node | None, r: Node | None, activation: str, where: str) -> Node:
-        panel = round_up(int(w.shape[0]), chip.lanes)  # type: ignore[call-overload]
-        wide = once((ops.pack, w), lambda: ops.pack(w, panel=panel, pair=1))
-        return ops.packed_linear.make((x, wide, b, r), {"outputs": w.shape[0], "activation": activation}, where)
-
-    def levelled(node: Node) -> Node | None:
-        """An integer layer on levels; None where its codes aren't packed in the graph, or aren't single products."""
-        x, codes, scales, zeros, b, r = node.operands
-        assert x is not None and codes is not None and scales is not None
-        if not _exact_levels(node, zeros is not None) or SCHEMES[node.scheme].bits != 8:
-            return None
-        parts = list(zip(_made_by(codes, ops.pack_codes), _made_by(scales, ops.pack_scales), strict=False))
-        if len(parts) != 1 + node.gated:
-            return None
-        panel = round_up(node.outputs, chip.lanes)
-
-        def levels_of(c: Node) -> Node:
-            wide = ops.pack_codes.make(c.operands, {**c.attributes, "panel": panel, "word": 1})
-            return ops.cast(ops.sub(ops.cast(wide, dtype="int32"), 128), dtype="int8")
-
-        def layer(c: Node, s: Node, activation: str) -> Node:
-            ahead = once((ops.pack_codes, c), lambda: levels_of(c))
-            steps = once(
-                (ops.pack_scales, s), lambda: ops.pack_scales.make(s.operands, {**s.attributes, "panel": panel})
-            )
-            attributes = {**node.attributes, "gated": False, "activation": activation}
-            return ops.integer_linear.make((x, ahead, steps, None, b, r), attributes, node.source)
-
-        found = [layer(c, s, a) for (c, s), a in zip(parts, (node.activation, "none"), strict=False)]
-        return found[0] if len(found) == 1 else ops.mul.make(found, {}, node.source)
-
-    def transform(old: Node, new: Node) -> Node:
-        if new.op is ops.linear and packs(old.operands[1]):
-            x, w, b, r = new.operands
-            assert x is not None and w is not None
-            return packed(x, w, b, r, new.activation, new.source)
-        if new.op is ops.gated_linear and all(packs(w) for w in old.operands[1:]):
-            x, g, u = new.parents
-            first = packed(x, g, None, None, new.activation, new.source)
-            return ops.mul.make((first, packed(x, u, None, None, "none", new.source)), {}, new.source)
-        return (levelled(new) if new.op is ops.integer_linear else None) or new
-
-    return graph.map(transform)
-
-
-def _made_by(node: Node, op: Op) -> list[Node]:
-    """What `op` made of a value, from left to right."""
-    return [node] if node.op is op else [found for p in node.parents for found in _made_by(p, op)]
 
 
 # --- Layers ---------------------------------------------------------------------------------------------------------------
@@ -141,7 +75,7 @@ class _Product:
 
 @attrs.frozen
 class _Layer:
-    """Products of one x. kind: how weights are stored; gated: the first product times the second."""
+    """Products of one x. kind: how weights are stored; gated: the first product times the second, as one."""
 
     kind: str
     products: tuple[_Product, ...]
@@ -177,8 +111,8 @@ def _packed_projections(node: Node) -> _Layer:
     return _Layer("panels", tuple(_Product(n, 1 + i, bias=1 + count + i if node.biased else None) for i, n in parts))
 
 
-def _integer(node: Node) -> _Layer | None:
-    if not _exact_levels(node, node.operands[3] is not None):
+def _coded(node: Node) -> _Layer | None:
+    if not exact_levels(node, node.operands[3] is not None):
         return None
     if node.gated:
         first = _Product(node.outputs, 1, 0, 2, activation=node.activation)
@@ -187,7 +121,7 @@ def _integer(node: Node) -> _Layer | None:
 
 
 def _integer_projections(node: Node) -> _Layer | None:
-    if not _exact_levels(node, node.offset):
+    if not exact_levels(node, node.offset):
         return None
     numbers = layer_parts(range(1, len(node.operands)), len(node.outputs), node.offset, node.biased)
     return _Layer(
@@ -195,14 +129,27 @@ def _integer_projections(node: Node) -> _Layer | None:
     )
 
 
-def _exact_levels(node: Node, zeros: bool) -> bool:
-    """Whether an integer layer is one product of levels, scaled by row and column."""
-    return (
-        node.group == 0
-        and not zeros
-        and SCHEMES[node.scheme].uniform
-        and node.attributes["dtype"] in ("bfloat16", "float32")
-    )
+def exact_levels(node: Node, zeros: bool) -> bool:
+    """Whether a layer of codes is one product of levels, whose sums are scaled."""
+    return node.group == 0 and not zeros and SCHEMES[node.scheme].uniform and _result(node) in FLOATS
+
+
+def _result(node: Node) -> str:
+    """The dtype of a layer's results."""
+    x = node.operands[0]
+    assert x is not None
+    return str(node.attributes.get("dtype", x.dtype))
+
+
+def inputs_of(node: Node) -> int:
+    """Inputs of a layer."""
+    x = node.operands[0]
+    assert x is not None
+    return int(node.attributes.get("k", x.shape[-1]))
+
+
+FLOATS = ("bfloat16", "float32")
+"""What layers are computed in."""
 
 
 _LAYERS: Mapping[Any, Any] = {
@@ -211,7 +158,8 @@ _LAYERS: Mapping[Any, Any] = {
     ops.packed_linear: lambda node: _single("panels", node, node.outputs, 2),
     ops.packed_gated_linear: _packed_gated,
     ops.packed_projections: _packed_projections,
-    ops.integer_linear: _integer,
+    ops.quantized_linear: _coded,
+    ops.integer_linear: _coded,
     ops.integer_projections: _integer_projections,
 }
 
@@ -219,30 +167,33 @@ _LAYERS: Mapping[Any, Any] = {
 def _layer(chip: Chip, node: Node, sizes: Mapping[str, int], smallest: int, platform: str) -> Kernel | None:
     x = node.operands[0]
     assert x is not None
-    result = node.attributes.get("dtype", x.dtype)
-    integer = node.op in (ops.integer_linear, ops.integer_projections)
-    if not integer and x.dtype != "bfloat16":
-        return None
-    layer = _LAYERS[node.op](node)
+    result, k = _result(node), inputs_of(node)
+    integer = x.dtype == "uint8"  # records of levels
+    layer = _LAYERS[node.op](node) if result in FLOATS else None
     if layer is None:
         return None
-    *lead, width = (int(n) for n in x.tensor.at(sizes).shape)  # type: ignore[call-overload]
-    rows, k = math.prod(lead), node.k if integer else width
+    *lead, _ = (int(n) for n in x.tensor.at(sizes).shape)  # type: ignore[call-overload]
+    rows, coded = math.prod(lead), layer.kind == "codes"
     if rows * k * sum(p.outputs for p in layer.products) < smallest:
         return None
+    groups = [layer.products] if layer.gated else [(p,) for p in layer.products]
     products = [
         Product(
-            rows, p.outputs, k, "int8" if integer else "bfloat16", result, channel_scale=integer, row_scale=integer,
+            rows, p.outputs, k, "int8" if integer else x.dtype, result, channel_scale=coded, row_scale=integer,
             bias=p.bias is not None, activation=p.activation, residual=p.residual is not None,
+            weights="int8" if coded else x.dtype, gated=layer.gated,
         )
-        for p in layer.products
+        for p, *_ in groups
     ]  # fmt: skip
     name = _name(node, products, chip)
     form = _Form(node, layer.kind, rows, k)
-    parts = [
-        (f"{name}.{'product' if len(products) == 1 else i}", _part(p, chip, form.columns(spec, p, chip)))
-        for i, (spec, p) in enumerate(zip(layer.products, products, strict=True))
-    ]
+    try:
+        parts = [
+            (f"{name}.{'product' if len(products) == 1 else i}", _part(p, chip, form.columns(specs[0], p, chip)))
+            for i, (specs, p) in enumerate(zip(groups, products, strict=True))
+        ]
+    except CompileError:  # a gated product of which not even the smallest tiles fit into VMEM
+        return None
     shown = [(f"o{i}", o.tensor.at(sizes)) for i, o in enumerate(node.operands) if o is not None]
 
     def compute(*values: Value) -> list[Value]:
@@ -251,11 +202,9 @@ def _layer(chip: Chip, node: Node, sizes: Mapping[str, int], smallest: int, plat
         first = operands[0]
         assert first is not None
         found = []
-        for spec, product, (called, part) in zip(layer.products, products, parts, strict=True):
-            given = form.given(operands, spec, product, part)
+        for specs, product, (called, part) in zip(groups, products, parts, strict=True):
+            given = form.given(operands, specs, product, part)
             found.append(part.call(first.body, called, *given).reshape(*lead, product.n))
-        if layer.gated:
-            return [gate(found[0].wide(), found[1].wide(), "none", result)]
         return found
 
     return splice.kernel(name, shown, parts, compute, platform)
@@ -266,7 +215,7 @@ def _name(node: Node, products: Sequence[Product], chip: Chip) -> str:
     p = products[0]
     columns = "_".join(str(product.n) for product in products)
     flags = [node.attributes.get("scheme", p.dtype), p.result, p.activation]
-    flags += [word for word, there in (("bias", p.bias), ("residual", p.residual)) if there]
+    flags += [word for word, there in (("bias", p.bias), ("residual", p.residual), ("gated", p.gated)) if there]
     forms = [
         f"{'x'.join(str(n) for n in o.shape)}_{o.dtype}"
         for o in node.operands[1:]
@@ -279,9 +228,9 @@ def _name(node: Node, products: Sequence[Product], chip: Chip) -> str:
 def _part(product: Product, chip: Chip, columns: int) -> Part:
     """columns: of w as it is given, n or more."""
     lowered = lower(product, chip, choose_tiles(product, chip, frugal=True))
-    types = [TensorType(o.shape, o.dtype) for o in lowered.operands]  # type: ignore[arg-type]
-    types[1] = types[1].with_shape(product.k, columns)
-    return Part(source(lowered), tuple(types[:-1]), types[-1])
+    types, result = [t for _, t, _ in inputs(lowered)], lowered.operands[-1]
+    types[1] = types[1].with_shape(*types[1].shape[:-1], columns)
+    return Part(source(lowered), tuple(types), TensorType(result.shape, result.dtype))  # type: ignore[arg-type]
 
 
 @attrs.frozen
@@ -298,11 +247,19 @@ class _Form:
         w = self.node.operands[spec.weight]
         assert w is not None
         wide = round_up(product.n, chip.lanes)
-        laid = w.shape == ((1, product.k, wide) if self.kind == "panels" else (1, product.k, wide, 1))
-        return wide if laid and (self.kind == "panels" or w.dtype == "int8") else product.n
+        return wide if self.laid_out(w.shape, w.dtype, product, wide) else product.n
 
-    def given(self, operands: Sequence[Value | None], spec: _Product, product: Product, part: Part) -> list[Value]:
-        """Operands in the product's order."""
+    def laid_out(self, shape: Sequence[Any], dtype: str, product: Product, columns: int) -> bool:
+        """Whether weights are stored as the kernel reads them."""
+        lead = (1, 2) if product.gated else (1,)
+        word = (1,) if self.kind == "codes" else ()
+        return tuple(shape) == (*lead, product.k, columns, *word) and (self.kind == "panels" or dtype == "int8")
+
+    def given(
+        self, operands: Sequence[Value | None], specs: Sequence[_Product], product: Product, part: Part
+    ) -> list[Value]:
+        """Inputs of a product's kernel."""
+        spec = specs[0]
 
         def value(index: int) -> Value:
             found = operands[index]
@@ -312,15 +269,22 @@ class _Form:
         def matrix(index: int) -> Value:
             return value(index).reshape(self.rows, value(index).shape[-1])
 
-        def half(index: int) -> Value:
+        def half(index: int, spec: _Product) -> Value:
             return value(index) if spec.half is None else value(index).pick(1, spec.half)
 
-        found = [matrix(0), self.weight(half(spec.weight), product, part.inputs[1])]
-        if spec.scales is not None:
+        w, wanted = value(spec.weight), part.inputs[1]
+        if self.laid_out(w.shape, w.dtype, product, int(wanted.shape[-1])):  # type: ignore[call-overload]
+            found = [matrix(0), w.reshape(*(int(n) for n in wanted.shape))]  # type: ignore[call-overload]
+        else:
+            each = [self.weight(half(s.weight, s), product) for s in specs]
+            found = [matrix(0), w.body.stack(each, 0) if product.gated else each[0]]
+        for s in specs:
+            if s.scales is not None:
+                found.append(half(s.scales, s).reshape(1, -1).part(1, 0, product.n).astype("float32"))  # one per output
+        if product.row_scale:
             at = levels.scale_offset(self.k)
             records = found[0]
             found[0] = records.part(1, 0, self.k).bits("int8")
-            found.append(half(spec.scales).reshape(1, -1).part(1, 0, product.n).astype("float32"))  # one per output
             found.append(records.part(1, at, at + 4).bits("float32").reshape(self.rows, 1))
         if spec.bias is not None:
             found.append(value(spec.bias).astype("float32").reshape(1, product.n))
@@ -328,42 +292,47 @@ class _Form:
             found.append(matrix(spec.residual))
         return found
 
-    def weight(self, w: Value, product: Product, wanted: TensorType) -> Value:
-        """[k, n], or with the columns that are wanted."""
+    def weight(self, w: Value, product: Product) -> Value:
+        """[k, n] of weights in another form."""
         n, k = product.n, product.k
         if self.kind == "rows":
             return w.transpose(1, 0)
         if self.kind == "codes":
-            if w.dtype == "int8" and w.shape == (1, *wanted.shape, 1):
-                return w.reshape(*w.shape[1:-1])
             return code_levels(w, SCHEMES[self.node.scheme], n, k).transpose(1, 0)
-        if w.shape == (1, *wanted.shape):
-            return w.reshape(*w.shape[1:])
         return unpack(w, n, k).transpose(1, 0)
 
 
 # --- Attention --------------------------------------------------------------------------------------------------------------
 
 
+def attends(node: Node) -> bool:
+    """Whether our kernel computes an attention, if its cache's rows are whole native tiles: in bfloat16, without bias and sinks, over numbers or
+    records int8."""
+    others = node.operands[6:] if node.op is ops.attention_cached else node.operands[3:]
+    scheme = node.attributes.get("scheme", "none")
+    return node.dtype == "bfloat16" and scheme in ("none", "int8") and all(o is None for o in others)
+
+
 def _attention(chip: Chip, node: Node, sizes: Mapping[str, int], smallest: int, platform: str) -> Kernel | None:
-    """Prefill, or over a cache whose rows are whole native tiles; None with a bias, sinks or records in the cache."""
+    """Prefill, or over a cache; None for what `attends` doesn't, and rows that aren't whole tiles."""
+    if not attends(node):
+        return None
     cached = node.op is ops.attention_cached
     shapes = [None if o is None else tuple(int(n) for n in o.tensor.at(sizes).shape) for o in node.operands]  # type: ignore[call-overload]
     q, k, v = shapes[:3]
-    others = shapes[6:] if cached else shapes[3:]
-    if any(o is not None for o in others) or node.dtype != "bfloat16" or (cached and node.scheme != "none"):
-        return None
+    records = cached and node.scheme == "int8"
     assert q is not None and k is not None and v is not None
     table = shapes[5] if cached else None
     batch, queries, heads, d = q
     groups = k[1] if cached else k[2]
     page = k[2] if table else 0
     keys = page * table[1] if table else k[2] if cached else k[1]
-    if batch * queries * heads * keys * (d + v[3]) < smallest:
+    values = v[3] - TAIL * records
+    if batch * queries * heads * keys * (d + values) < smallest:
         return None
     spec = Attention(
-        batch, queries, groups, heads // groups, d, v[3], keys, node.scale, cached or node.causal, node.window, node.softcap,
-        cached, page, k[0] if page else 0,
+        batch, queries, groups, heads // groups, d, values, keys, node.scale, cached or node.causal, node.window, node.softcap,
+        cached, page, k[0] if page else 0, records=records,
     )  # fmt: skip
     try:
         part = _attention_part(spec, chip)
@@ -372,20 +341,25 @@ def _attention(chip: Chip, node: Node, sizes: Mapping[str, int], smallest: int, 
     name = _attention_name(spec, chip)
     shown = [(f"o{i}", o.tensor.at(sizes)) for i, o in enumerate(node.operands) if o is not None]
 
-    def compute(*values: Value) -> list[Value]:
-        body = values[0].body
+    def compute(*given: Value) -> list[Value]:
+        body = given[0].body
         if not cached:
             where = [body.full(keys - queries, (batch,), "int32"), body.full(0, (batch,), "int32")]
-            return [part.call(body, f"{name}.pallas", *where, *values)]
-        length, start = (v.astype("int32") for v in values[3:5])
-        pages = [values[5].maximum(0).minimum(spec.pages - 1)] if page else []
-        return [part.call(body, f"{name}.pallas", length.broadcast((batch,)), start, *pages, *values[:3])]
+            return [part.call(body, f"{name}.pallas", *where, *given)]
+        length, start = (v.astype("int32") for v in given[3:5])
+        pages = [given[5].maximum(0).minimum(spec.pages - 1)] if page else []
+        both = list(zip(given[1:3], (d, values), strict=True))
+        tails = [v.part(3, n, n + TAIL).transpose(0, 2, 1, 3) for v, n in both if records]
+        flat = [t.reshape(*t.shape[:2], groups * TAIL) for t in tails]
+        numbers = [v.part(3, 0, n) for v, n in both]
+        return [part.call(body, f"{name}.pallas", length.broadcast((batch,)), start, *pages, given[0], *numbers, *flat)]
 
     return splice.kernel(name, shown, [(f"{name}.pallas", part)], compute, platform)
 
 
 def _attention_name(a: Attention, chip: Chip) -> str:
     kind = f"pages{a.pages}x{a.page}" if a.page else "cached" if a.cached else "causal" if a.causal else "all"
+    kind += "_records" if a.records else ""
     limits = "".join(f"_{word}{value}" for word, value in (("window", a.window), ("cap", a.softcap)) if value)
     size = f"{a.batch}x{a.queries}x{a.groups}x{a.repeats}x{a.d}x{a.e}_on{a.keys}"
     return f"attention_{kind}_{size}_scale{a.scale}{limits}_{chip.short}"

@@ -22,7 +22,8 @@ from tvm.ir.expr import TensorLoad
 from tvm_ffi import structural_equal
 
 from jisu.compiler.errors import CompileError
-from jisu.targets.tpu.intrinsics import HBM, SUMS
+from jisu.compiler.types import TensorType
+from jisu.targets.tpu.intrinsics import HBM
 from jisu.targets.tpu.product import Lowered
 from jisu.targets.tpu.tiles import usable_vmem
 from jisu.targets.tpu.walk import (
@@ -47,11 +48,21 @@ _FUNCTIONS = {"Max": "jnp.maximum", "Min": "jnp.minimum", "FloorDiv": "lax.div",
 
 
 def source(lowered: Lowered) -> str:
-    """The module's text. It defines `kernel(*arrays, interpret=False)`: arrays in the order of operands, padded or not; the result is cropped.
+    """The module's text. It defines `kernel(*arrays, interpret=False)`: arrays of `inputs`, padded or not; the result is cropped.
 
     CompileError: the TIR holds something that no product has.
     """
     return _Writer(lowered).module()
+
+
+def inputs(lowered: Lowered) -> tuple[tuple[str, TensorType, tuple[int, ...]], ...]:
+    """What the kernel takes: name, type and padded shape. Those of operands; w and u of a gated product are one array, w [2, k, n]."""
+    found = []
+    for o in lowered.operands[:-1]:
+        lead = (2,) if o.name == "w" and lowered.product.gated else ()
+        if o.name != "u":
+            found.append((o.name, TensorType((*lead, *o.shape), o.dtype), (*lead, *o.padded)))  # type: ignore[arg-type]
+    return tuple(found)
 
 
 @attrs.define
@@ -74,15 +85,16 @@ class _Writer:
         copied = list(dict.fromkeys(_name(c.vmem.buffer) for c in _copies(function.body)))
         self._statement(function.body)
         body = "\n".join(self.lines)
-        *inputs, result = self.lowered.operands
-        groups = [_hbm(o.name) for o in self.lowered.operands], map(_name, allocated), [f"{n}_copied" for n in copied]
+        taken, result = inputs(self.lowered), self.lowered.operands[-1]
+        hbm = [*(_hbm(name) for name, *_ in taken), _hbm(result.name)]
+        groups = hbm, map(_name, allocated), [f"{n}_copied" for n in copied]
         parameters = "".join(f"\n    {', '.join(group)}," for group in groups)
         scratch = [f"pltpu.VMEM({_shape(b)}, jnp.{b.dtype})" for b in allocated]
         scratch += [
             f"pltpu.SemaphoreType.DMA(({self._copies(b)},))" for n in copied for b in allocated if _name(b) == n
         ]
         listed = "".join(f"\n            {s}," for s in scratch)
-        shapes = "".join(f"\n    {o.padded},  # {o.name}, {o.dtype}, {_meaning(o)}" for o in inputs)
+        shapes = "".join(f"\n    {padded},  # {name}, {t.dtype}, {_meaning(t)}" for name, t, padded in taken)
         p, t, chip = self.lowered.product, self.lowered.tiles, self.lowered.chip
         return f'''"""{_title(p)}
 
@@ -98,7 +110,7 @@ from jax.experimental.pallas import tpu as pltpu
 # Shapes in HBM: whole tiles. Arrays that are smaller get zeros behind their rows and columns.
 PADDED = ({shapes}
 )
-DTYPES = ({", ".join(repr(o.dtype) for o in inputs)})
+DTYPES = ({", ".join(repr(t.dtype) for _, t, _ in taken)})
 RESULT = {result.shape}  # of {result.padded}
 
 
@@ -118,16 +130,16 @@ def await_copy(tile, copied, slot):
 # Memory: operands in HBM; tiles in VMEM, by slots where one is filled while another is used; semaphores of their copies.
 def body({parameters}
 ):
-{body}
+{_HALVES if p.gated else ""}{body}
 
 
 def kernel(*arrays, interpret=False):
-    """The product of arrays in HBM, {", ".join(o.name for o in inputs)}; interpret: False on a TPU, else pltpu.InterpretParams()."""
+    """The product of arrays in HBM, {", ".join(name for name, *_ in taken)}; interpret: False on a TPU, else pltpu.InterpretParams()."""
     arrays = [pad(array, padded) for array, padded in zip(arrays, PADDED, strict=True)]
     result = pl.pallas_call(
         body,
         out_shape=jax.ShapeDtypeStruct({result.padded}, jnp.{result.dtype}),
-        in_specs=[pl.BlockSpec(memory_space=pl.ANY)] * {len(inputs)},
+        in_specs=[pl.BlockSpec(memory_space=pl.ANY)] * {len(taken)},
         out_specs=pl.BlockSpec(memory_space=pl.ANY),
         scratch_shapes=[{listed}
         ],
@@ -310,7 +322,11 @@ def kernel(*arrays, interpret=False):
         self._put(f"{self._value(sums, analyzer)} += jnp.dot(")
         with self._indented():
             self._put(f"{self._value(x, analyzer)},")
-            self._put(f"{self._value(w, analyzer)},")
+            dtype = str(x.buffer.dtype)
+            widened = "" if str(w.buffer.dtype) == dtype else f".astype(jnp.{dtype})"
+            self._put(f"{self._value(w, analyzer)}{widened},")
+            if dtype == "float32":
+                self._put("precision=lax.Precision.HIGHEST,")
             self._put(f"preferred_element_type=jnp.{sums.buffer.dtype},")
         self._put(")")
 
@@ -524,9 +540,7 @@ def _multiple(index: Any) -> int:
 def _name(buffer: Any) -> str:
     """A buffer's name in the source."""
     name, scope = str(buffer.name), str(buffer.scope())
-    if scope == HBM:
-        return _hbm(name)
-    return "sums" if scope == SUMS else name.split("_global")[0]
+    return _hbm(name) if scope == HBM else name.split("_global")[0]
 
 
 def _hbm(name: str) -> str:
@@ -537,14 +551,20 @@ def _shape(buffer: Any) -> str:
     return f"({', '.join(str(int(n)) for n in buffer.shape)})"
 
 
-def _meaning(operand: Any) -> str:
-    rows, columns = operand.shape
-    return f"of which {rows} x {columns} are used"
+_HALVES = f"    {_hbm('w')}, {_hbm('u')} = {_hbm('w')}.at[0], {_hbm('w')}.at[1]\n"
+"""Two matrices that lie one behind the other."""
+
+
+def _meaning(kind: TensorType) -> str:
+    return f"of which {' x '.join(map(str, kind.shape))} are used"
 
 
 def _title(product: Any) -> str:
     p = product
     text = "x @ w" + " * channel_scale" * p.channel_scale + " * row_scale" * p.row_scale + " + bias" * p.bias
     text = text if p.activation == "none" else f"{p.activation}({text})"
+    if p.gated:
+        text += " * (x @ u" + " * up_scale" * p.channel_scale + " * row_scale" * p.row_scale + ")"
     text += " + residual" * p.residual
-    return f"{text}: [{p.m}, {p.k}] @ [{p.k}, {p.n}], {p.dtype}, summed in {p.accumulator}, result {p.result}."
+    dtypes = f"{p.dtype} @ {p.weights}" if p.widens else p.dtype
+    return f"{text}: [{p.m}, {p.k}] @ [{p.k}, {p.n}], {dtypes}, summed in {p.accumulator}, result {p.result}."

@@ -46,7 +46,7 @@ def lower(product: Product, chip: Chip, tiles: Tiles | None = None) -> Lowered:
     schedule = s_tir.Schedule(_computation(product, operands))
     _Scheduler(schedule, product, tiles, operands).run()
     function = _passes(schedule.mod)["main"]
-    function = function.with_body(overlap(function.body, tiles))
+    function = function.with_body(overlap(function.body, tiles, product.matrices))
     return Lowered(product, tiles, chip, function, operands)
 
 
@@ -111,24 +111,35 @@ ACTIVATION: dict[str, Callable[[Any], Any]] = {
 def _computation(product: Product, operands: tuple[Operand, ...]) -> Any:
     """The product without tiles: sums, then everything behind them, as one element of the result needs it."""
     tensors = {o.name: te.placeholder(o.padded, o.dtype, name=o.name) for o in operands[:-1]}
-    x, w, result = tensors["x"], tensors["w"], operands[-1]
-    inner = te.reduce_axis((0, x.shape[1]), name="k")
+    x, result = tensors["x"], operands[-1]
     summed = product.accumulator
-    sums = te.compute(
-        result.padded,
-        lambda i, j: te.sum(x[i, inner].astype(summed) * w[inner, j].astype(summed), axis=inner),
-        name="sums",
-    )
 
-    def element(i: Any, j: Any) -> Any:
-        value = sums[i, j].astype("float32")
+    def multiplied(w: Any, name: str) -> Any:
+        inner = te.reduce_axis((0, x.shape[1]), name="k")
+        return te.compute(
+            result.padded,
+            lambda i, j: te.sum(x[i, inner].astype(summed) * w[inner, j].astype(summed), axis=inner),
+            name=name,
+        )
+
+    sums = multiplied(tensors["w"], "sums")
+    factors = multiplied(tensors["u"], "factors") if product.gated else None
+
+    def scaled(sum_: Any, channel_scale: str, i: Any, j: Any) -> Any:
+        value = sum_[i, j].astype("float32")
         if product.channel_scale:
-            value = value * tensors["channel_scale"][0, j]
+            value = value * tensors[channel_scale][0, j]
         if product.row_scale:
             value = value * tensors["row_scale"][i, 0]
+        return value
+
+    def element(i: Any, j: Any) -> Any:
+        value = scaled(sums, "channel_scale", i, j)
         if product.bias:
             value = value + tensors["bias"][0, j]
         value = ACTIVATION[product.activation](value)
+        if factors is not None:
+            value = value * scaled(factors, "up_scale", i, j)
         if product.residual:
             value = value + tensors["residual"][i, j].astype("float32")
         return value.astype(product.result)
@@ -148,7 +159,8 @@ class _Scheduler:
 
     def run(self) -> None:
         sch, tiles = self.schedule, self.tiles
-        sums, result = sch.get_sblock("sums"), sch.get_sblock("result")
+        result = sch.get_sblock("result")
+        products = [sch.get_sblock(name) for name in ("sums", "factors")[: self.product.matrices]]
         store = sch.cache_write(result, 0, VMEM)
         i, j = sch.get_loops(store)
         mo, mi = sch.split(i, [None, tiles.m], preserve_unit_iters=True)
@@ -156,16 +168,19 @@ class _Scheduler:
         sch.reorder(mo, no, mi, ni)
         tile = no if tiles.order != "panels" else sch.fuse(mo, no)
         sch.compute_at(result, tile, preserve_unit_loops=True)
-        sch.compute_at(sums, tile, preserve_unit_loops=True)
-        sch.set_scope(sums, 0, SUMS)
-        loads = {"x": sch.cache_read(sums, 0, VMEM), "w": sch.cache_read(sums, 1, VMEM)}
-        others = [o.name for o in self.operands[2:-1]]
-        loads |= {name: sch.cache_read(result, 1 + number, VMEM) for number, name in enumerate(others)}
-        block = self._blocks(sums)
-        pipelined = self._place(loads, sums, tile, mo, block)
+        for sums in products:
+            sch.compute_at(sums, tile, preserve_unit_loops=True)
+            sch.set_scope(sums, 0, SUMS)
+        loads = {"x": sch.cache_read(products[0], 0, VMEM, products)}
+        loads |= {name: sch.cache_read(sums, 1, VMEM) for name, sums in zip("wu", products, strict=False)}
+        names = {str(region.source.name): number for number, region in enumerate(sch.get(result).reads)}
+        others = [o.name for o in self.operands[1 + len(products) : -1]]
+        loads |= {name: sch.cache_read(result, names[name], VMEM) for name in others}
+        blocks = [self._blocks(sums) for sums in products]
+        pipelined = self._place(loads, tile, mo, blocks[0])
         self._epilogue(result)
-        zero = sch.decompose_reduction(sums, block)
-        self._instructions(zero, sums)
+        for sums, block in zip(products, blocks, strict=True):
+            self._instructions(sch.decompose_reduction(sums, block), sums)
         for name, load in loads.items():
             self._copy(load, self._operand(name).dtype, HBM, VMEM)
         self._copy(store, self.product.result, VMEM, HBM)
@@ -188,7 +203,7 @@ class _Scheduler:
         sch.unroll(k1)
         return ks
 
-    def _place(self, loads: dict[str, Any], sums: Any, tile: Any, rows: Any, inner: Any) -> Any:
+    def _place(self, loads: dict[str, Any], tile: Any, rows: Any, inner: Any) -> Any:
         """Put copies where their tiles are needed first; the loop to be pipelined, or None where it has a single step."""
         sch, tiles = self.schedule, self.tiles
         for name, load in loads.items():
@@ -208,14 +223,14 @@ class _Scheduler:
         sch.reorder(m0, n0, m1, n1)
 
     def _instructions(self, zero: Any, sums: Any) -> None:
-        sch, tiles, dtype = self.schedule, self.tiles, self.product.dtype
+        sch, tiles, product = self.schedule, self.tiles, self.product
         loops = sch.get_loops(zero)
         # Zeroing spans the whole tile: its loops by blocks become one instruction each.
         m1, n2 = loops[-2:]
-        sch.tensorize(m1, intrinsics.zero_tile(tiles.rows, tiles.unit[0], self.product.accumulator))
+        sch.tensorize(m1, intrinsics.zero_tile(tiles.rows, tiles.unit[0], product.accumulator))
         del n2
         m1 = sch.get_loops(sums)[-3]
-        sch.tensorize(m1, intrinsics.multiply_tile(tiles.rows, *tiles.unit, dtype))
+        sch.tensorize(m1, intrinsics.multiply_tile(tiles.rows, *tiles.unit, product.dtype, product.weights))
 
     def _copy(self, block: Any, dtype: str, source: str, to: str) -> None:
         i, j = self.schedule.get_loops(block)[-2:]

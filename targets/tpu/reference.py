@@ -30,16 +30,21 @@ def reference(product: Product, *arrays: np.ndarray, exact: bool = True) -> np.n
     """
     wide = np.float64 if exact else np.float32
     named = dict(zip((o.name for o in product.operands(product.m, product.n, product.k)), arrays, strict=False))
-    # float64 holds all sums that int32 does, and is multiplied fast.
-    sums = named["x"].astype(np.float64) @ named["w"].astype(np.float64)
-    value = sums.astype(np.float32).astype(wide) if not exact else sums
-    if product.channel_scale:
-        value = value * named["channel_scale"].astype(wide)
-    if product.row_scale:
-        value = value * named["row_scale"].astype(wide)
+
+    def scaled(w: str, channel_scale: str) -> np.ndarray:
+        # float64 holds all sums that int32 does, and is multiplied fast.
+        sums = named["x"].astype(np.float64) @ named[w].astype(np.float64)
+        value = sums if exact else sums.astype(np.float32)
+        for scale in (channel_scale,) * product.channel_scale + ("row_scale",) * product.row_scale:
+            value = value * named[scale].astype(wide)
+        return value
+
+    value = scaled("w", "channel_scale")
     if product.bias:
         value = value + named["bias"].astype(wide)
     value = _ACTIVATION[product.activation](value)
+    if product.gated:
+        value = value * scaled("u", "up_scale")
     if product.residual:
         value = value + named["residual"].astype(wide)
     return value.astype(np.float32).astype(numpy_dtype(product.result))

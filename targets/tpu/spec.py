@@ -15,8 +15,10 @@ from jisu.compiler.errors import CompileError, InputError
 from jisu.compiler.types import numpy_dtype
 
 ACTIVATIONS = ("none", "relu", "relu2", "gelu", "gelu_tanh", "silu", "sigmoid")
-ACCUMULATOR = {"int8": "int32", "bfloat16": "float32"}
-"""Operands' dtypes that the matrix unit multiplies, with what it sums in."""
+ACCUMULATOR = {"int8": "int32", "bfloat16": "float32", "float32": "float32"}
+"""Dtypes that the matrix unit multiplies, with what it sums in; float32 in six passes over parts in bfloat16, which keep its precision."""
+NARROW = "int8"
+"""What w may be stored in where x has floats: its numbers become x's dtype, exactly, on their way into the matrix unit."""
 RESULTS = ("bfloat16", "float32")
 
 
@@ -47,15 +49,27 @@ class Operand:
 
 def _multipliable(_: object, attribute: object, value: str) -> None:
     if value not in ACCUMULATOR:
-        raise CompileError(f"the matrix unit multiplies {' and '.join(ACCUMULATOR)}, not {value}")
+        raise CompileError(f"the matrix unit multiplies {', '.join(ACCUMULATOR)}, not {value}")
+
+
+def _held(instance: Product, _: object, value: str) -> None:
+    if value not in (instance.dtype, NARROW):
+        raise CompileError(f"weights of a product in {instance.dtype} are that or {NARROW}, not {value}")
+
+
+def _alone(instance: Product, _: object, value: bool) -> None:
+    if value and (instance.bias or instance.residual):
+        raise CompileError("a gated product has neither bias nor residual")
 
 
 @attrs.frozen
 class Product:
-    """activation(x [m, k] @ w [k, n] * channel_scale [1, n] * row_scale [m, 1] + bias [1, n]) + residual [m, n].
+    """activation(x [m, k] @ w [k, n] * channel_scale [1, n] * row_scale [m, 1] + bias [1, n]) + residual [m, n]; or, gated,
+    activation(x @ w * channel_scale * row_scale) * (x @ u * up_scale * row_scale), without bias and residual.
 
-    x and w have `dtype` (int8, summed in int32; or bfloat16, summed in float32). Scales and bias are float32, the residual has the
-    result's dtype. Everything behind the sum is computed in float32, in this order, and rounded once.
+    x has `dtype` (int8, summed in int32; bfloat16 or float32, summed in float32), and so have w and u, unless `weights` says that they are
+    stored in int8. Scales and bias are float32, the residual has the result's dtype. Everything behind the sum is computed in float32, in this
+    order, and rounded once.
     """
 
     m: int = attrs.field(validator=attrs.validators.ge(1))
@@ -68,6 +82,10 @@ class Product:
     bias: bool = False
     activation: str = attrs.field(default="none", validator=attrs.validators.in_(ACTIVATIONS))
     residual: bool = False
+    weights: str = attrs.field(
+        default=attrs.Factory(lambda self: self.dtype, takes_self=True), validator=_held, kw_only=True
+    )
+    gated: bool = attrs.field(default=False, validator=_alone, kw_only=True)
 
     @property
     def accumulator(self) -> str:
@@ -76,8 +94,23 @@ class Product:
 
     @property
     def itemsize(self) -> int:
-        """Bytes of a number of x and w."""
+        """Bytes of a number of x."""
         return numpy_dtype(self.dtype).itemsize
+
+    @property
+    def weight_itemsize(self) -> int:
+        """Bytes of a number of w."""
+        return numpy_dtype(self.weights).itemsize
+
+    @property
+    def matrices(self) -> int:
+        """How many matrices x is multiplied by."""
+        return 1 + self.gated
+
+    @property
+    def widens(self) -> bool:
+        """Whether w's numbers become another dtype before they are multiplied."""
+        return self.weights != self.dtype
 
     @property
     def result_itemsize(self) -> int:
@@ -88,8 +121,10 @@ class Product:
         """Its operands in the order of parameters, padded to m, n and k; the result comes last."""
         named = [
             (True, Operand("x", (self.m, self.k), (m, k), self.dtype)),
-            (True, Operand("w", (self.k, self.n), (k, n), self.dtype)),
+            (True, Operand("w", (self.k, self.n), (k, n), self.weights)),
+            (self.gated, Operand("u", (self.k, self.n), (k, n), self.weights)),
             (self.channel_scale, Operand("channel_scale", (1, self.n), (1, n), "float32")),
+            (self.channel_scale and self.gated, Operand("up_scale", (1, self.n), (1, n), "float32")),
             (self.row_scale, Operand("row_scale", (self.m, 1), (m, 1), "float32")),
             (self.bias, Operand("bias", (1, self.n), (1, n), "float32")),
             (self.residual, Operand("residual", (self.m, self.n), (m, n), self.result)),

@@ -1,9 +1,9 @@
 """What runs beside what in a lowered product: its steps cut into blocks, each of whose results leave when they are there.
 
-TVM's pipeline starts copies of w ahead and says which to wait for; what a step does is one product, one nest behind it, one copy. Here a step
-becomes its tiles' blocks, one after the other: multiply, compute what is behind the sums, start the copy of the results. Copies of results are
-waited for two steps later, when their slot is needed again. What is copied once starts in front of all, x by the first step's blocks of
-rows: the first one before the weights, and each is waited for where it is multiplied.
+TVM's pipeline starts copies of w ahead and says which to wait for; what a step does is a product per matrix, one nest behind them, one copy. Here
+a step becomes its tiles' blocks, one after the other: multiply, compute what is behind the sums, start the copy of the results. Copies of
+results are waited for two steps later, when their slot is needed again. What is copied once starts in front of all, x by the first step's
+blocks of rows: the first one before the weights, and each is waited for where it is multiplied.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ LOAD, ONCE, STORE = 0, 1, 2
 """Queues of copies: of what each step needs, of what is needed once before, of results."""
 
 
-def overlap(body: Any, tiles: Tiles) -> Any:
-    """The body with its steps in blocks, and with all its copies asynchronous."""
+def overlap(body: Any, tiles: Tiles, matrices: int) -> Any:
+    """The body with its steps in blocks, and with all its copies asynchronous; matrices: by how many x is multiplied."""
 
     def visit(s: Any) -> Any:
         if not isinstance(s, tirx.SeqStmt) or not any(_stores(part) for part in s.seq):
             return None
-        return _Flow(tiles).sequence(list(s.seq))
+        return _Flow(tiles, matrices).sequence(list(s.seq))
 
     return rebuild(body, visit)
 
@@ -60,29 +60,27 @@ def _loads(s: Any) -> bool:
 class _Step:
     """A step of a pipeline, its first block's first instruction and first elements standing for all of them.
 
-    before: statements in front of its product. awaited: the queue that is waited for there, and how many groups of copies may be under way.
-    behind: the variables of a row and a column, and what is computed of that element's sum.
+    before: statements that nothing is awaited for. awaited: the queue that is waited for in front of its products, and how many groups of copies
+    may be under way. behind: the variables of a row and a column, and what is computed of that element's sums.
     """
 
     before: tuple[Any, ...]
     awaited: tuple[int, int] | None
-    product: Multiply
+    products: tuple[Multiply, ...]
     behind: tuple[Any, Any, Any]
     store: Copy
 
     @classmethod
     def parsed(cls, found: Sequence[Any]) -> _Step:
-        """Of statements that end with a product, the nest behind it and the copy of results."""
-        *before, product, behind, store = found
-        awaited = None
-        if isinstance(product, tirx.AttrStmt) and product.attr_key == WAIT:
-            awaited = int(product.value), int(product.body.value)
-        first = next(s for s in parts(product) if isinstance(instruction(s), Multiply))
-        for loop in parts(product):
-            if isinstance(loop, tirx.For):
-                first = substitute(first, loop.loop_var, 0)
-        multiply, copy = instruction(first), instruction(store)
-        assert isinstance(multiply, Multiply) and isinstance(copy, Copy)
+        """Of statements that hold products, and end with the nest behind them and the copy of results."""
+        *computed, behind, store = found
+        products = [s for s in computed if _first_product(s) is not None]
+        # The first wait is for all that a step loads.
+        waits = [s for s in products if isinstance(s, tirx.AttrStmt) and s.attr_key == WAIT]
+        awaited = (int(waits[0].value), int(waits[0].body.value)) if waits else None
+        before = [s for s in computed if _first_product(s) is None]
+        multiplies, copy = [m for m in map(_first_product, products) if m is not None], instruction(store)
+        assert isinstance(copy, Copy)
         loops = []
         while isinstance(behind, tirx.For):
             loops.append(behind)
@@ -90,12 +88,25 @@ class _Step:
         *outer, i, j = loops
         for loop in outer:
             behind = substitute(behind, loop.loop_var, 0)
-        return cls(tuple(before), awaited, multiply, (i.loop_var, j.loop_var, behind), copy)
+        return cls(tuple(before), awaited, tuple(multiplies), (i.loop_var, j.loop_var, behind), copy)
 
     @property
     def slotted(self) -> bool:
         """Whether results alternate between slots."""
         return len(self.store.source.buffer.shape) > 2
+
+
+def _first_product(s: Any) -> Multiply | None:
+    """The first instruction of a nest that multiplies, with its loops' first values; None for other statements."""
+    first = next((p for p in parts(s) if isinstance(instruction(p), Multiply)), None)
+    if first is None:
+        return None
+    for loop in parts(s):
+        if isinstance(loop, tirx.For):
+            first = substitute(first, loop.loop_var, 0)
+    found = instruction(first)
+    assert isinstance(found, Multiply)
+    return found
 
 
 def _moved(region: Region, row: Any, rows: int, column: Any, columns: int) -> Region:
@@ -116,6 +127,7 @@ class _Flow:
     """Writes a sequence anew."""
 
     tiles: Tiles
+    matrices: int
     groups: list[int] = attrs.Factory(list)  # of copies of results: how many each step so far has
 
     def sequence(self, found: list[Any]) -> Any:
@@ -153,8 +165,8 @@ class _Flow:
             here.append(s)
             if _stores(s):
                 if not steps:
-                    own = [h for h in here if not _loads(h)]
-                    ahead, here = [h for h in here if _loads(h)] + own[:-3], own[-3:]
+                    own, size = [h for h in here if not _loads(h)], 2 * self.matrices + 1
+                    ahead, here = [h for h in here if _loads(h)] + own[:-size], own[-size:]
                 steps.append((None, _Step.parsed(here)))
                 here = []
         return ahead, steps
@@ -162,7 +174,7 @@ class _Flow:
     def once(self, copies: list[Any], step: _Step, blocks: list[Block]) -> list[Any]:
         """What is copied once, in groups: the first block of rows of x and all that isn't x, then x's other blocks of rows."""
         whole = {c.to.buffer: c for c in map(instruction, copies) if isinstance(c, Copy)}
-        x = whole.pop(step.product.x.buffer, None)
+        x = whole.pop(step.products[0].x.buffer, None)
         groups: list[list[Any]] = [[]]
         if x is not None:
             rows = dict.fromkeys((b.row, b.rows) for b in blocks)
@@ -204,22 +216,25 @@ class _Flow:
 
     def block(self, step: _Step, row: Any, rows: int, column: Any, columns: int) -> Any:
         """Multiply, compute what is behind the sums, start the copy of the results."""
-        (n, k), p = self.tiles.unit, step.product
+        n, k = self.tiles.unit
 
-        def multiply(outer: Any, across: Any, inner: Any) -> Any:
+        def multiply(p: Multiply, outer: Any, across: Any, inner: Any) -> Any:
             depth, to = outer * self.tiles.inner + inner * k, column + across * n
             sums, x = _moved(p.sums, row, rows, to, n), _moved(p.x, row, rows, depth, k)
             return statement(Multiply(sums, x, _moved(p.w, depth, k, to, n)))
 
         # What is multiplied at once is unrolled: consumers may take these loops as one product.
         at_once = tirx.ForKind.UNROLLED
-        product = _loop(
-            "outer", self.tiles.k // self.tiles.inner, tirx.ForKind.SERIAL,
-            lambda o: _loop(
-                "across", columns // n, at_once,
-                lambda a: _loop("inner", self.tiles.inner // k, at_once, lambda i: multiply(o, a, i)),
-            ),
-        )  # fmt: skip
+        products = [
+            _loop(
+                "outer", self.tiles.k // self.tiles.inner, tirx.ForKind.SERIAL,
+                lambda o, p=p: _loop(
+                    "across", columns // n, at_once,
+                    lambda a: _loop("inner", self.tiles.inner // k, at_once, lambda i: multiply(p, o, a, i)),
+                ),
+            )
+            for p in step.products
+        ]  # fmt: skip
         i, j, element = step.behind
         variables = tirx.Var("i", "int32"), tirx.Var("j", "int32")
         for variable, new, first in ((i, variables[0], row), (j, variables[1], column)):
@@ -229,4 +244,4 @@ class _Flow:
                 variable, tirx.IntImm("int32", 0), tirx.IntImm("int32", count), tirx.ForKind.SERIAL, element
             )
         store = Copy(*(_moved(r, row, rows, column, columns) for r in (step.store.to, step.store.source)))
-        return flat([product, element, commit(STORE, statement(store))])
+        return flat([*products, element, commit(STORE, statement(store))])

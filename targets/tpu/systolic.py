@@ -49,11 +49,16 @@ def work(chip: Chip, m: int, k: int, n: int, dtype: str, *, shadow: bool = True)
     if not shadow:
         return Work(float(folded(chip.mxu, chip.mxu, m, k, n)), 0.0, ideal)
     timing = chip.timing
-    push = dict(timing.push)
     rows = ceil_div(m, chip.sublanes) * chip.sublanes
-    stream = max(rows / rate, push.get(dtype, push["bfloat16"]))
+    stream = max(rows / rate, pushing(chip, dtype))
     registers = ceil_div(m, chip.sublanes) * ceil_div(n, chip.lanes) * ceil_div(k, chip.mxu)
     return Work(ceil_div(tiles, chip.mxus) * stream + timing.block, timing.accumulate * registers, ideal)
+
+
+def pushing(chip: Chip, dtype: str) -> float:
+    """Cycles of pushing a tile of weights; a dtype without a rate of its own counts as bfloat16."""
+    push = dict(chip.timing.push)
+    return push.get(dtype, push["bfloat16"])
 
 
 def vector_cycles(chip: Chip, elements: int, op: str) -> float:

@@ -29,7 +29,7 @@ from jisu.compiler.errors import CompileError
 from jisu.compiler.types import round_up
 from jisu.targets.tpu.chip import Chip
 from jisu.targets.tpu.spec import Product
-from jisu.targets.tpu.systolic import vector_cycles, work
+from jisu.targets.tpu.systolic import pushing, vector_cycles, work
 
 HEADROOM = 8
 """This part (an eighth) of VMEM is left to the compiler, for spilled registers and its own temporaries."""
@@ -108,10 +108,10 @@ class Tiles:
         """Bytes that copies between HBM and VMEM move."""
         pm, pn, pk = self.padded
         x_times = 1 if self.order == "resident" else pn // self.n
-        x, w = x_times * pm * pk * product.itemsize, pm // self.m * pk * pn * product.itemsize
+        x, w = x_times * pm * pk * product.itemsize, pm // self.m * pk * pn * product.weight_itemsize * product.matrices
         rows, columns = (
             x_times * pm * 4 * product.row_scale,
-            pm // self.m * pn * 4 * (product.channel_scale + product.bias),
+            pm // self.m * pn * 4 * (product.channel_scale * product.matrices + product.bias),
         )
         return x + w + rows + columns + pm * pn * product.result_itemsize * (1 + product.residual)
 
@@ -126,12 +126,14 @@ class Tiles:
 
         sizes = {
             "x": x_slots * size(self.m, self.k, product.itemsize),
-            "w": two * size(self.k, self.n, product.itemsize),
-            "accumulator": size(self.m, self.n, 4),
+            "w": two * size(self.k, self.n, product.weight_itemsize),
+            "accumulator": product.matrices * size(self.m, self.n, 4),
             "result": tile_slots * size(self.m, self.n, product.result_itemsize),
         }
+        if product.gated:
+            sizes["u"] = sizes["w"]
         if product.channel_scale:
-            sizes["channel_scale"] = tile_slots * size(1, self.n, 4)
+            sizes["channel_scale"] = product.matrices * tile_slots * size(1, self.n, 4)
         if product.row_scale:
             sizes["row_scale"] = min(x_slots, tile_slots) * size(self.m, 1, 4)
         if product.bias:
@@ -153,6 +155,8 @@ class Tiles:
                 raise CompileError(
                     f"a tile has {size} {name}, which is no multiple of {multiple}: {product.dtype} on {chip.name}"
                 )
+        if product.gated and self.order == "split":
+            raise CompileError("the inner axis of a gated product isn't split: it has two sums")
         nests = [
             ("m", pm, self.m),
             ("n", pn, self.n),
@@ -194,8 +198,9 @@ class Tiles:
 
     def _copied(self, product: Product, prefetched: bool) -> tuple[int, int, int, int]:
         """Bytes of a step's tiles: of x, of w, of what comes with each column, of the scales of rows."""
-        x, w = self.m * self.k * product.itemsize, 0 if prefetched else self.k * self.n * product.itemsize
-        columns = self.n * 4 * (product.channel_scale + product.bias)
+        held = product.matrices * self.k * self.n * product.weight_itemsize
+        x, w = self.m * self.k * product.itemsize, 0 if prefetched else held
+        columns = self.n * 4 * (product.channel_scale * product.matrices + product.bias)
         columns += self.m * self.n * product.result_itemsize * product.residual
         return x, w, columns, self.m * 4 * product.row_scale
 
@@ -213,9 +218,13 @@ class Tiles:
             chain.add(_cost(product, chip, self.k, block.rows, block.columns), latency + (early + load + later) / rate)
         if steps > 1:
             costs = [_cost(product, chip, self.k, block.rows, block.columns) for block in self.blocks()]
-            store, multiply = sum(c.store for c in costs), sum(max(c.mxu, c.vector) for c in costs)
+            store, multiply = sum(c.store for c in costs), sum(c.multiply for c in costs)
             turnaround = (load / rate + latency + multiply) / 2 if load else 0.0
-            between = (steps - 2) * max(_steady(costs), load / rate + store, turnaround)
+            # A copy holds a queue from its start to its end: small tiles' copies wait for those of the step before.
+            copies = product.matrices * ((not prefetched) + product.channel_scale) + product.bias + product.residual
+            copies += (not by_rows) * (1 + product.row_scale) + len(costs)
+            queued = (copies * latency + load / rate + store) / chip.dma_queues
+            between = (steps - 2) * max(_steady(costs), load / rate + store, turnaround, queued)
             second = latency + (once + 2 * load) / rate if load else 0.0
             chain = _Chain(latency, max(chain.mxu, second) + between, chain.vector + between)
             ready = latency + (once + steps * load) / rate + (steps - 2) * store if load else 0.0
@@ -227,7 +236,7 @@ class Tiles:
         rate, latency = chip.hbm_bytes_per_cycle, chip.dma_latency * chip.clock
         x, w, columns, rows = self._copied(product, prefetched)
         costs = [_cost(product, chip, self.k, block.rows, block.columns) for block in self.blocks()]
-        multiply, copy, steps = sum(max(c.mxu, c.vector) for c in costs), (x + w) / rate, self._turns[2]
+        multiply, copy, steps = sum(c.multiply for c in costs), (x + w) / rate, self._turns[2]
         ready = latency + copy + (columns + rows) / rate
         if steps > 1:
             turnaround = (copy + latency + multiply) / 2 if copy else 0.0
@@ -244,12 +253,20 @@ class Tiles:
 
 @attrs.frozen
 class _Cost:
-    """Cycles of a block: of the matrix units, of the vector unit beside them, of what is computed of the sums, and of the results' copy."""
+    """Cycles of a block: for each of its matrices those of the matrix units, of the vector unit before them, which widens weights, and beside
+    them; then those of what is computed of the sums, and of the results' copy."""
 
+    matrices: int
+    widened: float
     mxu: float
     vector: float
     behind: float
     store: float
+
+    @property
+    def multiply(self) -> float:
+        """Of all its matrices, one after the other."""
+        return self.matrices * max(self.mxu, self.widened + self.vector)
 
 
 @functools.lru_cache(4096)
@@ -258,8 +275,16 @@ def _cost(product: Product, chip: Chip, k: int, rows: int, columns: int) -> _Cos
     behind = sum(
         vector_cycles(chip, rows * columns * turns, op)
         for turns, op in zip((1, *ACTIVATION_WORK[product.activation]), ("epilogue", "element", "exp"), strict=True)
-    ) + vector_cycles(chip, rows * columns * (product.bias + product.residual), "element")
-    return _Cost(one.mxu, one.vector, behind, rows * columns * product.result_itemsize / chip.hbm_bytes_per_cycle)
+    )
+    more = product.bias + product.residual + product.gated * (1 + product.channel_scale + product.row_scale)
+    behind += vector_cycles(chip, rows * columns * more, "element")
+    store = rows * columns * product.result_itemsize / chip.hbm_bytes_per_cycle
+    return _Cost(product.matrices, _widened(product, chip, k, columns), one.mxu, one.vector, behind, store)
+
+
+def _widened(product: Product, chip: Chip, k: int, columns: int) -> float:
+    """Cycles of making a block's weights x's dtype, an operation each, every time that they are multiplied."""
+    return vector_cycles(chip, k * columns * product.widens, "element")
 
 
 @attrs.define
@@ -272,8 +297,10 @@ class _Chain:
     stored: float = 0.0
 
     def add(self, cost: _Cost, ready: float) -> None:
-        start = max(self.mxu, ready)
-        self.mxu = max(start + cost.mxu, max(start, self.vector) + cost.vector)
+        for _ in range(cost.matrices):
+            start, free = max(self.mxu, ready), max(self.vector, ready)
+            self.vector = max(start, free + cost.widened) + cost.vector
+            self.mxu = max(start + cost.mxu, self.vector)
         self.vector = self.mxu + cost.behind
         self.stored = max(self.stored, self.vector + self.latency) + cost.store
 
@@ -281,7 +308,7 @@ class _Chain:
 def _steady(blocks: Sequence[_Cost]) -> float:
     """Cycles of a step whose blocks follow those of another such step; sums of a single block hold the next step up."""
     if len(blocks) == 1:
-        return max(blocks[0].mxu, blocks[0].vector) + blocks[0].behind
+        return blocks[0].multiply + blocks[0].behind
     chain, ends = _Chain(0.0), []
     for _ in range(3):
         for block in blocks:
@@ -344,19 +371,20 @@ def make_tiles(
     inner = _divisor(k, min(_BLOCK, max(_BLOCK**3 // (rows * columns), chip.lanes)), chip.lanes)
     unit = (_divisor(columns, chip.mxu, chip.lanes), _divisor(inner, chip.mxu, chip.lanes))
     several, whole = m > rows or n > columns, padded == (m, n, k)
-    head = _head(product, chip, rows, k) if order == "resident" or (whole and order == "panels") else rows
+    head = _head(product, chip, rows, columns, k) if order == "resident" or (whole and order == "panels") else rows
     tail = _tail(product, chip, k, rows, columns, unit[0], several)
     return Tiles(order, m, n, k, padded, rows, columns, inner, unit, head, tail)
 
 
-def _head(product: Product, chip: Chip, rows: int, k: int) -> int:
+def _head(product: Product, chip: Chip, rows: int, columns: int, k: int) -> int:
     """Rows with which to begin: so many that pushing weights isn't what takes the time, where waiting for more costs more than another block."""
-    push = dict(chip.timing.push)[product.dtype] * chip.rows_per_cycle(product.dtype)
-    head = round_up(math.ceil(push), row_multiple(product, chip))
+    rows_meanwhile = pushing(chip, product.dtype) * chip.rows_per_cycle(product.dtype)
+    head = round_up(math.ceil(rows_meanwhile), row_multiple(product, chip))
     if head >= rows or rows % head:
         return rows
     later = (rows - head) * k * product.itemsize / chip.hbm_bytes_per_cycle
-    return head if later > chip.timing.block else rows
+    another = product.matrices * (chip.timing.block + _widened(product, chip, k, columns))
+    return head if later > another else rows
 
 
 @functools.lru_cache(4096)
@@ -388,6 +416,8 @@ def _candidates(product: Product, chip: Chip) -> Iterator[Tiles]:
         for block, height in _block_sizes(product, chip, m, n):
             yield make_tiles(product, chip, "resident", m, n, depth, block=block, rows=height)
             yield make_tiles(product, chip, "panels", m, n, depth, block=block, rows=height)
+    if product.gated:
+        return
     for k in (k for k in _doubling(chip.lanes, depth) if k < depth):
         for n in columns:
             for m in [*rows, whole]:

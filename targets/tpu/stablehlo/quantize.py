@@ -83,7 +83,9 @@ def _chosen(codes: Value, table: np.ndarray) -> Value:
 
 
 def level(codes: Value, kind: Scheme) -> Value:
-    """float32: what codes mean before scaling."""
+    """float32: what codes mean before scaling; int8 are levels about the middle."""
+    if codes.dtype == "int8":
+        return codes.astype("float32") + kind.middle
     if kind.uniform:
         return codes.astype("float32")
     if not kind.mantissa:

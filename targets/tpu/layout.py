@@ -1,0 +1,165 @@
+"""Weights and caches as our Pallas kernels read them, so that no step of a program moves them into that form.
+
+What stands in another form is written into the graph with ops that it has: `jisu.passes.layout.FoldWeights` then stores packed weights, and
+what nobody's kernel reads gets the former values back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from jisu.compiler import ops
+from jisu.compiler.graph import INPUT, WEIGHT, Graph, Node, placeholder
+from jisu.compiler.rows import TAIL
+from jisu.compiler.schemes import SCHEMES
+from jisu.compiler.types import TensorType, round_up, substitute
+from jisu.targets.tpu.chip import Chip
+from jisu.targets.tpu.kernels import FLOATS, attends, exact_levels, inputs_of
+
+_CODED = (ops.quantized_linear, ops.integer_linear)
+_LAID_OUT = (ops.linear, ops.gated_linear, *_CODED)
+
+
+def lay_out(graph: Graph, chip: Chip, sizes: Mapping[str, int] | None = None) -> Graph:
+    """The graph with weights and caches as kernels read them; sizes: of symbols, as far as they are known.
+
+    Weights are transposed, with columns of whole lanes: those of layers in bfloat16 and float32 (`linear`, `gated_linear`), and those of
+    `quantized_linear` and `integer_linear` whose codes have 8 bits, which become levels int8. The packing stands in the graph:
+    `FoldWeights` stores its results, `PackWeights` goes before. A weight that something else reads, too, stays as it is.
+
+    Caches of records int8 become two inputs each, `name.codes` and `name.tails`, and two outputs: see `_apart`.
+    """
+    return _apart(_packed(graph, chip), chip, sizes or {})
+
+
+def _packed(graph: Graph, chip: Chip) -> Graph:
+    shared = {o for n in graph.nodes if n.op not in _LAID_OUT for o in n.operands}
+    made: dict[tuple[Any, ...], Node] = {}
+
+    def once(key: tuple[Any, ...], make: Callable[[], Node]) -> Node:
+        if key not in made:
+            made[key] = make()
+        return made[key]
+
+    def packs(w: Node | None) -> bool:
+        return w is not None and w.op is WEIGHT and w.dtype in FLOATS and w not in shared
+
+    def packed(x: Node, w: Node, b: Node | None, r: Node | None, activation: str, where: str) -> Node:
+        panel = round_up(int(w.shape[0]), chip.lanes)  # type: ignore[call-overload]
+        wide = once((ops.pack, w), lambda: ops.pack(w, panel=panel, pair=1))
+        return ops.packed_linear.make((x, wide, b, r), {"outputs": w.shape[0], "activation": activation}, where)
+
+    def levelled(old: Node, new: Node) -> Node:
+        """A layer of codes on levels."""
+        x, codes, scales, zeros, b, r = new.operands
+        assert x is not None and codes is not None and scales is not None
+        exact = exact_levels(new, zeros is not None) and SCHEMES[new.scheme].bits == 8
+        if not exact or codes.dtype == "int8" or old.operands[1] in shared:
+            return new
+        n, k = int(new.outputs), inputs_of(new)
+        panel = round_up(n, chip.lanes)
+
+        def levels_of(half: int | None) -> Node:
+            single = _out_of_panels(codes, half, n, k)
+            wide = ops.pack_codes(single, scheme=new.scheme, k=k, panel=panel, word=1)
+            return ops.cast(ops.sub(ops.cast(wide, dtype="int32"), 128), dtype="int8")
+
+        def scales_of(half: int | None) -> Node:
+            whole = ops.reshape(scales, shape=(*scales.shape, 1))
+            return ops.pack_scales(_out_of_panels(whole, half, n, 1), scheme=new.scheme, panel=panel)
+
+        def both(made: Callable[[int | None], Node]) -> Node:
+            if not new.gated:
+                return made(None)
+            halves = [made(i) for i in (0, 1)]
+            return ops.concat(*(ops.reshape(h, shape=(1, 1, *h.shape[1:])) for h in halves), axis=1)
+
+        ahead = once((codes,), lambda: both(levels_of))
+        steps = once((scales,), lambda: both(scales_of))
+        return new.op.make((x, ahead, steps, None, b, r), new.attributes, new.source)
+
+    def transform(old: Node, new: Node) -> Node:
+        if new.op is ops.linear and packs(old.operands[1]):
+            x, w, b, r = new.operands
+            assert x is not None and w is not None
+            return packed(x, w, b, r, new.activation, new.source)
+        if new.op is ops.gated_linear and all(packs(w) for w in old.operands[1:]):
+            x, g, u = new.parents
+            panel = round_up(int(g.shape[0]), chip.lanes)  # type: ignore[call-overload]
+            wide = once((ops.pack_gated, g, u), lambda: ops.pack_gated(g, u, panel=panel, pair=1))
+            attributes = {"outputs": g.shape[0], "activation": new.activation}
+            return ops.packed_gated_linear.make((x, wide), attributes, new.source)
+        return levelled(old, new) if new.op in _CODED else new
+
+    return graph.map(transform)
+
+
+def _out_of_panels(packed: Node, half: int | None, n: int, k: int) -> Node:
+    """[n, k] of [panels, words, panel, word], or of one of two such that lie panel by panel side by side."""
+    if half is not None:
+        starts, stops = (
+            [half + i if axis == 1 else i * size for axis, size in enumerate(packed.shape)] for i in (0, 1)
+        )
+        packed = ops.slice_(packed, starts=tuple(starts), stops=tuple(stops), steps=(1,) * packed.rank)
+    panels, words, panel, word = (int(size) for axis, size in enumerate(packed.shape) if half is None or axis != 1)
+    whole = ops.transpose(ops.reshape(packed, shape=(panels, words, panel, word)), perm=(0, 2, 1, 3))
+    rows = ops.reshape(whole, shape=(panels * panel, words * word))
+    return ops.slice_(rows, starts=(0, 0), stops=(n, k), steps=(1, 1))
+
+
+def _apart(graph: Graph, chip: Chip, sizes: Mapping[str, int]) -> Graph:
+    """Caches of records [b, g, rows, d + 4] as their codes [b, g, rows, d] and tails [b, 1, rows, g * 4].
+
+    Tensors lie in whole lanes: d + 4 bytes of 128 channels would take 256, as many as numbers in bfloat16 do, and tails of single rows 128.
+    Caches that no kernel reads stay, such as those whose rows aren't whole tiles of bytes. What isn't our kernel reads records that are put
+    together first.
+    """
+    native = chip.sublane_tile("uint8")
+    caches: set[Node] = set()
+    for node in graph.nodes:
+        if node.op is ops.attention_cached and node.scheme == "int8" and attends(node):
+            caches |= {found for o in node.operands[1:3] if o is not None and (found := _appended(o)).op is INPUT}
+    fits = {c for c in caches if not isinstance(n := substitute(c.shape[2], sizes), int) or n % native == 0}
+    parts: dict[Node, tuple[Node, Node]] = {}
+    done: dict[Node, Node] = {}
+    for node in graph.nodes:
+        found = node.with_operands(done[o] if o is not None else None for o in node.operands)
+        if node in fits:
+            b, g, slots, size = node.shape
+            shapes = {"codes": (b, g, slots, size - TAIL), "tails": (b, 1, slots, g * TAIL)}
+            first, last = (placeholder(f"{node.name}.{n}", TensorType(s, "uint8")) for n, s in shapes.items())
+            parts[node] = first, last
+        elif node.op is ops.cache_append and node.operands[0] in parts:
+            _, new, *where = found.operands
+            assert new is not None
+            batch, chunk, groups, size = new.shape
+            tails = ops.reshape(_columns(new, size - TAIL, size), shape=(batch, chunk, 1, groups * TAIL))
+            written = zip(parts[node.operands[0]], (_columns(new, 0, size - TAIL), tails), strict=True)
+            first, last = (ops.cache_append.make((c, n, *where), node.attributes, node.source) for c, n in written)
+            parts[node] = first, last
+        done[node] = _whole(*parts[node]) if node in parts else found
+
+    def each(nodes: tuple[Node, ...]) -> tuple[Node, ...]:
+        return tuple(n for node in nodes for n in parts.get(node, (done[node],)))
+
+    return graph.replace(inputs=each(graph.inputs), outputs=each(graph.outputs))
+
+
+def _appended(cache: Node) -> Node:
+    """What a cache was before rows were appended to it."""
+    while cache.op is ops.cache_append:
+        cache = cache.parents[0]
+    return cache
+
+
+def _columns(x: Node, start: int, stop: int) -> Node:
+    """x[..., start:stop] of rank 4."""
+    return ops.slice_(x, starts=(0, 0, 0, start), stops=(*x.shape[:3], stop), steps=(1, 1, 1, 1))
+
+
+def _whole(codes: Node, tails: Node) -> Node:
+    """Records of codes [b, g, rows, d] and tails [b, 1, rows, g * 4]."""
+    b, g, slots, _ = codes.shape
+    single = ops.transpose(ops.reshape(tails, shape=(b, slots, g, TAIL)), perm=(0, 2, 1, 3))
+    return ops.concat(codes, single, axis=3)
