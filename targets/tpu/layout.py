@@ -120,7 +120,10 @@ def _apart(graph: Graph, chip: Chip, sizes: Mapping[str, int]) -> Graph:
     for node in graph.nodes:
         if node.op is ops.attention_cached and node.scheme == "int8" and attends(node):
             caches |= {found for o in node.operands[1:3] if o is not None and (found := _appended(o)).op is INPUT}
-    fits = {c for c in caches if not isinstance(n := substitute(c.shape[2], sizes), int) or n % native == 0}
+    known = {
+        c for c in caches if isinstance(c.shape[2], int) or {str(n) for n in c.shape[2].free_symbols} <= set(sizes)
+    }
+    fits = {c for c in caches if c not in known or int(substitute(c.shape[2], sizes)) % native == 0}  # type: ignore[call-overload]
     parts: dict[Node, tuple[Node, Node]] = {}
     done: dict[Node, Node] = {}
     for node in graph.nodes:
