@@ -61,6 +61,22 @@ def _wide(x: Any) -> Any:
     return x.astype(np.float32) if x is not None and x.dtype.itemsize == 2 else x
 
 
+def layer_result(
+    result: TensorType, b: TensorType | None, r: TensorType | None, gated: bool, activation: str
+) -> TensorType:
+    """The type `result` [*b, outputs] of a layer; raises TypeRuleError for an unknown activation, for a bias that isn't [outputs] of its dtype, for a
+    residual that isn't such a result, and for either of a gated layer."""
+    require(activation in ACTIVATIONS, f"unknown activation {activation!r}; known: {', '.join(ACTIVATIONS)}")
+    want = TensorType(result.shape[-1:], result.dtype)
+    require(b is None or b == want, f"the bias must be {want}, got {b}")
+    require(
+        r is None or (r.dtype == result.dtype and same_shape(r.shape, result.shape)),
+        f"the residual must be {result}, got {r}",
+    )
+    require(not gated or (b is None and r is None), "a gated layer has neither bias nor residual")
+    return result
+
+
 def _linear(
     x: np.ndarray, w: np.ndarray, b: np.ndarray | None, r: np.ndarray | None, *, activation: str, dtype: Any = None
 ) -> np.ndarray:
@@ -89,15 +105,8 @@ def linear(
     """activation(x @ w.T + b) + r: the layer that every target has a fast kernel for. `w` is [outputs, inputs]."""
     require(x.rank >= 1 and w.rank == 2 and is_float(x.dtype), f"needs floats and a matrix of weights, got {x} and {w}")
     require(same_dim(x.shape[-1], w.shape[1]), f"inner axes differ: {x} and {w}")
-    require(activation in ACTIVATIONS, f"unknown activation {activation!r}; known: {', '.join(ACTIVATIONS)}")
-    result = x.with_shape(*x.shape[:-1], w.shape[0])
     require(w.dtype == x.dtype, f"dtypes differ: {x} and {w}")
-    require(b is None or b == TensorType((w.shape[0],), x.dtype), f"the bias must be {x.dtype}[{w.shape[0]}], got {b}")
-    require(
-        r is None or (r.dtype == x.dtype and same_shape(r.shape, result.shape)),
-        f"the residual must be {result}, got {r}",
-    )
-    return result
+    return layer_result(x.with_shape(*x.shape[:-1], w.shape[0]), b, r, False, activation)
 
 
 def _gated(x: np.ndarray, gate: np.ndarray, up: np.ndarray, *, activation: str, dtype: Any = None) -> np.ndarray:
@@ -282,14 +291,7 @@ def packed_linear(
     activation: str = "none",
 ) -> TensorType:
     """`linear` with a weight [outputs, k] that `pack` made."""
-    result = _packed_rule(x, w, outputs, gated=False)
-    require(b is None or b == TensorType((outputs,), x.dtype), f"the bias must be {x.dtype}[{outputs}], got {b}")
-    require(
-        r is None or (r.dtype == x.dtype and same_shape(r.shape, result.shape)),
-        f"the residual must be {result}, got {r}",
-    )
-    require(activation in ACTIVATIONS, f"unknown activation {activation!r}; known: {', '.join(ACTIVATIONS)}")
-    return result
+    return layer_result(_packed_rule(x, w, outputs, gated=False), b, r, False, activation)
 
 
 @defop(

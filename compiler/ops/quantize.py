@@ -9,7 +9,7 @@ import numpy as np
 
 from jisu.compiler import levels, masks, rows, schemes
 from jisu.compiler.graph import defop
-from jisu.compiler.ops.contract import ACTIVATIONS, _gated, _linear
+from jisu.compiler.ops.contract import _gated, _linear, layer_result
 from jisu.compiler.parallel import in_parts
 from jisu.compiler.schemes import decode_scales, scheme
 from jisu.compiler.types import TensorType, TupleType, is_float, numpy_dtype, require, same_shape
@@ -647,12 +647,4 @@ def _check_quantized(
     require(
         zeros is None or zeros == TensorType(groups, "uint8"), f"the zeros must be uint8{list(groups)}, got {zeros}"
     )
-    require(activation in ACTIVATIONS, f"unknown activation {activation!r}; known: {', '.join(ACTIVATIONS)}")
-    require(
-        b is None or b == TensorType((outputs,), result.dtype), f"the bias must be {result.dtype}[{outputs}], got {b}"
-    )
-    require(
-        r is None or (r.dtype == result.dtype and same_shape(r.shape, result.shape)),
-        f"the residual must be {result}, got {r}",
-    )
-    require(not gated or (b is None and r is None), "a gated layer has neither bias nor residual")
+    layer_result(result, b, r, gated, activation)

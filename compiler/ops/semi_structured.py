@@ -20,10 +20,10 @@ from typing import Any
 import numpy as np
 
 from jisu.compiler.graph import defop
-from jisu.compiler.ops.contract import ACTIVATIONS, _gated, _linear
+from jisu.compiler.ops.contract import _gated, _linear, layer_result
 from jisu.compiler.schemes import pack_bits, unpack_bits
 from jisu.compiler.schemes import scheme as find_scheme
-from jisu.compiler.types import TensorType, is_float, require, same_shape
+from jisu.compiler.types import TensorType, is_float, require
 
 Samples = Iterator[tuple[tuple[str | None, ...], dict[str, Any]]]
 
@@ -180,12 +180,4 @@ def semi_structured_linear(
         or (scales is not None and find_scheme(scheme).uniform and zeros == TensorType(scales.shape, "uint8")),
         f"the zeros must be uint8, one per scale of integers, got {zeros}",
     )
-    require(activation in ACTIVATIONS, f"unknown activation {activation!r}; known: {', '.join(ACTIVATIONS)}")
-    result = x.with_shape(*x.shape[:-1], outputs)
-    require(b is None or b == TensorType((outputs,), x.dtype), f"the bias must be {x.dtype}[{outputs}], got {b}")
-    require(
-        r is None or (r.dtype == x.dtype and same_shape(r.shape, result.shape)),
-        f"the residual must be {result}, got {r}",
-    )
-    require(not gated or (b is None and r is None), "a gated layer has neither bias nor residual")
-    return result
+    return layer_result(x.with_shape(*x.shape[:-1], outputs), b, r, gated, activation)

@@ -16,10 +16,10 @@ import numpy as np
 
 from jisu.compiler import masks
 from jisu.compiler.graph import defop
-from jisu.compiler.ops.contract import ACTIVATIONS, _gated, _linear
+from jisu.compiler.ops.contract import _gated, _linear, layer_result
 from jisu.compiler.ops.quantize import _spread, _values
 from jisu.compiler.schemes import scheme as find_scheme
-from jisu.compiler.types import TensorType, is_float, numpy_dtype, require, same_shape
+from jisu.compiler.types import TensorType, is_float, numpy_dtype, require
 
 Samples = Iterator[tuple[tuple[str | None, ...], dict[str, Any]]]
 
@@ -292,15 +292,7 @@ def sparse_linear(
     require(isinstance(k, int) and is_float(x.dtype), f"needs floats with a last axis of fixed size, got {x}")
     _check_sparse(values, mask, starts, scales, zeros, outputs, k, pair, scheme, group, (2,) if gated else ())  # type: ignore[arg-type]
     require(scheme != "none" or values.dtype == x.dtype, f"dtypes differ: {x} and {values}")
-    require(activation in ACTIVATIONS, f"unknown activation {activation!r}; known: {', '.join(ACTIVATIONS)}")
-    result = x.with_shape(*x.shape[:-1], outputs)
-    require(b is None or b == TensorType((outputs,), x.dtype), f"the bias must be {x.dtype}[{outputs}], got {b}")
-    require(
-        r is None or (r.dtype == x.dtype and same_shape(r.shape, result.shape)),
-        f"the residual must be {result}, got {r}",
-    )
-    require(not gated or (b is None and r is None), "a gated layer has neither bias nor residual")
-    return result
+    return layer_result(x.with_shape(*x.shape[:-1], outputs), b, r, gated, activation)
 
 
 def _check_sparse(

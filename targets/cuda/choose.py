@@ -82,8 +82,6 @@ def _layer(layer: Layer, rows: Dim, operands: tuple[int, ...], target: Target, t
 
 def _normed(layer: Layer, then: norm.Norm, target: Target) -> DeviceKernel | None:
     """The kernel for one row that norms it, too; None where there is none."""
-    if isinstance(layer, Levels):
-        return levels.few(layer, thin.ROWS[0], target, then)
     return None if layer.halves or layer.dtype == "float32" else thin.thin(layer, thin.ROWS[0], target, then)
 
 

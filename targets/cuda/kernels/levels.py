@@ -18,9 +18,8 @@ from jisu.targets.cpu.isa import FLOATS, Val
 from jisu.targets.cuda import STEP, levels
 from jisu.targets.cuda.device import GROUP, PAIRS, WARP, Device, DeviceKernel
 from jisu.targets.cuda.kernels import hopper, thin
-from jisu.targets.cuda.kernels.layers import Layer, Part, Rows, part_of
-from jisu.targets.cuda.kernels.norm import Norm
-from jisu.targets.cuda.kernels.products import Tile, Tiled
+from jisu.targets.cuda.kernels.layers import Layer, Part, Rows
+from jisu.targets.cuda.kernels.products import Tile, Tiled, in_tiles
 from jisu.targets.cuda.kernels.rounding import WARPS
 from jisu.targets.target import Target
 
@@ -155,10 +154,10 @@ class Scaling:
 # --- Few rows --------------------------------------------------------------------------------------------------------------
 
 
-def few(layer: Levels, rows: int, target: Target, then: Norm | None = None) -> DeviceKernel:
+def few(layer: Levels, rows: int, target: Target) -> DeviceKernel:
     """As `thin.thin`. Raises TargetError for a layer that it can't read."""
     require_levels(layer, target)
-    return thin.of_rows(layer, rows, target, _Few, then)
+    return thin.of_rows(layer, rows, target, _Few)
 
 
 class _Few(thin.Thin):
@@ -231,12 +230,7 @@ class _Few(thin.Thin):
 def many(layer: Levels, tile: Tile, target: Target) -> DeviceKernel:
     """As `products.product`. Raises TargetError for a layer that it can't read."""
     require_levels(layer, target)
-    f = Device(f"product{tile.rows}_{layer.name}", layer.parameters, target, tile.threads)
-    given = {name: value for (_, name), value in zip(layer.parameters, f.params(), strict=True)}
-    own = Rows(f, f.block() * tile.rows, given["m"])
-    part = part_of(f, layer, f.block("y"), tile.outputs)
-    _Many(f, layer, tile, f.memory(given["x"]), part, own, f.memory(given["r"]) if layer.residual else None).run()
-    return f.built()
+    return in_tiles(layer, tile, target, lambda *given: _Many(*given).run())
 
 
 class _Many(Tiled):

@@ -160,13 +160,18 @@ class Tiled:
 def product(layer: Layer, tile: Tile, target: Target) -> DeviceKernel:
     """The layer on tensor cores. Parameters: `Layer.parameters`. Raises TargetError for a layer that it can't read."""
     require_product(layer)
-    name = "product" if tile is LARGE else "product_small"
-    f = Device(f"{name}_{layer.name}", layer.parameters, target, tile.threads)
+    return in_tiles(layer, tile, target, multiply_product)
+
+
+def in_tiles(layer: Layer, tile: Tile, target: Target, work: Callable[..., None]) -> DeviceKernel:
+    """A kernel of `Layer.parameters` whose blocks have a tile each: grid (tiles of rows, `Layer.tiles(tile.outputs)`). work(f, layer, tile, x, part,
+    own rows, residual or None): what a thread of it does."""
+    f = Device(f"product{tile.rows}_{layer.name}", layer.parameters, target, tile.threads)
     given = {name: value for (_, name), value in zip(layer.parameters, f.params(), strict=True)}
     residual = f.memory(given["r"]) if layer.residual else None
     own = Rows(f, f.block() * tile.rows, given["m"])
     part = part_of(f, layer, f.block("y"), tile.outputs)
-    multiply_product(f, layer, tile, f.memory(given["x"]), part, own, residual)
+    work(f, layer, tile, f.memory(given["x"]), part, own, residual)
     return f.built()
 
 

@@ -12,7 +12,7 @@ from jisu.compiler.ops.semi_structured import INPUTS, ROWS
 from jisu.targets.cpu.isa import Val
 from jisu.targets.cuda.device import WARP, Device, DeviceKernel
 from jisu.targets.cuda.kernels.layers import Layer, Part, Rows, decoded, finished, part_of, row_address, scales_of
-from jisu.targets.cuda.kernels.products import Tile
+from jisu.targets.cuda.kernels.products import Tile, in_tiles
 from jisu.targets.cuda.kernels.thin import OUTPUTS, WARPS, Thin
 from jisu.targets.target import Target
 
@@ -161,13 +161,13 @@ def product_halves(layer: Layer, tile: Tile, target: Target) -> DeviceKernel:
     Raises TargetError for a layer that it can't read.
     """
     require(layer)
-    f = Device(f"product{tile.rows}_{layer.name}", layer.parameters, target, tile.threads)
-    given = {name: value for (_, name), value in zip(layer.parameters, f.params(), strict=True)}
-    residual = f.memory(given["r"]) if layer.residual else None
-    own = Rows(f, f.block() * tile.rows, given["m"])
-    p = _Product(f, layer, tile, f.memory(given["x"]), part_of(f, layer, f.block("y"), tile.outputs), own)
+    return in_tiles(layer, tile, target, _multiply)
+
+
+def _multiply(f: Device, layer: Layer, tile: Tile, x: Val, part: Part, own: Rows, residual: Val | None) -> None:
+    """What a thread does."""
+    p = _Product(f, layer, tile, x, part, own)
     p.leave(p.sums(), residual)
-    return f.built()
 
 
 class _Product:

@@ -6,7 +6,7 @@ from jisu.compiler.errors import TargetError
 from jisu.targets.cpu.isa import Val
 from jisu.targets.cuda.device import WARP, Device, DeviceKernel
 from jisu.targets.cuda.kernels.layers import Layer, Part, Rows, finished, part_of, row_address
-from jisu.targets.cuda.kernels.products import Tile
+from jisu.targets.cuda.kernels.products import Tile, in_tiles
 from jisu.targets.target import Target
 
 OUTPUTS = 8
@@ -169,13 +169,13 @@ def product_single(layer: Layer, tile: Tile, target: Target) -> DeviceKernel:
     Raises TargetError for a layer that it can't read.
     """
     require(layer)
-    f = Device(f"product{tile.rows}_{layer.name}", layer.parameters, target, tile.threads)
-    given = {name: value for (_, name), value in zip(layer.parameters, f.params(), strict=True)}
-    residual = f.memory(given["r"]) if layer.residual else None
-    own = Rows(f, f.block() * tile.rows, given["m"])
-    p = _Product(f, layer, tile, f.memory(given["x"]), part_of(f, layer, f.block("y"), tile.outputs), own)
+    return in_tiles(layer, tile, target, _multiply)
+
+
+def _multiply(f: Device, layer: Layer, tile: Tile, x: Val, part: Part, own: Rows, residual: Val | None) -> None:
+    """What a thread does."""
+    p = _Product(f, layer, tile, x, part, own)
     p.leave(p.sums(), residual)
-    return f.built()
 
 
 class _Product:

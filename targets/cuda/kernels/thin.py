@@ -55,7 +55,9 @@ def thin(layer: Layer, rows: int, target: Target, then: Norm | None = None) -> D
     return of_rows(layer, rows, target, Thin, then)
 
 
-def of_rows(layer: Layer, rows: int, target: Target, kind: Callable[..., Thin], then: Norm | None) -> DeviceKernel:
+def of_rows(
+    layer: Layer, rows: int, target: Target, kind: Callable[..., Thin], then: Norm | None = None
+) -> DeviceKernel:
     """A kernel as `thin`, whose threads do what `kind` says."""
     weights = [name for _, name in layer.parameters if name[0] in "wv"]
     behind = [] if then is None else [("ptr", f"norm_{name}") for name in (*then.pointers[1:], "counter")]
