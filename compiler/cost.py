@@ -32,7 +32,7 @@ class Machine(Protocol):
 VIEWS = frozenset({ops.reshape, ops.get})
 """Ops that only look at their operand in another way."""
 
-INTEGER = frozenset({ops.integer_linear, ops.integer_projections})
+INTEGER = frozenset({ops.levels_linear, ops.levels_projections})
 """Ops whose products are those of 8 bits: of integers, or of fp8."""
 
 PARTIAL = frozenset({ops.take, ops.gather, *ops.LOOKUPS})

@@ -89,7 +89,7 @@ class PackWeights:
                 packed[key] = ops.encode_levels.make(x.operands, {"scheme": x.scheme, **how}, x.source)
             operands = (packed[key], *coded(weights, WORD), b, r)
             attributes |= {**how, "k": first.k, "dtype": new.dtype, "records": x.scheme}
-            return ops.integer_linear.make(operands, attributes, source)
+            return ops.levels_linear.make(operands, attributes, source)
 
         def transform(old: Node, new: Node) -> Node:
             found = sparse.rewritten(new)
@@ -512,7 +512,7 @@ class MergeProjections:
     def __call__(self, graph: Graph) -> Graph:
         groups: dict[tuple[Any, ...], list[Node]] = {}
         for node in graph.nodes:
-            if node.op not in (ops.packed_linear, ops.integer_linear) or node.attributes.get("gated", False):
+            if node.op not in (ops.packed_linear, ops.levels_linear) or node.attributes.get("gated", False):
                 continue
             bias, residual = node.operands[-2:]
             if node.activation == "none" and residual is None and (bias is None or is_stored(bias)):
@@ -529,8 +529,8 @@ class MergeProjections:
                 stored = [o for kind in kinds for o in kind if o is not None]
                 attributes = {"outputs": tuple(n.outputs for n in group), "biased": old.operands[-2] is not None}
                 op = ops.packed_projections
-                if old.op is ops.integer_linear:
-                    op = ops.integer_projections
+                if old.op is ops.levels_linear:
+                    op = ops.levels_projections
                     attributes |= {a: old.attributes[a] for a in ("k", "scheme", "group", "own", "dtype", "records")}
                     attributes["offset"] = old.operands[3] is not None
                 merged[id(group)] = op.make((new.operands[0], *stored), attributes, new.source)

@@ -92,7 +92,7 @@ def test_integers_are_the_vector_units(
     """Bit by bit, of any number of rows."""
     options: dict[str, Any] = {"scheme": scheme, "group": group, "own": own, "zeros": zeros, "gated": gated}
     weights, records = operands(n, k, group, scheme, own, zeros, gated)
-    made = {t: integer.integer_linear(n, k, "float32", t, **options) for t in (HERE, TILED)}
+    made = {t: integer.levels_linear(n, k, "float32", t, **options) for t in (HERE, TILED)}
     assert "emulated_tdpbsud" in text(made[TILED]) and "emulated" not in text(made[HERE])
     plain_run, tiled_run = (compiled(f, t) for t, f in made.items())
     for rows in ROWS:
@@ -123,7 +123,7 @@ def test_bfloat16_is_summed_in_one_order_whatever_the_rows(n: int, k: int) -> No
 @pytest.mark.parametrize("k", [33, 40])
 def test_inputs_that_fill_no_tiles_are_left_to_vectors(k: int) -> None:
     assert "tdpbf16ps" not in text(matmul.linear(32, k, "bfloat16", TILED))
-    assert "tdpbsud" not in text(integer.integer_linear(32, k, "float32", TILED, scheme="int8", group=0))
+    assert "tdpbsud" not in text(integer.levels_linear(32, k, "float32", TILED, scheme="int8", group=0))
 
 
 def test_the_described_machine_gets_the_instructions() -> None:
@@ -133,7 +133,7 @@ def test_the_described_machine_gets_the_instructions() -> None:
     layer: dict[str, Any] = {"scheme": "int4", "group": 64, "zeros": True}
     for target, there in ((machine, True), (attrs.evolve(machine, features=machine.features - {"amx-tile"}), False)):
         functions = {
-            "integers": integer.integer_linear(96, 256, "float32", target, **layer),
+            "integers": integer.levels_linear(96, 256, "float32", target, **layer),
             "floats": matmul.linear(96, 256, "bfloat16", target),
         }
         for name, words in (("integers", {"tdpbsud", "vpdpbusd"}), ("floats", {"tdpbf16ps"})):

@@ -66,7 +66,7 @@ def case(layer: Levels, m: int, seed: int = 0) -> tuple[list[np.ndarray], np.nda
         bias,
         residual,
     ]
-    node = ops.integer_linear.make(
+    node = ops.levels_linear.make(
         [None if v is None else placeholder(f"o{i}", TensorType(v.shape, v.dtype.name)) for i, v in enumerate(shaped)],
         {
             "outputs": n, "k": k, "scheme": layer.scheme, "group": layer.group, "own": layer.own, "gated": layer.gated,
@@ -256,7 +256,7 @@ def test_layers_of_rounded_inputs(
     laid_out = {name: Pipeline(layout).run(graph)[0] for name, graph in graphs.items()}
     for graph in laid_out.values():
         assert graph.count(ops.encode_levels) == 1 and not graph.count(ops.quantized_linear, ops.fake_quantize)
-        assert graph.count(ops.integer_linear) == 2 and graph.count(ops.integer_projections) == 1
+        assert graph.count(ops.levels_linear) == 2 and graph.count(ops.levels_projections) == 1
     run = run_all(laid_out, target, tmp_path)
     for name, graph in laid_out.items():
         weights = {n: s.numpy() for n, s in stored(graph).items()}

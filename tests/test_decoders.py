@@ -183,7 +183,7 @@ _INTEGERS = [{"scheme": "int4", "group": 16, "activations": "int8"}, {"layers": 
 @pytest.mark.parametrize(
     ("name", "dtype", "recipe", "op"),
     [
-        ("llama_tied", "float32", {"quantize": _INTEGERS}, "integer_projections"),
+        ("llama_tied", "float32", {"quantize": _INTEGERS}, "levels_projections"),
         ("gpt2", "float32", None, "packed_linear"),
         ("gemma2", "bfloat16", None, "packed_gated_linear"),
         ("mixtral", "float32", None, "packed_experts"),

@@ -105,7 +105,7 @@ def graphs(
             )
             graph = verify(Graph((x,), outputs, held))
             laid_out, _ = Pipeline(layout_passes(panel, pair)).run(graph)
-            assert laid_out.count(ops.integer_linear) == 5 and laid_out.count(ops.integer_projections) == 1
+            assert laid_out.count(ops.levels_linear) == 5 and laid_out.count(ops.levels_projections) == 1
             assert laid_out.count(ops.encode_levels) == 1
             assert not laid_out.count(ops.fake_quantize, ops.quantized_linear)
             made[f"{name}_{'even' if symmetric else 'odd'}"] = laid_out
@@ -176,7 +176,7 @@ def test_kernels_round_rows_of_any_size(tmp_path: Path) -> None:
     w = coded("w", SCHEMES["int4"], (40, k), 24, True, "float32", held)
     outputs = [ops.linear(ops.fake_quantize(x, scheme="int8", group=group), w) for group in (0, 24)]
     graph, _ = Pipeline(layout_passes(panel, pair)).run(verify(Graph((x,), tuple(outputs), held)))
-    assert graph.count(ops.encode_levels) == graph.count(ops.integer_linear) == 2
+    assert graph.count(ops.encode_levels) == graph.count(ops.levels_linear) == 2
     sizes = np.array([0, 1e-44, 1e-38, 1e-30, 1e-19, 1, 1e19, 1e30, 1e36], np.float32)
     rows = np.random.default_rng(0).uniform(-1, 1, (len(sizes) + 2, k)).astype(np.float32)
     rows[: len(sizes)] *= sizes[:, None]

@@ -35,7 +35,7 @@ LATER = frozenset(
     (ops.pack, ops.pack_gated, ops.pack_codes, ops.pack_scales, ops.packed_linear, ops.packed_gated_linear, ops.packed_projections,
      ops.packed_take, ops.packed_experts, ops.quantized_linear, ops.cache_append, ops.attention_cached, ops.pack_mask,
      ops.pack_starts, ops.pack_values, ops.fill_codes, ops.sparse_linear, ops.sparse_take, ops.encode_rows, ops.decode_rows,
-     ops.encode_levels, ops.integer_linear, ops.integer_projections, ops.pack_zeros, ops.quantized_take, ops.pack_places,
+     ops.encode_levels, ops.levels_linear, ops.levels_projections, ops.pack_zeros, ops.quantized_take, ops.pack_places,
      ops.semi_structured_linear)
 )  # fmt: skip
 """What layout and the cache make: never trained."""

@@ -177,16 +177,16 @@ def test_integer_layers(kind: str, dtype: str) -> None:
     records = ops.encode_levels(x, scheme="int8", group=0, own=False)
     how = {"k": k, "scheme": scheme, "group": 0, "own": False, "dtype": dtype}
     if kind == "projections":
-        many = ops.integer_projections(records, *packed, *steps, outputs=(n, n), offset=False, biased=False, **how)
+        many = ops.levels_projections(records, *packed, *steps, outputs=(n, n), offset=False, biased=False, **how)
         outs = [ops.get(many, index=i) for i in range(2)]
     elif kind == "gated":
         side = [
             ops.concat(*(ops.reshape(v, shape=(v.shape[0], 1, *v.shape[1:])) for v in vs), axis=1)
             for vs in (packed, steps)
         ]
-        outs = [ops.integer_linear(records, *side, outputs=n, gated=True, activation="silu", **how)]
+        outs = [ops.levels_linear(records, *side, outputs=n, gated=True, activation="silu", **how)]
     else:
-        outs = [ops.integer_linear(records, packed[0], steps[0], None, b, outputs=n, activation="relu", **how)]
+        outs = [ops.levels_linear(records, packed[0], steps[0], None, b, outputs=n, activation="relu", **how)]
     graph = Graph((x, b, *codes, *scales), outs)
     arrays = [
         rng.standard_normal((rows, k)).astype(bfloat16 if dtype == "bfloat16" else dtype),
@@ -221,7 +221,7 @@ def test_levels_are_laid_out_once(gated: bool, integers: bool, stored: bool) -> 
     how: dict[str, Any] = {"outputs": n, "scheme": "int8", "group": 0, "gated": gated, "activation": "silu"}
     if integers:
         records = ops.encode_levels(x, scheme="int8", group=0, own=False)
-        out = ops.integer_linear(records, codes, scales, k=k, own=False, dtype="bfloat16", **how)
+        out = ops.levels_linear(records, codes, scales, k=k, own=False, dtype="bfloat16", **how)
     else:
         out = ops.quantized_linear(x, codes, scales, **how)
     graph = Graph((x,), (out,), held)

@@ -44,7 +44,7 @@ def test_decoders(family: str, recipe: str | None) -> None:
     on_cpu = jisu.compile(model, recipe=recipe).generate(PROMPT, max_new_tokens=12)
     assert program.generate(PROMPT, max_new_tokens=12).sequences == on_cpu.sequences
     used = {k["op"] for k in program.explain()["kernels"]}
-    assert {None: "linear", "int8": "integer_linear", "w8a16": "quantized_linear"}[recipe] in used
+    assert {None: "linear", "int8": "levels_linear", "w8a16": "quantized_linear"}[recipe] in used
 
 
 def test_an_encoder_for_another_chip() -> None:

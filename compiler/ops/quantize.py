@@ -428,7 +428,7 @@ def _quantized_linear(
     return _quantized(x, codes, scales, zeros, b, r, k, outputs, scheme, group, gated, activation, x.dtype)
 
 
-def _integer_linear(
+def _levels_linear(
     x: np.ndarray, codes: np.ndarray, scales: np.ndarray, zeros: np.ndarray | None, b: np.ndarray | None, r: np.ndarray | None, *,
     outputs: int, k: int, scheme: str, group: int, own: bool, gated: bool, activation: str, dtype: str, records: str = "int8",
 ) -> np.ndarray:  # fmt: skip
@@ -501,12 +501,12 @@ def quantized_linear(
 
 
 @defop(
-    meaning=_integer_linear,
+    meaning=_levels_linear,
     axes=_quantized_axes,
     flops=lambda result, *_, gated, k, **__: (4 if gated else 2) * result.size * k,
     samples=_integer_samples,
 )
-def integer_linear(
+def levels_linear(
     x: TensorType, codes: TensorType, scales: TensorType, zeros: TensorType | None = None, b: TensorType | None = None,
     r: TensorType | None = None, *, outputs: int, k: int, scheme: str, group: int, own: bool, gated: bool = False,
     activation: str = "none", dtype: str, records: str = "int8",
@@ -555,7 +555,7 @@ def quantized_take(
     codes: TensorType, indices: TensorType, scales: TensorType, zeros: TensorType | None = None, *, rows: int, width: int,
     scheme: str, group: int, dtype: str,
 ) -> TensorType:  # fmt: skip
-    """Rows of a matrix [rows, width] of codes packed for `quantized_linear` or `integer_linear`: an embedding tied to such a head."""
+    """Rows of a matrix [rows, width] of codes packed for `quantized_linear` or `levels_linear`: an embedding tied to such a head."""
     require(indices.dtype in ("int64", "int32"), f"indices must be integers, got {indices}")
     require(is_float(dtype), f"rows are floats, not {dtype}")
     result = TensorType((1, rows), dtype)
@@ -573,17 +573,17 @@ def layer_parts(operands: Sequence[Any], count: int, offset: bool, biased: bool)
     ]
 
 
-def _integer_projections(
+def _levels_projections(
     x: np.ndarray, *operands: np.ndarray, outputs: tuple[int, ...], offset: bool, biased: bool, **how: Any
 ) -> tuple[np.ndarray, ...]:
     parts = layer_parts(operands, len(outputs), offset, biased)
     return tuple(
-        _integer_linear(x, c, s, z, b, None, outputs=n, gated=False, activation="none", **how)
+        _levels_linear(x, c, s, z, b, None, outputs=n, gated=False, activation="none", **how)
         for (c, s, z, b), n in zip(parts, outputs, strict=True)
     )
 
 
-def _integer_projections_axes(
+def _levels_projections_axes(
     x: TensorType, *operands: TensorType, outputs: tuple[int, ...], offset: bool, biased: bool, **_: Any
 ) -> str:
     kinds = ["p{} q n w", "p{} g n", *(["p{} g n"] if offset else []), *(["o{}"] if biased else [])]
@@ -591,7 +591,7 @@ def _integer_projections_axes(
     return f"*b k, {', '.join(kind.format(i) for kind in kinds for i in each)} -> {', '.join(f'*b o{i}' for i in each)}"
 
 
-def _integer_projections_samples() -> Samples:
+def _levels_projections_samples() -> Samples:
     how = {"group": 8, "own": False, "scheme": "int4", "k": 14, "dtype": "float32"}
     codes, scales, zeros = "uint8[2, 2, 4, 4]", "float16[2, 2, 4]", "uint8[2, 2, 4]"
     x = "uint8[2, 192]"
@@ -602,16 +602,16 @@ def _integer_projections_samples() -> Samples:
 
 
 @defop(
-    meaning=_integer_projections,
-    axes=_integer_projections_axes,
+    meaning=_levels_projections,
+    axes=_levels_projections_axes,
     flops=lambda result, *_, k, **__: sum((2 * t.size * k for t in result.items), start=0),
-    samples=_integer_projections_samples,
+    samples=_levels_projections_samples,
 )
-def integer_projections(
+def levels_projections(
     x: TensorType, *operands: TensorType, outputs: tuple[int, ...], k: int, scheme: str, group: int, own: bool, offset: bool,
     biased: bool, dtype: str, records: str = "int8",
 ) -> TupleType:  # fmt: skip
-    """Several `integer_linear` of one x at once (queries, keys and values): their results [*b, outputs[i]], in order.
+    """Several `levels_linear` of one x at once (queries, keys and values): their results [*b, outputs[i]], in order.
 
     `operands` are the layers' codes, then their scales, if `offset` their zeros, and if `biased` their biases.
     """
@@ -620,9 +620,9 @@ def integer_projections(
     require(len(operands) == wanted, f"{count} layers have {wanted} operands beside x, not {len(operands)}")
     how = {"k": k, "scheme": scheme, "group": group, "own": own, "dtype": dtype, "records": records}
     parts = layer_parts(operands, count, offset, biased)
-    assert integer_linear.rule is not None
+    assert levels_linear.rule is not None
     found = [
-        integer_linear.rule(x, c, s, z, b, None, outputs=n, **how)
+        levels_linear.rule(x, c, s, z, b, None, outputs=n, **how)
         for (c, s, z, b), n in zip(parts, outputs, strict=True)
     ]
     return TupleType(tuple(found))  # type: ignore[arg-type]

@@ -35,7 +35,7 @@ def levels(target: Target) -> Rule:
 
 
 _FLOATS = frozenset({ops.packed_linear, ops.packed_gated_linear, ops.packed_projections})
-_CODES = frozenset({ops.quantized_linear, ops.integer_linear, ops.integer_projections})
+_CODES = frozenset({ops.quantized_linear, ops.levels_linear, ops.levels_projections})
 
 
 def variants(node: Node, target: Target) -> dict[str, tuple[int, ...]]:

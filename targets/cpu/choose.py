@@ -76,7 +76,7 @@ def _integer(node: Node, target: Target) -> Kernel | None:
     packed = _operand(node, 1)
     if not _computes(node, target) or packed.shape[-2:] != (matmul.panel_width(target), WORD):
         return None
-    function = integer.integer_linear(
+    function = integer.levels_linear(
         node.outputs, node.k, node.dtype, target, scheme=node.scheme, group=node.group, own=node.own, **_scales(node, 2),
         gated=node.gated, bias=node.operands[4] is not None, activation=node.activation,
         residual=node.operands[5] is not None,
@@ -84,12 +84,12 @@ def _integer(node: Node, target: Target) -> Kernel | None:
     return Kernel(function, _coded_arguments(node), (_rows(node),))
 
 
-def _integer_projections(node: Node, target: Target) -> Kernel | None:
+def _levels_projections(node: Node, target: Target) -> Kernel | None:
     x, packed = _operand(node, 0), _operand(node, 1)
     if node.attributes["dtype"] not in FLOATS or packed.shape[-2:] != (matmul.panel_width(target), WORD):
         return None
     count = len(node.outputs)
-    function = integer.integer_projections(
+    function = integer.levels_projections(
         node.outputs, node.k, node.attributes["dtype"], target, scheme=node.scheme, group=node.group, own=node.own,
         scales=_operand(node, 1 + count).dtype, zeros=node.offset, bias=node.biased,
     )  # fmt: skip
@@ -269,8 +269,8 @@ CHOOSERS: Mapping[Op, Callable[[Node, Target], Kernel | None]] = {
     ops.packed_gated_linear: _gated,
     ops.packed_projections: _projections,
     ops.quantized_linear: _quantized,
-    ops.integer_linear: _integer,
-    ops.integer_projections: _integer_projections,
+    ops.levels_linear: _integer,
+    ops.levels_projections: _levels_projections,
     ops.encode_levels: _levels,
     ops.sparse_linear: _sparse,
     ops.packed_experts: _experts,

@@ -488,8 +488,8 @@ CHOOSERS: Choosers = {
     ops.gated_linear: _gated,
     ops.packed_projections: _projections,
     ops.quantized_linear: _quantized,
-    ops.integer_linear: _levels,
-    ops.integer_projections: _levels_projections,
+    ops.levels_linear: _levels,
+    ops.levels_projections: _levels_projections,
     ops.encode_levels: _encode_levels,
     ops.semi_structured_linear: _semi_structured,
 }

@@ -154,7 +154,7 @@ def _coded_product(node: Node) -> Product | None:
     """Of levels of codes, and of x in floats or rounded to levels, too."""
     x, codes, _, zeros, bias, residual = node.operands
     assert x is not None and codes is not None
-    rounded = node.op is ops.integer_linear
+    rounded = node.op is ops.levels_linear
     k = node.k if rounded else x.shape[-1]
     if node.group or (rounded and node.own) or zeros is not None or node.scheme != "int8":
         return None
@@ -172,7 +172,7 @@ _PRODUCTS = {
     ops.linear: _linear_product,
     ops.gated_linear: _gated_product,
     ops.quantized_linear: _coded_product,
-    ops.integer_linear: _coded_product,
+    ops.levels_linear: _coded_product,
 }
 
 
@@ -212,7 +212,7 @@ def _floats(node: Node, target: Target) -> Kernel | None:
 
 
 def _coded(node: Node, target: Target) -> Kernel | None:
-    """`quantized_linear` with a scale per output, and `integer_linear` with one per token, too."""
+    """`quantized_linear` with a scale per output, and `levels_linear` with one per token, too."""
     x, _, scales, *_ = node.operands
     spec = product_of(node, Chip.named(target.name))
     if spec is None:
@@ -257,6 +257,6 @@ CHOOSERS: Choosers = {
     ops.linear: _floats,
     ops.gated_linear: _floats,
     ops.quantized_linear: _coded,
-    ops.integer_linear: _coded,
+    ops.levels_linear: _coded,
 }
 """Choosers by op; see `jisu.targets.lowering.lower`."""

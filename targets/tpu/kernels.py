@@ -42,7 +42,7 @@ def chooser(chip: Chip, *, smallest: int = SMALLEST, platform: str = "tpu") -> C
     """What `stablehlo.emit` asks: our kernel for a node, or None where StableHLO has to do.
 
     Kernels compute layers in bfloat16 and float32 (`linear`, `gated_linear`, and packed ones), those and rounded ones of integer codes
-    (`quantized_linear`, `integer_linear`, with one scale per output and no zeros), from `smallest` multiplications on, and attention in
+    (`quantized_linear`, `levels_linear`, with one scale per output and no zeros), from `smallest` multiplications on, and attention in
     bfloat16, with or without a cache. platform: "tpu", or "cpu" for a program whose kernels Pallas' interpreter runs. Needs JAX; raises
     TargetError without it when a kernel is chosen.
     """
@@ -120,7 +120,7 @@ def _coded(node: Node) -> _Layer | None:
     return _single("codes", node, node.outputs, 4, 2)
 
 
-def _integer_projections(node: Node) -> _Layer | None:
+def _levels_projections(node: Node) -> _Layer | None:
     if not exact_levels(node, node.offset):
         return None
     numbers = layer_parts(range(1, len(node.operands)), len(node.outputs), node.offset, node.biased)
@@ -159,8 +159,8 @@ _LAYERS: Mapping[Any, Any] = {
     ops.packed_gated_linear: _packed_gated,
     ops.packed_projections: _packed_projections,
     ops.quantized_linear: _coded,
-    ops.integer_linear: _coded,
-    ops.integer_projections: _integer_projections,
+    ops.levels_linear: _coded,
+    ops.levels_projections: _levels_projections,
 }
 
 

@@ -17,7 +17,7 @@ from jisu.compiler.types import TensorType, round_up, substitute
 from jisu.targets.tpu.chip import Chip
 from jisu.targets.tpu.kernels import FLOATS, attends, exact_levels, inputs_of
 
-_CODED = (ops.quantized_linear, ops.integer_linear)
+_CODED = (ops.quantized_linear, ops.levels_linear)
 _LAID_OUT = (ops.linear, ops.gated_linear, *_CODED)
 
 
@@ -25,7 +25,7 @@ def lay_out(graph: Graph, chip: Chip, sizes: Mapping[str, int] | None = None) ->
     """The graph with weights and caches as kernels read them; sizes: of symbols, as far as they are known.
 
     Weights are transposed, with columns of whole lanes: those of layers in bfloat16 and float32 (`linear`, `gated_linear`), and those of
-    `quantized_linear` and `integer_linear` whose codes have 8 bits, which become levels int8. The packing stands in the graph:
+    `quantized_linear` and `levels_linear` whose codes have 8 bits, which become levels int8. The packing stands in the graph:
     `FoldWeights` stores its results, `PackWeights` goes before. A weight that something else reads, too, stays as it is.
 
     Caches of records int8 become two inputs each, `name.codes` and `name.tails`, and two outputs: see `_apart`.

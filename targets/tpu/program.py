@@ -43,7 +43,7 @@ SOFTMAX = 4
 
 WEIGHTED = frozenset({
     ops.linear, ops.gated_linear, ops.packed_linear, ops.packed_gated_linear, ops.packed_projections, ops.quantized_linear,
-    ops.integer_linear, ops.integer_projections, ops.sparse_linear,
+    ops.levels_linear, ops.levels_projections, ops.sparse_linear,
 })  # fmt: skip
 """Products of rows, the first operand, with weights."""
 GENERAL = frozenset({ops.matmul, ops.experts, ops.packed_experts, ops.conv})

@@ -285,7 +285,7 @@ def _packed_projections(b: Builder, pull: Pull, node: Node, targets: Sequence[Fl
         _packed(b, pull, packed_linear(x, operands[i], bias, outputs=outputs), target)
 
 
-def _integer_projections(b: Builder, pull: Pull, node: Node, targets: Sequence[Flat]) -> None:
+def _levels_projections(b: Builder, pull: Pull, node: Node, targets: Sequence[Flat]) -> None:
     x, *operands = node.parents
     count = len(node.outputs)
     kinds = (True, True, node.offset, node.biased)
@@ -293,7 +293,7 @@ def _integer_projections(b: Builder, pull: Pull, node: Node, targets: Sequence[F
     for i, (outputs, target) in enumerate(zip(node.outputs, targets, strict=True)):
         own = iter(operands[i::count])
         codes, scales, zeros, bias = (next(own) if there else None for there in kinds)
-        one = ops.integer_linear.make((x, codes, scales, zeros, bias, None), {"outputs": outputs, **how}, node.source)
+        one = ops.levels_linear.make((x, codes, scales, zeros, bias, None), {"outputs": outputs, **how}, node.source)
         _quantized(b, pull, one, target)
 
 
@@ -487,7 +487,7 @@ class Scaled:
 def _quantized(b: Builder, pull: Pull, node: Node, target: Flat) -> None:
     x, codes, scales, zeros = node.operands[:4]
     assert x is not None and codes is not None
-    levelled = node.op is ops.integer_linear
+    levelled = node.op is ops.levels_linear
     dtype = compute_dtype(node.dtype)
     left, packed = pull.leaves[x], pull.leaves[codes]
     k = int(node.k if levelled else x.shape[-1])
@@ -544,7 +544,7 @@ def _quantized(b: Builder, pull: Pull, node: Node, target: Flat) -> None:
 
 SEVERAL: Mapping[Op, Callable[[Builder, Pull, Node, Sequence[Flat]], None]] = {
     packed_projections: _packed_projections,
-    ops.integer_projections: _integer_projections,
+    ops.levels_projections: _levels_projections,
 }
 """Bodies of ops with several results."""
 
@@ -559,5 +559,5 @@ BODIES: Mapping[Op, Callable[[Builder, Pull, Node, Flat], None]] = {
     pack_gated: _pack,
     ops.dequantize: _dequantize,
     ops.quantized_linear: _quantized,
-    ops.integer_linear: _quantized,
+    ops.levels_linear: _quantized,
 }

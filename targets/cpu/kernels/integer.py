@@ -318,24 +318,24 @@ def _reader(k: int, target: Target, scheme: str, group: int, own: bool, scales: 
     return attrs.evolve(reader, scratch_words=scratch + _TILE_WORDS) if reader.tiled else reader
 
 
-def integer_linear(
+def levels_linear(
     n: int, k: int, dtype: str, target: Target, *, scheme: str, group: int, own: bool = False, scales: str = "float16",
     zeros: bool = False, gated: bool = False, bias: bool = False, activation: str = "none", residual: bool = False,
 ) -> Any:  # fmt: skip
-    """PrimFunc of `codes.quantized_linear` for x in integers (see `ops.integer_linear`): x uint8 [M, record] instead of floats.
+    """PrimFunc of `codes.quantized_linear` for x in integers (see `ops.levels_linear`): x uint8 [M, record] instead of floats.
 
     Raises TargetError for codes that are no integers, and where a word belongs to different groups.
     """
     reader = _reader(k, target, scheme, group, own, scales, zeros)
-    return layer_func("integer_linear", n, k, dtype, target, gated=gated, bias=bias, activation=activation,
+    return layer_func("levels_linear", n, k, dtype, target, gated=gated, bias=bias, activation=activation,
                        residual=residual, reader=reader)  # fmt: skip
 
 
-def integer_projections(
+def levels_projections(
     outputs: Sequence[int], k: int, dtype: str, target: Target, *, scheme: str, group: int, own: bool = False,
     scales: str = "float16", zeros: bool = False, bias: bool = False,
 ) -> Any:  # fmt: skip
-    """PrimFunc of several `integer_linear` of one x (see `ops.integer_projections`), in one parallel region."""
+    """PrimFunc of several `levels_linear` of one x (see `ops.levels_projections`), in one parallel region."""
     reader = _reader(k, target, scheme, group, own, scales, zeros)
     return projections(outputs, k, dtype, target, bias=bias, reader=reader)
 

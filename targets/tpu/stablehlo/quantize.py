@@ -295,7 +295,7 @@ def integer_product(
     return (found * steps).sum(0).reshape(*lead, n)
 
 
-def _integer_linear(
+def _levels_linear(
     x: Value, codes: Value, scales: Value, zeros: Value | None, b: Value | None, r: Value | None, *, outputs: int, k: int, scheme: str,
     group: int, own: bool, gated: bool, activation: str, dtype: str, records: str = "int8",
 ) -> Value:  # fmt: skip
@@ -306,12 +306,12 @@ def _integer_linear(
     return _layer(product, codes, scales, zeros, b, r, outputs, gated, activation, dtype)
 
 
-def _integer_projections(
+def _levels_projections(
     body: Body, x: Value, *operands: Value, outputs: tuple[int, ...], offset: bool, biased: bool, **how: Any
 ) -> tuple[Value, ...]:
     parts = layer_parts(operands, len(outputs), offset, biased)
     return tuple(
-        _integer_linear(x, c, s, z, b, None, outputs=n, gated=False, activation="none", **how)
+        _levels_linear(x, c, s, z, b, None, outputs=n, gated=False, activation="none", **how)
         for (c, s, z, b), n in zip(parts, outputs, strict=True)
     )
 
@@ -335,7 +335,7 @@ EMITTERS: Mapping[Op, Callable[..., Any]] = {
     ops.pack_scales: plain(_pack_scales),
     ops.pack_zeros: plain(lambda zeros, *, panel: in_panels(zeros, panel)),
     ops.quantized_linear: plain(_quantized_linear),
-    ops.integer_linear: plain(_integer_linear),
-    ops.integer_projections: _integer_projections,
+    ops.levels_linear: plain(_levels_linear),
+    ops.levels_projections: _levels_projections,
     ops.quantized_take: plain(_quantized_take),
 }
