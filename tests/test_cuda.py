@@ -32,6 +32,7 @@ REAL = Target.describe("cuda:sm_90")
 GPU = attrs.evolve(REAL, mcpu="sm_80", triple=host().triple)
 EARLY = attrs.evolve(REAL, mcpu="sm_90", triple=host().triple)
 HOPPER = attrs.evolve(REAL, mcpu="sm_90a", triple=host().triple)
+SHARED_BYTES = 227 << 10  # that a block may have at most
 RACES = pytest.mark.parametrize(("late", "order"), [(True, 1), (False, -1)])
 
 
@@ -67,7 +68,9 @@ def launch(emulator: Any, tmp_path: Path) -> Launch:
     def run(
         kernel: device.DeviceKernel, grid: tuple[int, ...], *values: Any, late: bool = True, order: int = 1
     ) -> None:
+        emulator.emulated_shared(kernel.shared_bytes)
         failure = emulator.emulated_launch(*given(kernel, tmp_path, grid, *values), int(late), order)
+        emulator.emulated_shared(SHARED_BYTES)
         if failure:
             raise RuntimeError(failure.decode())
 
