@@ -446,7 +446,12 @@ def _as_array(value: Any, name: str, kind: TensorType, any_shape: bool = False) 
     elif isinstance(value, np.ndarray):
         array = value
     elif hasattr(value, "__dlpack__"):
-        array = np.from_dlpack(value)
+        try:
+            array = np.from_dlpack(value)
+        except (BufferError, RuntimeError) as error:
+            raise InputError(
+                f"input {name!r}: its memory can't be read here ({error}); of a GPU's array give torch's tensor, torch.from_dlpack(…)"
+            ) from None
     elif isinstance(value, (bool, int, float, list, tuple)):
         array = np.asarray(value, None if not isinstance(value, float) else np.float32)
     else:
