@@ -24,6 +24,7 @@ from jisu.targets.cuda.kernels import (
     products,
     records,
     rounding,
+    sampling,
     semi_structured,
     single,
     thin,
@@ -388,6 +389,16 @@ def _sort(node: Node, target: Target) -> Kernel | None:
         scratch.append(rows * size * 8)
 
 
+def _draw(node: Node, target: Target) -> Kernel | None:
+    values = node.operands[0]
+    assert values is not None
+    size = values.shape[-1]
+    if not isinstance(size, int) or size > sampling.MOST:
+        return None
+    call = DeviceCall(sampling.drawn(size, values.dtype, target), (product(values.shape[:-1]), 1, 1), tuple(range(9)))
+    return Kernel(DeviceFunction((((), (call,)),)), tuple(Argument(i) for i in range(7)))
+
+
 def _experts(node: Node, target: Target) -> Kernel | None:
     x, index, _, up, down = node.operands
     assert x is not None and index is not None and up is not None and down is not None
@@ -476,6 +487,7 @@ NORMED = {ops.packed_linear: _linear, ops.quantized_linear: _quantized}
 
 CHOOSERS: Choosers = {
     ops.sort: _sort,
+    ops.draw: _draw,
     ops.experts: _experts,
     ops.packed_experts: _experts,
     ops.encode_rows: _encode_rows,
