@@ -329,6 +329,20 @@ class Device(Function):
         rounded = self.op(f"fptrunc <2 x float> {both.name} to {PAIRS[dtype]}", PAIRS[dtype])
         return self.as_type(rounded, "i32")
 
+    def to_e4m3(self, low: Val, high: Val) -> Val:
+        """Two float32 rounded to e4m3 in one i16, numbers beyond the largest becoming it. From sm_89 on."""
+        return self.call("i16", f"{self.prefix}ff.to.e4m3x2.rn", high, low)
+
+    def from_e4m3(self, both: Val) -> list[Val]:
+        """The two e4m3 in an i16 as float32. From sm_89 on."""
+        kind = PAIRS["float16"]
+        given = kind if self.prefix == _REAL else "i32"  # a C compiler and LLVM return such vectors in different ways
+        halves = self.as_type(self.call(given, f"{self.prefix}e4m3x2.to.f16x2.rn", both), kind)
+        return [
+            self.cast("fpext", self.op(f"extractelement {kind} {halves.name}, i32 {i}", "half"), "float")
+            for i in (0, 1)
+        ]
+
     def mma(self, a: Sequence[Val], b: Sequence[Val], sums: Sequence[Val], dtype: str) -> list[Val]:
         """sums[16, 8] + a[16, 16] b[16, 8] in a 16-bit dtype on the tensor cores, by the warp: a i32 [4], b i32 [2], sums float [4] per thread."""
         kind = "{ float, float, float, float }"
