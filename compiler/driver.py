@@ -691,7 +691,7 @@ def _build(
         "times": times,
         "kernels": [{"name": n, "op": op, "count": k, "choices": list(c)} for n, op, k, c in info.kernels],
         "predicted": {name: _op_report(graph, env, machine) for name, graph in finished.items()},
-        "simulated": _simulated(finished, env, machine, source.sequence),
+        "simulated": _simulated(finished, env, machine, source),
         "launches": _launch_report(code, finished, env, source.sequence),
         "sparse": [
             {**m, "predicted_gain": facts.of(machine).sparse_gain(m["form"], m["kept"], machine, m["stored"])}
@@ -1105,13 +1105,14 @@ def _launch_report(
 
 
 def _simulated(
-    graphs: Mapping[str, Graph], env: Mapping[str, int], machine: Any, sequence: str | None
+    graphs: Mapping[str, Graph], env: Mapping[str, int], machine: Any, source: Source
 ) -> list[dict[str, Any]]:
     """What the timing model says of each entry, for machines that have one."""
     from jisu.targets import facts
 
-    known = {name: 1 for graph in graphs.values() for name in graph.symbols if not sequence} | dict(env)
-    found: list[dict[str, Any]] = facts.of(machine).simulated(graphs, known, machine, sequence)
+    known = {name: 1 for graph in graphs.values() for name in graph.symbols if not source.sequence} | dict(env)
+    positions = source.max_positions or None
+    found: list[dict[str, Any]] = facts.of(machine).simulated(graphs, known, machine, source.sequence, positions)
     return found
 
 
