@@ -22,7 +22,19 @@ from jisu.compiler.graph import ArrayStorage, Graph, placeholder, weight
 from jisu.compiler.interpret import interpret
 from jisu.compiler.types import TensorType, numpy_dtype
 from jisu.targets.cuda import device, emulated, ptx
-from jisu.targets.cuda.kernels import attention, experts, heads, hopper, norm, products, records, sampling, thin, top
+from jisu.targets.cuda.kernels import (
+    attention,
+    experts,
+    heads,
+    hopper,
+    norm,
+    products,
+    records,
+    sampling,
+    single_attention,
+    thin,
+    top,
+)
 from jisu.targets.cuda.kernels.attention import Form
 from jisu.targets.cuda.kernels.layers import Layer
 from jisu.targets.cuda.lowering import lower
@@ -321,9 +333,11 @@ def rows_of(form: Form, keys: np.ndarray, cap: int, table: np.ndarray | None) ->
     return held
 
 
-def attended(form: Form, launch: Launch, past: int, s: int, parts: int = 0, target: Target = GPU, **how: Any) -> None:
+def attended(
+    form: Form, launch: Launch, past: int, s: int, parts: int = 0, target: Target | None = None, **how: Any
+) -> None:
     """Attention of s new tokens behind `past` others, for two sequences of which one is padded; parts: of one token's keys."""
-    b, total = 2, past + s
+    b, total, target = 2, past + s, target or GPU
     cap = {
         "contiguous": total + 5,
         "plain": total,
@@ -358,8 +372,11 @@ def attended(form: Form, launch: Launch, past: int, s: int, parts: int = 0, targ
         launch(attention.attend_token(form, target), (parts * b, own), *given, *own_memory, *sizes, parts, **how)
         assert not counters.any()  # so that the next launch may count
     else:
-        grid = (-(-s // attention.QUERIES) * b, form.heads)
-        launch(attention.attend_tokens(form, target), grid, *given, *sink, out, s, *sizes, **how)
+        rows_of_block, kernel = attention.QUERIES, attention.attend_tokens
+        if form.dtype == "float32":
+            rows_of_block, kernel = single_attention.queries(form), single_attention.attend_single
+        grid = (-(-s // rows_of_block) * b, form.heads)
+        launch(kernel(form, target), grid, *given, *sink, out, s, *sizes, **how)
     np.testing.assert_array_equal(out.reshape(-1, form.heads, form.head_dim)[b * s :], guard)  # nothing beyond
     out = out.reshape(-1, form.heads, form.head_dim)[: b * s].reshape(b, s, form.heads, form.head_dim)
     for i in range(b):
@@ -373,7 +390,8 @@ def attended(form: Form, launch: Launch, past: int, s: int, parts: int = 0, targ
             weights = np.where(there, np.exp(scores), 0.0)
             sums = weights.sum(-1, keepdims=True) + (np.exp(float(sinks[h])) if form.sinks else 0.0)
             want = weights @ weighed / np.maximum(sums, 1e-300)
-            np.testing.assert_allclose(out[i, :, h].astype(np.float64), want, rtol=2e-2, atol=2e-2)
+            bound = 2e-6 if form.dtype == "float32" else 2e-2
+            np.testing.assert_allclose(out[i, :, h].astype(np.float64), want, rtol=bound, atol=bound)
 
 
 @pytest.mark.parametrize(
@@ -431,6 +449,7 @@ def test_parts_that_are_joined_wrongly_show(fault: str, launch: Launch, monkeypa
         (Form(2, 1, 80, 0.1), 20, 70),
         (Form(2, 1, 256, 0.06, window=40), 50, 70),
         (Form(12, 1, 96, 0.1, "plain"), 20, 30),
+        (Form(1, 1, 144, 0.08), 10, 30),  # tiles that threads don't share evenly
         (Form(2, 1, 64, 0.125, scheme="int8"), 70, 70),
         (Form(2, 1, 128, 0.09, "paged", 16, scheme="int4", dtype="float16"), 20, 70),
         (Form(2, 1, 32, 0.2, "ring", window=30, scheme="int4"), 90, 20),
@@ -449,20 +468,12 @@ def test_attention_reads_e4m3_by_instructions(cached: bool, launch: Launch) -> N
     attended(form, launch, past, s, parts, target=EARLY)
 
 
-@pytest.mark.parametrize(
-    ("k", "scheme", "target"),
-    [
-        (32, "int8", GPU),
-        (64, "int4", GPU),
-        (128, "int8", GPU),
-        (128, "int4", GPU),
-        (96, "fp8", GPU),
-        (128, "fp8", EARLY),
-    ],
-)
+@pytest.mark.parametrize(("k", "scheme"), [(32, "int8"), (64, "int4"), (128, "int8"), (128, "int4"), (96, "fp8")])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_records(k: int, scheme: str, target: Target, dtype: str, launch: Launch) -> None:
-    """Bit by bit, but for rows without sense, which decode to NaN."""
+@pytest.mark.parametrize("converts", [False, True])
+def test_records(k: int, scheme: str, dtype: str, converts: bool, launch: Launch) -> None:
+    """Bit by bit, but for rows without sense, which decode to NaN; converts: with instructions for fp8."""
+    target = EARLY if converts else GPU
     x = drawn(0, 7, k, dtype=dtype)
     x[6] = (x[6].astype(np.float32) * np.exp2(-(np.arange(k) % 16))).astype(
         x.dtype

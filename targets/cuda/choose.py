@@ -28,6 +28,7 @@ from jisu.targets.cuda.kernels import (
     sampling,
     semi_structured,
     single,
+    single_attention,
     thin,
     top,
 )  # fmt: skip
@@ -290,9 +291,17 @@ _BLOCKS = 4  # of one token's attention, per multiprocessor, so that enough read
 def _form(q: Node, kv_heads: int, width: object, **how: object) -> Form | None:
     """How attention works on these heads, or None where no kernel does it."""
     heads, head_dim = int(q.shape[2]), int(q.shape[3])  # type: ignore[call-overload]
-    if q.dtype not in PAIRS or width != head_dim:
+    if q.dtype not in FLOATS or width != head_dim:
         return None
     return Form(heads, kv_heads, head_dim, dtype=q.dtype, **how)  # type: ignore[arg-type]
+
+
+def _many_tokens(form: Form, batch: Dim, rows: Dim, arguments: Arguments, target: Target) -> DeviceCall:
+    """Attention of so many new tokens per sequence."""
+    own, kernel = QUERIES, attend_tokens
+    if form.dtype == "float32":
+        own, kernel = single_attention.queries(form), single_attention.attend_single
+    return DeviceCall(kernel(form, target), (_ceiling(rows, own) * batch, form.heads, 1), arguments)
 
 
 def _attention(node: Node, target: Target) -> Kernel | None:
@@ -307,9 +316,8 @@ def _attention(node: Node, target: Target) -> Kernel | None:
     batch, rows = q.shape[:2]
     operands = (0, 1, 2, *_present(node, 4))
     arguments = (*range(len(operands) + 1), ("size", rows), ("size", k.shape[1]))
-    grid = (_ceiling(rows, QUERIES) * batch, form.heads, 1)
-    calls = (DeviceCall(attend_tokens(form, target), grid, arguments),)
-    return Kernel(DeviceFunction((((), calls),)), tuple(Argument(i) for i in operands))
+    call = _many_tokens(form, batch, rows, arguments, target)
+    return Kernel(DeviceFunction((((), (call,)),)), tuple(Argument(i) for i in operands))
 
 
 def _attention_cached(node: Node, target: Target) -> Kernel | None:
@@ -337,8 +345,7 @@ def _attention_cached(node: Node, target: Target) -> Kernel | None:
     sizes = (("size", cap), *((("size", keys.shape[0]),) if table is not None else ()))
     one = DeviceCall(attend_token(form, target), (parts * batch, own, 1), (*range(count + 3), *sizes, ("size", parts)))
     variants: list[tuple[tuple[tuple[Dim, int], ...], tuple[DeviceCall, ...]]] = [(((rows, 1),), (one,))]
-    grid = (_ceiling(rows, QUERIES) * batch, heads, 1)
-    many = DeviceCall(attend_tokens(form, target), grid, (*range(count + 1), ("size", rows), *sizes))
+    many = _many_tokens(form, batch, rows, (*range(count + 1), ("size", rows), *sizes), target)
     variants.append(((), (many,)))
     function = DeviceFunction(tuple(variants), (batch * heads * parts * (width + 2) * 4,), batch * own)
     return Kernel(function, tuple(Argument(i) for i in operands))

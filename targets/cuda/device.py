@@ -211,10 +211,12 @@ class Device(Function):
             self.store16(self.packed(eight(row, chunk), dtype), self.at(to, self.place(row, chunk, pitch), "i8"))
 
     def chunks(self, rows: int, chunks: int, threads: int, thread: Val | None = None) -> Iterator[tuple[Val, Val]]:
-        """A thread's share of a tile's chunks among so many, as row and chunk; thread: its number among them, if not that in the block."""
-        thread = self.thread() if thread is None else thread
-        for part in range(rows * chunks // threads):
+        """A thread's share of a tile's chunks among so many, as row and chunk; thread: its number among them, if not that in the block. Where
+        not all have equally many, some have the last one as well."""
+        thread, count = self.thread() if thread is None else thread, rows * chunks
+        for part in range(-(-count // threads)):
             number = thread + part * threads
+            number = number if (part + 1) * threads <= count else self.minimum(number, count - 1)
             yield number / chunks, number % chunks
 
     def commit_copies(self) -> None:
