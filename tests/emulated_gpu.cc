@@ -575,6 +575,16 @@ static void read_tile(float (*to)[32], uint64_t descriptor, int first, int rows,
         }
 }
 
+/* Hopper adds products of fp8 to a sum with 14 bits of the largest of them all, the others being cut off there (DeepSeek-V3 Technical Report, 2024). */
+static float added_in_14_bits(float sum, const float *a, const float *b) {
+    float largest = std::fabs(sum);
+    for (int k = 0; k < 32; k++) largest = std::max(largest, std::fabs(a[k] * b[k]));
+    if (largest == 0 || !std::isfinite(largest)) largest = 1;
+    double step = std::ldexp(1.0, std::ilogb(largest) - 13), total = std::trunc(sum / step);
+    for (int k = 0; k < 32; k++) total += std::trunc(a[k] * b[k] / step);
+    return float(total * step);
+}
+
 /* Add a product of each of some threads, whole warps, to what they hold. */
 static void add_product(int begin, int count, const std::function<const Product &(int)> &product, const std::function<float *(int)> &held) {
     static float a[64][32], b[256][32];
@@ -594,12 +604,17 @@ static void add_product(int begin, int count, const std::function<const Product 
         float *sums = held(begin + i);
         int line = i / 32 * 16 + i % 32 / 4;
         for (int j = 0; j < p.outputs / 8; j++)
-            for (int part = 0; part < 4; part++)
+            for (int part = 0; part < 4; part++) {
+                if (p.kind == E4M3) {
+                    sums[4 * j + part] = added_in_14_bits(sums[4 * j + part], a[line + 8 * (part / 2)], b[8 * j + i % 4 * 2 + part % 2]);
+                    continue;
+                }
                 for (int k = 0; k < (p.kind < S8_U8 ? 16 : 32); k++) {
                     float one = a[line + 8 * (part / 2)][k] * b[8 * j + i % 4 * 2 + part % 2][k];
                     float &sum = sums[4 * j + part];
                     sum = p.kind == S8_U8 ? of_bits(bits_of(sum) + uint32_t(int32_t(one))) : sum + one;
                 }
+            }
     }
 }
 
