@@ -80,9 +80,11 @@ def case(layer: Levels, m: int, seed: int = 0, one_sign: bool = False) -> tuple[
     return [v for v in (*given_, bias, residual) if v is not None], want
 
 
-def check(layer: Levels, m: int, launch: Launch, many: products.Tile | None = None, **how: Any) -> None:
-    arrays, want = case(layer, m)
-    y = drawn(9, m + 1, layer.outputs[0])
+def check(
+    layer: Levels, m: int, launch: Launch, many: products.Tile | None = None, tolerance: float = 1e-2, one_sign: bool = False, **how: Any
+) -> None:  # fmt: skip
+    arrays, want = case(layer, m, one_sign=one_sign)
+    y = drawn(9, m + 1, layer.outputs[0], dtype=layer.dtype)
     guard = y[-1].copy()
     if many is None:
         rows = min(r for r in thin.ROWS if r >= min(m, thin.ROWS[-1]))
@@ -96,9 +98,15 @@ def check(layer: Levels, m: int, launch: Launch, many: products.Tile | None = No
         )
     else:
         launch(levels.many(layer, many, ADA), (-(-m // many.rows), layer.tiles(many.outputs)), *arrays, y, m, **how)
-    scale = float(np.abs(want.astype(np.float32)).max())
-    np.testing.assert_allclose(y[:m].astype(np.float32), want.astype(np.float32), rtol=1e-2, atol=1e-3 * scale)
+    close(y[:m], want, tolerance)
     np.testing.assert_array_equal(y[-1], guard)
+
+
+def close(got: np.ndarray, want: np.ndarray, tolerance: float) -> None:
+    scale = float(np.abs(want.astype(np.float32)).max())
+    np.testing.assert_allclose(
+        got.astype(np.float32), want.astype(np.float32), rtol=tolerance, atol=0.1 * tolerance * scale
+    )
 
 
 FORMS = [
@@ -144,12 +152,19 @@ def test_many_rows_on_hopper(layer: Levels, wide: bool, late: bool, order: int, 
     check_on_hopper(layer, wide, 150, launch, mapped, late=late, order=order)
 
 
+LONG = Levels(4096, (8,), "float16", scheme="fp8", levels="fp8", scales="float32")
+
+
+@pytest.mark.parametrize("many", [None, products.SMALL])
+def test_sums_of_fp8_lose_nothing(many: products.Tile | None, launch: Launch) -> None:
+    """Tensor cores add them with few bits."""
+    check(LONG, 4, launch, many, tolerance=2e-3, one_sign=True)
+
+
 def test_sums_of_fp8_lose_nothing_on_hopper(launch: Launch, mapped: Map) -> None:
-    """Its tensor cores add them with few bits."""
-    layer = Levels(4096, (8,), "float16", scheme="fp8", levels="fp8", scales="float32")
-    check_on_hopper(layer, False, 4, launch, mapped, tolerance=2e-3, one_sign=True)
+    check_on_hopper(LONG, False, 4, launch, mapped, tolerance=2e-3, one_sign=True)
     with pytest.raises(TargetError, match="no registers for sums of 128 by 256"):
-        levels.many_hopper(layer, hopper.WIDE, HOPPER)
+        levels.many_hopper(LONG, hopper.WIDE, HOPPER)
 
 
 def check_on_hopper(
@@ -165,9 +180,7 @@ def check_on_hopper(
         mapped(w, hopper.map_of_w(layer, tile, ("step", 1), len(w))),
     ]
     launch(levels.many_hopper(layer, tile, HOPPER), (2,), *maps, *given, y, m, x, **how)
-    scale = float(np.abs(want.astype(np.float32)).max())
-    got = y[:m].astype(np.float32)
-    np.testing.assert_allclose(got, want.astype(np.float32), rtol=tolerance, atol=0.1 * tolerance * scale)
+    close(y[:m], want, tolerance)
     np.testing.assert_array_equal(y[-1], guard)
 
 

@@ -63,8 +63,8 @@ def tiles_of(layer: Layer) -> tuple[Tile, Tile]:
 
 
 def _adds_itself(layer: Layer) -> bool:
-    """Whether tensor cores are only let add a step's products. They add those of fp8 with about 14 bits, which in a sum of thousands lose as much as
-    2 % (DeepSeek-V3 Technical Report, 2024, 3.3.2)."""
+    """Whether tensor cores are only let add a step's products. They add those of fp8 with 13 bits of mantissa, which in a sum of thousands lose as much
+    as 2 % (DeepSeek-V3 Technical Report, 2024, 3.3.2)."""
     return layer.operand == "fp8"
 
 
