@@ -16,7 +16,7 @@ DRIVER = "JISU_CUDA_DRIVER"
 """The environment variable that names another library than the system's libcuda.so.1."""
 _MULTIPROCESSORS, _MAJOR, _MINOR = 16, 75, 76  # CU_DEVICE_ATTRIBUTE_…
 _OUT_OF_MEMORY = 2
-_MAP_BYTES, _MAP_ALIGNMENT = 128, 128  # of a CUtensorMap; the driver asks for 64, cuda.h for 128
+_MAP_BYTES, _MAP_ALIGNMENT = 128, 64  # of a CUtensorMap
 _MAP_DTYPES = {"uint8": 0, "float16": 6, "bfloat16": 9}  # CU_TENSOR_MAP_DATA_TYPE_…
 _SWIZZLES = {32: 1, 64: 2, 128: 3}  # CU_TENSOR_MAP_SWIZZLE_…B
 _PROMOTION_256B = 3  # CU_TENSOR_MAP_L2_PROMOTION_L2_256B
