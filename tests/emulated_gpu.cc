@@ -739,6 +739,18 @@ static uint32_t to_e4m3(float value) {
 uint16_t emulated_e4m3(float high, float low) __asm__("emulated.ff.to.e4m3x2.rn");
 uint16_t emulated_e4m3(float high, float low) { return uint16_t(to_e4m3(high) << 8 | to_e4m3(low)); }
 
+/* As float16, which holds every e4m3. */
+static uint32_t half_of_e4m3(uint32_t code) {
+    float value = of_e4m3(code);
+    uint32_t bits, sign = code >> 7 << 15;
+    std::memcpy(&bits, &value, 4);
+    if (value == 0) return sign;
+    return std::isnan(value) ? 0x7fff : sign | (((bits >> 23 & 255) - 112) << 10) | (bits >> 13 & 1023);
+}
+
+uint32_t emulated_of_e4m3(uint16_t both) __asm__("emulated.e4m3x2.to.f16x2.rn");
+uint32_t emulated_of_e4m3(uint16_t both) { return half_of_e4m3(both & 255) | half_of_e4m3(both >> 8) << 16; }
+
 /* Products of bytes: int8 with sums of 32 bits, or e4m3 with sums in float32. */
 static void multiply_bytes(uint32_t *result, const uint32_t *mine, bool integers) {
     Meeting &w = warp();

@@ -389,6 +389,10 @@ def test_plans_say_what_is_copied() -> None:
         lowered = lower({"main": Pipeline(layout_passes(panel, pair)).run(graph)[0]}, target)
         plan = lowered.plans["main"]
         assert Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
+        damages: list[Any] = [{}, [], {**plan.to_json(), "steps": [[{}]]}, {**plan.to_json(), "slots": [["2 +"]]}]
+        for damaged in damages:
+            with pytest.raises(ValueError):
+                Plan.from_json(damaged)
         launches = [own for variant in plan.steps[0] for own in variant.launches if "hopper" in own.kernel]
         assert len(launches) == 2 * (mcpu == "sm_90a")
         for own, tile in zip(launches, (hopper.NARROW, hopper.WIDE), strict=False):

@@ -211,10 +211,12 @@ class Device(Function):
             self.store16(self.packed(eight(row, chunk), dtype), self.at(to, self.place(row, chunk, pitch), "i8"))
 
     def chunks(self, rows: int, chunks: int, threads: int, thread: Val | None = None) -> Iterator[tuple[Val, Val]]:
-        """A thread's share of a tile's chunks among so many, as row and chunk; thread: its number among them, if not that in the block."""
-        thread = self.thread() if thread is None else thread
-        for part in range(rows * chunks // threads):
+        """A thread's share of a tile's chunks among so many, as row and chunk; thread: its number among them, if not that in the block. Where
+        not all have equally many, some have the last one as well."""
+        thread, count = self.thread() if thread is None else thread, rows * chunks
+        for part in range(-(-count // threads)):
             number = thread + part * threads
+            number = number if (part + 1) * threads <= count else self.minimum(number, count - 1)
             yield number / chunks, number % chunks
 
     def commit_copies(self) -> None:
@@ -328,6 +330,20 @@ class Device(Function):
         both = self.op(f"insertelement <2 x float> {both.name}, float {high.name}, i32 1", "<2 x float>")
         rounded = self.op(f"fptrunc <2 x float> {both.name} to {PAIRS[dtype]}", PAIRS[dtype])
         return self.as_type(rounded, "i32")
+
+    def to_e4m3(self, low: Val, high: Val) -> Val:
+        """Two float32 rounded to e4m3 in one i16, numbers beyond the largest becoming it. From sm_89 on."""
+        return self.call("i16", f"{self.prefix}ff.to.e4m3x2.rn", high, low)
+
+    def from_e4m3(self, both: Val) -> list[Val]:
+        """The two e4m3 in an i16 as float32. From sm_89 on."""
+        kind = PAIRS["float16"]
+        given = kind if self.prefix == _REAL else "i32"  # a C compiler and LLVM return such vectors in different ways
+        halves = self.as_type(self.call(given, f"{self.prefix}e4m3x2.to.f16x2.rn", both), kind)
+        return [
+            self.cast("fpext", self.op(f"extractelement {kind} {halves.name}, i32 {i}", "half"), "float")
+            for i in (0, 1)
+        ]
 
     def mma(self, a: Sequence[Val], b: Sequence[Val], sums: Sequence[Val], dtype: str) -> list[Val]:
         """sums[16, 8] + a[16, 16] b[16, 8] in a 16-bit dtype on the tensor cores, by the warp: a i32 [4], b i32 [2], sums float [4] per thread."""

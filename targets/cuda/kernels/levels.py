@@ -432,7 +432,7 @@ def encoded(k: int, dtype: str, scheme: str, group: int, own: bool, given: bool,
     def word(values: Sequence[Val]) -> Val:
         """Four levels in bytes."""
         if not kind.uniform:
-            halves = [f.call("i16", f"{f.prefix}ff.to.e4m3x2.rn", values[i + 1], values[i]) for i in (0, 2)]
+            halves = [f.to_e4m3(values[i], values[i + 1]) for i in (0, 2)]
             return f.cast("zext", halves[0], "i32") | (f.cast("zext", halves[1], "i32") << 16)
         bytes_ = [f.cast("fptosi", v, "i32") & 255 for v in values]
         return bytes_[0] | (bytes_[1] << 8) | (bytes_[2] << 16) | (bytes_[3] << 24)
