@@ -106,14 +106,15 @@ class Uploaded:
 
 @attrs.frozen(eq=False)
 class _Call:
-    """A launch with everything settled: what cuLaunchKernel takes, or, where it may begin early, cuLaunchKernelEx."""
+    """A launch with everything settled: what cuLaunchKernel takes, or, where it may begin early, cuLaunchKernelEx. parameters: addresses of the
+    values."""
 
     function: ctypes.c_void_p
     grid: tuple[int, int, int]
     threads: int
     shared: int
-    values: Any
-    extra: Any
+    values: Sequence[Any]
+    parameters: Any
     early: bool
 
 
@@ -551,16 +552,10 @@ class DeviceExecutable:
                     self._driver.run("cuFuncSetAttribute", function, _MAX_SHARED, launch.shared)
                 # The first one follows whatever others left on the stream.
                 early = launch.early and self._driver.overlaps and bool(calls)
-                raw = b"".join(map(value, launch.arguments))  # maps, which are aligned, stand first
-                values, nbytes = ctypes.create_string_buffer(raw, len(raw)), ctypes.c_size_t(len(raw))
-                extra = (ctypes.c_void_p * 5)(
-                    1,
-                    ctypes.cast(values, ctypes.c_void_p),
-                    2,
-                    ctypes.cast(ctypes.pointer(nbytes), ctypes.c_void_p),
-                    None,
-                )
-                calls.append(_Call(function, grid, launch.threads, launch.shared, (values, nbytes), extra, early))  # type: ignore[arg-type]
+                # One by one: only the driver knows where each one lies. Before a tensor map the assembler leaves room that no rule tells.
+                values = [ctypes.create_string_buffer(raw, len(raw)) for raw in map(value, launch.arguments)]
+                parameters = (ctypes.c_void_p * (len(values) + 1))(*map(ctypes.addressof, values), None)
+                calls.append(_Call(function, grid, launch.threads, launch.shared, values, parameters, early))  # type: ignore[arg-type]
         return _Run(inputs, outputs, calls, self._arena, self._counters)
 
     def _chosen(self, step: Sequence[Variant], env: Mapping[str, int]) -> Variant:
@@ -606,7 +601,7 @@ class DeviceExecutable:
                 config = _Config(
                     call.grid, (call.threads, 1, 1), call.shared, stream, ctypes.pointer(_EARLY), 1
                 )  # fmt: skip
-                self._driver.run("cuLaunchKernelEx", ctypes.byref(config), call.function, None, call.extra)
+                self._driver.run("cuLaunchKernelEx", ctypes.byref(config), call.function, call.parameters, None)
                 continue
             self._driver.run(
                 "cuLaunchKernel",
@@ -619,8 +614,8 @@ class DeviceExecutable:
                 1,
                 call.shared,
                 stream,
+                call.parameters,
                 None,
-                call.extra,
             )
 
 

@@ -158,7 +158,7 @@ def _on_hopper(
     with contextlib.suppress(TargetError):  # not for this layer, or not on this machine
         narrow, wide = hopper.tiles_of(layer)
         few = target.cores // max(1, layer.tiles(wide.outputs)) * wide.rows
-        for tile, most in ((narrow, few), (wide, 0)) if few else ((wide, 0),):
+        for tile, most in ((narrow, few), (wide, 0)) if few and narrow is not wide else ((wide, 0),):
             kernel = reader.groups(tile)
             matrices = layer.outputs * 2 if layer.apart else [n * layer.per_weight_row for n in layer.outputs]
             maps = [hopper.map_of_x(layer, tile, ("step", 0), rows)]
