@@ -68,9 +68,11 @@ int run_all(const std::vector<Launch> &launches) {
     return 0;
 }
 
-int wait(void *stream) {
+/* Do what a stream was told, up to an event if one is named. */
+struct Event { void *stream; bool reached; };
+int wait(void *stream, const Event *event = nullptr) {
     auto &queue = streams[stream];
-    while (!queue.empty()) {
+    while (!queue.empty() && !(event && event->reached)) {
         auto next = queue.front();
         queue.pop_front();
         if (int error = next()) return error;
@@ -210,6 +212,13 @@ int cuMemsetD8Async(void *to, unsigned char value, size_t bytes, void *stream) {
 int cuStreamCreate(void **stream, unsigned) { *stream = new int; return 0; }
 int cuStreamDestroy_v2(void *stream) { int error = wait(stream); streams.erase(stream); delete (int *)stream; return error; }
 int cuStreamSynchronize(void *stream) { return captured ? 900 : wait(stream); }
+int cuEventCreate(void **event, unsigned) { *event = new Event{nullptr, true}; return 0; }
+int cuEventDestroy_v2(void *event) { int error = wait_for_all(); delete (Event *)event; return error; }
+int cuEventRecord(void *event, void *stream) {
+    *(Event *)event = {stream, false};
+    return later(stream, [=] { ((Event *)event)->reached = true; return 0; });
+}
+int cuEventSynchronize(void *event) { return captured ? 900 : ((Event *)event)->reached ? 0 : wait(((Event *)event)->stream, (Event *)event); }
 int cuStreamBeginCapture_v2(void *stream, int) { captured = new Graph; capturing = stream; return 0; }
 int cuStreamEndCapture(void *, void **graph) { *graph = captured; captured = nullptr; return 0; }
 int cuGraphInstantiateWithFlags(void **made, void *graph, unsigned long long) { *made = new Graph(*(Graph *)graph); return 0; }
