@@ -332,13 +332,19 @@ def candidates(scores: Logits, config: GenerationConfig) -> tuple[Ids, Ids]:
     highest = kept.max()
     if not np.isfinite(highest):
         raise InputError(f"can't sample: the highest logit is {highest}")
-    mass = masses((highest - kept) / np.float32(config.temperature))
+    with np.errstate(over="ignore"):
+        mass = masses((highest - kept) / _heat(config))
     if config.top_p < 1.0:
         nucleus = int(share(mass.sum(), units(np.float32(config.top_p), PARTS)))
         inside = _reaching(kept, mass, max(nucleus, 1))
         ids, mass = ids[inside], mass[inside]
     likely = mass >= units(np.float32(config.min_p or 0.0), ONE)
     return ids[likely], mass[likely]
+
+
+def _heat(config: GenerationConfig) -> np.float32:
+    """The temperature, not so low that it were none."""
+    return max(np.float32(config.temperature), np.finfo(np.float32).tiny)
 
 
 def _kth_largest(scores: Logits, k: int) -> np.float32:
@@ -762,8 +768,7 @@ def _drawn_there(
     session: _Drawing, config: GenerationConfig, rows: Sequence[_Row], ids: Ids, start: Ids | None, limit: int
 ) -> _Choices:
     """By the session's own machine, which begins with the next step before this one's tokens are known here."""
-    heat = config.temperature if config.do_sample else 0.0
-    options = (heat, config.top_k, config.top_p, config.min_p or 0.0)
+    options = (_heat(config) if config.do_sample else 0.0, config.top_k, config.top_p, config.min_p or 0.0)
     sampling = Sampling(*(np.full(len(rows), option) for option in options))
 
     def begin(step: int, tokens: Ids | Drawn) -> Drawn:

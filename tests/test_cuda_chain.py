@@ -83,10 +83,11 @@ def run(session: Session, prompts: Any, **options: Any) -> Generation:
 def test_tokens_are_the_cpus(cache: str, on_gpu: Any, on_cpu: Any) -> None:
     """Of batches whose rows end at different times, past the window of a ring; a step that was begun in vain leaves nothing."""
     gpu, cpu = on_gpu(cache), on_cpu(cache)
-    options: dict[str, Any] = {"max_new_tokens": 12}
+    options: dict[str, Any] = {"max_new_tokens": 9}
     greedy = cpu.generate(PROMPTS, **options).sequences
     options |= {"eos_token_id": [row[4 + 2 * i] for i, row in enumerate(greedy[:2])], "pad_token_id": 0}
-    for how in ({}, *({"do_sample": True, "seed": 3, **how} for how in SAMPLED)):
+    sampled = SAMPLED if cache == "contiguous" else SAMPLED[:1]
+    for how in ({}, *({"do_sample": True, "seed": 3, **how} for how in sampled)):
         got, want = (p.generate(PROMPTS, **options, **how) for p in (gpu, cpu))
         assert got.sequences == want.sequences and got.finish_reasons == want.finish_reasons, how
         assert how or "eos" in got.finish_reasons
@@ -117,11 +118,11 @@ def log(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, Any]]]:
 def test_a_token_is_one_launch_and_no_wait(sampled: bool, on_gpu: Any, log: list[tuple[str, Any]]) -> None:
     """A step's event is waited for when the next step has been launched; besides there are six small copies at most."""
     how: dict[str, Any] = {"do_sample": True, "seed": 1, "top_k": 5} if sampled else {}
-    stream = on_gpu("contiguous").generate(PROMPTS, max_new_tokens=16, stream=True, **how)
-    for _ in range(3 * 3):  # the first steps are launched kernel by kernel
+    stream = on_gpu("contiguous").generate(PROMPTS[:1], max_new_tokens=16, stream=True, **how)
+    for _ in range(3):  # the first steps are launched kernel by kernel
         next(stream)
     log.clear()
-    for _ in range(10 * 3):
+    for _ in range(10):
         next(stream)
     names = [name for name, _ in log]
     assert names.count("cuGraphLaunch") == names.count("cuEventSynchronize") == 10
@@ -142,7 +143,7 @@ def test_a_token_is_one_launch_and_no_wait(sampled: bool, on_gpu: Any, log: list
 @pytest.mark.parametrize("chunk", [1, 2, 3])
 def test_what_is_taken_back_of_a_ring(chunk: int, on_gpu: Any, on_cpu: Any) -> None:
     """Rings of as few slots as their window and a chunk need, with steps ahead, each of which is taken back since only all logits answer."""
-    how: dict[str, Any] = {"max_new_tokens": 14, "do_sample": True, "seed": 3, "top_k": 95}
+    how: dict[str, Any] = {"max_new_tokens": 9, "do_sample": True, "seed": 3, "top_k": 95}
     session = chunked(on_gpu("ring"), chunk)
     assert session.undoable == chunk
     assert run(session, PROMPTS, **how).sequences == on_cpu("ring").generate(PROMPTS, **how).sequences
@@ -174,7 +175,7 @@ def test_what_was_taken_back_is_forgotten(cache: str, on_cpu: Any) -> None:
 
 def test_no_more_may_be_taken_back_of_a_ring(on_gpu: Any, on_cpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The control: one more makes wrong tokens."""
-    how: dict[str, Any] = {"max_new_tokens": 14, "do_sample": True, "seed": 3, "top_k": 95}
+    how: dict[str, Any] = {"max_new_tokens": 9, "do_sample": True, "seed": 3, "top_k": 95}
     monkeypatch.setattr(Session, "undoable", 2)
     session = chunked(on_gpu("ring"), 1)
     assert run(session, PROMPTS, **how).sequences != on_cpu("ring").generate(PROMPTS, **how).sequences

@@ -318,7 +318,8 @@ def test_sampling_refuses_what_is_no_distribution() -> None:
 @pytest.mark.parametrize(
     "options",
     [{}, {"do_sample": True, "top_k": 4, "top_p": 0.9}, {"do_sample": True, "top_k": 3, "min_p": 0.1, "temperature": 2.0},
-     {"do_sample": True, "top_k": 0}, {"do_sample": True, "top_k": 4, "repetition_penalty": 1.2}],
+     {"do_sample": True, "top_k": 0}, {"do_sample": True, "top_k": 4, "repetition_penalty": 1.2},
+     {"do_sample": True, "top_k": 3, "temperature": 1e-50}],
 )  # fmt: skip
 @pytest.mark.parametrize("ties", [False, True])
 def test_the_highest_logits_alone_give_the_same_tokens(options: dict[str, Any], ties: bool) -> None:
