@@ -211,6 +211,10 @@ def test_ptx_has_the_instructions(mcpu: str) -> None:
     else:
         with pytest.raises(TargetError, match="sm_80 multiplies no fp8"):
             levels.few(Levels(4096, (4096,), scheme="fp8", levels="fp8"), 8, target)
+        with pytest.raises(
+            TargetError, match="sm_80 makes levels of fp8"
+        ):  # LLVM has no such conversion, and would end the process
+            levels.encoded(4096, "bfloat16", "fp8", 0, False, False, target)
     text = ptx.to_ptx(list(made.values()), target)
     for kind, kernel in made.items():
         body = text.partition(f".entry {ptx.entry_name(kernel)}(")[2].partition("\n}")[0]

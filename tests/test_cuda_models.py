@@ -325,7 +325,9 @@ def test_batches_padding_and_growing_caches(emulated_gpu: Target, emulated_drive
     assert emulated_driver.emulated_bytes() <= held * 1.05
 
 
-@pytest.mark.parametrize("cache", ["page = 16", "ring = true", 'scheme = "int8"', 'page = 16\nscheme = "int4"'])
+@pytest.mark.parametrize(
+    "cache", ["page = 16", "ring = true", 'scheme = "fp8"', 'scheme = "int8"', 'page = 16\nscheme = "int4"']
+)
 def test_caches(cache: str, emulated_gpu: Target) -> None:
     recipe = jisu.Recipe.from_toml(f"[cache]\n{cache}\n")
     model = gemma2() if "ring" in cache else qwen3() if "int4" in cache else llama()
