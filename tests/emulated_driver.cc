@@ -331,7 +331,7 @@ int cuStreamSynchronize(void *stream) {
 }
 int cuEventCreate(void **event, unsigned flags) {
     CALLED(true);
-    if (flags & ~7u) return 1;
+    if (flags != 2) return 1; /* one that takes time would be slower */
     events.insert(*event = new Event{nullptr, true});
     return 0;
 }
@@ -344,15 +344,16 @@ int cuEventDestroy_v2(void *event) {
 }
 int cuEventRecord(void *event, void *stream) {
     CALLED(true);
-    if (!events.count(event) || !streams.count(stream)) return 400;
+    if (!events.count(event)) return 400;
     *(Event *)event = {stream, false};
     return later(stream, [=] { ((Event *)event)->reached = true; return 0; });
 }
 int cuEventSynchronize(void *event) {
     CALLED(true);
     if (!events.count(event)) return 400;
-    const Event *of = (Event *)event;
-    return captured ? 900 : of->reached ? 0 : wait(of->stream, of);
+    if (captured) return 900;
+    Event *e = (Event *)event;
+    return e->reached ? 0 : wait(e->stream, e);
 }
 int cuStreamBeginCapture_v2(void *stream, int mode) {
     CALLED(true);

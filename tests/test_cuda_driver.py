@@ -46,6 +46,7 @@ PROTOTYPES = {
     "cuStreamCreate": "pj", "cuStreamDestroy_v2": "p", "cuStreamSynchronize": "p",
     "cuStreamBeginCapture_v2": "pi", "cuStreamEndCapture": "pp", "cuGraphInstantiateWithFlags": "ppy", "cuGraphDestroy": "p",
     "cuGraphExecDestroy": "p", "cuGraphLaunch": "pp",
+    "cuEventCreate": "pj", "cuEventRecord": "pp", "cuEventSynchronize": "p", "cuEventDestroy_v2": "p",
     "cuLaunchKernel": "pjjjjjjjppp", "cuLaunchKernelEx": "pppp", "cuTensorMapEncodeTiled": "pijpppppiiii",
 }  # fmt: skip
 
@@ -101,7 +102,7 @@ def test_prototypes_and_structures_are_those_of_cuda_h(tmp_path: Path) -> None:
     numbers = {
         "CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT": 16, "CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR": 75,
         "CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR": 76, "CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES": 8,
-        "CU_STREAM_CAPTURE_MODE_RELAXED": 2, "CU_STREAM_NON_BLOCKING": 1, "CU_JIT_ERROR_LOG_BUFFER": 5,
+        "CU_STREAM_CAPTURE_MODE_RELAXED": 2, "CU_STREAM_NON_BLOCKING": 1, "CU_EVENT_DISABLE_TIMING": 2, "CU_JIT_ERROR_LOG_BUFFER": 5,
         "CU_JIT_ERROR_LOG_BUFFER_SIZE_BYTES": 6, "CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION": 6,
         "CU_LAUNCH_PARAM_BUFFER_POINTER_AS_INT": 1, "CU_LAUNCH_PARAM_BUFFER_SIZE_AS_INT": 2, "CU_LAUNCH_PARAM_END_AS_INT": 0,
         "CU_TENSOR_MAP_DATA_TYPE_UINT8": 0, "CU_TENSOR_MAP_DATA_TYPE_FLOAT16": 6, "CU_TENSOR_MAP_DATA_TYPE_BFLOAT16": 9,
