@@ -22,11 +22,12 @@ import numpy as np
 from jisu.compiler.cost import graph_cost, weight_bytes
 from jisu.compiler.entry import Entry, stored
 from jisu.compiler.errors import InputError, InputTypeError, JisuError, RecipeError, TargetError
-from jisu.compiler.graph import ArrayStorage, Graph, Storage
+from jisu.compiler.graph import ArrayStorage, Graph, Storage, placeholder
 from jisu.compiler.launches import GAP_S, PLANS, Plan
 from jisu.compiler.pipeline import Pass, Pipeline, Report, sample_inputs
 from jisu.compiler.recipe import QuantizeRecipe, Recipe
 from jisu.compiler.signature import Signature, Tree
+from jisu.compiler.types import TensorType
 
 if TYPE_CHECKING:
     from jisu.frontends.to_torch import GraphModule
@@ -939,7 +940,7 @@ def _entries(
 ) -> tuple[dict[str, Graph], Any]:
     """The entry functions: `main` for a module, the derived steps for a causal language model; `fetched`: also a step whose results are few."""
     from jisu.passes.cache import CacheLayout, NotCausal, derive_step, keep_last_token
-    from jisu.runtime.session import APPEND, APPEND_LAST, APPEND_LEADING, LEADING, MAIN, DecoderInfo
+    from jisu.runtime.session import APPEND, APPEND_DRAWN, APPEND_LAST, LEADING, MAIN, DecoderInfo
 
     if source.sequence is None:
         return {MAIN: graph}, None
@@ -960,17 +961,22 @@ def _entries(
     entries = {APPEND: step.graph, APPEND_LAST: last.graph}
     if fetched:
         facts["leading"] = min(LEADING, source.vocabulary or LEADING)
-        entries[APPEND_LEADING] = _leading(last.graph, facts["leading"])
+        entries[APPEND_DRAWN] = _drawing(last.graph, facts["leading"])
     return entries, DecoderInfo(page=recipe.cache.page, state=state, **facts)
 
 
-def _leading(graph: Graph, count: int) -> Graph:
-    """A step that gives the highest logits and their tokens instead of all logits."""
+def _drawing(graph: Graph, count: int) -> Graph:
+    """A step that draws a token from those with the highest logits instead of giving logits."""
     from jisu.compiler import ops
+    from jisu.runtime.session import DRAWING
 
     logits, *state = graph.outputs
     both = ops.sort(logits, axis=logits.tensor.rank - 1, descending=True, first=count)
-    return graph.replace(outputs=(ops.get(both, index=0), ops.get(both, index=1), *state))
+    leading = [ops.get(both, index=i) for i in (0, 1)]
+    options = [placeholder(name, TensorType(leading[0].shape[:-1], dtype)) for name, dtype in DRAWING]
+    drawn = ops.draw(*leading, *options)
+    outputs = (ops.get(drawn, index=0), ops.get(drawn, index=1), *state)
+    return graph.replace(inputs=(*graph.inputs, *options), outputs=outputs)
 
 
 def layout(recipe: Recipe, machine: Target) -> tuple[Pass, ...]:

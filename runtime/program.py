@@ -34,7 +34,7 @@ from jisu.compiler.text import parse, parse_type
 from jisu.compiler.types import TensorType, dtype_name, numpy_dtype
 from jisu.runtime import artifact
 from jisu.runtime.cuda import DeviceExecutable, is_device_tensor
-from jisu.runtime.executable import Executable
+from jisu.runtime.executable import Executable, Started
 from jisu.runtime.generate import Chunk, Generation, GenerationConfig, Tokenizer, generate
 from jisu.runtime.session import MAIN, DecoderInfo, Session
 
@@ -141,12 +141,20 @@ class Program:
         return self._parts
 
     def _run(self, entry: str, arrays: Sequence[Any]) -> tuple[Any, ...]:
+        if any(map(is_device_tensor, arrays)):
+            with self._lock:
+                return cast("tuple[Any, ...]", self._runs_here().call_tensors(entry, arrays, self._prepared(entry)))
+        return self._start(entry, arrays).results()
+
+    def _start(self, entry: str, arrays: Sequence[Any]) -> Started:
         with self._lock:
-            executable = self._runs_here()
-            if entry not in self._weights:
-                self._weights[entry] = executable.prepare(entry, self._parts.weights)
-            there = any(map(is_device_tensor, arrays))
-            return (executable.call_tensors if there else executable.call)(entry, arrays, self._weights[entry])
+            return cast(Started, self._runs_here().start(entry, arrays, self._prepared(entry)))
+
+    def _prepared(self, entry: str) -> Any:
+        """An entry's weights as the executable takes them."""
+        if entry not in self._weights:
+            self._weights[entry] = self._runs_here().prepare(entry, self._parts.weights)
+        return self._weights[entry]
 
     @property
     def lacks(self) -> str:
@@ -184,7 +192,7 @@ class Program:
             if not np.array_equal(np.broadcast_to(np.asarray(position_ids), ids.shape), want):
                 raise InputError("position_ids: only positions that count each sequence's tokens from 0 are supported")
         whole = attrs.evolve(info, prefill_chunk=max(ids.shape[1], 1))
-        logits = Session(whole, self._run, self._runs_here()).append(ids, start=start)
+        logits = Session(whole, self._start, self._runs_here()).append(ids, start=start)
         result = _to_torch(logits) if _is_torch(input_ids) else logits
         return self._parts.signature.unflatten([result])
 
@@ -208,7 +216,7 @@ class Program:
         """
         if self._parts.decoder is None:
             raise JisuError("this program is no causal language model: it has no session and can't generate")
-        return Session(self._parts.decoder, self._run, self._runs_here(), capacity)
+        return Session(self._parts.decoder, self._start, self._runs_here(), capacity)
 
     @overload
     def generate(

@@ -40,7 +40,7 @@ struct Memory { size_t bytes; char *pages; size_t mapped; };
 std::map<void *, Memory> allocations;
 std::map<void *, size_t> pinned;
 std::map<void *, std::deque<std::function<int()>>> streams{{nullptr, {}}}; /* what each has yet to do */
-std::set<void *> modules, functions, graphs, executables;
+std::set<void *> modules, functions, graphs, executables, events;
 thread_local std::vector<void *> contexts; /* those that the thread pushed */
 int process, broken;
 std::string refused; /* the function whose next call fails, and how */
@@ -98,9 +98,11 @@ int run_all(const std::vector<Launch> &launches) {
     return 0;
 }
 
-int wait(void *stream) {
+/* Do what a stream was told, up to an event if one is named. */
+struct Event { void *stream; bool reached; };
+int wait(void *stream, const Event *event = nullptr) {
     auto &queue = streams[stream];
-    while (!queue.empty()) {
+    while (!queue.empty() && !(event && event->reached)) {
         auto next = queue.front();
         queue.pop_front();
         if (int error = next()) return error;
@@ -326,6 +328,31 @@ int cuStreamSynchronize(void *stream) {
     CALLED(true);
     if (!streams.count(stream)) return 400;
     return captured ? 900 : wait(stream);
+}
+int cuEventCreate(void **event, unsigned flags) {
+    CALLED(true);
+    if (flags & ~7u) return 1;
+    events.insert(*event = new Event{nullptr, true});
+    return 0;
+}
+int cuEventDestroy_v2(void *event) {
+    CALLED(true);
+    if (!events.erase(event)) return 400;
+    int error = wait_for_all();
+    delete (Event *)event;
+    return error;
+}
+int cuEventRecord(void *event, void *stream) {
+    CALLED(true);
+    if (!events.count(event) || !streams.count(stream)) return 400;
+    *(Event *)event = {stream, false};
+    return later(stream, [=] { ((Event *)event)->reached = true; return 0; });
+}
+int cuEventSynchronize(void *event) {
+    CALLED(true);
+    if (!events.count(event)) return 400;
+    const Event *of = (Event *)event;
+    return captured ? 900 : of->reached ? 0 : wait(of->stream, of);
 }
 int cuStreamBeginCapture_v2(void *stream, int mode) {
     CALLED(true);

@@ -98,7 +98,7 @@ def predicted(program: Any, target: Target) -> dict[str, float]:
 
 def launched(program: Any) -> dict[str, Any]:
     """A decode step's launches at batch 1, and per layer; the gaps between those that wait for the ones before them, and between all."""
-    plan = Plan.from_json(json.loads(program._parts.code[PLANS])["entries"]["append_last"])
+    plan = Plan.from_json(json.loads(program.parts.code[PLANS])["entries"]["append_last"])
     launches = plan.launches({"batch": 1, "sequence": 1, "capacity": CONTEXT + 1})
     early = sum(launch.early for launch in launches[1:])
     layers = [i for i, launch in enumerate(launches) if "attend" in launch.kernel]
