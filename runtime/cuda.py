@@ -388,6 +388,23 @@ class DeviceExecutable:
         )  # fmt: skip
         return tuple(results)
 
+    @_there
+    def repeated(
+        self, entry: str, inputs: Sequence[Any], weights: Uploaded | Mapping[str, np.ndarray], *, graph: bool
+    ) -> Callable[[int], None]:
+        """For measurements: a function that launches an entry's kernels again, on a stream of that address, as a graph or one by one.
+
+        They read copies of these inputs. It copies, checks and waits for nothing; other calls of the program must not come between.
+        """
+        _, given, run = self._started(entry, inputs, weights, self._stream)
+        self._wait()
+        return functools.partial(self._again, run, given, graph)
+
+    @_there
+    def _again(self, run: _Run, given: Sequence[Any], graph: bool, stream: int) -> None:
+        """given: what is read where it is, which must stay."""
+        (self._launch if graph else self._launch_each)(run, ctypes.c_void_p(stream))
+
     def _borrowed(self, tensor: Any) -> DeviceArray:
         """torch's tensor as one of ours, without a copy where it is contiguous and where kernels may read 16 bytes at a time."""
         whole = tensor.detach().contiguous()
