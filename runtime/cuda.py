@@ -42,6 +42,7 @@ _ALIGNMENT = 256
 _LOADED = 16  # bytes that kernels load at once, from a multiple of so many
 _PLAIN_SHARED = 48 << 10  # bytes of shared memory that a kernel gets without asking
 _MAX_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_NOT_FOUND = 500
 _RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
 
 
@@ -591,6 +592,8 @@ class DeviceExecutable:
         if name not in self._functions:
             found = ctypes.c_void_p()
             status = self._driver.code_of("cuModuleGetFunction", ctypes.byref(found), self._module, name.encode())
+            if status not in (0, _NOT_FOUND):
+                self._driver.fail("cuModuleGetFunction", status)
             self._functions[name] = found if status == 0 else None
         return self._functions[name]
 

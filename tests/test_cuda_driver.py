@@ -256,9 +256,16 @@ def test_an_illegal_address_says_what_to_do(added: DeviceExecutable, refuse: Cal
     (launch,) = step[0].launches
     wrong = attrs.evolve(launch, arguments=(*launch.arguments[:-1], 1 << 16))
     added._plans["main"] = attrs.evolve(plan, steps=((attrs.evolve(step[0], launches=(wrong,)),),))
-    for _ in range(2):
+    for rows in (x, x, np.ones((5, 8), np.float32)):
         with pytest.raises(JisuError, match="error 700.*start another one.*compute-sanitizer"):
-            added.call("main", [x])
+            added.call("main", [rows])
+
+
+def test_a_kernel_that_cannot_be_had(added: DeviceExecutable, refuse: Callable[[str, int], None]) -> None:
+    """Of which the driver says more than that the module lacks it."""
+    refuse("cuModuleGetFunction", 2)
+    with pytest.raises(TensorMemoryError):
+        added.call("main", [np.ones((3, 8), np.float32)])
 
 
 def test_kernels_that_the_driver_refuses(emulated_gpu: Target, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ import jisu
 from jisu.compiler import ops
 from jisu.compiler.entry import stored
 from jisu.compiler.errors import ArtifactError, IndexOutOfRangeError, InputError, TargetError
-from jisu.compiler.gpu import DRIVER
+from jisu.compiler.gpu import DRIVER, Driver
 from jisu.compiler.graph import ArrayStorage, Graph, Storage, placeholder, weight
 from jisu.compiler.interpret import interpret
 from jisu.compiler.launches import CUBIN, PLANS, PTX, Plan
@@ -443,7 +443,8 @@ def test_tensors_of_torch_on_the_gpu(
     want = program(x)
 
     def waited(result: Any) -> np.ndarray:
-        assert emulated_driver.cuStreamSynchronize(None) == 0
+        with Driver.open().current():
+            assert emulated_driver.cuStreamSynchronize(None) == 0
         return np.asarray(result.detach().numpy())
 
     kept, borrowed = [], DeviceExecutable._borrowed
