@@ -45,6 +45,7 @@ _LOADED = 16  # bytes that kernels load at once, from a multiple of so many
 _PLAIN_SHARED = 48 << 10  # bytes of shared memory that a kernel gets without asking
 _MAX_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _AHEAD = 4  # calls that may be under way at a time
+_NOT_FOUND = 500
 _RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
 
 
@@ -459,6 +460,23 @@ class DeviceExecutable:
         self._followed((), (), pieces, [], stream)
         return tuple(results)
 
+    @_there
+    def repeated(
+        self, entry: str, inputs: Sequence[Any], weights: Uploaded | Mapping[str, np.ndarray], *, graph: bool
+    ) -> Callable[[int], None]:
+        """For measurements: a function that launches an entry's kernels again, on a stream of that address, as a graph or one by one.
+
+        They read copies of these inputs. It copies, checks and waits for nothing; other calls of the program must not come between.
+        """
+        _, given, run, pieces = self._started(entry, inputs, weights, self._stream)
+        self._followed((), (), pieces, [], self._stream).results()
+        return functools.partial(self._again, run, given, graph)
+
+    @_there
+    def _again(self, run: _Run, given: Sequence[Any], graph: bool, stream: int) -> None:
+        """given: what is read where it is, which must stay."""
+        (self._launch if graph else self._launch_each)(run, ctypes.c_void_p(stream))
+
     def _borrowed(self, tensor: Any) -> DeviceArray:
         """torch's tensor as one of ours, without a copy where it is contiguous and where kernels may read 16 bytes at a time."""
         whole = tensor.detach().contiguous()
@@ -647,6 +665,8 @@ class DeviceExecutable:
         if name not in self._functions:
             found = ctypes.c_void_p()
             status = self._driver.code_of("cuModuleGetFunction", ctypes.byref(found), self._module, name.encode())
+            if status not in (0, _NOT_FOUND):
+                self._driver.fail("cuModuleGetFunction", status)
             self._functions[name] = found if status == 0 else None
         return self._functions[name]
 
