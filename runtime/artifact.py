@@ -42,7 +42,7 @@ import numpy.typing as npt
 
 from jisu.compiler.errors import ArtifactError, InputError
 from jisu.compiler.launches import CUBIN, OWN_PTX, PLANS, PTX
-from jisu.compiler.storage import LazyTensor, cache_folder, map_descriptor, open_safetensors, parse_json
+from jisu.compiler.storage import TRAVELLING, LazyTensor, cache_folder, map_descriptor, open_safetensors, parse_json
 
 FORMAT = 5
 TPU_EXPORT = "jisu-tpu"
@@ -61,12 +61,7 @@ NAMES = frozenset(
         "graph.txt",
         "recipe.toml",
         "report.json",
-        "config.json",
-        "generation_config.json",
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "special_tokens_map.json",
-        "chat_template.jinja",
+        *TRAVELLING,
     }
 )
 

@@ -26,7 +26,7 @@ from jisu.compiler.errors import (
     InputError,
     TargetError,
 )
-from jisu.compiler.gpu import Driver
+from jisu.compiler.gpu import Driver, checked_grid
 from jisu.compiler.interpret import bind_types
 from jisu.compiler.launches import COUNTERS, CUBIN, FAULT, OWN_PTX, PLANS, PTX, Plan, TensorMap, Variant, size_at
 from jisu.compiler.storage import aligned
@@ -42,7 +42,6 @@ _ALIGNMENT = 256
 _LOADED = 16  # bytes that kernels load at once, from a multiple of so many
 _PLAIN_SHARED = 48 << 10  # bytes of shared memory that a kernel gets without asking
 _MAX_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-_NO_IMAGE = 209
 _RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
 
 
@@ -81,8 +80,7 @@ class DeviceArray:
 
 
 def _free(driver: Driver, address: int) -> None:
-    with driver.current():
-        driver.code_of("cuMemFree_v2", ctypes.c_void_p(address))
+    driver.let_go(("cuMemFree_v2", ctypes.c_void_p(address)))
 
 
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -203,17 +201,16 @@ class DeviceExecutable:
             )
         # Machine code is for later GPUs of one generation, too; what only one GPU has isn't.
         fits, same = here[0] == built_for[0], here == built_for
-        status = _NO_IMAGE
         wanted = (*((CUBIN,) if fits and (same or OWN_PTX not in code) else ()), *((OWN_PTX,) if same else ()), PTX)
+        said = []
         for name in [n for n in wanted if n in code]:
-            module = ctypes.c_void_p()
-            # PTX is text that a zero ends.
-            status = self._driver.code_of("cuModuleLoadData", ctypes.byref(module), code[name] + b"\0")
-            if status == 0:
+            module, error = self._driver.module(code[name])
+            if module is not None:
                 return module
+            said.append(f"{name}: {error}")
         raise TargetError(
             f"the GPU here ({self.device}, sm_{here[0]}{here[1]}) can't load this program's kernels, which were compiled for "
-            f"sm_{built_for[0]}{built_for[1]} (error {status}): compile it for this GPU, or update NVIDIA's driver"
+            f"sm_{built_for[0]}{built_for[1]} ({'; '.join(said) or 'there is no PTX'}): compile it for this GPU, or update NVIDIA's driver"
         )
 
     # Memory
@@ -545,7 +542,7 @@ class DeviceExecutable:
         calls: list[_Call] = []
         for step in plan.steps:
             for launch in self._chosen(step, env).launches:
-                grid = tuple(size_at(d, env) for d in launch.grid)
+                grid = checked_grid(tuple(size_at(d, env) for d in launch.grid), launch.kernel)
                 if 0 in grid:
                     continue
                 function = self._function(launch.kernel)
@@ -638,9 +635,7 @@ def _in_place(number: int, given: Any, called: Entry) -> bool:
 
 def _pinned(driver: Driver, nbytes: int) -> np.ndarray:
     """Bytes of this machine's memory that the GPU reads and writes at full speed."""
-    pointer = ctypes.c_void_p()
-    driver.run("cuMemHostAlloc", ctypes.byref(pointer), ctypes.c_size_t(nbytes), 0)
-    address = int(pointer.value or 0)
+    address = driver.pinned(nbytes)
     view = (ctypes.c_ubyte * nbytes).from_address(address)
     array: np.ndarray = np.ctypeslib.as_array(view)
     weakref.finalize(view, _unpin, driver, address)
@@ -648,8 +643,7 @@ def _pinned(driver: Driver, nbytes: int) -> np.ndarray:
 
 
 def _unpin(driver: Driver, address: int) -> None:
-    with driver.current():
-        driver.code_of("cuMemFreeHost", ctypes.c_void_p(address))
+    driver.let_go(("cuMemFreeHost", ctypes.c_void_p(address)))
 
 
 def _is_there(value: Any) -> bool:
@@ -660,16 +654,14 @@ def _is_there(value: Any) -> bool:
 def _release(
     driver: Driver, module: ctypes.c_void_p, streams: Sequence[ctypes.c_void_p], runs: Mapping[Any, _Run]
 ) -> None:
-    """Give back what a program had of the driver."""
-    with driver.current():
-        for stream in streams:
-            driver.code_of("cuStreamSynchronize", stream)
-        for run in runs.values():
-            if run.graph is not None:
-                driver.code_of("cuGraphExecDestroy", run.graph)
-        for stream in streams:
-            driver.code_of("cuStreamDestroy_v2", stream)
-        driver.code_of("cuModuleUnload", module)
+    """Give back what a program had of the driver, once its work is done, on torch's streams, too."""
+    graphs = [("cuGraphExecDestroy", run.graph) for run in runs.values() if run.graph is not None]
+    driver.let_go(
+        ("cuCtxSynchronize",),
+        *graphs,
+        *(("cuStreamDestroy_v2", stream) for stream in streams),
+        ("cuModuleUnload", module),
+    )
 
 
 def is_device_tensor(value: Any) -> bool:

@@ -29,7 +29,7 @@ from jisu.compiler.graph import ArrayStorage, Graph
 from jisu.compiler.interpret import bind_symbols, interpret
 from jisu.compiler.launches import PLANS
 from jisu.compiler.signature import Signature
-from jisu.compiler.storage import write_safetensors
+from jisu.compiler.storage import TRAVELLING, write_safetensors
 from jisu.compiler.text import parse, parse_type
 from jisu.compiler.types import TensorType, dtype_name, numpy_dtype
 from jisu.runtime import artifact
@@ -37,15 +37,6 @@ from jisu.runtime.cuda import DeviceExecutable, is_device_tensor
 from jisu.runtime.executable import Executable
 from jisu.runtime.generate import Chunk, Generation, GenerationConfig, Tokenizer, generate
 from jisu.runtime.session import MAIN, DecoderInfo, Session
-
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "generation_config.json",
-    "chat_template.jinja",
-    "config.json",
-)
 
 
 @attrs.define(eq=False)
@@ -120,7 +111,8 @@ class Program:
         except TensorMemoryError as error:
             raise TensorMemoryError(_largest(self._checker, sizes)) from error
         except IndexOutOfRangeError as error:
-            raise IndexOutOfRangeError(self._index_at_fault(arrays) or str(error)) from None
+            here = all(isinstance(array, np.ndarray) for array in arrays)  # the interpreter reads no GPU's memory
+            raise IndexOutOfRangeError((self._index_at_fault(arrays) if here else "") or str(error)) from None
         as_torch = any(_is_torch(leaf) for leaf in leaves) or (not leaves and "torch" in sys.modules)
         values = [o if _is_torch(o) else _to_torch(o) if as_torch else np.asarray(o) for o in outputs]
         for position, index in signature.mutations:
@@ -203,7 +195,9 @@ class Program:
         """The tokenizer that travelled along; raises InputError where the model came without one."""
         if self._tokenizer is None:
             if "tokenizer.json" not in self._parts.files:
-                raise InputError("this program has no tokenizer; give prompts as token ids")
+                raise InputError(
+                    "this program has no tokenizer, since its checkpoint had no tokenizer.json; give prompts as token ids"
+                )
             self._tokenizer = Tokenizer.from_files(self._parts.files)
         return self._tokenizer
 
@@ -302,8 +296,7 @@ class Program:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the program as one file (a path with a suffix, "llama.jisu") or a folder (without).
 
-        Writing is atomic. Raises OSError where the path can't be written, ArtifactError where a folder that is no
-        artifact stands there.
+        Writing is atomic. Raises OSError where the path can't be written, or something that is no artifact stands there.
         """
         parts = self._parts
         decoder = parts.decoder
@@ -335,7 +328,7 @@ class Program:
             "recipe.toml": parts.recipe.encode(),
             "report.json": json.dumps(parts.report, indent=1).encode(),
             **{f"graph-{entry}.txt": text.encode() for entry, text in parts.graphs.items()},
-            **{name: parts.files[name] for name in TOKENIZER_FILES if name in parts.files},
+            **{name: parts.files[name] for name in TRAVELLING if name in parts.files},
         }
         artifact.write(path, files, manifest)
 
@@ -391,7 +384,7 @@ def load(
         ) from error
     if missing:
         raise ArtifactError(f"{os.fspath(path)}: weights are missing: {', '.join(sorted(missing)[:5])}")
-    files = {name: saved.bytes(name) for name in TOKENIZER_FILES if name in saved}
+    files = {name: saved.bytes(name) for name in TRAVELLING if name in saved}
     target = {
         "name": manifest.target.name,
         "triple": manifest.target.triple,
@@ -453,7 +446,12 @@ def _as_array(value: Any, name: str, kind: TensorType, any_shape: bool = False) 
     elif isinstance(value, np.ndarray):
         array = value
     elif hasattr(value, "__dlpack__"):
-        array = np.from_dlpack(value)
+        try:
+            array = np.from_dlpack(value)
+        except (BufferError, RuntimeError) as error:
+            raise InputError(
+                f"input {name!r}: its memory can't be read here ({error}); of a GPU's array give torch's tensor, torch.from_dlpack(…)"
+            ) from None
     elif isinstance(value, (bool, int, float, list, tuple)):
         array = np.asarray(value, None if not isinstance(value, float) else np.float32)
     else:

@@ -29,8 +29,8 @@ constexpr int ARGUMENTS = 48; /* of a kernel, at most; more than it takes are pa
 
 struct Copy { void *to; const void *from; int bytes; };
 
-/* A product of a warp group, which adds to the sums of a number. a: a tile, or what this thread has of it in registers. */
-struct Product { uint32_t sums; bool registers; uint64_t a; uint32_t own[4]; uint64_t b; int outputs; int kind; };
+/* A product of a warp group, which adds to the sums of a number. a: a tile, or else own: registers in which this thread has its part of it. */
+struct Product { uint32_t sums; const uint32_t *own; uint64_t a, b; int outputs; int kind; };
 enum { BF16, F16, S8_U8, E4M3 }; /* kinds of products; sums of the third are int32 */
 
 struct Fiber {
@@ -88,6 +88,8 @@ Meeting block;
 ucontext_t scheduler;
 int current, threads;
 bool late_copies, late_products;
+int shared_bytes = SHARED_BYTES; /* that a launch asked for */
+std::vector<uint8_t> shown(SHARED_BYTES); /* shared memory as copies of boxes and products of warp groups see it */
 bool early, ahead; /* whether the launch may begin before earlier ones end, and whether those have yet to run */
 int64_t block_x, block_y, block_z, blocks_x;
 void *kernel;
@@ -183,7 +185,7 @@ struct Block {
     std::vector<int> registers;
     int free_registers;
     Meeting block;
-    std::vector<uint8_t> shared;
+    std::vector<uint8_t> shared, shown;
 };
 
 struct Begun {
@@ -214,6 +216,7 @@ void start(int64_t number, int64_t grid_x, int64_t grid_y) {
     place(number, grid_x, grid_y);
     while ((int)stacks.size() < threads) stacks.emplace_back(new char[STACK_BYTES]);
     std::memset(jisu_shared, 0xff, sizeof jisu_shared);
+    std::fill(shown.begin(), shown.end(), 0xff);
     fibers = std::vector<Fiber>(threads);
     warps = std::vector<Meeting>((threads + 31) / 32);
     warp_groups = std::vector<Meeting>((threads + 127) / 128);
@@ -257,6 +260,8 @@ bool run(int order) {
     for (auto &barrier : barriers)
         if (!barrier.second.coming.empty())
             return std::snprintf(failure, sizeof failure, "copies of boxes were never waited for"), false;
+    if (std::any_of(jisu_shared + shared_bytes, jisu_shared + SHARED_BYTES, [](uint8_t byte) { return byte != 0xff; }))
+        return std::snprintf(failure, sizeof failure, "shared memory is written behind what the launch asked for"), false;
     return true;
 }
 
@@ -296,7 +301,7 @@ void *emulated_begin(void *function, const int64_t *args, int count, int64_t gri
         b.fibers.swap(fibers), b.warps.swap(warps), b.warp_groups.swap(warp_groups), b.named.swap(named);
         b.barriers.swap(barriers), b.registers.swap(registers);
         b.free_registers = free_registers, b.block = block;
-        b.shared.assign(jisu_shared, jisu_shared + sizeof jisu_shared);
+        b.shared.assign(jisu_shared, jisu_shared + sizeof jisu_shared), b.shown = shown;
         launch->blocks.push_back(std::move(b));
     }
     ahead = false;
@@ -323,7 +328,7 @@ const char *emulated_end(void *begun) {
         fibers.swap(b->fibers), warps.swap(b->warps), warp_groups.swap(b->warp_groups), named.swap(b->named);
         barriers.swap(b->barriers), registers.swap(b->registers);
         free_registers = b->free_registers, block = b->block;
-        std::memcpy(jisu_shared, b->shared.data(), sizeof jisu_shared);
+        std::memcpy(jisu_shared, b->shared.data(), sizeof jisu_shared), shown = b->shown;
         if (!run(1)) return failure;
         late_copies = true, late_products = false;
     }
@@ -331,6 +336,9 @@ const char *emulated_end(void *begun) {
 }
 
 const char *emulated_failure() { return failure; }
+
+/* So many bytes of shared memory have the launches that follow. */
+void emulated_shared(int bytes) { shared_bytes = bytes; }
 
 void emulated_wait_for_launches() __asm__("emulated.griddepcontrol.wait");
 void emulated_wait_for_launches() {
@@ -404,7 +412,10 @@ void emulated_wait(int32_t but) {
 }
 
 void emulated_fence() __asm__("emulated.fence.proxy.async.shared_cta");
-void emulated_fence() { fibers[current].unfenced = false; }
+void emulated_fence() {
+    fibers[current].unfenced = false;
+    shown.assign(jisu_shared, jisu_shared + SHARED_BYTES); /* others' stores, too: whose they are isn't known */
+}
 
 /* Barriers in shared memory, and copies of boxes. */
 
@@ -432,6 +443,7 @@ static void come(Barrier &b, Box box) {
             int64_t row = int64_t(box.row) + r, column = int64_t(box.column) + c;
             if (row < 0 || row >= m.rows || column < 0 || column >= m.columns) std::memset((void *)to, 0, m.itemsize);
             else std::memcpy((void *)to, m.address + row * m.stride + column * m.itemsize, m.itemsize);
+            std::memcpy(&shown[to % SHARED_BYTES], (void *)to, m.itemsize);
         }
     b.bytes -= int64_t(m.box_rows) * m.box_columns * m.itemsize;
     settle(b);
@@ -548,7 +560,9 @@ static float of_e4m3(uint32_t bits);
 /* 32 bytes of numbers of some rows of a tile that a descriptor names: rows of 128 bytes in blocks of eight, with the swizzle of 128 bytes. */
 static void read_tile(float (*to)[32], uint64_t descriptor, int first, int rows, int kind, bool left) {
     if (descriptor >> 62 != 1) fail("a tile with another swizzle than that of 128 bytes");
+    if ((descriptor & ~((uint64_t)3 << 62 | (uint64_t)0x3fff << 32 | 0x3fff)) != 0) fail("a tile with a base offset, or a leading one");
     uint64_t stride = ((descriptor >> 32) & 0x3fff) << 4;
+    if ((descriptor >> 3) & 7 || stride % 1024) fail("a tile whose blocks of eight rows aren't at multiples of 1024");
     for (int row = first; row < first + rows; row++)
         for (int k = 0, size = kind < S8_U8 ? 2 : 1; k < 32 / size; k++) {
             uint64_t at = ((descriptor & 0x3fff) << 4) + row / 8 * stride + row % 8 * 128 + size * k;
@@ -556,6 +570,7 @@ static void read_tile(float (*to)[32], uint64_t descriptor, int first, int rows,
             if (at >= SHARED_BYTES) fail("a tile outside of shared memory");
             uint16_t bits = 0;
             std::memcpy(&bits, jisu_shared + at, size);
+            if (std::memcmp(&bits, &shown[at], size)) fail("shared memory is multiplied without a fence behind what was stored there");
             to[row - first][k] = kind == F16 ? of_f16(bits) : kind == BF16 ? of_bf16(bits) : kind == E4M3 ? of_e4m3(bits) : left ? int8_t(bits) : uint8_t(bits);
         }
 }
@@ -564,7 +579,7 @@ static void read_tile(float (*to)[32], uint64_t descriptor, int first, int rows,
 static void add_product(int begin, int count, const std::function<const Product &(int)> &product, const std::function<float *(int)> &held) {
     static float a[64][32], b[256][32];
     const Product &p = product(begin);
-    if (p.registers) {
+    if (p.own) {
         for (int i = 0; i < count; i++)
             for (int r = 0; r < 4; r++)
                 for (int h = 0; h < 2; h++) {
@@ -601,9 +616,14 @@ static void begin_product(float *sums, int32_t count, Product p) {
     if (p.outputs % 8 || p.outputs > 256 || count != p.outputs / 2) fail("a product of another form");
     if (!g.arrived) g.tile_a = p.a, g.tile_b = p.b;
     if (p.a != g.tile_a || p.b != g.tile_b) fail("threads of a warp group name different tiles");
+    for (const Product &other : f.products)
+        if (p.own && other.own == p.own) fail("registers are written that products under way read");
+    for (const auto &group : f.product_groups)
+        for (const Product &other : group)
+            if (p.own && other.own == p.own) fail("registers are written that products under way read");
     f.held = sums, f.product = p;
     int begin = current / 128 * 128;
-    meet(g, p.registers ? 6 : 5, 128, [&] {
+    meet(g, p.own ? 6 : 5, 128, [&] {
         for (Fiber &other : fibers)
             if (other.unfenced) fail("shared memory is multiplied without a fence behind what was copied to it");
         if (!late_products)
@@ -619,13 +639,13 @@ static void begin_product(float *sums, int32_t count, Product p) {
 
 void emulated_wgmma(float *sums, int32_t count, uint64_t a, uint64_t b, int32_t outputs, int32_t kind) __asm__("emulated.wgmma");
 void emulated_wgmma(float *sums, int32_t count, uint64_t a, uint64_t b, int32_t outputs, int32_t kind) {
-    begin_product(sums, count, {0, false, a, {}, b, outputs, kind});
+    begin_product(sums, count, {0, nullptr, a, b, outputs, kind});
 }
 
-void emulated_wgmma_registers(float *sums, int32_t count, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint64_t b, int32_t outputs, int32_t kind)
+void emulated_wgmma_registers(float *sums, int32_t count, const uint32_t *own, uint64_t b, int32_t outputs, int32_t kind)
     __asm__("emulated.wgmma.registers");
-void emulated_wgmma_registers(float *sums, int32_t count, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint64_t b, int32_t outputs, int32_t kind) {
-    begin_product(sums, count, {0, true, 0, {a0, a1, a2, a3}, b, outputs, kind});
+void emulated_wgmma_registers(float *sums, int32_t count, const uint32_t *own, uint64_t b, int32_t outputs, int32_t kind) {
+    begin_product(sums, count, {0, own, 0, b, outputs, kind});
 }
 
 void emulated_wgmma_wait(float *sums, int32_t count, int32_t but) __asm__("emulated.wgmma.wait");

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given as given_drawn
 from hypothesis import strategies as st
+from test_sampling import sampling_rows
 
 from jisu.compiler import ops, rows
 from jisu.compiler.errors import TargetError
@@ -29,6 +30,7 @@ from jisu.targets.cuda.kernels import (
     norm,
     products,
     records,
+    sampling,
     single_attention,
     thin,
     top,
@@ -43,6 +45,7 @@ REAL = Target.describe("cuda:sm_90")
 GPU = attrs.evolve(REAL, mcpu="sm_80", triple=host().triple)
 EARLY = attrs.evolve(REAL, mcpu="sm_90", triple=host().triple)
 HOPPER = attrs.evolve(REAL, mcpu="sm_90a", triple=host().triple)
+SHARED_BYTES = 227 << 10  # that a block may have at most
 RACES = pytest.mark.parametrize(("late", "order"), [(True, 1), (False, -1)])
 
 
@@ -78,7 +81,9 @@ def launch(emulator: Any, tmp_path: Path) -> Launch:
     def run(
         kernel: device.DeviceKernel, grid: tuple[int, ...], *values: Any, late: bool = True, order: int = 1
     ) -> None:
+        emulator.emulated_shared(kernel.shared_bytes)
         failure = emulator.emulated_launch(*given(kernel, tmp_path, grid, *values), int(late), order)
+        emulator.emulated_shared(SHARED_BYTES)
         if failure:
             raise RuntimeError(failure.decode())
 
@@ -603,6 +608,21 @@ def test_the_largest_of_a_row(size: int, first: int, dtype: str, order: int, lau
     np.testing.assert_array_equal(positions, want[1])
 
 
+@pytest.mark.parametrize("size", [1, 5, 40, 128, 200])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("order", [1, -1])
+def test_tokens_are_drawn_as_their_meaning_says(size: int, dtype: str, order: int, launch: Launch) -> None:
+    """Bit by bit, whatever the logits and the options."""
+    count = 60
+    operands = sampling_rows(count, size, np.random.default_rng(size), dtype)
+    chosen, whole = np.zeros(count, np.int64), np.zeros(count, bool)
+    launch(sampling.drawn(size, dtype, GPU), (count,), *operands, chosen, whole, order=order)
+    assert ops.draw.meaning is not None
+    want = ops.draw.meaning(*operands)
+    np.testing.assert_array_equal(chosen, want[0])
+    np.testing.assert_array_equal(whole, want[1])
+
+
 @pytest.mark.parametrize("width", [64, 72, 75, 1000, 4096])
 @pytest.mark.parametrize("rms", [True, False])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -685,6 +705,7 @@ def of_hot_kernels(target: Target) -> dict[str, device.DeviceKernel]:
             target,
         ),
         "largest": top.largest(128256, 128, "float32", False, False, target),
+        "draw": sampling.drawn(128, "float32", target),
         "norm": norm.normed(norm.Norm(4096, "bfloat16", 1e-5, True, True, False), target),
         "expert": experts.single(MIXTRAL, False, target),
         "expert's last layer": experts.single(MIXTRAL, True, target),
@@ -726,6 +747,7 @@ WORDS = {
     "token": ("shfl.sync.bfly", "ex2.approx.ftz", "ld.global", "atom", ".inc.u32", "fence.acq_rel.gpu"),
     "tokens": ("ldmatrix.sync.aligned.m8n8.x4.trans", "cvt.rn.bf16x2.f32", "cp.async.cg.shared.global", "mma.sync"),
     "norm": ("sqrt.rn", "ld.global", "st.global"),
+    "draw": ("div.rn.f32", "cvt.rzi.s64.f32", "mul.lo.s64"),
     "hopper": ("wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16", "wgmma.fence", "wgmma.commit_group",
                "wgmma.wait_group.sync.aligned 1", "cp.async.bulk.tensor.2d.shared::cluster.global", "mbarrier.try_wait.parity",
                "mbarrier.arrive.expect_tx", "setmaxnreg.inc", "setmaxnreg.dec", "cvta.param", ".minnctapersm 1",

@@ -12,6 +12,7 @@ from jisu.compiler import ops
 from jisu.compiler.errors import TargetError
 from jisu.compiler.graph import Node
 from jisu.compiler.launches import TensorMap
+from jisu.compiler.levels import WORD
 from jisu.compiler.ops.quantize import layer_parts
 from jisu.compiler.types import Dim, dim, product
 from jisu.targets.cpu.isa import FLOATS, require_activation
@@ -24,6 +25,7 @@ from jisu.targets.cuda.kernels import (
     products,
     records,
     rounding,
+    sampling,
     semi_structured,
     single,
     single_attention,
@@ -152,6 +154,11 @@ def _one_output_per_panel(packed: Node | None, axis: int) -> bool:
     return packed is not None and all(d == 1 for d in packed.shape[axis:])
 
 
+def _levels_in_rows(codes: Node | None) -> bool:
+    """Whether codes that levels are multiplied by lie row by row, in words as kernels take them apart."""
+    return codes is not None and codes.dtype == "uint8" and codes.shape[-2:] == (1, WORD)
+
+
 def _linear(node: Node, target: Target, then: norm.Norm | None = None) -> Kernel | None:
     x, w = node.operands[:2]
     assert x is not None
@@ -213,11 +220,11 @@ def _quantized(node: Node, target: Target, then: norm.Norm | None = None) -> Ker
 def _levels(node: Node, target: Target) -> Kernel | None:
     x, codes, scales, zeros, bias, residual = node.operands
     assert x is not None and codes is not None and scales is not None
-    if not _one_output_per_panel(codes, -2) or codes.dtype != "uint8":
+    if not _levels_in_rows(codes):
         return None
     layer = Levels(
         node.k, (node.outputs,), node.dtype, node.gated, False, node.activation, bias is not None, residual is not None,
-        node.scheme, node.group, scales.dtype, zeros is not None, node.records, node.own,
+        node.scheme, node.group, scales.dtype, zeros is not None, levels=node.records, own=node.own,
     )  # fmt: skip
     return _layer(layer, product(x.shape[:-1]), (0, 1, 2, *_present(node, 3, 4, 5)), target)
 
@@ -227,10 +234,10 @@ def _levels_projections(node: Node, target: Target) -> Kernel | None:
     assert x is not None
     parts = layer_parts(given, len(node.outputs), node.offset, node.biased)
     codes, scales, zeros, biases = zip(*parts, strict=True)
-    if not all(_one_output_per_panel(c, -2) and c.dtype == "uint8" for c in codes):
+    if not all(map(_levels_in_rows, codes)):
         return None
     layer = Levels(
-        node.k, tuple(node.outputs), node.dtype, bias=node.biased, scheme=node.scheme, group=node.group, scales=scales[0].dtype,
+        node.k, tuple(node.outputs), node.attributes["dtype"], bias=node.biased, scheme=node.scheme, group=node.group, scales=scales[0].dtype,
         zeros=node.offset, levels=node.records, own=node.own,
     )  # fmt: skip
     return _layer(layer, product(x.shape[:-1]), tuple(range(len(node.operands))), target)
@@ -395,6 +402,16 @@ def _sort(node: Node, target: Target) -> Kernel | None:
         scratch.append(rows * size * 8)
 
 
+def _draw(node: Node, target: Target) -> Kernel | None:
+    values = node.operands[0]
+    assert values is not None
+    size = values.shape[-1]
+    if not isinstance(size, int) or size > sampling.MOST:
+        return None
+    call = DeviceCall(sampling.drawn(size, values.dtype, target), (product(values.shape[:-1]), 1, 1), tuple(range(9)))
+    return Kernel(DeviceFunction((((), (call,)),)), tuple(Argument(i) for i in range(7)))
+
+
 def _experts(node: Node, target: Target) -> Kernel | None:
     x, index, _, up, down = node.operands
     assert x is not None and index is not None and up is not None and down is not None
@@ -483,6 +500,7 @@ NORMED = {ops.packed_linear: _linear, ops.quantized_linear: _quantized}
 
 CHOOSERS: Choosers = {
     ops.sort: _sort,
+    ops.draw: _draw,
     ops.experts: _experts,
     ops.packed_experts: _experts,
     ops.encode_rows: _encode_rows,

@@ -34,6 +34,7 @@ from test_cuda import (  # noqa: F401
     test_powers_of_e,
     test_records,
     test_the_largest_of_a_row,
+    test_tokens_are_drawn_as_their_meaning_says,
 )
 from test_cuda_levels import test_few_rows as test_few_rows_of_levels  # noqa: F401
 from test_cuda_levels import test_many_rows as test_many_rows_of_levels  # noqa: F401

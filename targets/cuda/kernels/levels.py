@@ -6,7 +6,7 @@ ends: by the weights' scale, and by the row's (or the group's own).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import attrs
@@ -21,7 +21,7 @@ from jisu.targets.cuda.kernels import hopper, thin
 from jisu.targets.cuda.kernels.layers import Layer, Part, Rows
 from jisu.targets.cuda.kernels.products import Tile, Tiled, in_tiles
 from jisu.targets.cuda.kernels.rounding import WARPS
-from jisu.targets.target import Target
+from jisu.targets.target import Target, capability
 
 
 @attrs.frozen
@@ -351,23 +351,22 @@ def many_hopper(layer: Levels, tile: hopper.Tile, target: Target) -> DeviceKerne
     def scaled(f: Device, given: dict[str, Val]) -> hopper.Scaled:
         x = f.memory(given["records"])
 
-        def scale(piece: hopper.Piece, group: Val, sums: list[Val]) -> list[Val]:
+        def scale(piece: hopper.Piece, group: Val, sum_of: Callable[[int], Val]) -> Callable[[int], Val]:
             scaling, thread = Scaling(f, layer, piece.part, x), f.thread() % GROUP
             lane, none = thread % WARP, f.i64(0)
             line = group * 64 + thread / WARP * 16 + lane / 4
             rows = [piece.rows.source(line + 8 * half) for half in (0, 1)]
             steps = [scaling.of_levels(row) for row in rows]
             totals = [scaling.sum_of_levels(row, none) for row in rows] if layer.integers else []
-            found = []
-            for block in range(len(sums) // 4):
-                for part in range(4):
-                    column = lane % 4 * 2 + (8 * block + part % 2)
-                    output = f.minimum(piece.part.first + column, piece.part.rows - 1)
-                    own = sums[4 * block + part]
-                    if layer.integers:  # codes stand for what they are above their zero
-                        own = own - scaling.zero_of(output) * totals[part // 2]
-                    found.append(scaling.number(own) * scaling.of_weights(output, none) * steps[part // 2])
-            return found
+
+            def one(number: int) -> Val:
+                column, half = lane % 4 * 2 + (number // 4 * 8 + number % 2), number // 2 % 2
+                output, own = f.minimum(piece.part.first + column, piece.part.rows - 1), sum_of(number)
+                if layer.integers:  # codes stand for what they are above their zero
+                    own = own - scaling.zero_of(output) * totals[half]
+                return scaling.number(own) * scaling.of_weights(output, none) * steps[half]
+
+            return one
 
         return scale
 
@@ -383,8 +382,9 @@ def encoded(k: int, dtype: str, scheme: str, group: int, own: bool, given: bool,
     Parameters: x, if `given` the scale, the records, the number of rows. Grid: ceil(rows / `WARPS`). Raises TargetError for other rows.
     """
     kind = SCHEMES[scheme]
-    if not multiplied(kind, kind) or dtype not in FLOATS or k % 4 or group % 4:
-        raise TargetError(f"no kernel for GPUs makes levels of {scheme} of {k} numbers of {dtype}")
+    known = kind.uniform or capability(target.mcpu) >= (8, 9)
+    if not multiplied(kind, kind) or not known or dtype not in FLOATS or k % 4 or group % 4:
+        raise TargetError(f"no kernel for {target.mcpu} makes levels of {scheme} of {k} numbers of {dtype}")
     names = ["x", *(["s"] if given else []), "y"]
     form = f"{scheme}_{k}{f'_{group}' if group else ''}{'_own' if own else ''}{'_given' if given else ''}_{dtype}"
     f = Device(f"levels_{form}", [*(("ptr", n) for n in names), ("i64", "count")], target, WARPS * WARP)
