@@ -31,6 +31,7 @@ from jisu.targets.cuda import ptx
 from jisu.targets.cuda.device import Device
 from jisu.targets.cuda.kernels import hopper, levels, products, thin
 from jisu.targets.cuda.kernels.levels import Levels
+from jisu.targets.cuda.lowering import lower
 from jisu.targets.target import Target
 
 ADA = attrs.evolve(GPU, mcpu="sm_89")
@@ -289,6 +290,8 @@ def test_layers_of_rounded_inputs(
     for graph in laid_out.values():
         assert graph.count(ops.encode_levels) == 1 and not graph.count(ops.quantized_linear, ops.fake_quantize)
         assert graph.count(ops.levels_linear) == 2 and graph.count(ops.levels_projections) == 1
+    layers = [k for k in lower(laid_out, target).kernels if "levels_" in k.op]
+    assert layers and not any("generic" in k.choices for k in layers), layers
     run = run_all(laid_out, target, tmp_path)
     for name, graph in laid_out.items():
         weights = {n: s.numpy() for n, s in stored(graph).items()}
