@@ -243,6 +243,8 @@ class Tiles:
         loads += [] if prefetched else [w / product.matrices / rate] * product.matrices
         loads += [columns / small / rate] * small if small else []
         loads += [rows / rate] if product.row_scale and not by_rows else []
+        if not loads:
+            return least
         ends = list(itertools.accumulate(loads))
         multiplied = itertools.accumulate(block.multiply for block in blocks)
         stores = [end + b.behind + latency + b.store for end, b in zip(multiplied, blocks, strict=True)]
