@@ -33,7 +33,7 @@ from jisu.targets.tpu.systolic import pushing, vector_cycles, work
 
 HEADROOM = 8
 """This part (an eighth) of VMEM is left to the compiler, for spilled registers and its own temporaries."""
-ERROR = 0.08
+ERROR = 0.15
 """How far `Tiles.cycles` may be from the simulated events, relatively."""
 SLACK = 0.06
 """How much slower a schedule may be than the fastest one, if it moves fewer bytes."""
