@@ -15,7 +15,8 @@ from jisu.compiler.rows import TAIL
 from jisu.compiler.schemes import SCHEMES
 from jisu.compiler.types import TensorType, round_up, substitute
 from jisu.targets.tpu.chip import Chip
-from jisu.targets.tpu.kernels import FLOATS, attends, exact_levels, inputs_of
+from jisu.targets.tpu.grouped import inputs_of, reads
+from jisu.targets.tpu.kernels import FLOATS, attends, exact_levels
 
 _CODED = (ops.quantized_linear, ops.levels_linear)
 _LAID_OUT = (ops.linear, ops.gated_linear, *_CODED)
@@ -25,7 +26,8 @@ def lay_out(graph: Graph, chip: Chip, sizes: Mapping[str, int] | None = None) ->
     """The graph with weights and caches as kernels read them; sizes: of symbols, as far as they are known.
 
     Weights are transposed, with columns of whole lanes: those of layers in bfloat16 and float32 (`linear`, `gated_linear`), and those of
-    `quantized_linear` and `levels_linear` whose codes have 8 bits, which become levels int8. The packing stands in the graph:
+    `quantized_linear` and `levels_linear` whose codes have 8 bits, which become levels int8; codes of 4 bits stay two in a byte, with their groups'
+    scales and zeros. The packing stands in the graph:
     `FoldWeights` stores its results, `PackWeights` goes before. A weight that something else reads, too, stays as it is.
 
     Caches of records int8 become two inputs each, `name.codes` and `name.tails`, and two outputs: see `_apart`.
@@ -54,20 +56,28 @@ def _packed(graph: Graph, chip: Chip) -> Graph:
         """A layer of codes on levels."""
         x, codes, scales, zeros, b, r = new.operands
         assert x is not None and codes is not None and scales is not None
-        exact = exact_levels(new, zeros is not None) and SCHEMES[new.scheme].bits == 8
-        if not exact or codes.dtype == "int8" or old.operands[1] in shared:
-            return new
+        bits, groups = SCHEMES[new.scheme].bits, reads(new) and new.dtype in FLOATS
+        exact = groups or (exact_levels(new, zeros is not None) and bits == 8)
         n, k = int(new.outputs), inputs_of(new)
         panel = round_up(n, chip.lanes)
+        done = codes.dtype == "int8" or codes.shape[-3:] == (k * bits // 8, panel, 1)
+        if not exact or done or old.operands[1] in shared:
+            return new
 
         def levels_of(half: int | None) -> Node:
-            single = _out_of_panels(codes, half, n, k)
+            words, word = codes.shape[-3], codes.shape[-1]
+            single = _out_of_panels(codes, half, n, k if bits == 8 else int(words * word))
+            if bits < 8:
+                single = _in_order(single, int(word), k)
             wide = ops.pack_codes(single, scheme=new.scheme, k=k, panel=panel, word=1)
-            return ops.cast(ops.sub(ops.cast(wide, dtype="int32"), 128), dtype="int8")
+            return wide if bits < 8 else ops.cast(ops.sub(ops.cast(wide, dtype="int32"), 128), dtype="int8")
+
+        def rows_of(values: Node, half: int | None) -> Node:
+            whole = ops.reshape(values, shape=(*values.shape, 1))
+            return _out_of_panels(whole, half, n, int(values.shape[-2]))  # type: ignore[call-overload]
 
         def scales_of(half: int | None) -> Node:
-            whole = ops.reshape(scales, shape=(*scales.shape, 1))
-            return ops.pack_scales(_out_of_panels(whole, half, n, 1), scheme=new.scheme, panel=panel)
+            return ops.pack_scales(rows_of(scales, half), scheme=new.scheme, panel=panel)
 
         def both(made: Callable[[int | None], Node]) -> Node:
             if not new.gated:
@@ -77,7 +87,8 @@ def _packed(graph: Graph, chip: Chip) -> Graph:
 
         ahead = once((codes,), lambda: both(levels_of))
         steps = once((scales,), lambda: both(scales_of))
-        return new.op.make((x, ahead, steps, None, b, r), new.attributes, new.source)
+        middles = zeros and once((zeros,), lambda: both(lambda half: ops.pack_zeros(rows_of(zeros, half), panel=panel)))
+        return new.op.make((x, ahead, steps, middles, b, r), new.attributes, new.source)
 
     def transform(old: Node, new: Node) -> Node:
         if new.op is ops.linear and packs(old.operands[1]):
@@ -93,6 +104,15 @@ def _packed(graph: Graph, chip: Chip) -> Graph:
         return levelled(old, new) if new.op in _CODED else new
 
     return graph.map(transform)
+
+
+def _in_order(rows: Node, word: int, k: int) -> Node:
+    """Bytes [n, k / 2] of two codes each, one after the other, of rows where the upper one belongs to the input `word` further on."""
+    if word > 1:
+        n, size = (int(s) for s in rows.shape)
+        parts = ops.reshape(ops.unpack_bits(rows, bits=4), shape=(n, size // word, word, 2))
+        rows = ops.pack_bits(ops.reshape(ops.transpose(parts, perm=(0, 1, 3, 2)), shape=(n, 2 * size)), bits=4)
+    return ops.slice_(rows, starts=(0, 0), stops=(rows.shape[0], k // 2), steps=(1, 1))
 
 
 def _out_of_panels(packed: Node, half: int | None, n: int, k: int) -> Node:
