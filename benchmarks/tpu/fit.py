@@ -51,7 +51,9 @@ def timing(values: Any, source: str) -> Timing:
     """Parameters in the order of NAMES."""
     launch, block, bfloat16, int8, accumulate, epilogue = (float(f"{v:.4g}") for v in values)
     push = {"bfloat16": bfloat16, "int8": int8}
-    return Timing(launch, block, accumulate, push, {"epilogue": epilogue, "element": 1.0, "exp": 4.0}, source)
+    return Timing(
+        launch, block, accumulate, push, {"epilogue": epilogue, "element": 1.0, "exp": 4.0, "alu": 0.27}, source
+    )
 
 
 def fit(chip: Chip, cases: list[dict[str, Any]], source: str) -> Timing:

@@ -18,7 +18,7 @@ from jisu.compiler import levels, ops
 from jisu.compiler.errors import CompileError
 from jisu.compiler.graph import Node
 from jisu.compiler.ops.quantize import layer_parts
-from jisu.compiler.rows import TAIL
+from jisu.compiler.rows import ROW_BITS, TAIL, row_length
 from jisu.compiler.schemes import SCHEMES
 from jisu.compiler.types import TensorType, round_up
 from jisu.targets.tpu import attention, grouped, splice
@@ -44,7 +44,7 @@ def chooser(chip: Chip, *, smallest: int = SMALLEST, platform: str = "tpu") -> C
 
     Kernels compute layers in bfloat16 and float32 (`linear`, `gated_linear`, and packed ones), those and rounded ones of integer codes
     (`quantized_linear`, `levels_linear`, with one scale per output and no zeros, or with one per group of `grouped.GROUPS` inputs), from
-    `smallest` multiplications on, and attention in bfloat16, with or without a cache. platform: "tpu", or "cpu" for a program whose kernels
+    `smallest` multiplications on, and attention in both, with or without a cache. platform: "tpu", or "cpu" for a program whose kernels
     Pallas' interpreter runs. Needs JAX; raises TargetError without it when a kernel is chosen.
     """
 
@@ -333,11 +333,11 @@ class _Form:
 
 
 def attends(node: Node) -> bool:
-    """Whether our kernel computes an attention, if its cache's rows are whole native tiles: in bfloat16, without bias and sinks, over numbers or
-    records int8."""
+    """Whether our kernel computes an attention, if its cache's rows are whole native tiles: without bias and sinks, over numbers or
+    records."""
     others = node.operands[6:] if node.op is ops.attention_cached else node.operands[3:]
     scheme = node.attributes.get("scheme", "none")
-    return node.dtype == "bfloat16" and scheme in ("none", "int8") and all(o is None for o in others)
+    return node.dtype in attention.DTYPES and scheme in ("none", *ROW_BITS) and all(o is None for o in others)
 
 
 def _attention(chip: Chip, node: Node, sizes: Mapping[str, int], smallest: int, platform: str) -> Kernel | None:
@@ -347,19 +347,19 @@ def _attention(chip: Chip, node: Node, sizes: Mapping[str, int], smallest: int, 
     cached = node.op is ops.attention_cached
     shapes = [None if o is None else tuple(int(n) for n in o.tensor.at(sizes).shape) for o in node.operands]  # type: ignore[call-overload]
     q, k, v = shapes[:3]
-    records = cached and node.scheme == "int8"
+    records = ROW_BITS.get(node.scheme, 0) if cached else 0
     assert q is not None and k is not None and v is not None
     table = shapes[5] if cached else None
     batch, queries, heads, d = q
     groups = k[1] if cached else k[2]
     page = k[2] if table else 0
     keys = page * table[1] if table else k[2] if cached else k[1]
-    values = v[3] - TAIL * records
+    values = row_length(node.scheme, v[3]) if records else v[3]
     if batch * queries * heads * keys * (d + values) < smallest:
         return None
     spec = Attention(
         batch, queries, groups, heads // groups, d, values, keys, node.scale, cached or node.causal, node.window, node.softcap,
-        cached, page, k[0] if page else 0, records=records,
+        cached, page, k[0] if page else 0, node.dtype, records,
     )  # fmt: skip
     try:
         part = _attention_part(spec, chip)
@@ -376,18 +376,29 @@ def _attention(chip: Chip, node: Node, sizes: Mapping[str, int], smallest: int, 
         length, start = (v.astype("int32") for v in given[3:5])
         pages = [given[5].maximum(0).minimum(spec.pages - 1)] if page else []
         both = list(zip(given[1:3], (d, values), strict=True))
-        tails = [v.part(3, n, n + TAIL).transpose(0, 2, 1, 3) for v, n in both if records]
+        tails = [v.part(3, v.shape[3] - TAIL, v.shape[3]).transpose(0, 2, 1, 3) for v, _ in both if records]
         flat = [t.reshape(*t.shape[:2], groups * TAIL) for t in tails]
-        numbers = [v.part(3, 0, n) for v, n in both]
+        numbers = [_side_by_side(v.part(3, 0, v.shape[3] - TAIL) if records else v, spec.heads_of(n)) for v, n in both]
         return [part.call(body, f"{name}.pallas", length.broadcast((batch,)), start, *pages, given[0], *numbers, *flat)]
 
     return splice.kernel(name, shown, [(f"{name}.pallas", part)], compute, platform)
 
 
+def _side_by_side(codes: Value, heads: int) -> Value:
+    """[b, g / heads, slots, heads * n] of [b, g, slots, n]."""
+    b, g, slots, n = codes.shape
+    if heads == 1:
+        return codes
+    return (
+        codes.reshape(b, g // heads, heads, slots, n).transpose(0, 1, 3, 2, 4).reshape(b, g // heads, slots, heads * n)
+    )
+
+
 def _attention_name(a: Attention, chip: Chip) -> str:
     kind = f"pages{a.pages}x{a.page}" if a.page else "cached" if a.cached else "causal" if a.causal else "all"
-    kind += "_records" if a.records else ""
+    kind += f"_records{a.records}" if a.records else ""
     limits = "".join(f"_{word}{value}" for word, value in (("window", a.window), ("cap", a.softcap)) if value)
+    kind += "_float32" if a.dtype == "float32" else ""
     size = f"{a.batch}x{a.queries}x{a.groups}x{a.repeats}x{a.d}x{a.e}_on{a.keys}"
     return f"attention_{kind}_{size}_scale{a.scale}{limits}_{chip.short}"
 
