@@ -53,7 +53,7 @@ def timing(chip: Chip, values: Any, source: str) -> Timing:
     """Parameters in the order of NAMES, and the chip's depths."""
     launch, block, bfloat16, int8, accumulate, epilogue = (float(f"{v:.4g}") for v in values)
     push = {"bfloat16": bfloat16, "int8": int8}
-    vector = {"epilogue": epilogue, "element": 1.0, "exp": 4.0}
+    vector = {"epilogue": epilogue, "element": 1.0, "exp": 4.0, "alu": 0.27}
     return Timing(launch, block, accumulate, push, chip.timing.depth, vector, source)
 
 

@@ -27,7 +27,8 @@ import attrs
 
 from jisu.compiler.errors import CompileError
 from jisu.compiler.types import round_up
-from jisu.targets.tpu.chip import Chip
+from jisu.targets.tpu import grouped
+from jisu.targets.tpu.chip import Chip, itemsize
 from jisu.targets.tpu.spec import Product
 from jisu.targets.tpu.systolic import pushing, vector_cycles, work
 
@@ -109,7 +110,8 @@ class Tiles:
         """Bytes that copies between HBM and VMEM move."""
         pm, pn, pk = self.padded
         x_times = 1 if self.order == "resident" else pn // self.n
-        x, w = x_times * pm * pk * product.itemsize, pm // self.m * pk * pn * product.weight_itemsize * product.matrices
+        x, w = x_times * pm * pk * product.itemsize, int(pk * pn * product.weight_itemsize) * product.matrices
+        w = pm // self.m * (w + product.grid_bytes(pk, pn))
         rows, columns = (
             x_times * pm * 4 * product.row_scale,
             pm // self.m * pn * 4 * (product.channel_scale * product.matrices + product.bias),
@@ -122,8 +124,8 @@ class Tiles:
         x_slots = 1 if self.order == "resident" else two
         tile_slots = 1 if self.order == "split" else two
 
-        def size(rows: int, columns: int, itemsize: int) -> int:
-            return bytes_in_vmem(rows, columns, itemsize, chip)
+        def size(rows: int, columns: int, each: float) -> int:
+            return bytes_in_vmem(rows, columns, each, chip)
 
         sizes = {
             "x": x_slots * size(self.m, self.k, product.itemsize),
@@ -133,6 +135,11 @@ class Tiles:
         }
         if product.gated:
             sizes["u"] = sizes["w"]
+        if product.group:
+            deep = self.k // product.group
+            each = size(deep, self.n, itemsize(product.scales)) + product.zeros * size(deep, self.n, 1)
+            sizes["scales of groups"] = product.matrices * tile_slots * each
+            sizes["scales of a block"] = grouped.grid_bytes(product, self.k, self.inner, self.columns, chip)
         if product.channel_scale:
             sizes["channel_scale"] = product.matrices * tile_slots * size(1, self.n, 4)
         if product.row_scale:
@@ -158,6 +165,8 @@ class Tiles:
                 )
         if product.gated and self.order == "split":
             raise CompileError("the inner axis of a gated product isn't split: it has two sums")
+        if product.group and self.order == "split":
+            raise CompileError("the inner axis of a product with scales per group isn't split")
         nests = [
             ("m", pm, self.m),
             ("n", pn, self.n),
@@ -201,7 +210,7 @@ class Tiles:
 
     def _copied(self, product: Product, prefetched: bool) -> tuple[int, int, int, int]:
         """Bytes of a step's tiles: of x, of w, of what comes with each column, of the scales of rows."""
-        held = product.matrices * self.k * self.n * product.weight_itemsize
+        held = int(product.matrices * self.k * self.n * product.weight_itemsize) + product.grid_bytes(self.k, self.n)
         x, w = self.m * self.k * product.itemsize, 0 if prefetched else held
         columns = self.n * 4 * (product.channel_scale * product.matrices + product.bias)
         columns += self.m * self.n * product.result_itemsize * product.residual
@@ -240,7 +249,9 @@ class Tiles:
         x, w, columns, rows = self._copied(product, prefetched)
         small = product.matrices * product.channel_scale + product.bias + product.residual
         loads = [] if by_rows else [x / rate]
-        loads += [] if prefetched else [w / product.matrices / rate] * product.matrices
+        # Scales and zeros of groups are copied apart.
+        grids = [g / rate for g in product.grids(self.k, self.n)]
+        loads += [] if prefetched else [w / product.matrices / rate - sum(grids), *grids] * product.matrices
         loads += [columns / small / rate] * small if small else []
         loads += [rows / rate] if product.row_scale and not by_rows else []
         if not loads:
@@ -299,7 +310,8 @@ class _Cost:
 
 @functools.lru_cache(4096)
 def _cost(product: Product, chip: Chip, k: int, rows: int, columns: int) -> _Cost:
-    one = work(chip, rows, k, columns, product.dtype)
+    stack = grouped.Grouped(product, rows, grouped.depth(chip, k)).stack if product.group else 1
+    one = work(chip, rows * stack, k, columns, product.dtype)
     behind = sum(
         vector_cycles(chip, rows * columns * turns, op)
         for turns, op in zip((1, *ACTIVATION_WORK[product.activation]), ("epilogue", "element", "exp"), strict=True)
@@ -307,11 +319,14 @@ def _cost(product: Product, chip: Chip, k: int, rows: int, columns: int) -> _Cos
     more = product.bias + product.residual + product.gated * (1 + product.channel_scale + product.row_scale)
     behind += vector_cycles(chip, rows * columns * more, "element")
     store = rows * columns * product.result_itemsize / chip.hbm_bytes_per_cycle
-    return _Cost(product.matrices, _widened(product, chip, k, columns), one.mxu, one.vector, behind, store)
+    return _Cost(product.matrices, _widened(product, chip, k, rows, columns), one.mxu, one.vector, behind, store)
 
 
-def _widened(product: Product, chip: Chip, k: int, columns: int) -> float:
-    """Cycles of making a block's weights x's dtype, an operation each, every time that they are multiplied."""
+def _widened(product: Product, chip: Chip, k: int, rows: int, columns: int) -> float:
+    """Cycles of making a block's weights x's dtype, an operation each, every time that they are multiplied; of groups, all that they take."""
+    if product.group:
+        operations = grouped.Grouped(product, rows, grouped.depth(chip, k)).operations(rows, k, columns)
+        return sum(vector_cycles(chip, count, op) for op, count in operations.items())
     return vector_cycles(chip, k * columns * product.widens, "element")
 
 
@@ -350,10 +365,10 @@ def usable_vmem(chip: Chip) -> int:
     return chip.vmem_bytes - chip.vmem_bytes // HEADROOM
 
 
-def bytes_in_vmem(rows: int, columns: int, itemsize: int, chip: Chip) -> int:
+def bytes_in_vmem(rows: int, columns: int, size: float, chip: Chip) -> int:
     """Bytes of a tile as the chip lays it out: a row or a column of numbers still takes whole sublanes and lanes."""
-    packed = chip.packed_sublanes(itemsize) if rows > chip.sublanes else chip.sublanes
-    return round_up(rows, packed) * round_up(columns, chip.lanes) * itemsize
+    packed = chip.packed_sublanes(size) if rows > chip.sublanes else chip.sublanes
+    return int(round_up(rows, packed) * round_up(columns, chip.lanes) * size)
 
 
 def row_multiple(product: Product, chip: Chip) -> int:
@@ -396,7 +411,8 @@ def make_tiles(
     padded = round_up(product.m, m), round_up(product.n, n), round_up(round_up(product.k, chip.lanes), k)
     packed = row_multiple(product, chip)
     rows, columns = _divisor(m, rows, packed), _divisor(n, block, chip.lanes)
-    inner = _divisor(k, min(_BLOCK, max(_BLOCK**3 // (rows * columns), chip.lanes)), chip.lanes)
+    most = min(_BLOCK, max(_BLOCK**3 // (rows * columns), chip.lanes))
+    inner = grouped.chunk(k, most) if product.group else _divisor(k, most, chip.lanes)
     unit = (_divisor(columns, chip.mxu, chip.lanes), _divisor(inner, chip.mxu, chip.lanes))
     several, alone = m > rows or n > columns, padded == (m, n, k) and order != "split"
     first = _head(product, chip, rows, columns, k) if alone or order == "resident" else rows
@@ -428,7 +444,7 @@ def _head(product: Product, chip: Chip, rows: int, columns: int, k: int) -> int:
     if head >= rows:
         return rows
     later = (rows - head) * k * product.itemsize / chip.hbm_bytes_per_cycle
-    another = product.matrices * (chip.timing.block + _widened(product, chip, k, columns))
+    another = product.matrices * (chip.timing.block + _widened(product, chip, k, rows - head, columns))
     return head if later > another else rows
 
 
@@ -473,7 +489,7 @@ def _candidates(product: Product, chip: Chip) -> Iterator[Tiles]:
         for block, height in _block_sizes(product, chip, m, n):
             yield make_tiles(product, chip, "resident", m, n, depth, block=block, rows=height)
             yield make_tiles(product, chip, "panels", m, n, depth, block=block, rows=height)
-    if product.gated:
+    if product.gated or product.group:
         return
     for k in (k for k in _doubling(chip.lanes, depth) if k < depth):
         for n in columns:

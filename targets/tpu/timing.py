@@ -197,7 +197,7 @@ class _Core:
 
     def matmul(self, event: Matmul) -> None:
         self.check(event)
-        cost = work(self.chip, event.m, event.k, event.n, event.dtype, shadow=self.shadow)
+        cost = work(self.chip, event.m * event.stack, event.k, event.n, event.dtype, shadow=self.shadow)
         start = max(self.after(event), self.mxu)
         adding = max(start, self.vector)
         end = start + cost.mxu
@@ -206,7 +206,7 @@ class _Core:
             end = max(end, self.vector)
         self.busy["mxu"] += cost.mxu
         self.busy["vector"] += cost.vector
-        self.ideal += cost.ideal
+        self.ideal += cost.ideal / event.stack
         self.mxu = self.computed = end
         self.done(event, end)
         self.spans.append(Span("mxu", f"{event.m}x{event.k}x{event.n} {event.dtype}", start, end))
