@@ -193,7 +193,7 @@ class DeviceExecutable:
             self._plans = {name: Plan.from_json(plan) for name, plan in data["entries"].items()}
             self._faults = [(str(kind), str(message)) for kind, message in data["faults"]]
             built_for = (int(data["capability"][0]), int(data["capability"][1]))
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ArtifactError(f"the plans of the compiled kernels can't be read: {error}") from error
         self._entries = dict(entries)
         self._lock = threading.RLock()

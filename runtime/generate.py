@@ -510,7 +510,10 @@ def _masked(prompts: Mapping[Any, Any]) -> list[list[int]]:
     if prompts.get("attention_mask") is None:
         return _rows_of_list(prompts["input_ids"])
     rows = []
-    for ids, mask in zip(_rows_of_list(prompts["input_ids"]), _rows_of_list(prompts["attention_mask"]), strict=True):
+    every, masks = _rows_of_list(prompts["input_ids"]), _rows_of_list(prompts["attention_mask"])
+    if len(every) != len(masks):
+        raise InputError(f"got {len(every)} prompts and an attention mask for {len(masks)}")
+    for ids, mask in zip(every, masks, strict=True):
         count = sum(map(bool, mask))
         if len(mask) != len(ids) or not all(mask[len(mask) - count :]):
             raise InputError("the attention mask may hide padding on the left only; tokenize with padding_side='left'")

@@ -162,8 +162,8 @@ class Session:
     def append(self, token_ids: Any, *, start: Any = None, last_only: bool = False) -> np.ndarray:
         """Append tokens int64 [b, c] and return logits float32 [b, c, vocabulary] ([b, 1, vocabulary] with last_only).
 
-        start: int64 [b], padding slots in front of each sequence, given with the first tokens after a reset. Raises
-        IndexOutOfRangeError for an id outside the vocabulary, InputError for a wrong shape or a full cache.
+        start: int64 [b], padding slots in front of each sequence, given with the first tokens after a reset, maybe more than
+        there are first tokens. Raises IndexOutOfRangeError for an id outside the vocabulary, InputError for a wrong shape or a full cache.
         """
         ids = self._begun(token_ids, start)
         if not self._info.state:
@@ -278,18 +278,18 @@ class Session:
         if info.page:
             slots = -(-slots // info.page) * info.page
         old, sizes = self._state, info.sizes(len(self._start), slots)
-        self._state = []
+        state = []
         for i, (name, kind, _, ring) in enumerate(info.state):
             shape = [int(d) for d in kind.at(sizes).shape]
             if old and self.length:
                 array = np.zeros(shape, numpy_dtype(kind.dtype))
                 self._carry(self._memory.read(old[i]), array, ring)
-                self._state.append(self._memory.hold(array))
+                state.append(self._memory.hold(array))
             else:
-                self._state.append(self._memory.zeros(shape, kind.dtype, f"the KV cache ({name}, {slots} slots)"))
-        if info.page:
-            self._table = self._memory.hold(info.table(len(self._start), slots))
-        self._reserved = slots
+                state.append(self._memory.zeros(shape, kind.dtype, f"the KV cache ({name}, {slots} slots)"))
+        table = self._memory.hold(info.table(len(self._start), slots)) if info.page else None
+        # All at once: where memory is short, the session goes on with what it had.
+        self._state, self._table, self._reserved = state, table, slots
 
     def _carry(self, old: np.ndarray, new: np.ndarray, ring: bool) -> None:
         if self._info.page:
@@ -315,9 +315,9 @@ class Session:
         """Without a cache: run the whole sequences again (equal lengths only, as padding would be read)."""
         if self._start.any():
             raise InputError(f"prompts must be of one length: the model has no cache ({self._info.reason})")
-        self._history = ids if self._history is None else np.concatenate([self._history, ids], 1)
-        positions = np.broadcast_to(np.arange(self._history.shape[1]), self._history.shape)
-        given = {"input_ids": self._history, "position_ids": np.ascontiguousarray(positions, np.int64)}
+        history = ids if self._history is None else np.concatenate([self._history, ids], 1)
+        positions = np.broadcast_to(np.arange(history.shape[1]), history.shape)
+        given = {"input_ids": history, "position_ids": np.ascontiguousarray(positions, np.int64)}
         (logits, *_) = self._run(MAIN, [given[name] for name in self._info.inputs]).results()
-        self.length = self._history.shape[1]
+        self._history, self.length = history, history.shape[1]
         return np.asarray(logits)[:, -1 if last_only else -ids.shape[1] :]

@@ -15,7 +15,7 @@ import transformers as hf
 
 import jisu
 from jisu.compiler import ops
-from jisu.compiler.errors import IndexOutOfRangeError, InputError
+from jisu.compiler.errors import IndexOutOfRangeError, InputError, TensorMemoryError
 from jisu.compiler.gpu import Driver
 from jisu.compiler.graph import Graph, placeholder
 from jisu.compiler.types import TensorType, symbol
@@ -98,6 +98,18 @@ def test_a_cache_grows_under_way(on_gpu: Any, on_cpu: Any) -> None:
     session = on_gpu("contiguous").session()
     got, want = run(session, prompt, max_new_tokens=8), on_cpu("contiguous").generate(prompt, max_new_tokens=8)
     assert got.sequences == want.sequences and session.length == 259 and session._reserved > 256
+
+
+def test_a_session_goes_on_where_memory_is_short(on_gpu: Any, emulated_driver: Any) -> None:
+    session, other = on_gpu("contiguous").session(), on_gpu("contiguous").session()
+    ids = np.arange(260)[None] * 7 % VOCABULARY
+    for s in (session, other):
+        s.append(ids[:, :250], last_only=True)
+    emulated_driver.emulated_refuse(b"cuMemAlloc_v2", 2)
+    with pytest.raises(TensorMemoryError, match="KV cache|a tensor"):
+        session.append(ids[:, 250:])
+    emulated_driver.emulated_refuse(b"", 0)
+    np.testing.assert_array_equal(session.append(ids[:, 250:]), other.append(ids[:, 250:]))
 
 
 @pytest.fixture

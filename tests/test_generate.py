@@ -583,6 +583,8 @@ def test_padding_on_the_left_is_recognized() -> None:
         generate(BigramSession, padded[:, ::-1], {"pad_token_id": 0})
     with pytest.raises(InputError, match="padding on the left"):
         generate(BigramSession, {"input_ids": padded, "attention_mask": mask[:, ::-1].astype(int)})
+    with pytest.raises(InputError, match="2 prompts and an attention mask for 1"):
+        generate(BigramSession, {"input_ids": padded, "attention_mask": mask[:1].astype(int)})
 
 
 def test_long_prompts_are_fed_in_chunks() -> None:

@@ -231,7 +231,7 @@ def _name(node: Node, products: Sequence[Product], chip: Chip) -> str:
     forms = [
         f"{'x'.join(str(n) for n in o.shape)}_{o.dtype}"
         for o in node.operands[1:]
-        if o is not None and o.rank > 2 and o.op is not None and not o.tensor.symbols
+        if o is not None and o.rank > 2 and not o.tensor.symbols
     ]
     return "_".join([node.op.name, f"{p.m}x{p.k}x{columns}", *flags, *forms[:1], chip.short])
 

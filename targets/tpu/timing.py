@@ -19,7 +19,7 @@ import attrs
 
 from jisu.compiler.errors import TargetError
 from jisu.targets.tpu.chip import Chip
-from jisu.targets.tpu.events import HBM, SMEM, VMEM, Allocate, Copy, Event, Matmul, Repeat, Vector, Wait
+from jisu.targets.tpu.events import HBM, SMEM, VMEM, Allocate, Copy, Event, Free, Matmul, Repeat, Vector, Wait
 from jisu.targets.tpu.systolic import vector_cycles, work
 
 UNITS = ("mxu", "vector", "hbm")
@@ -150,20 +150,21 @@ class _Core:
 
     def run(self, events: Iterable[Event]) -> None:
         for event in events:
-            if isinstance(event, Repeat):
-                self.repeat(event)
-            elif isinstance(event, Copy):
-                self.copy(event)
-            elif isinstance(event, Wait):
-                self.wait(event)
-            elif isinstance(event, Matmul):
-                self.matmul(event)
-            elif isinstance(event, Vector):
-                self.vectors(event)
-            elif isinstance(event, Allocate):
-                self.allocate(event)
-            else:
-                self.live.pop(event.name, None)
+            match event:
+                case Repeat():
+                    self.repeat(event)
+                case Copy():
+                    self.copy(event)
+                case Wait():
+                    self.wait(event)
+                case Matmul():
+                    self.matmul(event)
+                case Vector():
+                    self.vectors(event)
+                case Allocate():
+                    self.allocate(event)
+                case Free():
+                    self.live.pop(event.name, None)
 
     def copy(self, event: Copy) -> None:
         for name in event.writes:
