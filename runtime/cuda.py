@@ -45,6 +45,7 @@ _LOADED = 16  # bytes that kernels load at once, from a multiple of so many
 _PLAIN_SHARED = 48 << 10  # bytes of shared memory that a kernel gets without asking
 _MAX_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _AHEAD = 4  # calls that may be under way at a time
+_NOT_FOUND = 500
 _RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
 
 
@@ -109,14 +110,15 @@ class Uploaded:
 
 @attrs.frozen(eq=False)
 class _Call:
-    """A launch with everything settled: what cuLaunchKernel takes, or, where it may begin early, cuLaunchKernelEx."""
+    """A launch with everything settled: what cuLaunchKernel takes, or, where it may begin early, cuLaunchKernelEx. parameters: addresses of the
+    values."""
 
     function: ctypes.c_void_p
     grid: tuple[int, int, int]
     threads: int
     shared: int
-    values: Any
-    extra: Any
+    values: Sequence[Any]
+    parameters: Any
     early: bool
 
 
@@ -458,6 +460,23 @@ class DeviceExecutable:
         self._followed((), (), pieces, [], stream)
         return tuple(results)
 
+    @_there
+    def repeated(
+        self, entry: str, inputs: Sequence[Any], weights: Uploaded | Mapping[str, np.ndarray], *, graph: bool
+    ) -> Callable[[int], None]:
+        """For measurements: a function that launches an entry's kernels again, on a stream of that address, as a graph or one by one.
+
+        They read copies of these inputs. It copies, checks and waits for nothing; other calls of the program must not come between.
+        """
+        _, given, run, pieces = self._started(entry, inputs, weights, self._stream)
+        self._followed((), (), pieces, [], self._stream).results()
+        return functools.partial(self._again, run, given, graph)
+
+    @_there
+    def _again(self, run: _Run, given: Sequence[Any], graph: bool, stream: int) -> None:
+        """given: what is read where it is, which must stay."""
+        (self._launch if graph else self._launch_each)(run, ctypes.c_void_p(stream))
+
     def _borrowed(self, tensor: Any) -> DeviceArray:
         """torch's tensor as one of ours, without a copy where it is contiguous and where kernels may read 16 bytes at a time."""
         whole = tensor.detach().contiguous()
@@ -629,16 +648,10 @@ class DeviceExecutable:
                     self._driver.run("cuFuncSetAttribute", function, _MAX_SHARED, launch.shared)
                 # The first one follows whatever others left on the stream.
                 early = launch.early and self._driver.overlaps and bool(calls)
-                raw = b"".join(map(value, launch.arguments))  # maps, which are aligned, stand first
-                values, nbytes = ctypes.create_string_buffer(raw, len(raw)), ctypes.c_size_t(len(raw))
-                extra = (ctypes.c_void_p * 5)(
-                    1,
-                    ctypes.cast(values, ctypes.c_void_p),
-                    2,
-                    ctypes.cast(ctypes.pointer(nbytes), ctypes.c_void_p),
-                    None,
-                )
-                calls.append(_Call(function, grid, launch.threads, launch.shared, (values, nbytes), extra, early))  # type: ignore[arg-type]
+                # One by one: only the driver knows where each one lies. Before a tensor map the assembler leaves room that no rule tells.
+                values = [ctypes.create_string_buffer(raw, len(raw)) for raw in map(value, launch.arguments)]
+                parameters = (ctypes.c_void_p * (len(values) + 1))(*map(ctypes.addressof, values), None)
+                calls.append(_Call(function, grid, launch.threads, launch.shared, values, parameters, early))  # type: ignore[arg-type]
         return _Run(inputs, outputs, calls, self._arena, self._counters)
 
     def _chosen(self, step: Sequence[Variant], env: Mapping[str, int]) -> Variant:
@@ -652,6 +665,8 @@ class DeviceExecutable:
         if name not in self._functions:
             found = ctypes.c_void_p()
             status = self._driver.code_of("cuModuleGetFunction", ctypes.byref(found), self._module, name.encode())
+            if status not in (0, _NOT_FOUND):
+                self._driver.fail("cuModuleGetFunction", status)
             self._functions[name] = found if status == 0 else None
         return self._functions[name]
 
@@ -684,7 +699,7 @@ class DeviceExecutable:
                 config = _Config(
                     call.grid, (call.threads, 1, 1), call.shared, stream, ctypes.pointer(_EARLY), 1
                 )  # fmt: skip
-                self._driver.run("cuLaunchKernelEx", ctypes.byref(config), call.function, None, call.extra)
+                self._driver.run("cuLaunchKernelEx", ctypes.byref(config), call.function, call.parameters, None)
                 continue
             self._driver.run(
                 "cuLaunchKernel",
@@ -697,8 +712,8 @@ class DeviceExecutable:
                 1,
                 call.shared,
                 stream,
+                call.parameters,
                 None,
-                call.extra,
             )
 
 

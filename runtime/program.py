@@ -368,9 +368,16 @@ def _loaded(code: Mapping[str, bytes], entries: Mapping[str, Entry], num_threads
 
 
 def load(
-    path: str | os.PathLike[str], *, features: Callable[[], Iterable[str]], num_threads: int | None = None
+    path: str | os.PathLike[str],
+    *,
+    features: Callable[[], Iterable[str]],
+    num_threads: int | None = None,
+    weights: Callable[[str, TensorType], np.ndarray] | None = None,
 ) -> Program:
-    """Load a saved program; `features` tells this processor's features. See `jisu.load` for the errors."""
+    """Load a saved program; `features` tells this processor's features. See `jisu.load` for the errors.
+
+    weights: gives an array for a weight's name and type, in place of those that were saved.
+    """
     saved = artifact.read(path, features=features)
     manifest = saved.manifest
     try:
@@ -382,10 +389,15 @@ def load(
             decoder = DecoderInfo(state=state, **fields)
         signature = Signature.from_json(meta["call"])
         entries = {name: Entry.from_json(entry) for name, entry in meta["entries"].items()}
-        weights = {name: tensor.numpy() for name, tensor in saved.tensors().items()}
+        if weights is None:
+            arrays = {name: tensor.numpy() for name, tensor in saved.tensors().items()}
+        else:
+            arrays = {
+                name: weights(name, kind) for name, kind in dict(w for e in entries.values() for w in e.weights).items()
+            }
         report = json.loads(saved.bytes("report.json"))
         graphs = {e: saved.bytes(f"graph-{e}.txt").decode() for e in manifest.entry_points}
-        missing = {name for entry in entries.values() for name, _ in entry.weights} - set(weights)
+        missing = {name for entry in entries.values() for name, _ in entry.weights} - set(arrays)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ArtifactError(
             f"{os.fspath(path)}: the manifest is incomplete ({type(error).__name__}: {error})"
@@ -402,7 +414,7 @@ def load(
     if not code:
         raise ArtifactError(f"{os.fspath(path)}: has no compiled kernels")
     parts = Compiled(
-        code, weights, entries, graphs, signature, target, saved.bytes("recipe.toml").decode(), report, decoder, files,
+        code, arrays, entries, graphs, signature, target, saved.bytes("recipe.toml").decode(), report, decoder, files,
         manifest.producers,
     )  # fmt: skip
     return Program(parts, num_threads)

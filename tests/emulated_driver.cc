@@ -403,19 +403,16 @@ static int launch(void *function, unsigned x, unsigned y, unsigned z, unsigned t
                   void **extra, bool early) {
     if (!functions.count(function)) return 400;
     Function *f = (Function *)function;
-    if (!x || x > 0x7fffffff || !y || !z || y > 65535 || z > 65535 || !tx || tx > 1024 || ty != 1 || tz != 1 || parameters) return 1;
+    if (!x || x > 0x7fffffff || !y || !z || y > 65535 || z > 65535 || !tx || tx > 1024 || ty != 1 || tz != 1 || extra || !parameters) return 1;
     if ((int)shared > f->shared_limit) return 1;
-    if (extra[0] != (void *)1 || extra[2] != (void *)2 || extra[4]) return 1;
-    size_t bytes = *(size_t *)extra[3];
-    const int64_t *values = (const int64_t *)extra[1], *end = values + bytes / 8;
     Launch l{f, {x, y, z}, (int)tx, std::make_shared<std::vector<TensorMap>>(), {}, early};
-    for (TensorMap map; end - values >= 16; values += 16) {
-        std::memcpy((void *)&map, values, sizeof map);
-        if (map.mark != TENSOR_MAP) break;
-        l.maps->push_back(map);
+    /* A kernel on this CPU doesn't say what it takes: a zero ends its parameters, and maps, which stand first, bear a mark. */
+    for (; *parameters && *(const uint64_t *)*parameters == TENSOR_MAP; parameters++) {
+        l.maps->emplace_back();
+        std::memcpy((void *)&l.maps->back(), *parameters, sizeof(TensorMap));
     }
     for (const TensorMap &map : *l.maps) l.arguments.push_back((int64_t)&map);
-    l.arguments.insert(l.arguments.end(), values, end);
+    for (; *parameters; parameters++) l.arguments.push_back(*(const int64_t *)*parameters);
     if (captured) {
         if (stream != capturing) return 901;
         captured->launches.push_back(l);

@@ -13,6 +13,7 @@ from jisu.compiler import ops
 from jisu.compiler.errors import TargetError
 from jisu.compiler.graph import Node
 from jisu.compiler.launches import TensorMap
+from jisu.compiler.levels import WORD
 from jisu.compiler.ops.quantize import layer_parts
 from jisu.compiler.types import Dim, dim, product
 from jisu.targets.cpu.isa import FLOATS, require_activation
@@ -158,7 +159,7 @@ def _on_hopper(
     with contextlib.suppress(TargetError):  # not for this layer, or not on this machine
         narrow, wide = hopper.tiles_of(layer)
         few = target.cores // max(1, layer.tiles(wide.outputs)) * wide.rows
-        for tile, most in ((narrow, few), (wide, 0)) if few else ((wide, 0),):
+        for tile, most in ((narrow, few), (wide, 0)) if few and narrow is not wide else ((wide, 0),):
             kernel = reader.groups(tile)
             matrices = layer.outputs * 2 if layer.apart else [n * layer.per_weight_row for n in layer.outputs]
             maps = [hopper.map_of_x(layer, tile, ("step", 0), rows)]
@@ -174,6 +175,11 @@ def _present(node: Node, *indices: int) -> tuple[int, ...]:
 def _one_output_per_panel(packed: Node | None, axis: int) -> bool:
     """Whether weights lie row by row."""
     return packed is not None and all(d == 1 for d in packed.shape[axis:])
+
+
+def _levels_in_rows(codes: Node | None) -> bool:
+    """Whether codes that levels are multiplied by lie row by row, in words as kernels take them apart."""
+    return codes is not None and codes.dtype == "uint8" and codes.shape[-2:] == (1, WORD)
 
 
 def _linear(node: Node, target: Target, then: norm.Norm | None = None) -> Kernel | None:
@@ -237,11 +243,11 @@ def _quantized(node: Node, target: Target, then: norm.Norm | None = None) -> Ker
 def _levels(node: Node, target: Target) -> Kernel | None:
     x, codes, scales, zeros, bias, residual = node.operands
     assert x is not None and codes is not None and scales is not None
-    if not _one_output_per_panel(codes, -2) or codes.dtype != "uint8":
+    if not _levels_in_rows(codes):
         return None
     layer = Levels(
         node.k, (node.outputs,), node.dtype, node.gated, False, node.activation, bias is not None, residual is not None,
-        node.scheme, node.group, scales.dtype, zeros is not None, node.records, node.own,
+        node.scheme, node.group, scales.dtype, zeros is not None, levels=node.records, own=node.own,
     )  # fmt: skip
     return _layer(layer, product(x.shape[:-1]), (0, 1, 2, *_present(node, 3, 4, 5)), target)
 
@@ -251,10 +257,10 @@ def _levels_projections(node: Node, target: Target) -> Kernel | None:
     assert x is not None
     parts = layer_parts(given, len(node.outputs), node.offset, node.biased)
     codes, scales, zeros, biases = zip(*parts, strict=True)
-    if not all(_one_output_per_panel(c, -2) and c.dtype == "uint8" for c in codes):
+    if not all(map(_levels_in_rows, codes)):
         return None
     layer = Levels(
-        node.k, tuple(node.outputs), node.dtype, bias=node.biased, scheme=node.scheme, group=node.group, scales=scales[0].dtype,
+        node.k, tuple(node.outputs), node.attributes["dtype"], bias=node.biased, scheme=node.scheme, group=node.group, scales=scales[0].dtype,
         zeros=node.offset, levels=node.records, own=node.own,
     )  # fmt: skip
     return _layer(layer, product(x.shape[:-1]), tuple(range(len(node.operands))), target)
