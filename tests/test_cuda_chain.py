@@ -79,7 +79,9 @@ def run(session: Session, prompts: Any, **options: Any) -> Generation:
     return generate(lambda: session, prompts, {"prefill_chunk": session._info.prefill_chunk, **options})
 
 
-@pytest.mark.parametrize("cache", list(CACHES))
+@pytest.mark.parametrize(
+    "cache", ["contiguous", "ring", *(pytest.param(c, marks=pytest.mark.slow) for c in ("paged", "int8"))]
+)
 def test_tokens_are_the_cpus(cache: str, on_gpu: Any, on_cpu: Any) -> None:
     """Of batches whose rows end at different times, past the window of a ring; a step that was begun in vain leaves nothing."""
     gpu, cpu = on_gpu(cache), on_cpu(cache)
