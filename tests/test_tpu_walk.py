@@ -18,7 +18,7 @@ from rich.console import Console
 from tvm import tirx
 
 import jisu
-from jisu.commands.explain import _simulated
+from jisu.commands.explain import _show_simulated
 from jisu.compiler import ops
 from jisu.compiler.errors import CompileError, TargetError
 from jisu.compiler.graph import Graph, Node, placeholder, weight
@@ -377,15 +377,17 @@ def test_compiled_models_are_simulated(name: str) -> None:
     """Entries as a compiler leaves them, weights in panels; and what `explain` shows of them."""
     program = jisu.compile(make(name))
     graph = parse(program.ir())
+    few = simulated_entries({"append": graph}, {"batch": 1}, V5E, sequence="sequence", positions=160)
+    assert [(entry["tokens"], entry["cached"]) for entry in few] == [(160, 0), (1, 159)]
     prefill, decode = simulated_entries({"append": graph}, {"batch": 1}, V5E, sequence="sequence", cached=256)
     assert (prefill["phase"], decode["phase"]) == ("prefill", "decode")
     assert prefill["tokens"] == 512 and decode["cached"] == 256 and decode["label"] == "simulated"
     assert prefill["simulated_s"] > decode["simulated_s"] > 0
     assert decode["hbm_bytes"] <= 1.5 * decode["least_bytes"]
     written = StringIO()
-    Console(file=written, width=200).print(_simulated(decode))
+    _show_simulated(Console(file=written, width=200), decode)
     told = " ".join(written.getvalue().split())
-    assert "decode of 1 tokens behind 256, simulated on tpu:v5e, not measured" in told
+    assert "decode of one token behind 256, simulated on tpu:v5e, not measured" in told
 
 
 def test_models_without_a_cache_are_simulated() -> None:

@@ -93,7 +93,7 @@ class Chip:
         full = name if name.startswith("tpu:") else f"tpu:{name}"
         if full not in known:
             near = difflib.get_close_matches(full, known, n=1)
-            hint = f", did you mean {near[0]!r}?" if near else ""
+            hint = f"; did you mean {near[0]!r}?" if near else ""
             raise TargetError(f"unknown TPU {name!r}; known: {', '.join(known)}{hint}")
         return _load(full)
 
