@@ -157,7 +157,7 @@ class Driver:
         if code == _OUT_OF_MEMORY:
             raise TensorMemoryError(f"the GPU ({self.name}) has no {nbytes / 2**30:.2f} GiB left for {what}")
         if code:
-            self.fail("cuMemAlloc", code)
+            self.fail("cuMemAlloc_v2", code)
         return int(pointer.value or 0)
 
     def tensor_map(self, address: int, dtype: str, shape: tuple[int, int], box: tuple[int, int]) -> bytes:

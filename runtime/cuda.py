@@ -44,8 +44,8 @@ _ALIGNMENT = 256
 _LOADED = 16  # bytes that kernels load at once, from a multiple of so many
 _PLAIN_SHARED = 48 << 10  # bytes of shared memory that a kernel gets without asking
 _MAX_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-_AHEAD = 4  # calls that may be under way at a time
 _NOT_FOUND = 500
+_AHEAD = 4  # calls that may be under way at a time
 _RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
 
 
@@ -469,7 +469,7 @@ class DeviceExecutable:
         They read copies of these inputs. It copies, checks and waits for nothing; other calls of the program must not come between.
         """
         _, given, run, pieces = self._started(entry, inputs, weights, self._stream)
-        self._followed((), (), pieces, [], self._stream).results()
+        self._finish(self._followed((), (), pieces, [], self._stream))
         return functools.partial(self._again, run, given, graph)
 
     @_there

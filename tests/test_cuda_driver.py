@@ -21,7 +21,7 @@ import sanitized
 from test_cuda_models import llama
 
 import jisu
-from jisu.compiler import ops
+from jisu.compiler import gpu, ops
 from jisu.compiler.entry import stored
 from jisu.compiler.errors import InputError, JisuError, TargetError, TensorMemoryError
 from jisu.compiler.gpu import DRIVER, Driver
@@ -31,6 +31,7 @@ from jisu.compiler.launches import CUBIN, OWN_PTX, PLANS, PTX, Plan, TensorMap
 from jisu.compiler.pipeline import Pipeline, relative_error
 from jisu.compiler.types import TensorType, numpy_dtype, symbol
 from jisu.passes import layout_passes
+from jisu.runtime import cuda
 from jisu.runtime.cuda import DeviceExecutable, _Attribute, _Config
 from jisu.runtime.program import _as_array
 from jisu.targets import facts
@@ -166,6 +167,11 @@ class Checked:
             return getattr(self.library, name)(*args)
 
         return call
+
+
+def test_prototypes_of_all_functions_are_known() -> None:
+    sources = "".join(Path(str(m.__file__)).read_text() for m in (gpu, cuda))
+    assert set(re.findall(r'"(cu[A-Z]\w+)"', sources)) <= set(PROTOTYPES)
 
 
 def test_calls_pass_what_the_prototypes_say(
@@ -358,6 +364,7 @@ ONLY_EMULATED = {
     "test_threads_that_part_are_found", "test_launches_that_begin_early", "test_parts_that_are_joined_wrongly_show",
     "test_places_of_the_other_pair_show", "test_what_is_wrong_shows", "test_what_is_wrong_with_gathered_rows_shows",
     "test_what_is_right_does_not", "test_steps_are_graphs", "test_tensors_of_torch_on_the_gpu", "test_no_doubles",
+    "test_what_attention_lacks_shows", "test_shared_memory_that_nobody_asked_for", "test_tiles_that_threads_store",
 }  # fmt: skip
 """Tests of what the emulation finds, or its driver counts."""
 
@@ -373,6 +380,7 @@ def test_a_gpu_runs_all_tests_of_kernels_and_programs() -> None:
     }
     modules = (
         "test_cuda",
+        "test_cuda_chain",
         "test_cuda_functions",
         "test_cuda_levels",
         "test_cuda_models",

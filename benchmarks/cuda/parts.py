@@ -30,6 +30,7 @@ from jisu.compiler.launches import CUBIN, OWN_PTX, PLANS, PTX  # noqa: E402
 from jisu.compiler.types import TensorType, numpy_dtype  # noqa: E402
 from jisu.runtime.cuda import DeviceExecutable  # noqa: E402
 from jisu.runtime.program import Program, load  # noqa: E402
+from jisu.runtime.session import Sampling  # noqa: E402
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -181,7 +182,7 @@ Write = Callable[[], None]
 
 
 def check(pack: Pack, found: dict[str, Any], write: Write, rounds: int) -> None:
-    """A small model's logits beside those of float32 and of the CPU's program, at once and by steps; and its greedy tokens."""
+    """A small model's logits beside those of float32 and of the CPU's program, at once and by steps."""
     wanted = np.load(pack.folder / "check.npz")
     ids = wanted["ids"]
     for form in pack.told["forms"]:
@@ -346,13 +347,13 @@ def _decoding(program: Program, context: np.ndarray, slots: int) -> tuple[Any, S
     """jisu's session and the same of it."""
     session = program.session(slots)
     session.append(context, last_only=True)
-    token = context[:, :1]
+    token, greedy = context[:, :1], Sampling(*(np.zeros(len(context)) for _ in range(4)))
 
     def back() -> None:
         session.length = context.shape[1]
 
     def step(_: int) -> Any:
-        return session.append_leading(token) if session.leading else session.append(token, last_only=True)
+        return session.draw(token, greedy).results() if session.leading else session.append(token, last_only=True)
 
     return session, back, step
 
