@@ -22,11 +22,12 @@ import numpy as np
 from jisu.compiler.cost import graph_cost, weight_bytes
 from jisu.compiler.entry import Entry, stored
 from jisu.compiler.errors import InputError, InputTypeError, JisuError, RecipeError, TargetError
-from jisu.compiler.graph import ArrayStorage, Graph, Storage
+from jisu.compiler.graph import ArrayStorage, Graph, Storage, placeholder
 from jisu.compiler.launches import GAP_S, PLANS, Plan
 from jisu.compiler.pipeline import Pass, Pipeline, Report, sample_inputs
 from jisu.compiler.recipe import QuantizeRecipe, Recipe
 from jisu.compiler.signature import Signature, Tree
+from jisu.compiler.types import TensorType
 
 if TYPE_CHECKING:
     from jisu.frontends.to_torch import GraphModule
@@ -111,7 +112,7 @@ def compile(
     begin = time.perf_counter()
     tell("tracing", 0.0)
     kept = cache_folder(Path(cache_dir) if cache_dir is not None else None)
-    source = _capture(model, example_inputs, example_kwargs, dynamic_shapes, kept)
+    source = capture(model, example_inputs, example_kwargs, dynamic_shapes, kept)
     times = {"trace_s": time.perf_counter() - begin}
     for note in source.notes:
         warnings.warn(note, UserWarning, stacklevel=2)
@@ -165,13 +166,13 @@ def export(
     older export at `folder` may go. The folder appears whole or not at all; see `jisu.targets.tpu.bundle` for what is in it. Results to compare
     with are computed by the program, simulated.
 
-    Raises TargetError for a program that isn't for a TPU and without JAX, InputError for sizes that don't fit and for a folder that
-    holds something, OSError where it can't be written.
+    Raises TargetError for a program that isn't for a TPU and without JAX, InputError for sizes that don't fit and for a place where no
+    folder can stand, OSError where writing fails.
     """
+    from jisu.compiler.storage import TRAVELLING
     from jisu.compiler.text import parse
     from jisu.passes.layout import Derived, FoldWeights
     from jisu.runtime.artifact import whole_folder
-    from jisu.runtime.program import TOKENIZER_FILES
     from jisu.runtime.session import APPEND_LAST, MAIN
     from jisu.targets.tpu import bundle
     from jisu.targets.tpu.chip import Chip
@@ -229,7 +230,7 @@ def export(
     laid = {n: w for graph in programs.values() for n, w in graph.weights.items() if isinstance(w, Derived)}
     source = bundle.Source(
         machine, graphs, programs, program.run, batch, decoding,
-        {n: data for n, data in parts.files.items() if n in TOKENIZER_FILES},
+        {n: data for n, data in parts.files.items() if n in TRAVELLING},
         {"jisu": parts.producers.get("jisu", ""), "kind": "module" if info is None else "decoder", "recipe": program.recipe},
         {name: str(Graph((), (w.node,))) for name, w in laid.items()}, with_kernels=kernels,
     )  # fmt: skip
@@ -282,9 +283,9 @@ def to_torch(
     tell = progress or (lambda stage, done: None)
     tell("tracing", 0.0)
     kept = cache_folder(Path(cache_dir) if cache_dir is not None else None)
-    source = _capture(model, example_inputs, example_kwargs, dynamic_shapes, kept)
+    source = capture(model, example_inputs, example_kwargs, dynamic_shapes, kept)
     with _memory_errors():
-        source = _compressed(source, None if recipe is None else chosen, passes, calibration, training, tell, kept)
+        source = compressed(source, None if recipe is None else chosen, passes, calibration, training, tell, kept)
         module = GraphModule(source.graph, buffers=source.buffers, dtype=dtype, signature=source.signature,
                              decoder=source.sequence is not None, source=source)  # fmt: skip
     tell("done", 1.0)
@@ -327,7 +328,7 @@ def merge(
     kept = cache_folder(Path(cache_dir) if cache_dir is not None else None)
     if out is not None and not all(isinstance(model, (str, os.PathLike)) for model in everyone):
         raise InputTypeError("out takes checkpoint folders; models in memory are merged without it, and saved compiled")
-    sources = [_capture(model, example_inputs, None, None, kept) for model in everyone]
+    sources = [capture(model, example_inputs, None, None, kept) for model in everyone]
     first, members = sources[0], [source.graph.weights for source in sources[: len(models)]]
     check_same_tokens([source.files for source in sources], names)
     merged = merge_tensors(how, members, sources[-1].graph.weights if base is not None else None, names, first.buffers)
@@ -337,7 +338,7 @@ def merge(
     stored = [open_checkpoint(model) for model in everyone]
     tensors = merge_tensors(how, stored[: len(models)], stored[-1] if base is not None else None, names)
     write_checkpoint(Path(out), Path(everyone[0]), tensors, progress)
-    return _capture(out, None, None, None, kept)
+    return capture(out, None, None, None, kept)
 
 
 def ensemble(
@@ -380,7 +381,7 @@ def ensemble(
             raise InputError(f"{what} is given, but none of the recipes uses it")
     tell = progress or (lambda stage, done: None)
     kept = cache_folder(Path(cache_dir) if cache_dir is not None else None)
-    sources = [_capture(model, example_inputs, None, None, kept) for model in models]
+    sources = [capture(model, example_inputs, None, None, kept) for model in models]
     check_same_tokens([source.files for source in sources], names)
     first = sources[0]
     for name, source in zip(names[1:], sources[1:], strict=True):
@@ -395,7 +396,7 @@ def ensemble(
     join([source.graph for source in sources], parts, average, names)  # refused before compressing, if it is
     with _memory_errors():
         done = [
-            _compressed(source, recipe, (), *_of_use(recipe, calibration, training), tell, kept)
+            compressed(source, recipe, (), *_of_use(recipe, calibration, training), tell, kept)
             for source, recipe in zip(sources, chosen, strict=True)
         ]
     graph = join([source.graph for source in done], parts, average, names)
@@ -478,7 +479,7 @@ def search(
     tell = progress or (lambda stage, done: None)
     tell("tracing", 0.0)
     kept = cache_folder(Path(cache_dir) if cache_dir is not None else None)
-    source = _capture(model, example_inputs, example_kwargs, dynamic_shapes, kept)
+    source = capture(model, example_inputs, example_kwargs, dynamic_shapes, kept)
     samples = _calibration_samples(source, base, calibration)
     if held_out is None:
         most = len(samples) - max(len(samples) // 4, 1)
@@ -544,7 +545,8 @@ def _memory_errors() -> Iterator[None]:
 # --- Frontends -----------------------------------------------------------------------------------------------------
 
 
-def _capture(model: Any, example_inputs: Any, example_kwargs: Any, dynamic_shapes: Any, kept: Path) -> Source:
+def capture(model: Any, example_inputs: Any, example_kwargs: Any, dynamic_shapes: Any, kept: Path) -> Source:
+    """What `compile` takes as a model, traced; traces of folders stay in `kept`. Raises as `compile`."""
     from jisu.runtime.program import Program
 
     if isinstance(model, Source):
@@ -573,13 +575,13 @@ def _capture(model: Any, example_inputs: Any, example_kwargs: Any, dynamic_shape
 
         if is_decoder(model):
             return _from_decoder(trace_decoder(model))
-    from jisu.frontends.torch_export import capture
+    from jisu.frontends import torch_export
 
     if example_inputs is not None and not isinstance(example_inputs, (tuple, list)):
         raise InputTypeError(
             f"example_inputs must be a tuple of arguments, got {type(example_inputs).__name__}; write (x,)"
         )
-    captured = capture(model, tuple(example_inputs or ()), dict(example_kwargs or {}), dynamic_shapes)
+    captured = torch_export.capture(model, tuple(example_inputs or ()), dict(example_kwargs or {}), dynamic_shapes)
     return Source(captured.graph, captured.signature, buffers=captured.buffers)
 
 
@@ -690,7 +692,7 @@ def _build(
         "times": times,
         "kernels": [{"name": n, "op": op, "count": k, "choices": list(c)} for n, op, k, c in info.kernels],
         "predicted": {name: _op_report(graph, env, machine) for name, graph in finished.items()},
-        "simulated": _simulated(finished, env, machine, source.sequence),
+        "simulated": _simulated(finished, env, machine, source),
         "launches": _launch_report(code, finished, env, source.sequence),
         "sparse": [
             {**m, "predicted_gain": facts.of(machine).sparse_gain(m["form"], m["kept"], machine, m["stored"])}
@@ -741,7 +743,7 @@ def _still_to_do(
     return recipe or source.recipe or Recipe(), lossy
 
 
-def _compressed(
+def compressed(
     source: Source,
     recipe: Recipe | None,
     passes: Sequence[Pass],
@@ -938,7 +940,7 @@ def _entries(
 ) -> tuple[dict[str, Graph], Any]:
     """The entry functions: `main` for a module, the derived steps for a causal language model; `fetched`: also a step whose results are few."""
     from jisu.passes.cache import CacheLayout, NotCausal, derive_step, keep_last_token
-    from jisu.runtime.session import APPEND, APPEND_LAST, APPEND_LEADING, LEADING, MAIN, DecoderInfo
+    from jisu.runtime.session import APPEND, APPEND_DRAWN, APPEND_LAST, LEADING, MAIN, DecoderInfo
 
     if source.sequence is None:
         return {MAIN: graph}, None
@@ -959,27 +961,37 @@ def _entries(
     entries = {APPEND: step.graph, APPEND_LAST: last.graph}
     if fetched:
         facts["leading"] = min(LEADING, source.vocabulary or LEADING)
-        entries[APPEND_LEADING] = _leading(last.graph, facts["leading"])
+        entries[APPEND_DRAWN] = _drawing(last.graph, facts["leading"])
     return entries, DecoderInfo(page=recipe.cache.page, state=state, **facts)
 
 
-def _leading(graph: Graph, count: int) -> Graph:
-    """A step that gives the highest logits and their tokens instead of all logits."""
+def _drawing(graph: Graph, count: int) -> Graph:
+    """A step that draws a token from those with the highest logits instead of giving logits."""
     from jisu.compiler import ops
+    from jisu.runtime.session import DRAWING
 
     logits, *state = graph.outputs
     both = ops.sort(logits, axis=logits.tensor.rank - 1, descending=True, first=count)
-    return graph.replace(outputs=(ops.get(both, index=0), ops.get(both, index=1), *state))
+    leading = [ops.get(both, index=i) for i in (0, 1)]
+    options = [placeholder(name, TensorType(leading[0].shape[:-1], dtype)) for name, dtype in DRAWING]
+    drawn = ops.draw(*leading, *options)
+    outputs = (ops.get(drawn, index=0), ops.get(drawn, index=1), *state)
+    return graph.replace(inputs=(*graph.inputs, *options), outputs=outputs)
 
 
-def _lay_out(graph: Graph, recipe: Recipe, machine: Target, check: str, note: Any, dump: Path | None) -> Graph:
+def layout(recipe: Recipe, machine: Target) -> tuple[Pass, ...]:
+    """The passes that bring weights into the order of a machine's kernels."""
     from jisu.passes import layout_passes
     from jisu.targets import facts
 
     kernels = facts.of(machine)
     panel, pair = kernels.packing(machine)
     limits, halves = (f(machine) if recipe.pack else {} for f in (kernels.sparse_limits, kernels.halves))
-    steps = layout_passes(panel, pair if recipe.pack else {}, limits, kernels.levels(machine), kernels.TOGETHER, halves)
+    return layout_passes(panel, pair if recipe.pack else {}, limits, kernels.levels(machine), kernels.TOGETHER, halves)
+
+
+def _lay_out(graph: Graph, recipe: Recipe, machine: Target, check: str, note: Any, dump: Path | None) -> Graph:
+    steps = layout(recipe, machine)
     # The kernels need every layout pass, so that JISU_BISECT, which limits the passes before, doesn't count here.
     light = "verify" if check == "numeric" else check
     return Pipeline(steps, check=light, dump=dump, limit=len(steps), on_pass=note).run(graph)[0]
@@ -1099,13 +1111,14 @@ def _launch_report(
 
 
 def _simulated(
-    graphs: Mapping[str, Graph], env: Mapping[str, int], machine: Any, sequence: str | None
+    graphs: Mapping[str, Graph], env: Mapping[str, int], machine: Any, source: Source
 ) -> list[dict[str, Any]]:
     """What the timing model says of each entry, for machines that have one."""
     from jisu.targets import facts
 
-    known = {name: 1 for graph in graphs.values() for name in graph.symbols if not sequence} | dict(env)
-    found: list[dict[str, Any]] = facts.of(machine).simulated(graphs, known, machine, sequence)
+    known = {name: 1 for graph in graphs.values() for name in graph.symbols if not source.sequence} | dict(env)
+    positions = source.max_positions or None
+    found: list[dict[str, Any]] = facts.of(machine).simulated(graphs, known, machine, source.sequence, positions)
     return found
 
 

@@ -121,7 +121,14 @@ class Plan:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Plan:
-        """What `to_json` wrote; raises KeyError, TypeError or ValueError for anything else."""
+        """What `to_json` wrote; raises ValueError for anything else."""
+        try:
+            return cls._read(data)
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"no plan of launches ({type(error).__name__}: {error})") from None
+
+    @classmethod
+    def _read(cls, data: Mapping[str, Any]) -> Plan:
         steps = []
         for step in data["steps"]:
             variants = []
@@ -156,9 +163,14 @@ def _argument_text(value: Argument) -> Any:
 def _argument(value: Any) -> Argument:
     if isinstance(value, Mapping):
         rows, columns = map(int, value["box"])
-        tensor = (str(value["tensor"][0]), int(value["tensor"][1]))
-        return TensorMap(tensor, str(value["dtype"]), _dim(value["rows"]), int(value["columns"]), (rows, columns))
-    return (str(value[0]), int(value[1])) if isinstance(value, list) else _dim(value)
+        kind, number = value["tensor"]
+        return TensorMap(
+            (str(kind), int(number)), str(value["dtype"]), _dim(value["rows"]), int(value["columns"]), (rows, columns)
+        )
+    if isinstance(value, list):
+        kind, number = value
+        return str(kind), int(number)
+    return _dim(value)
 
 
 def _text(value: Dim) -> int | str:

@@ -1,10 +1,11 @@
 """Rows of numbers in few bits, made while a program runs: each row is one record of its codes, its scale and its offset.
 
-    value = code * scale + offset
+    value = level * scale + offset
 
 A record is uint8 [record_bytes]: codes of 8 bits one after the other, or codes of 4 bits, number i of k in the lower half of byte i and
 number i + k / 2 in the upper one (so that a vector of bytes is two vectors of neighbours); then scale and offset, bfloat16 with the
-lower byte first. The grid spans the row's least to its largest number, but for the rounding of scale and offset.
+lower byte first. Levels of integers are 0, 1, 2, … and span the row's least to its largest number; levels of fp8 are e4m3 about an offset of
+0, the largest being that of the row; but for the rounding of scale and offset.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 
+from jisu.compiler.schemes import SCHEMES, Scheme
 from jisu.compiler.types import require
 
-ROW_BITS = {"int8": 8, "int4": 4}
-"""Schemes of rows, and the bits of a code."""
+ROW_BITS = {name: SCHEMES[name].bits for name in ("int8", "int4", "fp8")}
+"""Schemes of rows (of `jisu.compiler.schemes`), and the bits of a code."""
 
 TAIL = 4
 """Bytes of a record behind its codes: scale and offset."""
@@ -47,34 +49,39 @@ def encode(x: np.ndarray, scheme: str, feedback: np.ndarray | None = None) -> np
     feedback: float32 [*b, k, k] (broadcast); entry j, i says how much of the error made in number j number i > j takes back. A row
     with NaN or infinities becomes one that decodes to NaN.
     """
-    w = np.asarray(x, np.float32)
-    top = np.float32(2 ** ROW_BITS[scheme] - 1)
+    kind, w = SCHEMES[scheme], np.asarray(x, np.float32)
     with np.errstate(invalid="ignore", over="ignore"):
-        low, high = w.min(-1, keepdims=True), w.max(-1, keepdims=True)
-        offset = _stored(low)
-        scale = _stored((high - offset) / top)
+        if kind.uniform:
+            low, high = w.min(-1, keepdims=True), w.max(-1, keepdims=True)
+            offset = _stored(low)
+            scale = _stored((high - offset) / np.float32(2**kind.bits - 1))
+        else:
+            scale = _stored(np.abs(w).max(-1, keepdims=True) / np.float32(kind.top))
+            offset = np.zeros_like(scale)
         steps = (w - offset) / np.where(scale == 0, np.float32(1), scale)
-        codes = _nearest(steps, top) if feedback is None else _fed_back(steps, top, feedback)
-    codes = np.where(np.isnan(codes), 0, codes).astype(np.uint8)
-    if ROW_BITS[scheme] == 4:
+        found = _nearest(steps, kind) if feedback is None else _fed_back(steps, kind, feedback)
+    found = np.where(np.isnan(found), np.float32(0), found)
+    codes = found.astype(np.uint8) if kind.uniform else found.astype(ml_dtypes.float8_e4m3fn).view(np.uint8)
+    if kind.bits == 4:
         half = codes.shape[-1] // 2
         codes = codes[..., :half] | codes[..., half:] << np.uint8(4)
     tail = np.concatenate([scale, offset], -1).astype(ml_dtypes.bfloat16).view(np.uint8)
     return np.concatenate([codes, tail], -1)
 
 
-def _nearest(steps: np.ndarray, top: np.float32) -> np.ndarray:
-    return np.clip(np.rint(steps), 0, top)
+def _nearest(steps: np.ndarray, kind: Scheme) -> np.ndarray:
+    """Levels nearest to numbers in steps of the grid; NaN stays."""
+    return np.clip(np.rint(steps), 0, 2**kind.bits - 1) if kind.uniform else kind.rounded(steps)
 
 
-def _fed_back(steps: np.ndarray, top: np.float32, feedback: np.ndarray) -> np.ndarray:
-    """Codes of numbers in steps of the grid, one number after the other."""
-    wanted, codes = steps.copy(), np.empty_like(steps)
+def _fed_back(steps: np.ndarray, kind: Scheme, feedback: np.ndarray) -> np.ndarray:
+    """Levels of numbers in steps of the grid, one number after the other."""
+    wanted, found = steps.copy(), np.empty_like(steps)
     for j in range(steps.shape[-1]):
-        codes[..., j] = _nearest(wanted[..., j], top)
-        error = codes[..., j] - steps[..., j]
+        found[..., j] = _nearest(wanted[..., j], kind)
+        error = found[..., j] - steps[..., j]
         wanted[..., j + 1 :] -= feedback[..., j, j + 1 :] * error[..., None]
-    return codes
+    return found
 
 
 def decode(records: np.ndarray, scheme: str) -> np.ndarray:
@@ -84,4 +91,4 @@ def decode(records: np.ndarray, scheme: str) -> np.ndarray:
         codes = np.concatenate([codes & np.uint8(15), codes >> np.uint8(4)], -1)
     tail = np.ascontiguousarray(records[..., -TAIL:]).view(ml_dtypes.bfloat16).astype(np.float32)
     with np.errstate(invalid="ignore", over="ignore"):
-        return np.asarray(codes.astype(np.float32) * tail[..., :1] + tail[..., 1:], np.float32)
+        return np.asarray(SCHEMES[scheme].levels[codes] * tail[..., :1] + tail[..., 1:], np.float32)

@@ -66,7 +66,7 @@ def unpack_bits(packed: np.ndarray, bits: int, k: int) -> np.ndarray:
     if bits == 8:
         return packed[..., :k]
     if bits == 4:
-        pairs = packed.astype("<u2")
+        pairs = packed.astype("<u2", order="C")  # which a view as bytes wants
         return ((pairs | pairs << np.uint16(4)) & np.uint16(0x0F0F)).view(np.uint8)[..., :k]
     eights = _in_eights(packed, k, bits)
     codes = np.empty((*eights.shape[:-1], 8), np.uint8)

@@ -64,6 +64,26 @@ _PADDING = "__padding__"  # prefix of the filler entries between tensors whose s
 # ------------------------------------------------------------------------------------------------------------ files
 
 
+TRAVELLING = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "generation_config.json",
+    "chat_template.jinja",
+    "config.json",
+)
+"""Files of a checkpoint that travel along with a compiled program."""
+
+
+def check_parent(path: str | os.PathLike[str]) -> None:
+    """Raises InputError where nothing new can stand at a path: its folder is missing, or can't be written."""
+    parent = Path(path).absolute().parent
+    if not parent.is_dir():
+        raise InputError(f"{os.fspath(path)!r} can't be written: there is no folder {str(parent)!r}")
+    if not os.access(parent, os.W_OK):
+        raise InputError(f"{os.fspath(path)!r} can't be written: no permission to write in {str(parent)!r}")
+
+
 def cache_folder(given: Path | None) -> Path:
     """Where compiled libraries, traces, and what is known of files are kept: as given, $JISU_CACHE_DIR, or ~/.cache/jisu."""
     if given is not None:
@@ -435,15 +455,12 @@ def write_checkpoint(
 ) -> None:
     """A new checkpoint folder with these tensors, one in memory at a time; its other files are those of the folder `like`.
 
-    The folder appears whole or not at all. Raises: InputError where something stands at `out` already, OSError with the
-    path if it can't be written.
+    The folder appears whole or not at all. Raises: InputError where something stands at `out` already or nothing can, OSError
+    with the path if writing fails.
     """
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise InputError(f"{os.fspath(out)!r} exists already; choose a new folder for the checkpoint")
-    if not out.absolute().parent.is_dir():
-        raise InputError(
-            f"{os.fspath(out)!r} can't be written: there is no folder {os.fspath(out.absolute().parent)!r}"
-        )
+    check_parent(out)
     done = 0
 
     def values(storage: Storage) -> npt.NDArray[Any]:

@@ -23,20 +23,9 @@ import numpy as np
 
 from jisu.compiler.errors import ArtifactError, InputError, VerifyError
 from jisu.compiler.graph import ArrayStorage, Graph, Storage
-from jisu.compiler.storage import LazyTensor, open_checkpoint, open_safetensors, write_safetensors
+from jisu.compiler.storage import TRAVELLING, LazyTensor, open_checkpoint, open_safetensors, write_safetensors
 from jisu.compiler.text import parse, to_text
 from jisu.frontends.ready_made import as_codes
-
-TRAVELLING = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "generation_config.json",
-    "chat_template.jinja",
-    "config.json",
-)
-"""Files of a checkpoint that travel along with a compiled program."""
-
 
 DECISIVE = ("g_idx", "weight_shape")
 """How names of tensors end whose values, not only their shapes, decide a trace."""

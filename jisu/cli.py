@@ -136,7 +136,9 @@ def compile_command(
     ] = None,
     training: Annotated[
         str | None,
-        typer.Option(metavar="FILE", help="Text on which a recipe with [recover] trains; default: the other."),
+        typer.Option(
+            metavar="FILE", help=r"Text on which a recipe with \[recover] trains; default: the calibration text."
+        ),
     ] = None,
     ledger: Annotated[
         bool, typer.Option("--ledger", help="Also measure what each compressed matrix costs, for `jisu explain`.")
@@ -218,7 +220,9 @@ def generate(
     shell: Shell,
     options: Options,
     path: Either,
-    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="The text to continue.")] = None,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", "-p", help="The text to continue (token ids if there's no tokenizer).")
+    ] = None,
     prompt_file: Annotated[str | None, typer.Option(metavar="FILE", help="A file with the text.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Apply the model's chat template.")] = False,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="The most tokens to write.")] = None,
@@ -345,7 +349,6 @@ def merge(
 @_command("search")
 def search(
     shell: Shell,
-    options: Options,
     model: Model,
     calibration: Annotated[str, typer.Option(metavar="FILE", help="Text on which losses are measured.")],
     out: Annotated[str, typer.Option("--out", "-o", metavar="DIR", help="A new folder for recipes, figures and plot.")],
@@ -360,10 +363,14 @@ def search(
         str | None,
         typer.Option(metavar="FILE", help="Text on which recipes are measured; default: a quarter of the other."),
     ] = None,
+    target: Target = None,
+    recipe: Recipe = None,
+    cache_dir: CacheDir = None,
 ) -> None:
     """Find the recipes that cost a model least within budgets."""
     from jisu.commands import search as command
 
+    options = Options(target=target, recipe=recipe, cache_dir=cache_dir)
     command.run(shell, model, options, calibration, held_out, out, budget or [], latency)
 
 

@@ -29,23 +29,14 @@ from jisu.compiler.graph import ArrayStorage, Graph
 from jisu.compiler.interpret import bind_symbols, interpret
 from jisu.compiler.launches import PLANS
 from jisu.compiler.signature import Signature
-from jisu.compiler.storage import write_safetensors
+from jisu.compiler.storage import TRAVELLING, write_safetensors
 from jisu.compiler.text import parse, parse_type
 from jisu.compiler.types import TensorType, dtype_name, numpy_dtype
 from jisu.runtime import artifact
 from jisu.runtime.cuda import DeviceExecutable, is_device_tensor
-from jisu.runtime.executable import Executable
+from jisu.runtime.executable import Executable, Started
 from jisu.runtime.generate import Chunk, Generation, GenerationConfig, Tokenizer, generate
 from jisu.runtime.session import MAIN, DecoderInfo, Session
-
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "generation_config.json",
-    "chat_template.jinja",
-    "config.json",
-)
 
 
 @attrs.define(eq=False)
@@ -120,7 +111,8 @@ class Program:
         except TensorMemoryError as error:
             raise TensorMemoryError(_largest(self._checker, sizes)) from error
         except IndexOutOfRangeError as error:
-            raise IndexOutOfRangeError(self._index_at_fault(arrays) or str(error)) from None
+            here = all(isinstance(array, np.ndarray) for array in arrays)  # the interpreter reads no GPU's memory
+            raise IndexOutOfRangeError((self._index_at_fault(arrays) if here else "") or str(error)) from None
         as_torch = any(_is_torch(leaf) for leaf in leaves) or (not leaves and "torch" in sys.modules)
         values = [o if _is_torch(o) else _to_torch(o) if as_torch else np.asarray(o) for o in outputs]
         for position, index in signature.mutations:
@@ -149,12 +141,20 @@ class Program:
         return self._parts
 
     def _run(self, entry: str, arrays: Sequence[Any]) -> tuple[Any, ...]:
+        if any(map(is_device_tensor, arrays)):
+            with self._lock:
+                return cast("tuple[Any, ...]", self._runs_here().call_tensors(entry, arrays, self._prepared(entry)))
+        return self._start(entry, arrays).results()
+
+    def _start(self, entry: str, arrays: Sequence[Any]) -> Started:
         with self._lock:
-            executable = self._runs_here()
-            if entry not in self._weights:
-                self._weights[entry] = executable.prepare(entry, self._parts.weights)
-            there = any(map(is_device_tensor, arrays))
-            return (executable.call_tensors if there else executable.call)(entry, arrays, self._weights[entry])
+            return cast(Started, self._runs_here().start(entry, arrays, self._prepared(entry)))
+
+    def _prepared(self, entry: str) -> Any:
+        """An entry's weights as the executable takes them."""
+        if entry not in self._weights:
+            self._weights[entry] = self._runs_here().prepare(entry, self._parts.weights)
+        return self._weights[entry]
 
     @property
     def lacks(self) -> str:
@@ -192,7 +192,7 @@ class Program:
             if not np.array_equal(np.broadcast_to(np.asarray(position_ids), ids.shape), want):
                 raise InputError("position_ids: only positions that count each sequence's tokens from 0 are supported")
         whole = attrs.evolve(info, prefill_chunk=max(ids.shape[1], 1))
-        logits = Session(whole, self._run, self._runs_here()).append(ids, start=start)
+        logits = Session(whole, self._start, self._runs_here()).append(ids, start=start)
         result = _to_torch(logits) if _is_torch(input_ids) else logits
         return self._parts.signature.unflatten([result])
 
@@ -203,7 +203,9 @@ class Program:
         """The tokenizer that travelled along; raises InputError where the model came without one."""
         if self._tokenizer is None:
             if "tokenizer.json" not in self._parts.files:
-                raise InputError("this program has no tokenizer; give prompts as token ids")
+                raise InputError(
+                    "this program has no tokenizer, since its checkpoint had no tokenizer.json; give prompts as token ids"
+                )
             self._tokenizer = Tokenizer.from_files(self._parts.files)
         return self._tokenizer
 
@@ -214,7 +216,7 @@ class Program:
         """
         if self._parts.decoder is None:
             raise JisuError("this program is no causal language model: it has no session and can't generate")
-        return Session(self._parts.decoder, self._run, self._runs_here(), capacity)
+        return Session(self._parts.decoder, self._start, self._runs_here(), capacity)
 
     @overload
     def generate(
@@ -302,8 +304,7 @@ class Program:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the program as one file (a path with a suffix, "llama.jisu") or a folder (without).
 
-        Writing is atomic. Raises OSError where the path can't be written, ArtifactError where a folder that is no
-        artifact stands there.
+        Writing is atomic. Raises OSError where the path can't be written, or something that is no artifact stands there.
         """
         parts = self._parts
         decoder = parts.decoder
@@ -335,7 +336,7 @@ class Program:
             "recipe.toml": parts.recipe.encode(),
             "report.json": json.dumps(parts.report, indent=1).encode(),
             **{f"graph-{entry}.txt": text.encode() for entry, text in parts.graphs.items()},
-            **{name: parts.files[name] for name in TOKENIZER_FILES if name in parts.files},
+            **{name: parts.files[name] for name in TRAVELLING if name in parts.files},
         }
         artifact.write(path, files, manifest)
 
@@ -367,9 +368,16 @@ def _loaded(code: Mapping[str, bytes], entries: Mapping[str, Entry], num_threads
 
 
 def load(
-    path: str | os.PathLike[str], *, features: Callable[[], Iterable[str]], num_threads: int | None = None
+    path: str | os.PathLike[str],
+    *,
+    features: Callable[[], Iterable[str]],
+    num_threads: int | None = None,
+    weights: Callable[[str, TensorType], np.ndarray] | None = None,
 ) -> Program:
-    """Load a saved program; `features` tells this processor's features. See `jisu.load` for the errors."""
+    """Load a saved program; `features` tells this processor's features. See `jisu.load` for the errors.
+
+    weights: gives an array for a weight's name and type, in place of those that were saved.
+    """
     saved = artifact.read(path, features=features)
     manifest = saved.manifest
     try:
@@ -381,17 +389,22 @@ def load(
             decoder = DecoderInfo(state=state, **fields)
         signature = Signature.from_json(meta["call"])
         entries = {name: Entry.from_json(entry) for name, entry in meta["entries"].items()}
-        weights = {name: tensor.numpy() for name, tensor in saved.tensors().items()}
+        if weights is None:
+            arrays = {name: tensor.numpy() for name, tensor in saved.tensors().items()}
+        else:
+            arrays = {
+                name: weights(name, kind) for name, kind in dict(w for e in entries.values() for w in e.weights).items()
+            }
         report = json.loads(saved.bytes("report.json"))
         graphs = {e: saved.bytes(f"graph-{e}.txt").decode() for e in manifest.entry_points}
-        missing = {name for entry in entries.values() for name, _ in entry.weights} - set(weights)
+        missing = {name for entry in entries.values() for name, _ in entry.weights} - set(arrays)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ArtifactError(
             f"{os.fspath(path)}: the manifest is incomplete ({type(error).__name__}: {error})"
         ) from error
     if missing:
         raise ArtifactError(f"{os.fspath(path)}: weights are missing: {', '.join(sorted(missing)[:5])}")
-    files = {name: saved.bytes(name) for name in TOKENIZER_FILES if name in saved}
+    files = {name: saved.bytes(name) for name in TRAVELLING if name in saved}
     target = {
         "name": manifest.target.name,
         "triple": manifest.target.triple,
@@ -401,7 +414,7 @@ def load(
     if not code:
         raise ArtifactError(f"{os.fspath(path)}: has no compiled kernels")
     parts = Compiled(
-        code, weights, entries, graphs, signature, target, saved.bytes("recipe.toml").decode(), report, decoder, files,
+        code, arrays, entries, graphs, signature, target, saved.bytes("recipe.toml").decode(), report, decoder, files,
         manifest.producers,
     )  # fmt: skip
     return Program(parts, num_threads)
@@ -453,7 +466,12 @@ def _as_array(value: Any, name: str, kind: TensorType, any_shape: bool = False) 
     elif isinstance(value, np.ndarray):
         array = value
     elif hasattr(value, "__dlpack__"):
-        array = np.from_dlpack(value)
+        try:
+            array = np.from_dlpack(value)
+        except (BufferError, RuntimeError) as error:
+            raise InputError(
+                f"input {name!r}: its memory can't be read here ({error}); of a GPU's array give torch's tensor, torch.from_dlpack(…)"
+            ) from None
     elif isinstance(value, (bool, int, float, list, tuple)):
         array = np.asarray(value, None if not isinstance(value, float) else np.float32)
     else:

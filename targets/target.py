@@ -20,6 +20,7 @@ from typing import Any
 import attrs
 
 from jisu.compiler.errors import TargetError
+from jisu.compiler.types import numpy_dtype
 from jisu.targets.schedule import Schedule
 from jisu.targets.tpu.chip import chips, description
 
@@ -145,7 +146,7 @@ class Target:
         known = known_targets()
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
-            hint = f", did you mean {near[0]!r}?" if near else ""
+            hint = f"; did you mean {near[0]!r}?" if near else ""
             raise TargetError(f"unknown target {name!r}; known: {', '.join(known)}{hint}")
         if name == "cpu":
             return host()
@@ -194,7 +195,7 @@ class Target:
 
     def lanes(self, dtype: str = "float32") -> int:
         """How many elements of `dtype` ("float32", "bfloat16", "int8"…) one vector register holds."""
-        return self.vector_bytes // _itemsize(dtype)
+        return self.vector_bytes // numpy_dtype(dtype).itemsize
 
     def peak_flops(self, dtype: str) -> float:
         """FLOP/s of the whole machine in `dtype`; that of float32 where the description names none."""
@@ -392,8 +393,3 @@ def _alias(name: str) -> str:
 @functools.cache
 def _load(path: Path) -> Target:
     return Target.from_json(json.loads(path.read_text()))
-
-
-def _itemsize(dtype: str) -> int:
-    digits = "".join(c for c in dtype if c.isdigit())
-    return max(int(digits or 8) // 8, 1)

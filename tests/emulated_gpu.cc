@@ -29,8 +29,8 @@ constexpr int ARGUMENTS = 48; /* of a kernel, at most; more than it takes are pa
 
 struct Copy { void *to; const void *from; int bytes; };
 
-/* A product of a warp group, which adds to the sums of a number. a: a tile, or what this thread has of it in registers. */
-struct Product { uint32_t sums; bool registers; uint64_t a; uint32_t own[4]; uint64_t b; int outputs; int kind; };
+/* A product of a warp group, which adds to the sums of a number. a: a tile, or else own: registers in which this thread has its part of it. */
+struct Product { uint32_t sums; const uint32_t *own; uint64_t a, b; int outputs; int kind; };
 enum { BF16, F16, S8_U8, E4M3 }; /* kinds of products; sums of the third are int32 */
 
 struct Fiber {
@@ -88,6 +88,8 @@ Meeting block;
 ucontext_t scheduler;
 int current, threads;
 bool late_copies, late_products;
+int shared_bytes = SHARED_BYTES; /* that a launch asked for */
+std::vector<uint8_t> shown(SHARED_BYTES); /* shared memory as copies of boxes and products of warp groups see it */
 bool early, ahead; /* whether the launch may begin before earlier ones end, and whether those have yet to run */
 int64_t block_x, block_y, block_z, blocks_x;
 void *kernel;
@@ -183,7 +185,7 @@ struct Block {
     std::vector<int> registers;
     int free_registers;
     Meeting block;
-    std::vector<uint8_t> shared;
+    std::vector<uint8_t> shared, shown;
 };
 
 struct Begun {
@@ -214,6 +216,7 @@ void start(int64_t number, int64_t grid_x, int64_t grid_y) {
     place(number, grid_x, grid_y);
     while ((int)stacks.size() < threads) stacks.emplace_back(new char[STACK_BYTES]);
     std::memset(jisu_shared, 0xff, sizeof jisu_shared);
+    std::fill(shown.begin(), shown.end(), 0xff);
     fibers = std::vector<Fiber>(threads);
     warps = std::vector<Meeting>((threads + 31) / 32);
     warp_groups = std::vector<Meeting>((threads + 127) / 128);
@@ -257,6 +260,8 @@ bool run(int order) {
     for (auto &barrier : barriers)
         if (!barrier.second.coming.empty())
             return std::snprintf(failure, sizeof failure, "copies of boxes were never waited for"), false;
+    if (std::any_of(jisu_shared + shared_bytes, jisu_shared + SHARED_BYTES, [](uint8_t byte) { return byte != 0xff; }))
+        return std::snprintf(failure, sizeof failure, "shared memory is written behind what the launch asked for"), false;
     return true;
 }
 
@@ -296,7 +301,7 @@ void *emulated_begin(void *function, const int64_t *args, int count, int64_t gri
         b.fibers.swap(fibers), b.warps.swap(warps), b.warp_groups.swap(warp_groups), b.named.swap(named);
         b.barriers.swap(barriers), b.registers.swap(registers);
         b.free_registers = free_registers, b.block = block;
-        b.shared.assign(jisu_shared, jisu_shared + sizeof jisu_shared);
+        b.shared.assign(jisu_shared, jisu_shared + sizeof jisu_shared), b.shown = shown;
         launch->blocks.push_back(std::move(b));
     }
     ahead = false;
@@ -323,7 +328,7 @@ const char *emulated_end(void *begun) {
         fibers.swap(b->fibers), warps.swap(b->warps), warp_groups.swap(b->warp_groups), named.swap(b->named);
         barriers.swap(b->barriers), registers.swap(b->registers);
         free_registers = b->free_registers, block = b->block;
-        std::memcpy(jisu_shared, b->shared.data(), sizeof jisu_shared);
+        std::memcpy(jisu_shared, b->shared.data(), sizeof jisu_shared), shown = b->shown;
         if (!run(1)) return failure;
         late_copies = true, late_products = false;
     }
@@ -331,6 +336,9 @@ const char *emulated_end(void *begun) {
 }
 
 const char *emulated_failure() { return failure; }
+
+/* So many bytes of shared memory have the launches that follow. */
+void emulated_shared(int bytes) { shared_bytes = bytes; }
 
 void emulated_wait_for_launches() __asm__("emulated.griddepcontrol.wait");
 void emulated_wait_for_launches() {
@@ -404,7 +412,10 @@ void emulated_wait(int32_t but) {
 }
 
 void emulated_fence() __asm__("emulated.fence.proxy.async.shared_cta");
-void emulated_fence() { fibers[current].unfenced = false; }
+void emulated_fence() {
+    fibers[current].unfenced = false;
+    shown.assign(jisu_shared, jisu_shared + SHARED_BYTES); /* others' stores, too: whose they are isn't known */
+}
 
 /* Barriers in shared memory, and copies of boxes. */
 
@@ -432,6 +443,7 @@ static void come(Barrier &b, Box box) {
             int64_t row = int64_t(box.row) + r, column = int64_t(box.column) + c;
             if (row < 0 || row >= m.rows || column < 0 || column >= m.columns) std::memset((void *)to, 0, m.itemsize);
             else std::memcpy((void *)to, m.address + row * m.stride + column * m.itemsize, m.itemsize);
+            std::memcpy(&shown[to % SHARED_BYTES], (void *)to, m.itemsize);
         }
     b.bytes -= int64_t(m.box_rows) * m.box_columns * m.itemsize;
     settle(b);
@@ -545,10 +557,23 @@ void emulated_wgmma_commit() {
 
 static float of_e4m3(uint32_t bits);
 
+/* Tensor cores add products of fp8 to a sum with 13 bits behind the first one of the largest of them all, where the others are cut off (SageAttention2,
+ * Zhang et al., 2024; DeepSeek-V3 Technical Report, 2024). */
+static float added_in_few_bits(float sum, const float *a, const float *b) {
+    float largest = std::fabs(sum);
+    for (int k = 0; k < 32; k++) largest = std::max(largest, std::fabs(a[k] * b[k]));
+    if (largest == 0 || !std::isfinite(largest)) largest = 1;
+    double step = std::ldexp(1.0, std::ilogb(largest) - 13), total = std::trunc(sum / step);
+    for (int k = 0; k < 32; k++) total += std::trunc(a[k] * b[k] / step);
+    return float(total * step);
+}
+
 /* 32 bytes of numbers of some rows of a tile that a descriptor names: rows of 128 bytes in blocks of eight, with the swizzle of 128 bytes. */
 static void read_tile(float (*to)[32], uint64_t descriptor, int first, int rows, int kind, bool left) {
     if (descriptor >> 62 != 1) fail("a tile with another swizzle than that of 128 bytes");
+    if ((descriptor & ~((uint64_t)3 << 62 | (uint64_t)0x3fff << 32 | 0x3fff)) != 0) fail("a tile with a base offset, or a leading one");
     uint64_t stride = ((descriptor >> 32) & 0x3fff) << 4;
+    if ((descriptor >> 3) & 7 || stride % 1024) fail("a tile whose blocks of eight rows aren't at multiples of 1024");
     for (int row = first; row < first + rows; row++)
         for (int k = 0, size = kind < S8_U8 ? 2 : 1; k < 32 / size; k++) {
             uint64_t at = ((descriptor & 0x3fff) << 4) + row / 8 * stride + row % 8 * 128 + size * k;
@@ -556,6 +581,7 @@ static void read_tile(float (*to)[32], uint64_t descriptor, int first, int rows,
             if (at >= SHARED_BYTES) fail("a tile outside of shared memory");
             uint16_t bits = 0;
             std::memcpy(&bits, jisu_shared + at, size);
+            if (std::memcmp(&bits, &shown[at], size)) fail("shared memory is multiplied without a fence behind what was stored there");
             to[row - first][k] = kind == F16 ? of_f16(bits) : kind == BF16 ? of_bf16(bits) : kind == E4M3 ? of_e4m3(bits) : left ? int8_t(bits) : uint8_t(bits);
         }
 }
@@ -564,7 +590,7 @@ static void read_tile(float (*to)[32], uint64_t descriptor, int first, int rows,
 static void add_product(int begin, int count, const std::function<const Product &(int)> &product, const std::function<float *(int)> &held) {
     static float a[64][32], b[256][32];
     const Product &p = product(begin);
-    if (p.registers) {
+    if (p.own) {
         for (int i = 0; i < count; i++)
             for (int r = 0; r < 4; r++)
                 for (int h = 0; h < 2; h++) {
@@ -579,12 +605,17 @@ static void add_product(int begin, int count, const std::function<const Product 
         float *sums = held(begin + i);
         int line = i / 32 * 16 + i % 32 / 4;
         for (int j = 0; j < p.outputs / 8; j++)
-            for (int part = 0; part < 4; part++)
+            for (int part = 0; part < 4; part++) {
+                if (p.kind == E4M3) {
+                    sums[4 * j + part] = added_in_few_bits(sums[4 * j + part], a[line + 8 * (part / 2)], b[8 * j + i % 4 * 2 + part % 2]);
+                    continue;
+                }
                 for (int k = 0; k < (p.kind < S8_U8 ? 16 : 32); k++) {
                     float one = a[line + 8 * (part / 2)][k] * b[8 * j + i % 4 * 2 + part % 2][k];
                     float &sum = sums[4 * j + part];
                     sum = p.kind == S8_U8 ? of_bits(bits_of(sum) + uint32_t(int32_t(one))) : sum + one;
                 }
+            }
     }
 }
 
@@ -601,9 +632,14 @@ static void begin_product(float *sums, int32_t count, Product p) {
     if (p.outputs % 8 || p.outputs > 256 || count != p.outputs / 2) fail("a product of another form");
     if (!g.arrived) g.tile_a = p.a, g.tile_b = p.b;
     if (p.a != g.tile_a || p.b != g.tile_b) fail("threads of a warp group name different tiles");
+    for (const Product &other : f.products)
+        if (p.own && other.own == p.own) fail("registers are written that products under way read");
+    for (const auto &group : f.product_groups)
+        for (const Product &other : group)
+            if (p.own && other.own == p.own) fail("registers are written that products under way read");
     f.held = sums, f.product = p;
     int begin = current / 128 * 128;
-    meet(g, p.registers ? 6 : 5, 128, [&] {
+    meet(g, p.own ? 6 : 5, 128, [&] {
         for (Fiber &other : fibers)
             if (other.unfenced) fail("shared memory is multiplied without a fence behind what was copied to it");
         if (!late_products)
@@ -619,13 +655,13 @@ static void begin_product(float *sums, int32_t count, Product p) {
 
 void emulated_wgmma(float *sums, int32_t count, uint64_t a, uint64_t b, int32_t outputs, int32_t kind) __asm__("emulated.wgmma");
 void emulated_wgmma(float *sums, int32_t count, uint64_t a, uint64_t b, int32_t outputs, int32_t kind) {
-    begin_product(sums, count, {0, false, a, {}, b, outputs, kind});
+    begin_product(sums, count, {0, nullptr, a, b, outputs, kind});
 }
 
-void emulated_wgmma_registers(float *sums, int32_t count, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint64_t b, int32_t outputs, int32_t kind)
+void emulated_wgmma_registers(float *sums, int32_t count, const uint32_t *own, uint64_t b, int32_t outputs, int32_t kind)
     __asm__("emulated.wgmma.registers");
-void emulated_wgmma_registers(float *sums, int32_t count, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint64_t b, int32_t outputs, int32_t kind) {
-    begin_product(sums, count, {0, true, 0, {a0, a1, a2, a3}, b, outputs, kind});
+void emulated_wgmma_registers(float *sums, int32_t count, const uint32_t *own, uint64_t b, int32_t outputs, int32_t kind) {
+    begin_product(sums, count, {0, own, 0, b, outputs, kind});
 }
 
 void emulated_wgmma_wait(float *sums, int32_t count, int32_t but) __asm__("emulated.wgmma.wait");
@@ -703,28 +739,41 @@ static uint32_t to_e4m3(float value) {
 uint16_t emulated_e4m3(float high, float low) __asm__("emulated.ff.to.e4m3x2.rn");
 uint16_t emulated_e4m3(float high, float low) { return uint16_t(to_e4m3(high) << 8 | to_e4m3(low)); }
 
+/* As float16, which holds every e4m3. */
+static uint32_t half_of_e4m3(uint32_t code) {
+    float value = of_e4m3(code);
+    uint32_t bits, sign = code >> 7 << 15;
+    std::memcpy(&bits, &value, 4);
+    if (value == 0) return sign;
+    return std::isnan(value) ? 0x7fff : sign | (((bits >> 23 & 255) - 112) << 10) | (bits >> 13 & 1023);
+}
+
+uint32_t emulated_of_e4m3(uint16_t both) __asm__("emulated.e4m3x2.to.f16x2.rn");
+uint32_t emulated_of_e4m3(uint16_t both) { return half_of_e4m3(both & 255) | half_of_e4m3(both >> 8) << 16; }
+
 /* Products of bytes: int8 with sums of 32 bits, or e4m3 with sums in float32. */
 static void multiply_bytes(uint32_t *result, const uint32_t *mine, bool integers) {
     Meeting &w = warp();
     std::memcpy(w.in[lane()], mine, 10 * sizeof *mine);
     meet(w, integers ? 12 : 13, 32, [&] {
-        uint32_t a[16][32], b[32][8];
+        uint32_t a[16][32], b[8][32];
+        float x[16][32], y[8][32];
         for (int i = 0; i < 32; i++)
             for (int h = 0; h < 4; h++)
                 for (int r = 0; r < 4; r++) {
                     a[i / 4 + 8 * (r & 1)][4 * (i % 4) + h + 16 * (r >> 1)] = w.in[i][r] >> (8 * h) & 255;
-                    if (r < 2) b[4 * (i % 4) + h + 16 * r][i / 4] = w.in[i][4 + r] >> (8 * h) & 255;
+                    if (r < 2) b[i / 4][4 * (i % 4) + h + 16 * r] = w.in[i][4 + r] >> (8 * h) & 255;
                 }
+        for (int k = 0; k < 32; k++) {
+            for (int row = 0; row < 16; row++) x[row][k] = of_e4m3(a[row][k]);
+            for (int column = 0; column < 8; column++) y[column][k] = of_e4m3(b[column][k]);
+        }
         for (int i = 0; i < 32; i++)
             for (int r = 0; r < 4; r++) {
                 int row = i / 4 + 8 * (r >> 1), column = 2 * (i % 4) + (r & 1);
                 int32_t whole = int32_t(w.in[i][6 + r]);
-                float sum = of_bits(w.in[i][6 + r]);
-                for (int k = 0; k < 32; k++) {
-                    whole += int8_t(a[row][k]) * int8_t(b[k][column]);
-                    sum += of_e4m3(a[row][k]) * of_e4m3(b[k][column]);
-                }
-                w.out[i][r] = integers ? uint32_t(whole) : bits_of(sum);
+                for (int k = 0; k < 32; k++) whole += int8_t(a[row][k]) * int8_t(b[column][k]);
+                w.out[i][r] = integers ? uint32_t(whole) : bits_of(added_in_few_bits(of_bits(w.in[i][6 + r]), x[row], y[column]));
             }
     });
     std::memcpy(result, w.out[lane()], 16);

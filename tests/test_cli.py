@@ -153,6 +153,38 @@ def test_bisect_finds_nothing_wrong(checkpoint: Path, cache: Path) -> None:
     assert told["at_fault"] is None and told["compiled_error"] < told["tolerance"] and told["passes"]
 
 
+def test_bisect_does_not_blame_what_a_recipe_means_to_lose(checkpoint: Path, cache: Path) -> None:
+    options = ("--prompt", "If the object", "--recipe", "int4", "--cache-dir", cache, "--json")
+    told = result(jisu("bisect", checkpoint, *options))
+    assert told["at_fault"] is None and told["compiled_error"] < told["tolerance"]
+
+
+def test_a_model_without_a_tokenizer_takes_and_writes_token_ids(checkpoint: Path, cache: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    shutil.copytree(checkpoint, bare, ignore=shutil.ignore_patterns("tokenizer*"))
+    options = ("--greedy", "--max-new-tokens", "3", "--cache-dir", cache)
+    told = result(jisu("generate", bare, "--prompt", "1, 2 3", *options, "--json"))
+    assert told["prompt_tokens"] == 3 and told["text"] == "" and len(told["token_ids"]) == 3
+    written = jisu("generate", bare, "--prompt", "1 2 3", *options)
+    assert written.stdout.split() == list(map(str, told["token_ids"]))
+    refused = jisu("generate", bare, "--prompt", "hello", *options, "--json")
+    assert "no tokenizer.json; give token ids" in result(refused, 1)["error"]["message"]
+
+
+def test_a_simulated_program_says_so_when_it_generates(checkpoint: Path, cache: Path) -> None:
+    options = ("--prompt", "If", "--greedy", "--max-new-tokens", "1", "--cache-dir", cache, "--json")
+    done = jisu("generate", checkpoint, "--target", "tpu:v5e", *options)
+    assert result(done)["simulation"].startswith("simulated on this machine's processor")
+    assert "for tpu:v5e: simulated" in done.stderr
+
+
+def test_compiling_for_a_machine_that_is_elsewhere_says_so(checkpoint: Path, cache: Path, tmp_path: Path) -> None:
+    made = jisu("compile", checkpoint, "-o", tmp_path / "x.jisu", "--target", "cuda:sm_90", "--cache-dir", cache,
+                JISU_CUDA_DRIVER="none.so")  # fmt: skip
+    assert made.returncode == 0 and "not here: this machine has no NVIDIA driver" in made.stdout
+    assert "try:" not in made.stdout
+
+
 # --- Errors ---------------------------------------------------------------------------------------------------------
 
 
@@ -163,6 +195,8 @@ def test_bisect_finds_nothing_wrong(checkpoint: Path, cache: Path) -> None:
         (("compile", "{tmp}", "-o", "{tmp}/out"), "InputError", "neither config.json"),
         (("compile", "{model}", "-o", "{tmp}/no/out"), "InputError", "there is no folder"),
         (("compile", "{model}", "-o", "{model}"), "InputError", "holds a checkpoint"),
+        (("compile", "{model}", "-o", "/dev/full"), "InputError", "neither a folder nor a file"),
+        (("compile", "{model}", "-o", "{tmp}/out", "--threads", "1"), "InputError", "--threads is for --tune"),
         (("compile", "{model}", "-o", "{tmp}/out", "--target", "gpu"), "TargetError", "known: cpu"),
         (("compile", "{model}", "-o", "{tmp}/out", "--recipe", "pagde"), "RecipeError", "'paged'"),
         (("generate", "some/model", "-p", "x"), "InputError", "nothing is ever downloaded"),
@@ -204,6 +238,7 @@ def test_what_does_not_fit_is_refused(program: Path) -> None:
         ("bench", "x", "--no-such"),
         ("bench", "x", "--threads", "0"),
         ("compile", "x", "-o", "y", "--check", "z"),
+        ("search", "x", "-o", "y", "--calibration", "z", "--threads", "1"),
     ],
 )
 def test_wrong_usage_is_2(arguments: tuple[str, ...]) -> None:
@@ -294,6 +329,10 @@ def test_help_starts_quickly() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "compile" in done.stdout and done.returncode == 0
     assert not {"torch", "transformers", "tvm", "numpy", "sympy"} & set(done.stderr.split())
+
+
+def test_help_has_every_word() -> None:
+    assert "[recover]" in CliRunner().invoke(app, ["compile", "--help"]).output
 
 
 def test_version() -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given as given_drawn
 from hypothesis import strategies as st
+from test_sampling import sampling_rows
 
 from jisu.compiler import ops, rows
 from jisu.compiler.errors import TargetError
@@ -21,7 +22,19 @@ from jisu.compiler.graph import ArrayStorage, Graph, placeholder, weight
 from jisu.compiler.interpret import interpret
 from jisu.compiler.types import TensorType, numpy_dtype
 from jisu.targets.cuda import device, emulated, ptx
-from jisu.targets.cuda.kernels import attention, experts, heads, hopper, norm, products, records, thin, top
+from jisu.targets.cuda.kernels import (
+    attention,
+    experts,
+    heads,
+    hopper,
+    norm,
+    products,
+    records,
+    sampling,
+    single_attention,
+    thin,
+    top,
+)
 from jisu.targets.cuda.kernels.attention import Form
 from jisu.targets.cuda.kernels.layers import Layer
 from jisu.targets.cuda.lowering import lower
@@ -32,6 +45,7 @@ REAL = Target.describe("cuda:sm_90")
 GPU = attrs.evolve(REAL, mcpu="sm_80", triple=host().triple)
 EARLY = attrs.evolve(REAL, mcpu="sm_90", triple=host().triple)
 HOPPER = attrs.evolve(REAL, mcpu="sm_90a", triple=host().triple)
+SHARED_BYTES = 227 << 10  # that a block may have at most
 RACES = pytest.mark.parametrize(("late", "order"), [(True, 1), (False, -1)])
 
 
@@ -67,7 +81,9 @@ def launch(emulator: Any, tmp_path: Path) -> Launch:
     def run(
         kernel: device.DeviceKernel, grid: tuple[int, ...], *values: Any, late: bool = True, order: int = 1
     ) -> None:
+        emulator.emulated_shared(kernel.shared_bytes)
         failure = emulator.emulated_launch(*given(kernel, tmp_path, grid, *values), int(late), order)
+        emulator.emulated_shared(SHARED_BYTES)
         if failure:
             raise RuntimeError(failure.decode())
 
@@ -317,9 +333,11 @@ def rows_of(form: Form, keys: np.ndarray, cap: int, table: np.ndarray | None) ->
     return held
 
 
-def attended(form: Form, launch: Launch, past: int, s: int, parts: int = 0, **how: Any) -> None:
+def attended(
+    form: Form, launch: Launch, past: int, s: int, parts: int = 0, target: Target | None = None, **how: Any
+) -> None:
     """Attention of s new tokens behind `past` others, for two sequences of which one is padded; parts: of one token's keys."""
-    b, total = 2, past + s
+    b, total, target = 2, past + s, target or GPU
     cap = {
         "contiguous": total + 5,
         "plain": total,
@@ -351,11 +369,14 @@ def attended(form: Form, launch: Launch, past: int, s: int, parts: int = 0, **ho
         own = form.heads // attention.sharing(form)
         counters = np.zeros(b * own, np.int32)
         own_memory = (*sink, out, states, counters)
-        launch(attention.attend_token(form, GPU), (parts * b, own), *given, *own_memory, *sizes, parts, **how)
+        launch(attention.attend_token(form, target), (parts * b, own), *given, *own_memory, *sizes, parts, **how)
         assert not counters.any()  # so that the next launch may count
     else:
-        grid = (-(-s // attention.QUERIES) * b, form.heads)
-        launch(attention.attend_tokens(form, GPU), grid, *given, *sink, out, s, *sizes, **how)
+        rows_of_block, kernel = attention.QUERIES, attention.attend_tokens
+        if form.dtype == "float32":
+            rows_of_block, kernel = single_attention.queries(form), single_attention.attend_single
+        grid = (-(-s // rows_of_block) * b, form.heads)
+        launch(kernel(form, target), grid, *given, *sink, out, s, *sizes, **how)
     np.testing.assert_array_equal(out.reshape(-1, form.heads, form.head_dim)[b * s :], guard)  # nothing beyond
     out = out.reshape(-1, form.heads, form.head_dim)[: b * s].reshape(b, s, form.heads, form.head_dim)
     for i in range(b):
@@ -369,7 +390,8 @@ def attended(form: Form, launch: Launch, past: int, s: int, parts: int = 0, **ho
             weights = np.where(there, np.exp(scores), 0.0)
             sums = weights.sum(-1, keepdims=True) + (np.exp(float(sinks[h])) if form.sinks else 0.0)
             want = weights @ weighed / np.maximum(sums, 1e-300)
-            np.testing.assert_allclose(out[i, :, h].astype(np.float64), want, rtol=2e-2, atol=2e-2)
+            bound = 2e-6 if form.dtype == "float32" else 2e-2
+            np.testing.assert_allclose(out[i, :, h].astype(np.float64), want, rtol=bound, atol=bound)
 
 
 @pytest.mark.parametrize(
@@ -388,6 +410,7 @@ def attended(form: Form, launch: Launch, past: int, s: int, parts: int = 0, **ho
         (Form(4, 2, 64, 0.125, scheme="int8"), 70, 3),
         (Form(4, 2, 128, 0.09, "paged", 16, scheme="int4", dtype="float16"), 70, 2),
         (Form(2, 2, 32, 0.2, "ring", window=20, scheme="int4"), 70, 2),
+        (Form(4, 2, 64, 0.125, "paged", 16, scheme="fp8"), 70, 2),
     ],
 )
 @pytest.mark.parametrize("order", [1, -1])
@@ -426,9 +449,11 @@ def test_parts_that_are_joined_wrongly_show(fault: str, launch: Launch, monkeypa
         (Form(2, 1, 80, 0.1), 20, 70),
         (Form(2, 1, 256, 0.06, window=40), 50, 70),
         (Form(12, 1, 96, 0.1, "plain"), 20, 30),
+        (Form(1, 1, 144, 0.08), 10, 30),  # tiles that threads don't share evenly
         (Form(2, 1, 64, 0.125, scheme="int8"), 70, 70),
         (Form(2, 1, 128, 0.09, "paged", 16, scheme="int4", dtype="float16"), 20, 70),
         (Form(2, 1, 32, 0.2, "ring", window=30, scheme="int4"), 90, 20),
+        (Form(2, 1, 64, 0.125, scheme="fp8"), 20, 70),
     ],
 )
 @RACES
@@ -436,14 +461,26 @@ def test_attention_of_many_tokens(form: Form, past: int, s: int, late: bool, ord
     attended(form, launch, past, s, late=late, order=order)
 
 
-@pytest.mark.parametrize(("k", "scheme"), [(32, "int8"), (64, "int4"), (128, "int8"), (128, "int4")])
+@pytest.mark.parametrize("cached", [False, True])
+def test_attention_reads_e4m3_by_instructions(cached: bool, launch: Launch) -> None:
+    """From sm_89 on; `GPU` moves bits instead."""
+    form, past, s, parts = (Form(4, 2, 64, 0.125, scheme="fp8"), 40, *((1, 2) if cached else (20, 0)))
+    attended(form, launch, past, s, parts, target=EARLY)
+
+
+@pytest.mark.parametrize(("k", "scheme"), [(32, "int8"), (64, "int4"), (128, "int8"), (128, "int4"), (96, "fp8")])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_records(k: int, scheme: str, dtype: str, launch: Launch) -> None:
-    """Bit by bit, but for rows without sense, which decode to NaN."""
+@pytest.mark.parametrize("converts", [False, True])
+def test_records(k: int, scheme: str, dtype: str, converts: bool, launch: Launch) -> None:
+    """Bit by bit, but for rows without sense, which decode to NaN; converts: with instructions for fp8."""
+    target = EARLY if converts else GPU
     x = drawn(0, 7, k, dtype=dtype)
+    x[6] = (x[6].astype(np.float32) * np.exp2(-(np.arange(k) % 16))).astype(
+        x.dtype
+    )  # levels that are subnormal numbers, too
     x[1], x[2, 3], x[3, 5] = 0.5, np.nan, np.inf
     got = np.zeros((8, rows.record_bytes(scheme, k)), np.uint8)
-    launch(records.encoded_rows(k, dtype, scheme, GPU), (2,), x, got, 7)
+    launch(records.encoded_rows(k, dtype, scheme, target), (2,), x, got, 7)
     sound = [0, 1, 4, 5, 6]
     np.testing.assert_array_equal(got[sound], rows.encode(x[sound].astype(np.float32), scheme))
     assert np.isnan(rows.decode(got[[2, 3]], scheme)).all() and not got[7].any()
@@ -457,7 +494,7 @@ def chains(draw: st.DrawFn) -> tuple[heads.Heads, int, int, int]:
         draw(st.sampled_from(["contiguous", "ring", "paged"])),
     )
     size = draw(st.sampled_from([32, 48, 64, 80, 128]))
-    scheme = draw(st.sampled_from(["none", "int8", "int4"])) if size % 64 == 0 else "none"
+    scheme = draw(st.sampled_from(["none", "int8", "int4", "fp8"])) if size % 64 == 0 else "none"
     found = []
     for kind in draw(st.sampled_from([("q", "k", "v"), ("k", "v"), ("q",), ("q", "k")])):
         how = norm.Norm(
@@ -531,7 +568,7 @@ def test_heads(launch: Launch, drawn_: tuple[heads.Heads, int, int, int]) -> Non
             rows.decode(a, chain.scheme) if chain.scheme != "none" else a.astype(np.float64)
             for a in (arrays["to"], expected)
         )
-        step = {"none": 0.0, "int8": 0.1, "int4": 1.0}[chain.scheme]
+        step = {"none": 0.0, "int8": 0.1, "int4": 1.0, "fp8": 0.5}[chain.scheme]
         tolerance = {"float32": 1e-5, "float16": 4e-3, "bfloat16": 3e-2}[how.dtype]
         assert (np.isnan(got) == np.isnan(exact)).all()
         np.testing.assert_allclose(got, exact, rtol=tolerance, atol=tolerance + step)
@@ -569,6 +606,21 @@ def test_the_largest_of_a_row(size: int, first: int, dtype: str, order: int, lau
     want = interpret(Graph((given,), (ops.get(both, index=0), ops.get(both, index=1))), [x])
     np.testing.assert_array_equal(values.astype(np.float32), want[0].astype(np.float32))
     np.testing.assert_array_equal(positions, want[1])
+
+
+@pytest.mark.parametrize("size", [1, 5, 40, 128, 200])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("order", [1, -1])
+def test_tokens_are_drawn_as_their_meaning_says(size: int, dtype: str, order: int, launch: Launch) -> None:
+    """Bit by bit, whatever the logits and the options."""
+    count = 60
+    operands = sampling_rows(count, size, np.random.default_rng(size), dtype)
+    chosen, whole = np.zeros(count, np.int64), np.zeros(count, bool)
+    launch(sampling.drawn(size, dtype, GPU), (count,), *operands, chosen, whole, order=order)
+    assert ops.draw.meaning is not None
+    want = ops.draw.meaning(*operands)
+    np.testing.assert_array_equal(chosen, want[0])
+    np.testing.assert_array_equal(whole, want[1])
 
 
 @pytest.mark.parametrize("width", [64, 72, 75, 1000, 4096])
@@ -653,6 +705,7 @@ def of_hot_kernels(target: Target) -> dict[str, device.DeviceKernel]:
             target,
         ),
         "largest": top.largest(128256, 128, "float32", False, False, target),
+        "draw": sampling.drawn(128, "float32", target),
         "norm": norm.normed(norm.Norm(4096, "bfloat16", 1e-5, True, True, False), target),
         "expert": experts.single(MIXTRAL, False, target),
         "expert's last layer": experts.single(MIXTRAL, True, target),
@@ -663,6 +716,9 @@ def of_hot_kernels(target: Target) -> dict[str, device.DeviceKernel]:
         "sums of experts": experts.summed(MIXTRAL, target),
         "records": records.encoded_rows(128, "bfloat16", "int8", target),
         "token of records": attention.attend_token(attrs.evolve(form, scheme="int8"), target),
+        "small floats": records.encoded_rows(128, "bfloat16", "fp8", target),
+        "token of small floats": attention.attend_token(attrs.evolve(form, scheme="fp8"), target),
+        "tokens of small floats": attention.attend_tokens(attrs.evolve(form, scheme="fp8"), target),
         "token of 256": attention.attend_token(Form(16, 8, 256, 0.1), target),
         "tokens of 80": attention.attend_tokens(Form(32, 32, 80, 0.1), target),
         "tokens of 256": attention.attend_tokens(Form(16, 8, 256, 0.1), target),
@@ -691,6 +747,7 @@ WORDS = {
     "token": ("shfl.sync.bfly", "ex2.approx.ftz", "ld.global", "atom", ".inc.u32", "fence.acq_rel.gpu"),
     "tokens": ("ldmatrix.sync.aligned.m8n8.x4.trans", "cvt.rn.bf16x2.f32", "cp.async.cg.shared.global", "mma.sync"),
     "norm": ("sqrt.rn", "ld.global", "st.global"),
+    "draw": ("div.rn.f32", "cvt.rzi.s64.f32", "mul.lo.s64"),
     "hopper": ("wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16", "wgmma.fence", "wgmma.commit_group",
                "wgmma.wait_group.sync.aligned 1", "cp.async.bulk.tensor.2d.shared::cluster.global", "mbarrier.try_wait.parity",
                "mbarrier.arrive.expect_tx", "setmaxnreg.inc", "setmaxnreg.dec", "cvta.param", ".minnctapersm 1",
@@ -734,6 +791,12 @@ def test_ptx_has_the_instructions(mcpu: str) -> None:
         # Nothing is touched before the wait; layers of few rows have weights under way.
         touched = re.findall(r"ld\.global|st\.global|atom|\bred\.|cp\.async\.cg", before) if waits else []
         assert set(touched) == ({"cp.async.cg"} if waits and made[kind].ahead else set()), kind
+    for kind, word in (
+        ("small floats", "cvt.rn.satfinite.e4m3x2.f32"),
+        ("token of small floats", "cvt.rn.f16x2.e4m3x2"),
+        ("tokens of small floats", "cvt.rn.f16x2.e4m3x2"),
+    ):
+        assert (word in bodies[kind]) == (mcpu != "sm_80"), kind
     for kind in ("token", "norm"):
         assert re.search(r"ld\.global(\.nc)?\.v4", bodies[kind]), kind
     assert not re.search(r"\.local\b|call\.uni", text) and f".target {mcpu}" in text

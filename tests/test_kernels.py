@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from jisu.compiler.errors import InputError, TargetError
 from jisu.compiler.rows import ROW_BITS, decode, encode
 from jisu.compiler.schemes import SCHEMES
+from jisu.compiler.types import TypeRuleError
 from jisu.targets.cpu import isa
 from jisu.targets.cpu.kernels import attention, codes, embedding, matmul, moe, norm, rotary
 from jisu.targets.target import Target, known_targets
@@ -557,6 +558,9 @@ def test_targets_are_known_comparable_and_checked() -> None:
     assert Target.resolve(here) is here
     assert not here.check_host()
     assert not Target.resolve("cpu:generic").required_features
+    assert here.lanes("int8") == here.vector_bytes
+    with pytest.raises(TypeRuleError, match="float8_e4m3fn"):
+        here.lanes("float8_e4m3fn")
     for name in known_targets():
         described = Target.describe(name)
         assert Target.from_json(described.to_json()) == described

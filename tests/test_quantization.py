@@ -82,7 +82,9 @@ def test_packing_loses_nothing(kind: Scheme, data: st.DataObject) -> None:
     codes = data.draw(hnp.arrays(np.uint8, (n, k), elements=st.integers(0, 2**kind.bits - 1)))
     packed = kind.pack(codes)
     assert packed.shape == (n, kind.row_bytes(k)) and packed.dtype == np.uint8
-    np.testing.assert_array_equal(kind.unpack(packed, k), codes)
+    for ordered in (packed, np.asfortranarray(packed)):
+        np.testing.assert_array_equal(kind.unpack(ordered, k), codes)
+    np.testing.assert_array_equal(kind.pack(np.asfortranarray(codes)), packed)
 
 
 @every_scheme

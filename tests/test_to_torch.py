@@ -36,9 +36,9 @@ LATER = frozenset(
      ops.packed_take, ops.packed_experts, ops.quantized_linear, ops.cache_append, ops.attention_cached, ops.pack_mask,
      ops.pack_starts, ops.pack_values, ops.fill_codes, ops.sparse_linear, ops.sparse_take, ops.encode_rows, ops.decode_rows,
      ops.encode_levels, ops.levels_linear, ops.levels_projections, ops.pack_zeros, ops.quantized_take, ops.pack_places,
-     ops.semi_structured_linear)
+     ops.semi_structured_linear, ops.draw)
 )  # fmt: skip
-"""What layout and the cache make: never trained."""
+"""What layout, the cache and generation make: never trained."""
 
 
 def tensor(array: np.ndarray) -> torch.Tensor:

@@ -13,6 +13,7 @@ import transformers as hf
 from decoders import make
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from test_sampling import sampling_rows
 
 import jisu
 from jisu.compiler import ops
@@ -103,6 +104,16 @@ def test_ops_equal_their_meaning(op: Op, data: st.DataObject) -> None:
                 check_records(next(got), want)
                 continue
             check(next(got), want, f"{graph}\n{arrays}\n{graph.weights}", exact)
+
+
+@needs_jax
+def test_tokens_are_drawn_as_their_meaning_says() -> None:
+    operands = sampling_rows(200, 40, np.random.default_rng(3))
+    nodes = [placeholder(f"x{i}", TensorType(x.shape, x.dtype.name)) for i, x in enumerate(operands)]
+    both = ops.draw(*nodes)
+    graph = Graph(tuple(nodes), (ops.get(both, index=0), ops.get(both, index=1)))
+    for got, want in zip(run(graph, operands), interpret(graph, operands), strict=True):
+        np.testing.assert_array_equal(got, want)
 
 
 SPECIAL = np.array([np.nan, np.inf, -np.inf, 0.0, -0.0, 1.5, -2.5, 1e-30, 3.0], np.float32)

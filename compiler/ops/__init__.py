@@ -1,10 +1,21 @@
 """Every op of the IR. The signature is the schema, the notation or body the type rule, `meaning` the truth.
 
-`OPS` maps names to ops. Modules by family: elementwise, shape, index, reduce, contract, nn, quantize, sparse, semi_structured.
+`OPS` maps names to ops. Modules by family: elementwise, shape, index, reduce, contract, nn, quantize, sparse, semi_structured, sampling.
 """
 
 from jisu.compiler.graph import CONSTANT, INPUT, WEIGHT, Op
-from jisu.compiler.ops import contract, elementwise, index, nn, quantize, reduce, semi_structured, shape, sparse
+from jisu.compiler.ops import (
+    contract,
+    elementwise,
+    index,
+    nn,
+    quantize,
+    reduce,
+    sampling,
+    semi_structured,
+    shape,
+    sparse,
+)
 from jisu.compiler.ops.contract import (
     ACTIVATIONS,
     conv,
@@ -107,6 +118,7 @@ from jisu.compiler.ops.quantize import (
     unpack_bits,
 )
 from jisu.compiler.ops.reduce import all_, any_, argmax, argmin, prod, reduce_max, reduce_min, scan, softmax, sum_
+from jisu.compiler.ops.sampling import draw
 from jisu.compiler.ops.semi_structured import pack_places, semi_structured_linear
 from jisu.compiler.ops.shape import (
     broadcast_to,
@@ -125,7 +137,7 @@ from jisu.compiler.ops.sparse import expand, fill_codes, pack_mask, pack_starts,
 
 OPS: dict[str, Op] = {
     value.name: value
-    for module in (elementwise, shape, index, reduce, contract, nn, quantize, sparse, semi_structured)
+    for module in (elementwise, shape, index, reduce, contract, nn, quantize, sparse, semi_structured, sampling)
     for value in vars(module).values()
     if isinstance(value, Op)
 } | {op.name: op for op in (INPUT, WEIGHT, CONSTANT)}
@@ -141,7 +153,7 @@ __all__ = [
     "ACTIVATIONS", "ELEMENTWISE", "LOOKUPS", "OPS", "abs_", "acos", "acosh", "add", "all_", "any_", "argmax", "argmin", "asin",
     "asinh", "atan", "atan2", "atanh", "attention", "attention_cached", "bit_and", "bit_not", "bit_or", "bit_xor",
     "broadcast_to", "cache_append", "cast", "ceil", "concat", "conv", "copysign", "cos", "cosh", "decode_rows",
-    "dequantize", "dim_value", "div", "encode_levels", "encode_rows", "eq", "erf", "exp", "exp2", "expand", "experts",
+    "dequantize", "dim_value", "div", "draw", "encode_levels", "encode_rows", "eq", "erf", "exp", "exp2", "expand", "experts",
     "expm1", "fake_quantize", "fill_codes", "flip", "floor", "floor_div", "fmod", "gated_linear", "gather", "ge",
     "gelu", "get", "gt", "iota", "isnan", "layer_norm", "le", "levels_linear", "levels_projections", "linear", "log", "log10", "log1p",
     "log2", "logical_and", "logical_not", "logical_or", "logical_xor", "lt", "matmul", "maximum", "minimum", "mul",

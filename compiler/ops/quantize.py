@@ -210,6 +210,7 @@ def fake_quantize(x: TensorType, scale: TensorType | None = None, *, scheme: str
         [
             (("float32[2, 3, 6]", None), {"scheme": "int8"}),
             (("float32[2, 6]", None), {"scheme": "int4"}),
+            (("float32[2, 3, 6]", None), {"scheme": "fp8"}),
             (("float32[2, 3, 6]", "float32[3, 6, 6]"), {"scheme": "int4"}),
         ]
     ),
@@ -217,7 +218,7 @@ def fake_quantize(x: TensorType, scale: TensorType | None = None, *, scheme: str
 def encode_rows(x: TensorType, feedback: TensorType | None = None, *, scheme: str) -> TensorType:
     """Records uint8 [*b, bytes] of the rows of x [*b, k]: each has its own scale and offset, so that a row (a token) stands for itself.
 
-    scheme: of `jisu.compiler.rows.ROW_BITS`. Codes are the nearest; with feedback float32 [g, k, k], for x [*b, g, k], number i also
+    scheme: of `jisu.compiler.rows.ROW_BITS`. Levels are the nearest; with feedback float32 [g, k, k], for x [*b, g, k], number i also
     takes back feedback[g, j, i] of the error made in each number j < i, in the order of the row.
     """
     k = x.shape[-1] if x.rank else 0

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jisu.commands.shell import Progress, Shell
-from jisu.commands.source import Options, compile_checkpoint, recognise
+from jisu.commands.source import Options, compile_checkpoint, recognise, token_ids
 from jisu.compiler.errors import InputError, JisuError
 from jisu.compiler.graph import Graph
 from jisu.compiler.interpret import interpret
@@ -18,37 +18,46 @@ from jisu.compiler.recipe import Recipe
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from jisu.frontends.checkpoint import Decoder
+    from jisu.compiler.driver import Source
 
 
 def run(shell: Shell, model: str, prompt: str, options: Options) -> None:
     """Compare the meaning of `model` on `prompt` before and after passes, then that of the compiled program.
 
-    The reference interpreter computes all of them, so it takes a while: a short prompt is enough.
+    What a recipe's lossy passes change is meant: layout and program are compared with what these leave. The reference interpreter computes
+    all of it, so it takes a while: a short prompt is enough.
     """
+    from jisu.compiler.driver import capture, compressed, layout
     from jisu.compiler.storage import cache_folder
-    from jisu.frontends.checkpoint import load_checkpoint
+    from jisu.passes import default_passes
+    from jisu.targets.target import Target
 
     if recognise(model) != "checkpoint":
         raise InputError(f"{model!r} is compiled already; give the checkpoint's folder")
-    passes = _passes(options)
+    recipe, machine = Recipe.resolve(options.recipe), Target.resolve(options.target or "cpu")
+    exact, last = default_passes(recipe.fuse, recipe.max_fold_bytes), layout(recipe, machine)
     with shell.progress() as tell:
         tell("tracing", 0.0)
         kept = cache_folder(Path(options.cache_dir) if options.cache_dir is not None else None)
-        decoder = load_checkpoint(Path(model), kept)
-        ids = _ids(model, prompt, decoder)
+        source = capture(model, None, None, None, kept)
+        ids = _ids(prompt, source)
         tell("rewriting and comparing", 0.3)
-        broken, want = _first_broken(decoder.graph, ids, passes, tell)
-    compiled_error = None if broken is not None else _compiled_error(shell, model, options, ids, want)
-    dtype = decoder.graph.outputs[0].dtype
+        broken = _first_broken(source.graph, ids, exact)
+        if broken is None:
+            source = compressed(source, recipe, (), None, None, _part_of(tell), kept)
+            broken = _first_broken(source.graph, ids, last)
+        tell("compared", 1.0)
+    compiled_error = None if broken is not None else _compiled_error(shell, model, options, source.graph, ids)
+    tolerance = TOLERANCE.get(source.graph.outputs[0].dtype, 0.0)
     at_fault = broken.name if broken else None
-    if compiled_error is not None and compiled_error > TOLERANCE.get(dtype, 0.0):
+    if compiled_error is not None and compiled_error > tolerance:
         at_fault = "kernels"
+    passes = (*exact, *last)
     result: dict[str, Any] = {
         "at_fault": at_fault,
         "passes": [step.name for step in passes],
         "compiled_error": compiled_error,
-        "tolerance": TOLERANCE.get(dtype, 0.0),
+        "tolerance": tolerance,
         "tokens": ids.shape[1],
     }
 
@@ -65,53 +74,34 @@ def run(shell: Shell, model: str, prompt: str, options: Options) -> None:
     shell.finish(result, show)
 
 
-def _passes(options: Options) -> tuple[Pass, ...]:
-    """The passes that keep the graph's inputs and outputs, in the driver's order."""
-    from jisu.passes import default_passes, layout_passes
-    from jisu.targets import facts
-    from jisu.targets.target import Target
-
-    recipe = Recipe.resolve(options.recipe)
-    machine = Target.resolve(options.target or "cpu")
-    kernels = facts.of(machine)
-    panel, pair = kernels.packing(machine)
-    return (
-        *default_passes(recipe.fuse, recipe.max_fold_bytes),
-        *layout_passes(panel, pair if recipe.pack else {}, levels=kernels.levels(machine)),
-    )
+def _part_of(tell: Progress) -> Progress:
+    """What tells of all passes as a part of the work."""
+    return lambda stage, done: tell(stage, 0.6 + 0.2 * done)
 
 
-def _ids(model: str, prompt: str, decoder: Decoder) -> np.ndarray:
-    """Token ids int64 [1, n] of the prompt: its text, or ids separated by blanks or commas without a tokenizer."""
+def _ids(prompt: str, source: Source) -> np.ndarray:
+    """Token ids int64 [1, n] of the prompt: its text, or without a tokenizer the ids that it names."""
     from jisu.runtime.tokenizer import Tokenizer
 
-    if "tokenizer.json" in decoder.files:
-        ids = Tokenizer.from_folder(model).encode(prompt)
-    else:
-        words = prompt.replace(",", " ").split()
-        if not words or not all(w.isdecimal() for w in words):
-            raise InputError(f"{model!r} has no tokenizer.json; give token ids such as --prompt '1 2 3'")
-        ids = [int(w) for w in words]
-    if not ids or max(ids) >= decoder.vocabulary:
-        raise InputError(f"the prompt must have at least one token, all below {decoder.vocabulary}; got {ids}")
+    ids = Tokenizer.from_files(source.files).encode(prompt) if "tokenizer.json" in source.files else token_ids(prompt)
+    if not ids or max(ids) >= source.vocabulary:
+        raise InputError(f"the prompt must have at least one token, all below {source.vocabulary}; got {ids}")
     return np.array([ids], np.int64)
 
 
-def _first_broken(
-    graph: Graph, ids: np.ndarray, passes: tuple[Pass, ...], tell: Progress
-) -> tuple[Pass | None, np.ndarray]:
+def _samples(graph: Graph, ids: np.ndarray) -> list[np.ndarray]:
     positions = np.arange(ids.shape[1], dtype=np.int64)[None]
-    samples = [positions if node.name == "position_ids" else ids for node in graph.inputs]
-    want = interpret(graph, samples)[0]
-    broken = Pipeline(passes).bisect(graph, samples)
-    tell("compared", 1.0)
-    return broken, want
+    return [positions if node.name == "position_ids" else ids for node in graph.inputs]
 
 
-def _compiled_error(shell: Shell, model: str, options: Options, ids: np.ndarray, want: np.ndarray) -> float:
-    """Error of the compiled program's logits, relative to the largest."""
+def _first_broken(graph: Graph, ids: np.ndarray, passes: tuple[Pass, ...]) -> Pass | None:
+    return Pipeline(passes).bisect(graph, _samples(graph, ids))
+
+
+def _compiled_error(shell: Shell, model: str, options: Options, graph: Graph, ids: np.ndarray) -> float:
+    """Error of the compiled program's logits, relative to the largest of the graph's."""
     try:
         program = compile_checkpoint(shell, model, options).program
-        return relative_error(program.session().append(ids), want)
+        return relative_error(program.session().append(ids), interpret(graph, _samples(graph, ids))[0])
     except JisuError as error:
         raise JisuError(f"all passes keep the meaning, but the program doesn't compile or run: {error}") from error

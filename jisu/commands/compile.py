@@ -12,12 +12,17 @@ from jisu.commands import units
 from jisu.commands.shell import Shell, peak_rss_bytes
 from jisu.commands.source import Options, compile_checkpoint, recipe_name, recognise
 from jisu.compiler.errors import InputError
+from jisu.compiler.storage import check_parent
 
 
 def run(shell: Shell, model: str, out: str, options: Options) -> None:
     """Compile `model` and save it at `out`."""
     if recognise(model) == "artifact":
         raise InputError(f"{model!r} is compiled already; give the checkpoint's folder")
+    if options.threads is not None and options.tune is False:
+        raise InputError(
+            "--threads is for --tune; a saved program runs on as many threads as its user says, such as jisu generate --threads"
+        )
     _check_place(out)
     opened = compile_checkpoint(shell, model, options)
     program = opened.program
@@ -45,18 +50,14 @@ def run(shell: Shell, model: str, out: str, options: Options) -> None:
         )
         if decoder is not None and decoder.reason:
             console.print(f"without a KV cache: {decoder.reason}")
-        console.print(f"try: jisu generate {out} --prompt '…'")
+        console.print(f"not here: {program.lacks}" if program.lacks else f"try: jisu generate {out} --prompt '…'")
 
     shell.finish(result, show)
 
 
 def _check_place(out: str) -> None:
     """Fail before the long work where the program couldn't be saved after it."""
-    parent = Path(out).absolute().parent
-    if not parent.is_dir():
-        raise InputError(f"{out!r} can't be written: there is no folder {str(parent)!r}")
-    if not os.access(parent, os.W_OK):
-        raise InputError(f"{out!r} can't be written: no permission to write in {str(parent)!r}")
+    check_parent(out)
     place = Path(out)
     empty = place.is_dir() and not any(place.iterdir()) or place.is_file() and not place.stat().st_size
     if place.exists() and not empty and recognise(out) != "artifact":

@@ -142,6 +142,7 @@ def _compiler() -> Iterator[Check]:
 def _gpu() -> Iterator[Check]:
     """Whether programs for CUDA run here, and whether machine code can be made for them."""
     from jisu.compiler.errors import TargetError
+    from jisu.targets.cuda.assembler import find_assembler
     from jisu.targets.target import Target
 
     try:
@@ -149,8 +150,7 @@ def _gpu() -> Iterator[Check]:
     except TargetError as error:
         detail = str(error).partition(": ")[2].partition("; use target")[0]
         yield Check("GPU", "ok", f"none ({detail}); programs for CUDA can be compiled here, not run")
-    paths = [shutil.which("ptxas"), *map(str, Path(sys.prefix).glob("lib/python*/site-packages/nvidia/*/bin/ptxas"))]
-    found = next((p for p in paths if p), None)
+    found = find_assembler()
     if found:
         yield Check("ptxas", "ok", found)
     else:

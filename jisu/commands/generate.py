@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 import typer
 
 from jisu.commands.shell import Shell, peak_rss_bytes
-from jisu.commands.source import Options, open_program
+from jisu.commands.source import Options, open_program, token_ids
 from jisu.compiler.errors import InputError
 
 if TYPE_CHECKING:
@@ -38,9 +38,12 @@ def run(
         chosen["do_sample"] = True
     opened = open_program(shell, path, options)
     program = opened.program
+    simulation = program.explain().get("simulation", "")
+    if simulation:
+        shell.note(f"for {program.target['name']}: {simulation}")
     stream = program.generate(_encoded(program, text, chat), stream=True, **chosen)
     live = not shell.as_json
-    generation = _follow(shell, stream, live)
+    generation = _follow(shell, stream, live, plain="tokenizer.json" not in program.parts.files)
     written = generation.text if isinstance(generation.text, str) else (generation.text or [""])[0]
     result = {
         "text": written,
@@ -54,6 +57,7 @@ def run(
         "compile_s": opened.compile_s,
         "load_s": opened.load_s,
         "threads": program.num_threads,
+        "simulation": simulation,
         "peak_rss_bytes": peak_rss_bytes(),
     }
 
@@ -85,21 +89,23 @@ def _prompt(prompt: str | None, prompt_file: str | None) -> str:
 
 
 def _encoded(program: Program, text: str, chat: bool) -> str | list[int]:
-    """The prompt for `generate`: the text, or the ids of the chat template's text, which has its own special tokens."""
+    """The prompt for `generate`: the text, or the ids of the chat template's text, which has its own special tokens, or without a tokenizer
+    those that the text names."""
     if not chat:
-        return text
+        return text if "tokenizer.json" in program.parts.files else token_ids(text)
     tokenizer = program.tokenizer
     message = tokenizer.apply_chat_template([{"role": "user", "content": text}])
     return tokenizer.encode(message, add_special_tokens=False)
 
 
-def _follow(shell: Shell, stream: Iterator[Chunk], live: bool) -> Generation:
-    """Print a stream's text as it comes, if `live`; returns what the stream returns at its end."""
+def _follow(shell: Shell, stream: Iterator[Chunk], live: bool, plain: bool) -> Generation:
+    """Print a stream's text as it comes, or its token ids where they are `plain`, if `live`; returns what the stream returns at its end."""
     while True:
         try:
             chunk = next(stream)
         except StopIteration as end:
             return cast("Generation", end.value)
-        if live and chunk.text:
-            shell.out.write(chunk.text)
+        said = "".join(f"{token} " for token in chunk.token_ids) if plain else chunk.text
+        if live and said:
+            shell.out.write(said)
             shell.out.flush()

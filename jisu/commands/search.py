@@ -16,6 +16,7 @@ from jisu.commands import units
 from jisu.commands.shell import Shell, table
 from jisu.commands.source import Options, recognise
 from jisu.compiler.errors import InputError
+from jisu.compiler.storage import check_parent
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -48,8 +49,7 @@ def run(
     place = Path(out)
     if place.exists():
         raise InputError(f"{out!r} exists already; choose a new folder")
-    if not place.absolute().parent.is_dir():
-        raise InputError(f"{out!r} can't be written: there is no folder {str(place.absolute().parent)!r}")
+    check_parent(out)
     sizes = [size_of(b) for b in budgets]
     with shell.progress() as tell:
         front = jisu.search(

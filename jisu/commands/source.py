@@ -62,6 +62,8 @@ def recognise(path: str) -> Kind:
                 return "artifact"
         hint = "; give the checkpoint's folder" if place.suffix in (".safetensors", ".json", ".bin") else ""
         raise InputError(f"{path!r} is a file, but no saved program of jisu{hint}")
+    if place.exists():
+        raise InputError(f"{path!r} is neither a folder nor a file")
     hint = (
         "; nothing is ever downloaded, so give a local folder" if path.count("/") == 1 and path[0] not in "./~" else ""
     )
@@ -109,6 +111,14 @@ def open_program(shell: Shell, path: str, options: Options) -> Opened:
     if recognise(path) == "artifact":
         return load_artifact(path, options)
     return compile_checkpoint(shell, path, options)
+
+
+def token_ids(prompt: str) -> list[int]:
+    """The ids that a prompt for a model without a tokenizer names, apart by blanks or commas; raises InputError for any other text."""
+    words = prompt.replace(",", " ").split()
+    if not words or not all(word.isdecimal() for word in words):
+        raise InputError(f"the model has no tokenizer.json; give token ids such as '1 2 3', not {prompt!r}")
+    return [int(word) for word in words]
 
 
 def recipe_name(program: Program, given: str | None = None) -> str:

@@ -6,12 +6,14 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
 
+import attrs
 import sympy
 
 from jisu.compiler import ops
 from jisu.compiler.errors import TargetError
 from jisu.compiler.graph import Node
 from jisu.compiler.launches import TensorMap
+from jisu.compiler.levels import WORD
 from jisu.compiler.ops.quantize import layer_parts
 from jisu.compiler.types import Dim, dim, product
 from jisu.targets.cpu.isa import FLOATS, require_activation
@@ -24,8 +26,10 @@ from jisu.targets.cuda.kernels import (
     products,
     records,
     rounding,
+    sampling,
     semi_structured,
     single,
+    single_attention,
     thin,
     top,
 )  # fmt: skip
@@ -56,6 +60,7 @@ def _layer(layer: Layer, rows: Dim, operands: tuple[int, ...], target: Target, t
     then: a norm of the results, whose operands follow the layer's, and whose results the layer's.
     """
     require_activation(layer.activation)
+    reader = _reader(layer, target)
     count = len(operands)
     given = tuple(range(count, count + len(then.pointers) - 2)) if then is not None else ()
     first = count + len(given)  # of the results
@@ -65,14 +70,15 @@ def _layer(layer: Layer, rows: Dim, operands: tuple[int, ...], target: Target, t
     variants: list[tuple[tuple[tuple[Dim, int], ...], tuple[DeviceCall, ...]]] = []
     if then is not None:
         behind = (DeviceCall(norm.normed(then, target), (rows, 1, 1), (first, *given, first + 1)),)
-        both = _normed(layer, then, target)
-        if both is not None:
-            call = DeviceCall(both, (layer.tiles(thin.OUTPUTS), 1, 1), (*arguments, *given, first + 1, first + 2))
+        if reader.normed is not None:
+            last = (*arguments, *given, first + 1, first + 2)
+            call = DeviceCall(reader.normed(then), (layer.tiles(thin.OUTPUTS), 1, 1), last)
             variants.append((((rows, 1),), (call,)))
-    for kernel, outputs, most in _thin(layer, target):
+    for most in reader.rows:
+        kernel, outputs = reader.few(most)
         call = DeviceCall(kernel, (layer.tiles(outputs), _ceiling(rows, most), 1), arguments)
         variants.append((((rows, most),), (call, *behind)))
-    for call, most in _products(layer, rows, arguments, target):
+    for call, most in _products(reader, layer, rows, arguments, target):
         variants.append((((rows, most),) if most else (), (call, *behind)))
     if variants[-1][0]:  # no product reads the layer: few rows at a time
         variants.append(((), variants[-1][1]))
@@ -80,44 +86,62 @@ def _layer(layer: Layer, rows: Dim, operands: tuple[int, ...], target: Target, t
     return Kernel(function, tuple(Argument(i) for i in operands))
 
 
-def _normed(layer: Layer, then: norm.Norm, target: Target) -> DeviceKernel | None:
-    """The kernel for one row that norms it, too; None where there is none."""
-    return None if layer.halves or layer.dtype == "float32" else thin.thin(layer, thin.ROWS[0], target, then)
+@attrs.frozen(eq=False)
+class _Reader:
+    """What multiplies a layer. few: the kernel for up to so many rows of x, one of `rows`, and the rows of W of a block. normed: the kernel for one
+    row that norms it, too. many: in tiles, `small` or `large`; groups: by Hopper's warp groups, which are given `besides` behind the rest. Each
+    raises TargetError for a layer that it can't read."""
+
+    few: Callable[[int], tuple[DeviceKernel, int]]
+    rows: tuple[int, ...]
+    many: Callable[[products.Tile], DeviceKernel]
+    small: products.Tile
+    large: products.Tile
+    groups: Callable[[hopper.Tile], DeviceKernel] | None = None
+    besides: tuple[int, ...] = ()
+    normed: Callable[[norm.Norm], DeviceKernel] | None = None
 
 
-def _thin(layer: Layer, target: Target) -> Iterator[tuple[DeviceKernel, int, int]]:
-    """The kernels for few rows, each with the rows of W of a block and the rows of x up to which it is taken. Raises TargetError where none
-    reads the layer."""
+def _reader(layer: Layer, target: Target) -> _Reader:
     if isinstance(layer, Levels):
-        yield from ((levels.few(layer, m, target), thin.outputs(layer, m, target), m) for m in thin.ROWS)
-    elif layer.halves:
-        yield from ((semi_structured.thin_halves(layer, m, target), thin.OUTPUTS, m) for m in semi_structured.THIN_ROWS)
-    elif layer.dtype == "float32":
-        yield from ((single.thin_single(layer, m, target), single.OUTPUTS, m) for m in single.ROWS)
-    else:
-        yield from ((thin.thin(layer, m, target), thin.outputs(layer, m, target), m) for m in thin.ROWS)
+        return _Reader(
+            lambda rows: (levels.few(layer, rows, target), thin.outputs(layer, rows, target)), thin.ROWS,
+            lambda tile: levels.many(layer, tile, target), products.SMALL, products.LARGE,
+            lambda tile: levels.many_hopper(layer, tile, target), (0,),  # records' scales, which the map doesn't show
+        )  # fmt: skip
+    if layer.halves:
+        return _Reader(
+            lambda rows: (semi_structured.thin_halves(layer, rows, target), thin.OUTPUTS), semi_structured.THIN_ROWS,
+            lambda tile: semi_structured.product_halves(layer, tile, target), semi_structured.SMALL,
+            semi_structured.CODED if layer.scheme else semi_structured.LARGE,
+        )  # fmt: skip
+    if layer.dtype == "float32":
+        return _Reader(
+            lambda rows: (single.thin_single(layer, rows, target), single.OUTPUTS), single.ROWS,
+            lambda tile: single.product_single(layer, tile, target), single.SMALL, single.LARGE,
+        )  # fmt: skip
+    return _Reader(
+        lambda rows: (thin.thin(layer, rows, target), thin.outputs(layer, rows, target)), thin.ROWS,
+        lambda tile: products.product(layer, tile, target), products.SMALL, products.LARGE,
+        lambda tile: hopper.product_hopper(layer, tile, target),
+        normed=lambda then: thin.thin(layer, thin.ROWS[0], target, then),
+    )  # fmt: skip
 
 
-def _products(layer: Layer, rows: Dim, arguments: Arguments, target: Target) -> Iterator[tuple[DeviceCall, int]]:
+def _products(
+    reader: _Reader, layer: Layer, rows: Dim, arguments: Arguments, target: Target
+) -> Iterator[tuple[DeviceCall, int]]:
     """The products that can read the layer, each with the rows up to which it is taken (0 for any): the first that is in the code that a GPU
     loads is."""
-    small, large = products.SMALL, products.LARGE
-    make: Callable[..., DeviceKernel] = products.product
-    if isinstance(layer, Levels):
-        make = levels.many
-    elif layer.halves:
-        make, small = semi_structured.product_halves, semi_structured.SMALL
-        large = semi_structured.CODED if layer.scheme else semi_structured.LARGE
-    elif layer.dtype == "float32":
-        make, small, large = single.product_single, single.SMALL, single.LARGE
-    on_hopper = list(_on_hopper(layer, rows, arguments, target)) if make in (products.product, levels.many) else []
+    small, large = reader.small, reader.large
+    on_hopper = list(_on_hopper(reader, layer, rows, arguments, target))
     # So many large tiles as there are multiprocessors keep all of them busy; on half of them, warp groups should still be faster than small tiles
     # on all: by peak rates, `wgmma` does about twice what `mma` does.
     few = target.cores // (2 if on_hopper else 1) // max(1, layer.tiles(large.outputs)) * large.rows
 
     def call(tile: products.Tile) -> DeviceCall:
         grid = (_ceiling(rows, tile.rows), layer.tiles(tile.outputs), 1)
-        return DeviceCall(make(layer, tile, target), grid, arguments)
+        return DeviceCall(reader.many(tile), grid, arguments)
 
     with contextlib.suppress(TargetError):  # not for this layer
         if few >= small.rows:
@@ -126,20 +150,22 @@ def _products(layer: Layer, rows: Dim, arguments: Arguments, target: Target) -> 
         yield call(large), 0
 
 
-def _on_hopper(layer: Layer, rows: Dim, arguments: Arguments, target: Target) -> Iterator[tuple[DeviceCall, int]]:
+def _on_hopper(
+    reader: _Reader, layer: Layer, rows: Dim, arguments: Arguments, target: Target
+) -> Iterator[tuple[DeviceCall, int]]:
     """The same of Hopper's warp groups, if they can."""
+    if reader.groups is None:
+        return
     with contextlib.suppress(TargetError):  # not for this layer, or not on this machine
         narrow, wide = hopper.tiles_of(layer)
         few = target.cores // max(1, layer.tiles(wide.outputs)) * wide.rows
-        for tile, most in ((narrow, few), (wide, 0)) if few else ((wide, 0),):
-            in_levels = isinstance(layer, Levels)
-            kernel = (levels.many_hopper if in_levels else hopper.product_hopper)(layer, tile, target)  # type: ignore[arg-type]
+        for tile, most in ((narrow, few), (wide, 0)) if few and narrow is not wide else ((wide, 0),):
+            kernel = reader.groups(tile)
             matrices = layer.outputs * 2 if layer.apart else [n * layer.per_weight_row for n in layer.outputs]
             maps = [hopper.map_of_x(layer, tile, ("step", 0), rows)]
             maps += [hopper.map_of_w(layer, tile, ("step", i), n) for i, n in enumerate(matrices, 1)]
             grid = (_least(_ceiling(rows, tile.rows) * layer.tiles(tile.outputs), target.cores), 1, 1)
-            given = (*maps, *arguments[len(maps) :], *((0,) if in_levels else ()))
-            yield DeviceCall(kernel, grid, given), most
+            yield DeviceCall(kernel, grid, (*maps, *arguments[len(maps) :], *reader.besides)), most
 
 
 def _present(node: Node, *indices: int) -> tuple[int, ...]:
@@ -149,6 +175,11 @@ def _present(node: Node, *indices: int) -> tuple[int, ...]:
 def _one_output_per_panel(packed: Node | None, axis: int) -> bool:
     """Whether weights lie row by row."""
     return packed is not None and all(d == 1 for d in packed.shape[axis:])
+
+
+def _levels_in_rows(codes: Node | None) -> bool:
+    """Whether codes that levels are multiplied by lie row by row, in words as kernels take them apart."""
+    return codes is not None and codes.dtype == "uint8" and codes.shape[-2:] == (1, WORD)
 
 
 def _linear(node: Node, target: Target, then: norm.Norm | None = None) -> Kernel | None:
@@ -212,11 +243,11 @@ def _quantized(node: Node, target: Target, then: norm.Norm | None = None) -> Ker
 def _levels(node: Node, target: Target) -> Kernel | None:
     x, codes, scales, zeros, bias, residual = node.operands
     assert x is not None and codes is not None and scales is not None
-    if not _one_output_per_panel(codes, -2) or codes.dtype != "uint8":
+    if not _levels_in_rows(codes):
         return None
     layer = Levels(
         node.k, (node.outputs,), node.dtype, node.gated, False, node.activation, bias is not None, residual is not None,
-        node.scheme, node.group, scales.dtype, zeros is not None, node.records, node.own,
+        node.scheme, node.group, scales.dtype, zeros is not None, levels=node.records, own=node.own,
     )  # fmt: skip
     return _layer(layer, product(x.shape[:-1]), (0, 1, 2, *_present(node, 3, 4, 5)), target)
 
@@ -226,10 +257,10 @@ def _levels_projections(node: Node, target: Target) -> Kernel | None:
     assert x is not None
     parts = layer_parts(given, len(node.outputs), node.offset, node.biased)
     codes, scales, zeros, biases = zip(*parts, strict=True)
-    if not all(_one_output_per_panel(c, -2) and c.dtype == "uint8" for c in codes):
+    if not all(map(_levels_in_rows, codes)):
         return None
     layer = Levels(
-        node.k, tuple(node.outputs), node.dtype, bias=node.biased, scheme=node.scheme, group=node.group, scales=scales[0].dtype,
+        node.k, tuple(node.outputs), node.attributes["dtype"], bias=node.biased, scheme=node.scheme, group=node.group, scales=scales[0].dtype,
         zeros=node.offset, levels=node.records, own=node.own,
     )  # fmt: skip
     return _layer(layer, product(x.shape[:-1]), tuple(range(len(node.operands))), target)
@@ -266,9 +297,17 @@ _BLOCKS = 4  # of one token's attention, per multiprocessor, so that enough read
 def _form(q: Node, kv_heads: int, width: object, **how: object) -> Form | None:
     """How attention works on these heads, or None where no kernel does it."""
     heads, head_dim = int(q.shape[2]), int(q.shape[3])  # type: ignore[call-overload]
-    if q.dtype not in PAIRS or width != head_dim:
+    if q.dtype not in FLOATS or width != head_dim:
         return None
     return Form(heads, kv_heads, head_dim, dtype=q.dtype, **how)  # type: ignore[arg-type]
+
+
+def _many_tokens(form: Form, batch: Dim, rows: Dim, arguments: Arguments, target: Target) -> DeviceCall:
+    """Attention of so many new tokens per sequence."""
+    own, kernel = QUERIES, attend_tokens
+    if form.dtype == "float32":
+        own, kernel = single_attention.queries(form), single_attention.attend_single
+    return DeviceCall(kernel(form, target), (_ceiling(rows, own) * batch, form.heads, 1), arguments)
 
 
 def _attention(node: Node, target: Target) -> Kernel | None:
@@ -283,9 +322,8 @@ def _attention(node: Node, target: Target) -> Kernel | None:
     batch, rows = q.shape[:2]
     operands = (0, 1, 2, *_present(node, 4))
     arguments = (*range(len(operands) + 1), ("size", rows), ("size", k.shape[1]))
-    grid = (_ceiling(rows, QUERIES) * batch, form.heads, 1)
-    calls = (DeviceCall(attend_tokens(form, target), grid, arguments),)
-    return Kernel(DeviceFunction((((), calls),)), tuple(Argument(i) for i in operands))
+    call = _many_tokens(form, batch, rows, arguments, target)
+    return Kernel(DeviceFunction((((), (call,)),)), tuple(Argument(i) for i in operands))
 
 
 def _attention_cached(node: Node, target: Target) -> Kernel | None:
@@ -313,8 +351,7 @@ def _attention_cached(node: Node, target: Target) -> Kernel | None:
     sizes = (("size", cap), *((("size", keys.shape[0]),) if table is not None else ()))
     one = DeviceCall(attend_token(form, target), (parts * batch, own, 1), (*range(count + 3), *sizes, ("size", parts)))
     variants: list[tuple[tuple[tuple[Dim, int], ...], tuple[DeviceCall, ...]]] = [(((rows, 1),), (one,))]
-    grid = (_ceiling(rows, QUERIES) * batch, heads, 1)
-    many = DeviceCall(attend_tokens(form, target), grid, (*range(count + 1), ("size", rows), *sizes))
+    many = _many_tokens(form, batch, rows, (*range(count + 1), ("size", rows), *sizes), target)
     variants.append(((), (many,)))
     function = DeviceFunction(tuple(variants), (batch * heads * parts * (width + 2) * 4,), batch * own)
     return Kernel(function, tuple(Argument(i) for i in operands))
@@ -386,6 +423,16 @@ def _sort(node: Node, target: Target) -> Kernel | None:
             return Kernel(DeviceFunction((((), tuple(calls)),), tuple(scratch)), (Argument(0),))
         size, source = parts * top.kept(first), to[0]
         scratch.append(rows * size * 8)
+
+
+def _draw(node: Node, target: Target) -> Kernel | None:
+    values = node.operands[0]
+    assert values is not None
+    size = values.shape[-1]
+    if not isinstance(size, int) or size > sampling.MOST:
+        return None
+    call = DeviceCall(sampling.drawn(size, values.dtype, target), (product(values.shape[:-1]), 1, 1), tuple(range(9)))
+    return Kernel(DeviceFunction((((), (call,)),)), tuple(Argument(i) for i in range(7)))
 
 
 def _experts(node: Node, target: Target) -> Kernel | None:
@@ -476,6 +523,7 @@ NORMED = {ops.packed_linear: _linear, ops.quantized_linear: _quantized}
 
 CHOOSERS: Choosers = {
     ops.sort: _sort,
+    ops.draw: _draw,
     ops.experts: _experts,
     ops.packed_experts: _experts,
     ops.encode_rows: _encode_rows,

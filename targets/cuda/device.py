@@ -35,7 +35,8 @@ _CLUSTER = "ptr addrspace(7)"  # shared memory of a cluster of blocks, which a b
 MAP = "map"
 """The kind of a parameter that is a tensor map (see `compiler.launches.TensorMap`): 128 bytes by value, reached by a pointer."""
 _LOG2_E, _LOG2_E_LOW = 1.4426950216293335, 1.925963033500011e-8  # log2(e) in two float32
-_MOST_HELD = 128  # sums that products of an emulated warp group change
+_MOST_SUMS, _MOST_OPERANDS = 128, 16  # of products of an emulated warp group
+_MOST_HELD = _MOST_SUMS + 4 * _MOST_OPERANDS
 
 
 _GROUP_KINDS = {
@@ -96,6 +97,7 @@ class Device(Function):
         self._kinds = tuple(kind for kind, _ in params)
         # An emulation's memory for sums is taken once, not in every turn of a loop.
         self._held = None if self.prefix == _REAL else self.op(f"alloca [{_MOST_HELD} x float], align 16", "ptr")
+        self._operands = 0  # of those that products read from registers, in that memory behind the sums
         self.early, self.waited = overlaps(target), False
         self.ahead = tuple(n for n, (_, name) in enumerate(self._params) if name in ahead)
         if self.early:
@@ -209,10 +211,12 @@ class Device(Function):
             self.store16(self.packed(eight(row, chunk), dtype), self.at(to, self.place(row, chunk, pitch), "i8"))
 
     def chunks(self, rows: int, chunks: int, threads: int, thread: Val | None = None) -> Iterator[tuple[Val, Val]]:
-        """A thread's share of a tile's chunks among so many, as row and chunk; thread: its number among them, if not that in the block."""
-        thread = self.thread() if thread is None else thread
-        for part in range(rows * chunks // threads):
+        """A thread's share of a tile's chunks among so many, as row and chunk; thread: its number among them, if not that in the block. Where
+        not all have equally many, some have the last one as well."""
+        thread, count = self.thread() if thread is None else thread, rows * chunks
+        for part in range(-(-count // threads)):
             number = thread + part * threads
+            number = number if (part + 1) * threads <= count else self.minimum(number, count - 1)
             yield number / chunks, number % chunks
 
     def commit_copies(self) -> None:
@@ -327,6 +331,20 @@ class Device(Function):
         rounded = self.op(f"fptrunc <2 x float> {both.name} to {PAIRS[dtype]}", PAIRS[dtype])
         return self.as_type(rounded, "i32")
 
+    def to_e4m3(self, low: Val, high: Val) -> Val:
+        """Two float32 rounded to e4m3 in one i16, numbers beyond the largest becoming it. From sm_89 on."""
+        return self.call("i16", f"{self.prefix}ff.to.e4m3x2.rn", high, low)
+
+    def from_e4m3(self, both: Val) -> list[Val]:
+        """The two e4m3 in an i16 as float32. From sm_89 on."""
+        kind = PAIRS["float16"]
+        given = kind if self.prefix == _REAL else "i32"  # a C compiler and LLVM return such vectors in different ways
+        halves = self.as_type(self.call(given, f"{self.prefix}e4m3x2.to.f16x2.rn", both), kind)
+        return [
+            self.cast("fpext", self.op(f"extractelement {kind} {halves.name}, i32 {i}", "half"), "float")
+            for i in (0, 1)
+        ]
+
     def mma(self, a: Sequence[Val], b: Sequence[Val], sums: Sequence[Val], dtype: str) -> list[Val]:
         """sums[16, 8] + a[16, 16] b[16, 8] in a 16-bit dtype on the tensor cores, by the warp: a i32 [4], b i32 [2], sums float [4] per thread."""
         kind = "{ float, float, float, float }"
@@ -339,12 +357,18 @@ class Device(Function):
 
     def mma_bytes(self, a: Sequence[Val], b: Sequence[Val], sums: Sequence[Val]) -> list[Val]:
         """sums[16, 8] + a[16, 32] b[32, 8] of numbers of 8 bits on the tensor cores, by the warp: of int8 where the sums are i32, of fp8 (e4m3)
-        where they are float; a i32 [4], b i32 [2], sums [4] per thread."""
+        where they are float; a i32 [4], b i32 [2], sums [4] per thread.
+
+        Products of fp8 are added to the sums by the thread: tensor cores (of Ada; of Hopper those of warp groups) add them with 13 bits of mantissa, though
+        it is called float32 (SageAttention2, Zhang et al., 2024).
+        """
         element = sums[0].type
         kind = f"{{ {', '.join([element] * 4)} }}"
         form = {"i32": "s8", "float": "f32.e4m3.e4m3.f32"}[element]
-        found = self.call(kind, f"{self.prefix}mma.m16n8k32.row.col.{form}", *a, *b, *sums)
-        return [self.op(f"extractvalue {kind} {found.name}, {i}", element) for i in range(4)]
+        begin = sums if element == "i32" else [self.const(0.0, "float")] * 4
+        both = self.call(kind, f"{self.prefix}mma.m16n8k32.row.col.{form}", *a, *b, *begin)
+        found = [self.op(f"extractvalue {kind} {both.name}, {i}", element) for i in range(4)]
+        return found if element == "i32" else [total + own for total, own in zip(sums, found, strict=True)]
 
     # Hopper: barriers in shared memory (mbarriers), which count arrivals and bytes; copies of tiles, whose bytes they count
 
@@ -427,9 +451,13 @@ class Device(Function):
         stride, swizzle = (1024 >> 4) << 32, 1 << 62
         return ((place & 0x3FFFF) >> 4) | self.i64(stride | swizzle)
 
-    def begin_products(self) -> None:
-        """This thread's sums are ready for `multiply_group`."""
-        self.run(f"{self.prefix}wgmma.fence.sync.aligned")
+    def begin_products(self, registers: Sequence[Val]) -> list[Val]:
+        """This thread's sums, and what else it has in registers for `multiply_group`, are ready: as what is returned they may be multiplied. LLVM would
+        write them behind a mere fence."""
+        if self._held is not None:
+            self.run(f"{self.prefix}wgmma.fence.sync.aligned")
+            return list(registers)
+        return self._changed("wgmma.fence.sync.aligned;", registers)
 
     def multiply_group(
         self, a: Val | Sequence[Val], b: Val, sums: Sequence[Val], outputs: int, dtype: str
@@ -437,7 +465,9 @@ class Device(Function):
         """Begin sums[64, outputs] += a[64, 16] b[outputs, 16]^T in a 16-bit dtype, or of 32 inputs of 8 bits: "fp8" (e4m3), or "int8", levels
         int8 times codes uint8 with sums i32; by the warp group.
 
-        a, b: descriptors, advanced by 2 for each 32 bytes of a row; or, of 16 bits, a: i32 [4], each warp's 16 rows as `mma` takes them. sums: float
+        a, b: descriptors, advanced by 2 for each 32 bytes of a row; or, of 16 bits, a: i32 [4], each warp's 16 rows as `mma` takes them, which must be
+        computed behind a `products_done` that covers the products that this place in the program began before: what they read from registers
+        isn't to be written till they are done. sums: float
         [outputs / 2] of this thread; thread t has, for each 8 outputs j, columns 8 j + 2 (t % 4) and the next of row
         16 (t / 32) + (t % 32) / 4, then of that row + 8. What is returned may be given to another product or to `products_done`, which
         returns the numbers.
@@ -446,7 +476,8 @@ class Device(Function):
         left = (a,) if isinstance(a, Val) else tuple(a)
         if self._held is not None:
             given = (self.const(outputs, "i32"), self.const(list(_GROUP_KINDS).index(dtype), "i32"))
-            return self._through_memory("wgmma" if len(left) == 1 else "wgmma.registers", sums, *left, b, *given)
+            own = left if len(left) == 1 else (self._registers_of(left),)
+            return self._through_memory("wgmma" if len(left) == 1 else "wgmma.registers", sums, *own, b, *given)
         count = outputs // 2
         registers = ",".join(f"${i}" for i in range(count))
         operand = ",".join(f"${2 * count + i}" for i in range(len(left)))
@@ -471,14 +502,22 @@ class Device(Function):
 
     def _changed(self, text: str, sums: Sequence[Val], *given: Val) -> list[Val]:
         """An instruction that changes registers, which nothing else may use meanwhile."""
-        count, element = len(sums), sums[0].type
-        kind = "{ " + ", ".join([element] * count) + " }"
-        register = {"float": "=f", "i32": "=r"}[element]
+        letters = {"i64": "l", "i32": "r", "float": "f"}
+        kind = "{ " + ", ".join(v.type for v in sums) + " }"
         operands = ", ".join(f"{v.type} {v.name}" for v in (*sums, *given))
-        kinds = [{"i64": "l", "i32": "r"}[v.type] for v in given]
-        constraints = ",".join([register] * count + [str(i) for i in range(count)] + kinds + ["~{memory}"])
+        tied, kinds = [str(i) for i in range(len(sums))], [letters[v.type] for v in given]
+        constraints = ",".join([*(f"={letters[v.type]}" for v in sums), *tied, *kinds, "~{memory}"])
         both = self.op(f'call {kind} asm sideeffect "{text}", "{constraints}"({operands}) convergent', kind)
-        return [self.op(f"extractvalue {kind} {both.name}, {i}", element) for i in range(count)]
+        return [self.op(f"extractvalue {kind} {both.name}, {i}", v.type) for i, v in enumerate(sums)]
+
+    def _registers_of(self, words: Sequence[Val]) -> Val:
+        """Where an emulation finds what this place in the program has in registers: each time in the same ones."""
+        assert self._held is not None
+        own = self.at(self._held, _MOST_SUMS + 4 * self._operands, "int32")
+        self._operands += 1
+        for i, word in enumerate(words):
+            self.store(word, self.at(own, i, "int32"))
+        return own
 
     def _through_memory(self, name: str, sums: Sequence[Val], *given: Val) -> list[Val]:
         """The same by an emulation's function."""

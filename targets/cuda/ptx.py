@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
-import shutil
 import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -18,6 +16,7 @@ from tvm.tirx.compilation_pipeline import finalize_host_passes
 
 from jisu.compiler.errors import CompileError, TargetError
 from jisu.targets.cpu.isa import C_CALL, link_text
+from jisu.targets.cuda.assembler import find_assembler as find_assembler
 from jisu.targets.cuda.builder import THREADS
 from jisu.targets.cuda.device import MAP, Device, DeviceKernel, overlaps
 from jisu.targets.cuda.functions import called, library
@@ -113,16 +112,6 @@ def as_function(kernel: DeviceKernel, name: str, text: str, where: Any) -> Any:
 def entry_name(kernel: DeviceKernel) -> str:
     """The kernel's name in the module."""
     return f"kernel_{kernel.name}"
-
-
-def find_assembler() -> str | None:
-    """The path of ptxas: on PATH, or where pip's nvidia-cuda-nvcc puts it; None where there is none."""
-    found = shutil.which("ptxas")
-    spec = None if found else importlib.util.find_spec("nvidia")
-    for folder in () if spec is None else spec.submodule_search_locations or ():
-        for path in sorted(Path(folder).glob("*/bin/ptxas")):
-            return str(path)
-    return found
 
 
 def assembled(ptx: str, target: Target) -> bytes | None:

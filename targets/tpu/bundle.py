@@ -27,7 +27,7 @@ from jisu.compiler import ops
 from jisu.compiler.entry import Entry
 from jisu.compiler.errors import CompileError, InputError
 from jisu.compiler.graph import ArrayStorage, Graph, Node, Storage
-from jisu.compiler.storage import write_safetensors
+from jisu.compiler.storage import check_parent, write_safetensors
 from jisu.compiler.types import TensorType, numpy_dtype, product, substitute
 from jisu.targets.tpu import export
 from jisu.targets.tpu.chip import Chip
@@ -241,8 +241,7 @@ def check_place(folder: str | os.PathLike[str], overwrite: bool) -> None:
             raise InputError(f"{shown} holds an export already; overwrite=True (--force) replaces it")
     elif place.exists() or place.is_symlink():
         raise InputError(f"{shown} is a file; name a folder")
-    elif not place.absolute().parent.is_dir():
-        raise InputError(f"{shown} can't be written: there is no folder {str(place.absolute().parent)!r}")
+    check_parent(folder)
 
 
 def is_bundle(folder: Path) -> bool:

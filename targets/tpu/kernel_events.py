@@ -207,7 +207,7 @@ class _Walker:
         if name in self.prefetched:
             return lambda env: (name,)
         cut = name == "result" or str(region.buffer.scope()) == ACC
-        rows = self.tiles.head if name == "x" or cut else height
+        rows = math.gcd(self.tiles.rows, *self.tiles.head) if name == "x" or cut else height
         columns = self.tiles.unit[0] if cut else width
         known: dict[int, tuple[str, ...]] = {}
 

@@ -120,8 +120,12 @@ class Product:
 
     def grid_bytes(self, k: int, n: int) -> int:
         """Bytes of all scales and zeros of groups of w [k, n], and of u."""
-        each = itemsize(self.scales) + self.zeros if self.group else 0
-        return int(self.matrices * (k // (self.group or k)) * n * each)
+        return self.matrices * sum(self.grids(k, n))
+
+    def grids(self, k: int, n: int) -> tuple[int, ...]:
+        """Bytes of the scales of groups of w [k, n], and of their zeros."""
+        each = (itemsize(self.scales), *((1,) if self.zeros else ())) if self.group else ()
+        return tuple(int(k // self.group * n * size) for size in each)
 
     @property
     def matrices(self) -> int:

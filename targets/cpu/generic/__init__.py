@@ -10,7 +10,7 @@ import sympy
 from jisu.compiler import ops
 from jisu.compiler.graph import Node, Op
 from jisu.compiler.types import TensorType, TupleType
-from jisu.targets.cpu.generic import contract, index, moves, nn, reduce, rounding, sparse
+from jisu.targets.cpu.generic import contract, index, moves, nn, reduce, rounding, sampling, sparse
 from jisu.targets.cpu.generic.build import Builder, Flat
 from jisu.targets.cpu.generic.element import PULLED, Pull
 
@@ -30,6 +30,7 @@ BODIES: Mapping[Op, Body] = {
     **contract.SEVERAL,
     **index.BODIES,
     **nn.BODIES,
+    **sampling.BODIES,
     **{op: _single(body) for op, body in sparse.BODIES.items()},
 }
 """Ops with loops of their own; all others are computed element by element."""
@@ -41,6 +42,7 @@ STORED = frozenset(
         *contract.SEVERAL,
         *nn.BODIES,
         *rounding.BODIES,
+        *sampling.BODIES,
         *sparse.BODIES,
         index.packed_take,
         ops.quantized_take,
@@ -48,7 +50,7 @@ STORED = frozenset(
 )
 """Ops that read their operands in memory: nothing is pulled into their kernels."""
 
-MULTIPLE = frozenset({ops.sort, *contract.SEVERAL})
+MULTIPLE = frozenset({ops.sort, *sampling.BODIES, *contract.SEVERAL})
 """Ops with several results."""
 
 

@@ -10,6 +10,7 @@ from tvm import tirx
 from jisu.compiler import levels, ops, rows, schemes
 from jisu.compiler.graph import Node, Op
 from jisu.targets.cpu.generic.build import Builder, Expr, Flat, i64, literal
+from jisu.targets.cpu.generic.contract import level
 from jisu.targets.cpu.generic.element import Pull
 from jisu.targets.cpu.generic.reduce import line
 from jisu.targets.cpu.generic.scalar import dtype_of, intrinsic, is_nan, maximum, minimum, narrow, round_to, select, u32
@@ -145,7 +146,8 @@ def _encode_rows(b: Builder, pull: Pull, node: Node, target: Flat) -> None:
     x, feedback = node.operands
     assert x is not None
     k, bits = int(x.shape[-1]), rows.ROW_BITS[node.scheme]
-    size, top, zero = k * bits // 8, literal(2**bits - 1, "float32"), literal(0, "float32")
+    kind, size, zero = schemes.scheme(node.scheme), k * bits // 8, literal(0, "float32")
+    top = literal(2**bits - 1 if kind.uniform else kind.top, "float32")
     shares = None if feedback is None else pull.leaves[feedback]
 
     def row(outer: list[Expr]) -> None:
@@ -153,17 +155,28 @@ def _encode_rows(b: Builder, pull: Pull, node: Node, target: Flat) -> None:
             found = pull.fresh().wide(x, [*outer, i])
             return found if dtype_of(found) == "float32" else b.let(tirx.Cast("float32", found))
 
-        low, high = (line(b, i64(k), kind, "float32", value, vector=False) for kind in ("min", "max"))
-        offset = round_to(b, low, "bfloat16")
-        scale = round_to(b, b.let((high - offset) / top), "bfloat16")
+        def of_row(how: str, each: Callable[[Expr], Expr]) -> Expr:
+            return line(b, i64(k), how, "float32", each, vector=False)
+
+        if kind.uniform:
+            low, high = of_row("min", value), of_row("max", value)
+            offset = round_to(b, low, "bfloat16")
+            reach = high - offset
+        else:
+            offset, reach = zero, of_row("max", lambda i: intrinsic("fabs", value(i)))
+        scale = round_to(b, b.let(reach / top), "bfloat16")
         step = b.let(tirx.Select(tirx.EQ(scale, zero), literal(1, "float32"), scale), "step")
         steps, wanted, codes = b.scratch(k, "float32"), b.scratch(k, "float32"), b.scratch(k, "uint8")
         with b.loop(k) as i:
             b.store(steps, i, (value(i) - offset) / step)
             b.store(wanted, i, steps[i])
         with b.loop(k) as j:
-            nearest = b.let(minimum(b.let(maximum(b.let(intrinsic("rint", wanted[j])), zero)), top), "code")
-            b.store(codes, j, tirx.Cast("uint8", tirx.Cast("int32", b.let(select(is_nan(nearest), zero, nearest)))))
+            if kind.uniform:
+                nearest = b.let(minimum(b.let(maximum(b.let(intrinsic("rint", wanted[j])), zero)), top), "level")
+            else:
+                nearest = rounded(b, kind, wanted[j])
+            sound = b.let(select(is_nan(nearest), zero, nearest))
+            b.store(codes, j, tirx.Cast("uint8", tirx.Cast("int32", sound) if kind.uniform else small_float(b, sound)))
             if shares is not None:
                 error = b.let(nearest - steps[j], "error")
                 share = b.let(shares.offset([outer[-1], j, i64(0)]), "share")
@@ -197,7 +210,7 @@ def record(b: Builder, flat: Flat, position: Expr, scheme: str, k: int) -> Calla
         else:
             both = b.let(tirx.Cast("int32", flat[base + tirx.floormod(i, i64(size))]), "both")
             code = tirx.Select(i < i64(size), both & 15, both >> 4)
-        return b.let(tirx.Cast("float32", b.let(code)) * scale + offset)
+        return b.let(level(b, scheme, b.let(code)) * scale + offset)
 
     return element
 

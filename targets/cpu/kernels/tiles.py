@@ -13,6 +13,7 @@ import attrs
 from jisu.compiler.rows import ROW_BITS, record_bytes
 from jisu.compiler.types import round_up
 from jisu.targets.cpu.isa import ITEMSIZE, Arg, Function, Micro, Val
+from jisu.targets.cpu.kernels.codes import level
 from jisu.targets.cpu.kernels.matmul import ahead, product, row_blocks
 from jisu.targets.target import Target
 
@@ -202,7 +203,7 @@ def decode_records(scheme: str, k: int, target: Target) -> Micro:
         def some(i: Val, mask: Val | None, _: list[Val]) -> None:
             both = f.cast("zext", f.load_raw("i8", f.at(here, i, "uint8"), mask), "i32")
             for part, code in enumerate([both] if bits == 8 else [both & 15, both >> 4]):
-                value = f.fma(f.cast("sitofp", code, "float"), scale, offset)
+                value = f.fma(level(f, scheme, code), scale, offset)
                 f.store_f32(value, there, i + part * codes, "float32", mask)
 
         f.vectors(codes, some)

@@ -8,14 +8,14 @@ from collections.abc import Callable, Mapping, Sequence
 import attrs
 
 from jisu.compiler.errors import TargetError
-from jisu.targets.cpu.isa import STORED, Val
-from jisu.targets.cuda.device import WARP, Device, DeviceKernel
+from jisu.targets.cpu.isa import ITEMSIZE, STORED, Val
+from jisu.targets.cuda.device import PAIRS, WARP, Device, DeviceKernel
 from jisu.targets.cuda.kernels.products import EIGHT
 from jisu.targets.cuda.kernels.records import numbers_of_record, words_of_record
 from jisu.targets.target import Target
 
-_LOG2_E = 1.4426950408889634
-_LOW = -1e30  # stands for minus infinity, without the NaN of its difference with itself
+LOG2_E = 1.4426950408889634
+LOW = -1e30  # stands for minus infinity, without the NaN of its difference with itself
 _ATTENTION_WARPS = 4
 LAYOUTS = ("contiguous", "ring", "paged", "plain")
 
@@ -26,8 +26,8 @@ class Form:
 
     layout: of keys and values: "contiguous" [b, kv_heads, cap, d], "ring" (a slot is the position modulo cap), "paged" [pages, kv_heads,
     page, d] behind a table int32 [b, cap] of page numbers, or "plain" [b, cap, kv_heads, d] without a cache. causal: always with a cache.
-    window, softcap: 0 for none. sinks: [heads] that join the denominators. dtype: of all tensors, bfloat16 or
-    float16, but for a cache with a scheme, whose rows are records of `jisu.compiler.rows`.
+    window, softcap: 0 for none. sinks: [heads] that join the denominators. dtype: of all tensors, bfloat16, float16 or
+    float32, but for a cache with a scheme, whose rows are records of `jisu.compiler.rows`.
     """
 
     heads: int
@@ -97,13 +97,13 @@ class Form:
         """What is read for eight channels of a key or value."""
         if self.scheme != "none":
             return words_of_record(f, base, row, channel, self.head_dim, self.scheme)
-        return [f.load16("<4 x i32>", f.at(base, row * self.head_dim + channel, self.dtype))]
+        return eight_of(f, base, row * self.head_dim + channel, self.dtype)
 
     def numbers(self, f: Device, words: list[Val], channel: Val) -> list[Val]:
         """The channels, float32, of what `words` read."""
         if self.scheme != "none":
             return numbers_of_record(f, words, channel, self.head_dim, self.scheme)
-        return floats(f, words[0], self.dtype)
+        return floats(f, words, self.dtype)
 
     def copy(self, f: Device, to: Val, base: Val, row: Callable[[Val], Val]) -> None:
         """Begin to copy a tile of `keys` keys or values, key r of which is row(r); records become numbers on their way."""
@@ -119,19 +119,32 @@ class Form:
         else:
             f.fill_tile(to, self.keys, chunks, eight, self.dtype, _power_of_two(chunks))
 
+    def extent(self, f: Device, given: Mapping[str, Val], b: Val, s: Val, cap: Val) -> tuple[Val, Val, Val]:
+        """Of sequence b with s new tokens: keys before these, slots of padding, and keys in all that there is room for."""
+        if not self.cached:
+            return cap - s, f.i64(0), cap
+        past = f.load("i64", given["length"])
+        return past, f.load("i64", f.at(given["start"], b, "int64")), self.reach(f, past + s, cap)
+
     def softened(self, f: Device, product: Val) -> Val:
         """A score in powers of two, from the product of a query and a key."""
         if not self.softcap:
-            return product * (self.scale * _LOG2_E)
-        return f.tanh(product * (self.scale / self.softcap)) * (self.softcap * _LOG2_E)
+            return product * (self.scale * LOG2_E)
+        return f.tanh(product * (self.scale / self.softcap)) * (self.softcap * LOG2_E)
 
 
-def floats(f: Device, words: Val, dtype: str) -> list[Val]:
-    """The 16-bit numbers in <4 x i32>, in order, as float32."""
-    type_ = f"<8 x {STORED[dtype]}>"
-    eight = f.as_type(words, type_)
-    parts = [f.op(f"extractelement {type_} {eight.name}, i32 {i}", STORED[dtype]) for i in range(8)]
-    return [f.widen(p, dtype) for p in parts]
+def eight_of(f: Device, base: Val, first: Val, dtype: str) -> list[Val]:
+    """What is read, <4 x i32>, for eight numbers from number `first` on, at a multiple of 16 bytes."""
+    return [f.load16("<4 x i32>", f.at(base, first + i, dtype)) for i in range(0, EIGHT, 16 // ITEMSIZE[dtype])]
+
+
+def floats(f: Device, words: Sequence[Val], dtype: str) -> list[Val]:
+    """The numbers in what `eight_of` read, in order, as float32."""
+    size = 16 // ITEMSIZE[dtype]
+    type_ = f"<{size} x {STORED[dtype]}>"
+    parts = [f.as_type(four, type_) for four in words]
+    stored = [f.op(f"extractelement {type_} {p.name}, i32 {i}", STORED[dtype]) for p in parts for i in range(size)]
+    return [f.widen(number, dtype) for number in stored]
 
 
 # --- Attention of one token ---------------------------------------------------------------------------------------------
@@ -152,11 +165,12 @@ def _power_of_two(count: int) -> int:
     return 1 << (count - 1).bit_length()
 
 
-def _check(form: Form, most: int) -> None:
+def check(form: Form) -> None:
+    """Raise TargetError unless the kernels are made for such heads."""
     if form.kv_heads < 1 or form.heads % form.kv_heads:
         raise TargetError(f"{form.heads} query heads can't share {form.kv_heads} key heads evenly")
-    if form.head_dim % 16 or not 16 < form.head_dim <= most:
-        raise TargetError(f"heads of {form.head_dim} channels: attention has kernels for 32 to {most}, in steps of 16")
+    if form.head_dim % 16 or not 16 < form.head_dim <= 256:
+        raise TargetError(f"heads of {form.head_dim} channels: attention has kernels for 32 to 256, in steps of 16")
 
 
 def attend_token(form: Form, target: Target) -> DeviceKernel:
@@ -170,7 +184,7 @@ def attend_token(form: Form, target: Target) -> DeviceKernel:
     and unless heads are a multiple of kv_heads.
     """
     heads, head_dim = form.heads, form.head_dim
-    _check(form, 256)
+    check(form)
     group = sharing(form)
     reading = head_dim // EIGHT  # threads that read a key together, among `lanes`
     lanes = _power_of_two(reading)
@@ -199,8 +213,7 @@ def attend_token(form: Form, target: Target) -> DeviceKernel:
     head0, row_of = b * heads + own * group, form.row(f, b, kv, cap, given.get("table"), *pages)
     queries = []
     for g in range(group):
-        words = f.load16("<4 x i32>", f.at(q, (head0 + g) * head_dim + place, form.dtype))
-        numbers_of = floats(f, words, form.dtype)
+        numbers_of = floats(f, eight_of(f, q, (head0 + g) * head_dim + place, form.dtype), form.dtype)
         queries.append(numbers_of if reads is None else [f.select(reads, x, 0.0) for x in numbers_of])
 
     def fetch(first: Val) -> list[Val]:
@@ -219,14 +232,14 @@ def attend_token(form: Form, target: Target) -> DeviceKernel:
             dot = f.const(0.0, "float")
             for x, y in zip(queries[g], keys, strict=True):
                 dot = f.fma(x, y, dot)
-            score = f.select(there, form.softened(f, f.sum_of_lanes(dot, lanes)), _LOW)
+            score = f.select(there, form.softened(f, f.sum_of_lanes(dot, lanes)), LOW)
             higher = f.maximum(top, score)
             factor, weight = f.exp2(top - higher), f.select(there, f.exp2(score - higher), 0.0)
             new += [higher, f.fma(total_weight, factor, weight)]
             new += [f.fma(s, factor, weight * y) for s, y in zip(sums, values, strict=True)]
         return [*new, *ahead]
 
-    empty = [f.const(_LOW, "float"), *[f.const(0.0, "float")] * 9] * group
+    empty = [f.const(LOW, "float"), *[f.const(0.0, "float")] * 9] * group
     first = begin + warp * at_once
     here = fetch(f.maximum(f.minimum(first, end - 1), 0))
     held_words = len(here)
@@ -287,16 +300,16 @@ def _join_parts(f: Device, form: Form, group: int, parts: Val, first: Val, row: 
             result = list(carried)
             for n, (top, *rest) in enumerate(read):
                 there, own = part + n // group < parts, slice(n % group * 3, n % group * 3 + 3)
-                state = [f.select(there, top, _LOW), *(f.select(there, x, 0.0) for x in rest)]
+                state = [f.select(there, top, LOW), *(f.select(there, x, 0.0) for x in rest)]
                 result[own] = _joined(f, result[own], state)
             return result
 
-        empty = [f.const(x, "float") for x in (_LOW, 0.0, 0.0)]
+        empty = [f.const(x, "float") for x in (LOW, 0.0, 0.0)]
         found = f.loop(0, parts, at_once, empty * group, step)
         for g in range(group):
             joined = found[3 * g : 3 * g + 3]
             if form.sinks:
-                sink = f.load_f32(given["sinks"], first + g, form.dtype, lanes=1) * _LOG2_E
+                sink = f.load_f32(given["sinks"], first + g, form.dtype, lanes=1) * LOG2_E
                 joined = _joined(f, joined, [sink, f.const(1.0, "float"), f.const(0.0, "float")])
             f.store_f32(joined[2] / joined[1], given["out"], (row + g) * head_dim + c, form.dtype)
 
@@ -321,12 +334,10 @@ QUERIES = 64
 """Rows of a block of `attend_tokens`."""
 
 
-def _soften(
-    f: Device, scores: list[Val], seen: Sequence[Val], tops: list[Val], weights: list[Val], sums: list[Val]
-) -> None:
-    """One tile's step of a running softmax over a thread's two rows, in place: scores (in powers of two) become weights, 0 where not
-    `seen`; what was summed before is brought to the new maxima."""
-    factors = []
+def _soften(f: Device, scores: list[Val], tops: list[Val], weights: list[Val], sums: list[Val]) -> None:
+    """One tile's step of a running softmax over a thread's two rows, in place: scores (in powers of two) become weights, `LOW` ones 0; what was
+    summed before is brought to the new maxima."""
+    factors, above = [], []
     for half in (0, 1):
         highest = functools.reduce(f.maximum, [score for i, score in enumerate(scores) if i // 2 % 2 == half])
         for distance in (1, 2):  # four threads share a row
@@ -334,9 +345,10 @@ def _soften(
         top = f.maximum(tops[half], highest)
         factors.append(f.exp2(tops[half] - top))
         tops[half], weights[half] = top, weights[half] * factors[half]
+        above.append(f.maximum(top, LOW / 2))  # than `LOW`, where a row sees nothing
     for i, score in enumerate(scores):
         half = i // 2 % 2
-        scores[i] = f.select(seen[i], f.exp2(score - tops[half]), 0.0)
+        scores[i] = f.exp2(score - above[half])
         weights[half] = weights[half] + scores[i]
     sums[:] = [x * factors[i // 2 % 2] for i, x in enumerate(sums)]
 
@@ -347,10 +359,13 @@ def attend_tokens(form: Form, target: Target) -> DeviceKernel:
     Parameters: q[b, s, heads, head_dim], k and v (at multiples of 16 bytes), the table of a paged cache, with a cache start[b] and
     length[1] (int64: slots of padding, and of keys before the new ones), the sinks if there are any, out like q, s, `Form.sizes`. Tiles that no row
     sees are skipped. A row that sees nothing (padding) becomes zeros. Grid: (b * ceil(s / `QUERIES`), heads). Source: FlashAttention-2 (Dao,
-    2023). Raises TargetError for head dimensions that are no multiples of 16 up to 256, and unless heads are a multiple of kv_heads.
+    2023). Raises TargetError for head dimensions that are no multiples of 16 up to 256, unless heads are a multiple of kv_heads, and for float32,
+    which tensor cores would round (see `single_attention`).
     """
     heads, kv_heads, head_dim, window = form.heads, form.kv_heads, form.head_dim, form.window
-    _check(form, 256)
+    check(form)
+    if form.dtype not in PAIRS:
+        raise TargetError(f"tensor cores would round {form.dtype}")
     warps, at_once = QUERIES // 16, form.keys
     threads = warps * WARP
     names = [*form.pointers, *(["sinks"] if form.sinks else []), "out"]
@@ -364,11 +379,7 @@ def attend_tokens(form: Form, target: Target) -> DeviceKernel:
     thread = f.thread()
     lane, warp = thread % WARP, thread / WARP
     matrix, line = lane / 8, lane % 8
-    if form.cached:
-        past, pad = f.load("i64", given["length"]), f.load("i64", f.at(given["start"], b, "int64"))
-        total = form.reach(f, past + s, cap)
-    else:
-        past, pad, total = cap - s, f.i64(0), cap
+    past, pad, total = form.extent(f, given, b, s, cap)
     lowest = f.maximum(pad, past + row0 - (window - 1)) if window else pad
     highest = f.minimum(total, past + row0 + QUERIES) if form.causal else total
     chunks = head_dim // EIGHT
@@ -428,13 +439,15 @@ def attend_tokens(form: Form, target: Target) -> DeviceKernel:
                 for n, keys in enumerate((four[:2], four[2:])):
                     at = 4 * (j + n)
                     scores[at : at + 4] = f.mma(query, keys, scores[at : at + 4], form.dtype)
-        seen = []
+        own = first + lane % 4 * 2  # numbers of keys from here on are constants, which 32 bits compare at once
+        ends = [
+            [f.cast("trunc", f.minimum(f.maximum(x - own, -1), at_once), "i32") for x in two] for two in (lows, lasts)
+        ]
         for i, score in enumerate(scores):
-            key, half = first + 8 * (i // 4) + (lane % 4 * 2 + i % 2), i // 2 % 2
-            visible = f.op(f"and i1 {(key <= lasts[half]).name}, {(key >= lows[half]).name}", "i1")
-            seen.append(visible)
-            scores[i] = f.select(visible, form.softened(f, score), _LOW)
-        _soften(f, scores, seen, tops, weights, sums)
+            key, half = 8 * (i // 4) + i % 2, i // 2 % 2
+            visible = f.op(f"and i1 {(ends[1][half] >= key).name}, {(ends[0][half] <= key).name}", "i1")
+            scores[i] = f.select(visible, form.softened(f, score), LOW)
+        _soften(f, scores, tops, weights, sums)
         values = f.at(here, tile_bytes, "i8")
         for part in range(at_once // 16):
             left = [f.pair(scores[i], scores[i + 1], form.dtype) for i in range(8 * part, 8 * part + 8, 2)]
@@ -446,13 +459,13 @@ def attend_tokens(form: Form, target: Target) -> DeviceKernel:
                     sums[at : at + 4] = f.mma(left, right, sums[at : at + 4], form.dtype)
         return [*tops, *weights, *sums]
 
-    state = [*[f.const(_LOW, "float")] * 2, zero, zero, *[zero] * (4 * value_tiles)]
+    state = [*[f.const(LOW, "float")] * 2, zero, zero, *[zero] * (4 * value_tiles)]
     *state, _ = f.loop(begin, highest, at_once, state, step)
     shares = []
     for top, weight in zip(state[:2], state[2:4], strict=True):
         whole = f.sum_of_lanes(weight, 4)
         if form.sinks:
-            sink = f.load_f32(given["sinks"], head, form.dtype, lanes=1) * _LOG2_E
+            sink = f.load_f32(given["sinks"], head, form.dtype, lanes=1) * LOG2_E
             higher = f.maximum(top, sink)
             kept = f.exp2(top - higher)
             shares.append(kept / f.fma(whole, kept, f.exp2(sink - higher)))

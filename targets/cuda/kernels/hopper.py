@@ -4,12 +4,13 @@ Tiles of x and W come into a ring of stages. Two barriers per stage say that it 
 and the block's other groups never wait for all threads. Floats are multiplied straight from shared memory; codes of W become floats in registers,
 from which tensor cores take them: then it is W's rows that are the sums' rows. Blocks stay, one per multiprocessor, and take tiles of the results
 in turn: the first inputs of one come while the one before is finished and stored.
+Source: NVIDIA's PTX ISA (asynchronous warpgroup level matrix instructions); CUTLASS (warp-specialised kernels for sm_90, also of mixed inputs).
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import attrs
 
@@ -56,8 +57,15 @@ NARROW, WIDE, HIGH = Tile(128, 128), Tile(128, 256), Tile(256, 128)
 
 def tiles_of(layer: Layer) -> tuple[Tile, Tile]:
     """The tiles where there are few of them for so many multiprocessors, and where there are enough. A warp group has 64 rows of what it multiplies:
-    of x or, for codes, which pass through its registers, of W; all groups multiply them by the same up to 256 rows of the other one."""
-    return NARROW, HIGH if layer.decodes else WIDE
+    of x or, for codes, which pass through its registers, of W; all groups multiply them by the same up to 256 rows of the other one. Sums of fp8
+    take registers twice."""
+    return NARROW, HIGH if layer.decodes else NARROW if _adds_itself(layer) else WIDE
+
+
+def _adds_itself(layer: Layer) -> bool:
+    """Whether tensor cores are only let add a step's products. They add those of fp8 with 13 bits of mantissa, which in a sum of thousands lose as much
+    as 2 % (DeepSeek-V3 Technical Report, 2024, 3.3.2)."""
+    return layer.operand == "fp8"
 
 
 @attrs.frozen(eq=False)
@@ -332,11 +340,14 @@ def _fetch_gathered(ring: _Ring, source: Gathered, one: Val, piece: Piece, steps
 
 
 _Operand = Val | list[Val]
-_Read = Callable[[Val, Val, list[Val]], Callable[[], tuple[list[_Operand], list[Val]]]]
+_Read = Callable[[Val, Val, list[Val]], Callable[[], tuple[Iterator[list[_Operand]], list[Val]]]]
+"""read(step, stage, what is held): asks for what the GPU's memory has; called where the stage is full it gives groups of operands, each of which is
+to be multiplied before the next one is made, and what is held for the next step."""
 
 
-Scaled = Callable[[Piece, Val, list[Val]], list[Val]]
-"""scaled(piece, the warp group's number, sums): float32 of sums that come as `Device.multiply_group` leaves them."""
+_Sum = Callable[[int], Val]
+Scaled = Callable[[Piece, Val, _Sum], _Sum]
+"""scaled(piece, the warp group's number, sums by number): float32 of sums that come as `Device.multiply_group` leaves them, each when it is wanted."""
 
 
 def _multiply(ring: _Ring, work: Work, residual: Val | None, scaled: Scaled | None) -> None:
@@ -345,6 +356,11 @@ def _multiply(ring: _Ring, work: Work, residual: Val | None, scaled: Scaled | No
     group = f.thread() / GROUP - 1
     one = (f.thread() % WARP).cmp("eq", 0)
     other = ring.tile.rows if layer.decodes else ring.tile.outputs
+    # Registers that products read belong to these until they are done: those of a group of codes are written anew one step, four groups, later. That
+    # one more is done keeps it sound where the assembler decodes before it waits.
+    adds = _adds_itself(layer)
+    under_way = INPUTS // 16 - 2 if layer.decodes else 0 if adds else 1
+    zeros = [f.const(0, "i32") if layer.operand == "int8" else f.const(0.0, "float")] * (other // 2)
     f.registers(_MULTIPLYING, more=True)
 
     def release(stage: Val, when: Val) -> None:
@@ -354,26 +370,31 @@ def _multiply(ring: _Ring, work: Work, residual: Val | None, scaled: Scaled | No
         held, read = _codes(ring, piece, group) if layer.decodes else _as_they_lie(ring, group)
 
         def multiply(step: Val, values: list[Val]) -> list[Val]:
-            sums, held, now = values[: other // 2], values[other // 2 : -2], _Turn(*values[-2:])
+            totals, held, now = values[: other // 2], values[other // 2 : -2], _Turn(*values[-2:])
+            sums = zeros if adds else totals
             operands = read(step, now.stage, held)
             f.wait_for(ring.full(now.stage), now.parity)
-            left, held = operands()
+            groups, held = operands()
             right = f.tile_address(ring.tiles(now.stage)[0 if layer.decodes else 1])
-            f.begin_products()
-            for part, own in enumerate(left):
-                sums = f.multiply_group(own, right + 2 * part, sums, other, layer.operand)
-            f.commit_products()
-            sums = f.products_done(1, sums)
-            release(ring.before(now.stage, 1), step > 0)
+            for number, left in enumerate(groups):
+                registers = [word for own in left if not isinstance(own, Val) for word in own]
+                sums, registers = _split(f.begin_products([*sums, *registers]), len(sums))
+                left = [registers] if registers else left
+                for part, own in enumerate(left, number * len(left)):
+                    sums = f.multiply_group(own, right + 2 * part, sums, other, layer.operand)
+                f.commit_products()
+                sums = f.products_done(under_way, sums)
+                if number == max(under_way, 1) - 1:
+                    release(ring.before(now.stage, 1), step > 0)
+            sums = [total + own for total, own in zip(totals, sums, strict=True)] if adds else sums
             return [*sums, *held, *ring.after(now).values]
 
-        zeros = [f.const(0, "i32") if layer.operand == "int8" else f.const(0.0, "float")] * (other // 2)
         *values, _ = f.loop(0, steps, 1, [*zeros, *held, *turn.values], multiply)
-        sums, after = f.products_done(0, values[: other // 2]), _Turn(*values[-2:])
-        if scaled is not None:
-            sums = scaled(piece, group, sums)
+        sums, after = values[: other // 2], _Turn(*values[-2:])
+        sums = f.products_done(0, sums) if under_way else sums
+        sum_of = sums.__getitem__ if scaled is None else scaled(piece, group, sums.__getitem__)
         release(ring.before(after.stage, 1), steps > 0)
-        store = functools.partial(_store_turned if layer.decodes else _store, ring, piece, group, sums, residual)
+        store = functools.partial(_store_turned if layer.decodes else _store, ring, piece, group, sum_of, residual)
         if piece.there is None:
             store()
         else:
@@ -383,13 +404,17 @@ def _multiply(ring: _Ring, work: Work, residual: Val | None, scaled: Scaled | No
     ring.each(work, tile)
 
 
+def _split(values: list[Val], count: int) -> tuple[list[Val], list[Val]]:
+    return values[:count], values[count:]
+
+
 def _as_they_lie(ring: _Ring, group: Val) -> tuple[list[Val], _Read]:
     """A warp group's rows of x, as they lie in shared memory."""
     f = ring.f
 
-    def read(step: Val, stage: Val, held: list[Val]) -> Callable[[], tuple[list[_Operand], list[Val]]]:
+    def read(step: Val, stage: Val, held: list[Val]) -> Callable[[], tuple[Iterator[list[_Operand]], list[Val]]]:
         rows = f.tile_address(f.at(ring.tiles(stage)[0], group * (64 * _ROW_BYTES), "i8"))
-        return lambda: ([rows + 2 * part for part in range(_ROW_BYTES // 32)], held)
+        return lambda: (iter([[rows + 2 * part for part in range(_ROW_BYTES // 32)]]), held)
 
     return [], read
 
@@ -425,25 +450,25 @@ def _codes(ring: _Ring, piece: Piece, group: Val) -> tuple[list[Val], _Read]:
 
     once = None if layer.group else scales(f.i64(0))
 
-    def read(step: Val, stage: Val, held: list[Val]) -> Callable[[], tuple[list[_Operand], list[Val]]]:
+    def read(step: Val, stage: Val, held: list[Val]) -> Callable[[], tuple[Iterator[list[_Operand]], list[Val]]]:
         later = scales(f.minimum(step + 1, layer.k // INPUTS - 1)) if once is None else []
         now, (_, weights) = once or held, ring.tiles(stage)
         chunks = _code_bytes(layer) // 16
 
-        def operands() -> tuple[list[_Operand], list[Val]]:
+        def operands() -> tuple[Iterator[list[_Operand]], list[Val]]:
             pairs: list[list[list[Val]]] = []  # by 16 inputs, row and eight inputs
             for chunk in range(chunks):
                 both = [words(f.at(weights, f.place(line, f.i64(chunk), chunks), "i8")) for line in lines]
                 pairs += [[own[at : at + 2] for own in both] for at in range(0, len(both[0]), 2)]
-            found: list[_Operand] = []
-            for number, by_row in enumerate(pairs):
-                at = number * 16 // layer.group if len(of_step) > 1 else 0
-                scaled = [
-                    [decoded_pair(f, layer, part, word, *now[4 * at + 2 * row : 4 * at + 2 * row + 2]) for word in own]
-                    for row, own in enumerate(by_row)
-                ]
-                found.append([scaled[row][eight] for eight in (0, 1) for row in (0, 1)])
-            return found, later
+            return (scaled(number, by_row) for number, by_row in enumerate(pairs)), later
+
+        def scaled(number: int, by_row: list[list[Val]]) -> list[_Operand]:
+            at = number * 16 // layer.group if len(of_step) > 1 else 0
+            found = [
+                [decoded_pair(f, layer, part, word, *now[4 * at + 2 * row : 4 * at + 2 * row + 2]) for word in own]
+                for row, own in enumerate(by_row)
+            ]
+            return [[found[row][eight] for eight in (0, 1) for row in (0, 1)]]
 
         return operands
 
@@ -464,7 +489,7 @@ def _pass(
         f.meet(group + 1, GROUP)
 
 
-def _store(ring: _Ring, piece: Piece, group: Val, sums: Sequence[Val], residual: Val | None) -> None:
+def _store(ring: _Ring, piece: Piece, group: Val, sum_of: _Sum, residual: Val | None) -> None:
     """Finish a warp group's sums and store them, by way of shared memory, so that neighbouring threads store neighbouring 16 bytes."""
     f, layer, part = ring.f, ring.layer, piece.part
     thread = f.thread() % GROUP
@@ -481,18 +506,18 @@ def _store(ring: _Ring, piece: Piece, group: Val, sums: Sequence[Val], residual:
             for half in (0, 1):
                 at = 4 * (slice_ * (2 * _SLICE // 8) + block) + 2 * half
                 column = lane % 4 + 4 * block
-                value = f.narrow(result(column + slice_ * _SLICE, list(sums[at : at + 2])), layer.dtype)
+                value = f.narrow(result(column + slice_ * _SLICE, [sum_of(at), sum_of(at + 1)]), layer.dtype)
                 f.store(value, f.at(own, f.place(row + lane / 4 + 8 * half, column / 8, 8) + column % 8 * 2, "i8"))
 
     def put_pairs(own: Val, slice_: int) -> None:
         """Results of single sums, or of gates and ups that stand in halves."""
-        ups = [len(sums) // 2] if layer.gated else []
+        ups = [ring.tile.outputs // 4] if layer.gated else []
         for block in range(0, _SLICE // 8, 2):
             four = []
             for number in (block, block + 1):
                 for half in (0, 1):
                     at, column = 4 * (slice_ * (_SLICE // 8) + number) + 2 * half, pair + (slice_ * _SLICE + 8 * number)
-                    both = [result(column + i, [sums[at + i + more] for more in (0, *ups)]) for i in (0, 1)]
+                    both = [result(column + i, [sum_of(at + i + more) for more in (0, *ups)]) for i in (0, 1)]
                     four.append(f.pair(both[0], both[1], layer.dtype))
             matrix = lane / 8
             at_row, chunk = row + lane % 8 + (matrix & 1) * 8, (matrix >> 1) + block
@@ -507,7 +532,7 @@ def _store(ring: _Ring, piece: Piece, group: Val, sums: Sequence[Val], residual:
     _pass(ring, group, put, take, ring.tile.outputs // layer.per_weight_row // _SLICE)
 
 
-def _store_turned(ring: _Ring, piece: Piece, group: Val, sums: Sequence[Val], residual: Val | None) -> None:
+def _store_turned(ring: _Ring, piece: Piece, group: Val, sum_of: _Sum, residual: Val | None) -> None:
     """The same of sums whose rows are W's, and whose columns are x's. Gates and ups are other threads' and meet in shared memory."""
     f, layer, part = ring.f, ring.layer, piece.part
     thread, per = f.thread() % GROUP, layer.per_weight_row
@@ -520,7 +545,7 @@ def _store_turned(ring: _Ring, piece: Piece, group: Val, sums: Sequence[Val], re
             for number in (block, block + 1):
                 for half in (0, 1):
                     at, row = 4 * (slice_ * (_SLICE // 8) + number) + 2 * half, warp * 16 + (lane / 4 + 8 * half)
-                    both = list(sums[at : at + 2])
+                    both = [sum_of(at), sum_of(at + 1)]
                     if not layer.gated:
                         at_row = f.minimum(first + row, part.rows - 1)
                         both = [finished(f, layer, part, row, at_row, [value], None) for value in both]

@@ -6,7 +6,7 @@ ends: by the weights' scale, and by the row's (or the group's own).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import attrs
@@ -21,7 +21,7 @@ from jisu.targets.cuda.kernels import hopper, thin
 from jisu.targets.cuda.kernels.layers import Layer, Part, Rows
 from jisu.targets.cuda.kernels.products import Tile, Tiled, in_tiles
 from jisu.targets.cuda.kernels.rounding import WARPS
-from jisu.targets.target import Target
+from jisu.targets.target import Target, capability
 
 
 @attrs.frozen
@@ -340,9 +340,11 @@ class _Many(Tiled):
 def many_hopper(layer: Levels, tile: hopper.Tile, target: Target) -> DeviceKernel:
     """As `hopper.product_hopper`: records and codes of a byte are multiplied as they lie. Parameters: those, and the records' address.
 
-    Raises TargetError unless rows of W have one scale, k is a multiple of 128, results have 16 bits and the target is sm_90a.
+    Raises TargetError unless rows of W have one scale, k is a multiple of 128, results have 16 bits, the tile is the layer's and the target is sm_90a.
     """
     require_levels(layer, target)
+    if tile not in hopper.tiles_of(layer):
+        raise TargetError(f"{layer.name}: there are no registers for sums of {tile.rows} by {tile.outputs}")
     if target.mcpu != "sm_90a" or layer.dtype not in PAIRS or layer.decodes or layer.group:
         raise TargetError(f"{layer.name}: no product of warp groups on {target.mcpu}")
     if layer.k % hopper.inputs_of(layer):
@@ -351,23 +353,22 @@ def many_hopper(layer: Levels, tile: hopper.Tile, target: Target) -> DeviceKerne
     def scaled(f: Device, given: dict[str, Val]) -> hopper.Scaled:
         x = f.memory(given["records"])
 
-        def scale(piece: hopper.Piece, group: Val, sums: list[Val]) -> list[Val]:
+        def scale(piece: hopper.Piece, group: Val, sum_of: Callable[[int], Val]) -> Callable[[int], Val]:
             scaling, thread = Scaling(f, layer, piece.part, x), f.thread() % GROUP
             lane, none = thread % WARP, f.i64(0)
             line = group * 64 + thread / WARP * 16 + lane / 4
             rows = [piece.rows.source(line + 8 * half) for half in (0, 1)]
             steps = [scaling.of_levels(row) for row in rows]
             totals = [scaling.sum_of_levels(row, none) for row in rows] if layer.integers else []
-            found = []
-            for block in range(len(sums) // 4):
-                for part in range(4):
-                    column = lane % 4 * 2 + (8 * block + part % 2)
-                    output = f.minimum(piece.part.first + column, piece.part.rows - 1)
-                    own = sums[4 * block + part]
-                    if layer.integers:  # codes stand for what they are above their zero
-                        own = own - scaling.zero_of(output) * totals[part // 2]
-                    found.append(scaling.number(own) * scaling.of_weights(output, none) * steps[part // 2])
-            return found
+
+            def one(number: int) -> Val:
+                column, half = lane % 4 * 2 + (number // 4 * 8 + number % 2), number // 2 % 2
+                output, own = f.minimum(piece.part.first + column, piece.part.rows - 1), sum_of(number)
+                if layer.integers:  # codes stand for what they are above their zero
+                    own = own - scaling.zero_of(output) * totals[half]
+                return scaling.number(own) * scaling.of_weights(output, none) * steps[half]
+
+            return one
 
         return scale
 
@@ -383,8 +384,9 @@ def encoded(k: int, dtype: str, scheme: str, group: int, own: bool, given: bool,
     Parameters: x, if `given` the scale, the records, the number of rows. Grid: ceil(rows / `WARPS`). Raises TargetError for other rows.
     """
     kind = SCHEMES[scheme]
-    if not multiplied(kind, kind) or dtype not in FLOATS or k % 4 or group % 4:
-        raise TargetError(f"no kernel for GPUs makes levels of {scheme} of {k} numbers of {dtype}")
+    known = kind.uniform or capability(target.mcpu) >= (8, 9)
+    if not multiplied(kind, kind) or not known or dtype not in FLOATS or k % 4 or group % 4:
+        raise TargetError(f"no kernel for {target.mcpu} makes levels of {scheme} of {k} numbers of {dtype}")
     names = ["x", *(["s"] if given else []), "y"]
     form = f"{scheme}_{k}{f'_{group}' if group else ''}{'_own' if own else ''}{'_given' if given else ''}_{dtype}"
     f = Device(f"levels_{form}", [*(("ptr", n) for n in names), ("i64", "count")], target, WARPS * WARP)
@@ -430,7 +432,7 @@ def encoded(k: int, dtype: str, scheme: str, group: int, own: bool, given: bool,
     def word(values: Sequence[Val]) -> Val:
         """Four levels in bytes."""
         if not kind.uniform:
-            halves = [f.call("i16", f"{f.prefix}ff.to.e4m3x2.rn", values[i + 1], values[i]) for i in (0, 2)]
+            halves = [f.to_e4m3(values[i], values[i + 1]) for i in (0, 2)]
             return f.cast("zext", halves[0], "i32") | (f.cast("zext", halves[1], "i32") << 16)
         bytes_ = [f.cast("fptosi", v, "i32") & 255 for v in values]
         return bytes_[0] | (bytes_[1] << 8) | (bytes_[2] << 16) | (bytes_[3] << 24)

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 
 from jisu.compiler.errors import TargetError
 from jisu.compiler.rows import ROW_BITS, record_bytes
+from jisu.compiler.schemes import SCHEMES
 from jisu.targets.cpu.isa import FLOATS, Val
 from jisu.targets.cuda.device import WARP, Device, DeviceKernel
 from jisu.targets.cuda.kernels.rounding import WARPS
-from jisu.targets.target import Target
+from jisu.targets.target import Target, capability
 
 
 def words_of_record(f: Device, records: Val, number: Val, first: Val, k: int, scheme: str) -> list[Val]:
@@ -28,6 +29,8 @@ def numbers_of_record(f: Device, words: list[Val], first: Val, k: int, scheme: s
     """The eight numbers, float32, of what `words_of_record` read."""
     tail, *codes = words
     scale, offset = f.cast("bitcast", tail << 16, "float"), f.cast("bitcast", tail & -65536, "float")
+    if not SCHEMES[scheme].uniform:
+        return [level * scale for word in codes for level in _small_floats(f, word)]
     found = []
     for word in codes:
         if ROW_BITS[scheme] == 4:
@@ -37,6 +40,41 @@ def numbers_of_record(f: Device, words: list[Val], first: Val, k: int, scheme: s
             bits = ((word >> (8 * i)) & (0xFF if ROW_BITS[scheme] == 8 else 0xF)) | 0x4B000000
             found.append(f.fma(f.cast("bitcast", bits, "float") - 8388608.0, scale, offset))
     return found
+
+
+def _converts(f: Device) -> bool:
+    """Whether the GPU has instructions from and to e4m3."""
+    return capability(f.target.mcpu) >= (8, 9)
+
+
+def _small_floats(f: Device, word: Val) -> list[Val]:
+    """The four numbers, float32, of e4m3 in an i32."""
+    if _converts(f):
+        return [number for half in (word, word >> 16) for number in f.from_e4m3(f.cast("trunc", half, "i16"))]
+    # Exponent and mantissa lie as in float32, moved, subnormal numbers included; what the exponent's bias lacks is made up for.
+    kind = SCHEMES["fp8"]
+    bytes_ = [word >> (8 * i) for i in range(4)]
+    bits = [((b & 0x80) << 24) | ((b & 0x7F) << (23 - kind.mantissa)) for b in bytes_]
+    return [f.cast("bitcast", b, "float") * 2.0 ** (127 - kind.bias) for b in bits]
+
+
+def _small_float(f: Device, value: Val) -> Val:
+    """The code, i32, of the e4m3 nearest to a float32 (0 for NaN)."""
+    kind = SCHEMES["fp8"]
+    value = f.select(value < -kind.top, f.const(-kind.top, "float"), value)
+    value = f.select(value > kind.top, f.const(kind.top, "float"), value)
+    value = f.select(value.cmp("uno", value), f.const(0.0, "float"), value)
+    if _converts(f):
+        return f.cast("zext", f.to_e4m3(value, f.const(0.0, "float")), "i32") & 0xFF
+    bits = f.cast("bitcast", value, "i32")
+    # Adding and taking off a power of two leaves as many bits behind it as the level has; so much is a step of subnormal ones.
+    power = f.maximum(bits & 0x7F800000, f.const((128 - kind.bias) << 23, "i32")) + ((23 - kind.mantissa) << 23)
+    magnet = f.cast("bitcast", power, "float")
+    size = (f.call("float", "llvm.fabs.f32", value) + magnet) - magnet
+    normal = (f.cast("bitcast", size, "i32") >> (23 - kind.mantissa)) - ((127 - kind.bias) << kind.mantissa)
+    least = f.cast("fptosi", size * 2.0 ** (kind.bias + kind.mantissa - 1), "i32")
+    code = f.select(size < 2.0 ** (1 - kind.bias), least, normal)
+    return code | ((bits >> 24) & 0x80)
 
 
 def encoded_rows(k: int, dtype: str, scheme: str, target: Target) -> DeviceKernel:
@@ -60,13 +98,16 @@ def encoded_rows(k: int, dtype: str, scheme: str, target: Target) -> DeviceKerne
 
 def store_record(f: Device, values: Sequence[Val], to: Val, begin: Val, lane: Val, scheme: str) -> None:
     """Write the record of a row, of which this thread of the warp has numbers lane, lane + 32 and so on, from byte `begin` on."""
-    top, k = float(2 ** ROW_BITS[scheme] - 1), len(values) * WARP
+    kind, k = SCHEMES[scheme], len(values) * WARP
+    top = float(2**kind.bits - 1) if kind.uniform else kind.top
     # A comparison drops NaN: 0 x makes NaN of it and of infinities, and a sum keeps that.
     unsound = functools.reduce(lambda a, b: a + b, [v * 0.0 for v in values])
-    low = functools.reduce(f.minimum, values)
-    high = functools.reduce(f.maximum, values)
+    sizes = values if kind.uniform else [f.call("float", "llvm.fabs.f32", v) for v in values]
+    low = functools.reduce(f.minimum, sizes) if kind.uniform else f.const(0.0, "float")
+    high = functools.reduce(f.maximum, sizes)
     for distance in (16, 8, 4, 2, 1):
-        low, high = f.minimum(low, f.other(low, distance)), f.maximum(high, f.other(high, distance))
+        low = f.minimum(low, f.other(low, distance)) if kind.uniform else low
+        high = f.maximum(high, f.other(high, distance))
     unsound = f.sum_of_warp(unsound)
     offset = f.rounded(low, "bfloat16")
     scale = f.rounded((high - offset) / top, "bfloat16")
@@ -74,7 +115,10 @@ def store_record(f: Device, values: Sequence[Val], to: Val, begin: Val, lane: Va
     step = f.select(scale.cmp("oeq", 0.0), f.const(1.0, "float"), scale)
 
     def code(value: Val) -> Val:
-        level = f.call("float", "llvm.rint.f32", (value - offset) / step)
+        level = (value - offset) / step
+        if not kind.uniform:
+            return _small_float(f, level)
+        level = f.call("float", "llvm.rint.f32", level)
         level = f.select(level.cmp("olt", 0.0), f.const(0.0, "float"), level)
         level = f.select(level.cmp("ogt", top), f.const(top, "float"), level)
         sound = level.cmp("oeq", level)

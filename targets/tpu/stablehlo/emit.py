@@ -18,7 +18,7 @@ from jisu.compiler.errors import CompileError
 from jisu.compiler.graph import CONSTANT, INPUT, WEIGHT, Graph, Node, Op
 from jisu.compiler.ops import cache_append
 from jisu.compiler.types import TensorType, TupleType, substitute
-from jisu.targets.tpu.stablehlo import contract, elementwise, moves, nn, quantize, rows, sparse
+from jisu.targets.tpu.stablehlo import contract, elementwise, moves, nn, quantize, rows, sampling, sparse
 from jisu.targets.tpu.stablehlo.build import Body, Value, type_text
 
 EMITTERS: Mapping[Op, Callable[..., Any]] = {
@@ -29,6 +29,7 @@ EMITTERS: Mapping[Op, Callable[..., Any]] = {
     **rows.EMITTERS,
     **quantize.EMITTERS,
     **sparse.EMITTERS,
+    **sampling.EMITTERS,
 }
 """What each op becomes: called like the op's meaning, with `Value`s instead of arrays and the body before them."""
 

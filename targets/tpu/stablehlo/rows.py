@@ -12,10 +12,11 @@ import numpy as np
 
 from jisu.compiler import levels, ops
 from jisu.compiler.graph import Op
-from jisu.compiler.rows import ROW_BITS, TAIL
+from jisu.compiler.rows import TAIL
 from jisu.compiler.schemes import SCHEMES, Scheme, exponent, groups_of
 from jisu.targets.tpu.stablehlo.build import Value
 from jisu.targets.tpu.stablehlo.elementwise import plain
+from jisu.targets.tpu.stablehlo.quantize import level
 
 
 def clip(x: Value, low: float, high: float) -> Value:
@@ -68,34 +69,38 @@ def _fake_quantize(x: Value, scale: Value | None, *, scheme: str, group: int) ->
 # --- Records of rows --------------------------------------------------------------------------------------------------------
 
 
-def _row_codes(steps: Value, top: int) -> Value:
-    return clip(steps.unary("round_nearest_even"), 0, top)
+def _row_levels(steps: Value, kind: Scheme) -> Value:
+    return clip(steps.unary("round_nearest_even"), 0, 2**kind.bits - 1) if kind.uniform else nearest(steps, kind)
 
 
 def _encode_rows(x: Value, feedback: Value | None, *, scheme: str) -> Value:
-    body, w, top = x.body, x.astype("float32"), 2 ** ROW_BITS[scheme] - 1
-    low, high = w.min(-1, keepdims=True), w.max(-1, keepdims=True)
-    offset = low.rounded("bfloat16")
-    scale = ((high - offset) / top).rounded("bfloat16")
+    body, w, kind = x.body, x.astype("float32"), SCHEMES[scheme]
+    if kind.uniform:
+        low, high = w.min(-1, keepdims=True), w.max(-1, keepdims=True)
+        offset = low.rounded("bfloat16")
+        scale = ((high - offset) / (2**kind.bits - 1)).rounded("bfloat16")
+    else:
+        scale = (w.unary("abs").max(-1, keepdims=True) / kind.top).rounded("bfloat16")
+        offset = body.full(0, scale.shape, "float32")
     steps = (w - offset) / _positive(scale)
-    wanted = steps if feedback is None else _fed_back(steps, top, feedback)
-    codes = _row_codes(wanted, top)
-    codes = codes.isnan().select(0, codes).astype("int32").astype("uint8")
+    found = _row_levels(steps if feedback is None else _fed_back(steps, kind, feedback), kind)
+    found = found.isnan().select(0, found)
+    codes = found.astype("int32").astype("uint8") if kind.uniform else _small_float(found).astype("int8").bits("uint8")
     k = codes.shape[-1]
-    if ROW_BITS[scheme] == 4:
+    if kind.bits == 4:
         codes = codes.part(-1, 0, k // 2) | codes.part(-1, k // 2, k) << 4
     tail = body.concat([scale, offset], x.rank - 1).astype("bfloat16").bits("uint8").reshape(*x.shape[:-1], TAIL)
     return body.concat([codes, tail], x.rank - 1)
 
 
-def _fed_back(steps: Value, top: int, feedback: Value) -> Value:
+def _fed_back(steps: Value, kind: Scheme, feedback: Value) -> Value:
     """What numbers are to be rounded from, each behind the errors of those before it."""
     *lead, g, k = steps.shape
 
     def step(j: Value, wanted: Value, steps: Value, feedback: Value) -> list[Value]:
         zero, sizes = j.body.full(0, (), "int32"), (*lead, g, 1)
         at = [zero] * (steps.rank - 1) + [j]
-        error = _row_codes(wanted.dynamic_slice(at, sizes), top) - steps.dynamic_slice(at, sizes)
+        error = _row_levels(wanted.dynamic_slice(at, sizes), kind) - steps.dynamic_slice(at, sizes)
         row = feedback.dynamic_slice([zero, j, zero], (g, 1, k)).reshape(g, k)
         row = (j.body.iota((g, k), 1) > j).select(row, 0)
         return [wanted - row * error, steps, feedback]
@@ -107,10 +112,10 @@ def decode(records: Value, scheme: str) -> Value:
     """`jisu.compiler.rows.decode`: float32 [*b, k] of records uint8 [*b, bytes]."""
     n = records.shape[-1] - TAIL
     codes = records.part(-1, 0, n)
-    if ROW_BITS[scheme] == 4:
+    if SCHEMES[scheme].bits == 4:
         codes = records.body.concat([codes & 15, codes >> 4], codes.rank - 1)
     tail = records.part(-1, n, n + TAIL).reshape(*records.shape[:-1], 2, 2).bits("bfloat16").wide()
-    return codes.astype("float32") * tail.part(-1, 0, 1) + tail.part(-1, 1, 2)
+    return level(codes, SCHEMES[scheme]) * tail.part(-1, 0, 1) + tail.part(-1, 1, 2)
 
 
 # --- Records of levels ------------------------------------------------------------------------------------------------------
