@@ -113,7 +113,7 @@ def helper(product: Product, rows: int, unit: int, inner: int) -> str:
     how, p = Grouped(product, rows, unit), product
     packed, floats = p.weights == "int4", p.dtype != "int8"
     multiplied = "bfloat16" if p.dtype == "float32" and how.place == "sums" else p.dtype
-    # A number is (code + added) / unit_of; what it is too large by is taken off.
+    # A number is 1 + code / size, or a code or level itself; the 1, and the zero or the middle, are taken off.
     size = 16 if packed and floats else 1
     middle = MIDDLE[p.weights]
     # The zero's code as a number: int8 are levels, about the middle.
@@ -121,13 +121,11 @@ def helper(product: Product, rows: int, unit: int, inner: int) -> str:
     bias = 1.0 if size > 1 else 0.0 if packed else -float(middle)
     slabs = 8 // lanes_of_word(p.dtype) if packed else 1
     zero = ", zero" if p.zeros else ""
-    shift = f" - grid[1, c, g : g + 1, :columns] * {'whole[at]' if how.place == 'sums' else '1.0'}" if p.zeros else ""
-    if not p.zeros and constant:
-        shift = f" - {constant!r} * whole[at]" if how.place == "sums" else f" - {constant!r}"
-    shift = shift.removesuffix(" * 1.0")
+    taken = "grid[1, c, g : g + 1, :columns]" if p.zeros else repr(constant) if constant else ""
+    shift = f" - {taken}" + " * whole[at]" * (how.place == "sums") if taken else ""
     lines = [
         f"GROUP, CHUNK, DEPTH = {p.group}, {inner}, {unit}  # inputs: of a group, multiplied at once, of a matrix unit's tile of weights",
-        "PER = CHUNK // GROUP",
+        "PER = CHUNK // GROUP  # groups",
         "",
         "",
         *(_HALVES if p.scales == "float16" else ()),
@@ -207,26 +205,23 @@ def _sums(p: Product, how: Grouped, slabs: int, shift: str) -> list[str]:
         ]
     dtype = "bfloat16" if parts > 1 else p.dtype
     summed = "int32" if p.dtype == "int8" else "float32"
-    wide = "int32" if p.dtype == "int8" else "float32"
     lines += [
         "        total = jnp.zeros((rows, columns), jnp.float32)",
         "        for first in range(0, CHUNK, DEPTH):",
-        f"            stack = part[:, first : first + DEPTH].astype(jnp.{wide})",
+        f"            stack = part[:, first : first + DEPTH].astype(jnp.{summed})",
     ]
     if how.stack > 1:
-        inputs = 8 // slabs  # of a row of words that come out next to one another
         per_slab = LANES // slabs
         group = f"lax.shift_right_logical(lane & {per_slab - 1}, jnp.int32({(p.group // slabs).bit_length() - 1}))"
         if p.group == LANES:
             group = "0"
-        del inputs
         lines += [
             "            # Once per group, with zeros elsewhere.",
             f"            lane = lax.broadcasted_iota(jnp.int32, ({parts} * rows, DEPTH), 1)",
             f"            group = lax.shift_right_logical(lane, jnp.int32(7)) * {LANES // p.group} + {group}",
             f"            stack = jnp.concatenate([jnp.where(group == g, stack, 0) for g in range({how.stack})], axis=0)",
         ]
-    whole = ".astype(jnp.float32)" if wide == "int32" else ""
+    whole = ".astype(jnp.float32)" if summed == "int32" else ""
     lines += [
         f"            found = jnp.dot(stack.astype(jnp.{dtype}), numbers[first : first + DEPTH], preferred_element_type=jnp.{summed})"
         + ".astype(jnp.float32)" * (summed == "int32"),

@@ -443,6 +443,10 @@ def _head(product: Product, chip: Chip, rows: int, columns: int, k: int) -> int:
     head = round_up(math.ceil(rows_meanwhile), row_multiple(product, chip))
     if head >= rows:
         return rows
+    if product.group:  # a kernel applies scales in one place
+        sizes = head, rows - head, rows
+        if len({grouped.Grouped(product, m, grouped.depth(chip, k)).place for m in sizes}) > 1:
+            return rows
     later = (rows - head) * k * product.itemsize / chip.hbm_bytes_per_cycle
     another = product.matrices * (chip.timing.block + _widened(product, chip, k, rows - head, columns))
     return head if later > another else rows
