@@ -98,7 +98,7 @@ def predicted(program: Any, target: Target, lengths: dict[str, Any]) -> dict[str
 
 def launched(program: Any, context: int) -> dict[str, Any]:
     """A decode step's launches at batch 1, and per layer; the gaps between those that wait for the ones before them, and between all."""
-    plan = Plan.from_json(json.loads(program.parts.code[PLANS])["entries"]["append_last"])
+    plan = Plan.from_json(json.loads(program.parts.code[PLANS])["entries"]["append_drawn"])
     launches = plan.launches({"sequence": 1, **program.decoder.sizes(1, context + 1)})
     early = sum(launch.early for launch in launches[1:])
     layers = [i for i, launch in enumerate(launches) if "attend" in launch.kernel]

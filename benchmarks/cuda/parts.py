@@ -344,16 +344,23 @@ class Peer:
 
 
 def _decoding(program: Program, context: np.ndarray, slots: int) -> tuple[Any, Step, Callable[[int], None]]:
-    """jisu's session and the same of it."""
+    """jisu's session and the same of it; as in `generate`, a step is begun before the one before it is waited for."""
     session = program.session(slots)
     session.append(context, last_only=True)
-    token, greedy = context[:, :1], Sampling(*(np.zeros(len(context)) for _ in range(4)))
+    token, under_way = context[:, :1], []
+    greedy = Sampling(*np.zeros((4, len(token))))
 
     def back() -> None:
         session.length = context.shape[1]
+        under_way.clear()
 
     def step(_: int) -> Any:
-        return session.draw(token, greedy).results() if session.leading else session.append(token, last_only=True)
+        if not session.leading:
+            return session.append(token, last_only=True)
+        if not under_way:
+            under_way.append(session.draw(token, greedy))
+        under_way.append(session.draw(under_way[0], greedy))
+        return under_way.pop(0).results()
 
     return session, back, step
 
@@ -362,7 +369,7 @@ def decode(pack: Pack, found: dict[str, Any], write: Write, rounds: int, *, batc
     """A decode step behind the context; jisu's figures stand before the peer, which takes minutes to compile, is asked for."""
     context = pack.ids(batch, int(pack.told["context"]))
     steps = 20 if GPU else 2
-    slots = context.shape[1] + steps + 1
+    slots = context.shape[1] + steps + 2  # a first one that isn't counted, and one begun ahead
     peer = Peer(pack)
     exact = peer.logits(np.concatenate([context, context[:, :1]], 1))
     sides: dict[str, Callable[[], float]] = {}
