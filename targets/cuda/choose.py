@@ -35,6 +35,7 @@ from jisu.targets.cuda.kernels import (
 from jisu.targets.cuda.kernels.attention import QUERIES, Form, attend_token, attend_tokens, sharing
 from jisu.targets.cuda.kernels.layers import Layer
 from jisu.targets.cuda.kernels.levels import Levels
+from jisu.targets.cuda.kernels.tails import Encoding, Tail, tailed
 from jisu.targets.cuda.lowering import DeviceCall, DeviceFunction
 from jisu.targets.steps import Argument, Choosers, Kernel
 from jisu.targets.target import Target
@@ -53,24 +54,25 @@ def _least(a: Dim, b: int) -> Dim:
 
 
 @functools.lru_cache(maxsize=256)
-def _layer(layer: Layer, rows: Dim, operands: tuple[int, ...], target: Target, then: norm.Norm | None = None) -> Kernel:
+def _layer(layer: Layer, rows: Dim, operands: tuple[int, ...], target: Target, then: Tail | None = None) -> Kernel:
     """A linear layer: few rows by streaming weights, many in tiles. operands: of the node, in the order of the layer's parameters.
 
-    then: a norm of the results, whose operands follow the layer's, and whose results the layer's.
+    then: what is made of the results, whose operands follow the layer's, and whose results the layer's.
     """
     require_activation(layer.activation)
     count = len(operands)
-    given = tuple(range(count, count + len(then.pointers) - 2)) if then is not None else ()
+    given = tuple(range(count, count + len(then.operands))) if then is not None else ()
     first = count + len(given)  # of the results
     results = tuple(range(first, first + len(layer.outputs)))
     arguments: tuple[int | tuple[str, Dim], ...] = (*range(count), *results, ("size", rows))
     behind: tuple[DeviceCall, ...] = ()
     variants: list[tuple[tuple[tuple[Dim, int], ...], tuple[DeviceCall, ...]]] = []
     if then is not None:
-        behind = (DeviceCall(norm.normed(then, target), (rows, 1, 1), (first, *given, first + 1)),)
-        both = _normed(layer, then, target)
+        made = tuple(range(first + 1, first + 1 + len(then.results)))
+        behind = (DeviceCall(tailed(then, target), (rows, 1, 1), (first, *given, *made)),)
+        both = _with_tail(layer, then, target)
         if both is not None:
-            call = DeviceCall(both, (layer.tiles(thin.OUTPUTS), 1, 1), (*arguments, *given, first + 1, first + 2))
+            call = DeviceCall(both, (layer.tiles(thin.OUTPUTS), 1, 1), (*arguments, *given, *made, made[-1] + 1))
             variants.append((((rows, 1),), (call,)))
     for kernel, outputs, most in _thin(layer, target):
         call = DeviceCall(kernel, (layer.tiles(outputs), _ceiling(rows, most), 1), arguments)
@@ -83,8 +85,10 @@ def _layer(layer: Layer, rows: Dim, operands: tuple[int, ...], target: Target, t
     return Kernel(function, tuple(Argument(i) for i in operands))
 
 
-def _normed(layer: Layer, then: norm.Norm, target: Target) -> DeviceKernel | None:
-    """The kernel for one row that norms it, too; None where there is none."""
+def _with_tail(layer: Layer, then: Tail, target: Target) -> DeviceKernel | None:
+    """The kernel for one row that does its tail, too; None where there is none."""
+    if isinstance(layer, Levels):
+        return levels.few(layer, thin.ROWS[0], target, then)
     return None if layer.halves or layer.dtype == "float32" else thin.thin(layer, thin.ROWS[0], target, then)
 
 
@@ -159,7 +163,7 @@ def _levels_in_rows(codes: Node | None) -> bool:
     return codes is not None and codes.dtype == "uint8" and codes.shape[-2:] == (1, WORD)
 
 
-def _linear(node: Node, target: Target, then: norm.Norm | None = None) -> Kernel | None:
+def _linear(node: Node, target: Target, then: Tail | None = None) -> Kernel | None:
     x, w = node.operands[:2]
     assert x is not None
     if not _one_output_per_panel(w, 2):
@@ -205,7 +209,7 @@ def together(nodes: Sequence[Node], target: Target) -> Kernel | None:
     return _layer(layer, product(x.shape[:-1]), tuple(range(1 + given * len(nodes))), target)
 
 
-def _quantized(node: Node, target: Target, then: norm.Norm | None = None) -> Kernel | None:
+def _quantized(node: Node, target: Target, then: Tail | None = None) -> Kernel | None:
     x, codes, scales, zeros, bias, residual = node.operands
     assert x is not None and scales is not None
     if not _one_output_per_panel(codes, -2):
@@ -217,7 +221,7 @@ def _quantized(node: Node, target: Target, then: norm.Norm | None = None) -> Ker
     return _layer(layer, product(x.shape[:-1]), (0, 1, 2, *_present(node, 3, 4, 5)), target, then)
 
 
-def _levels(node: Node, target: Target) -> Kernel | None:
+def _levels(node: Node, target: Target, then: Tail | None = None) -> Kernel | None:
     x, codes, scales, zeros, bias, residual = node.operands
     assert x is not None and codes is not None and scales is not None
     if not _levels_in_rows(codes):
@@ -226,7 +230,7 @@ def _levels(node: Node, target: Target) -> Kernel | None:
         node.k, (node.outputs,), node.dtype, node.gated, False, node.activation, bias is not None, residual is not None,
         node.scheme, node.group, scales.dtype, zeros is not None, levels=node.records, own=node.own,
     )  # fmt: skip
-    return _layer(layer, product(x.shape[:-1]), (0, 1, 2, *_present(node, 3, 4, 5)), target)
+    return _layer(layer, product(x.shape[:-1]), (0, 1, 2, *_present(node, 3, 4, 5)), target, then)
 
 
 def _levels_projections(node: Node, target: Target) -> Kernel | None:
@@ -243,16 +247,24 @@ def _levels_projections(node: Node, target: Target) -> Kernel | None:
     return _layer(layer, product(x.shape[:-1]), tuple(range(len(node.operands))), target)
 
 
-def _encode_levels(node: Node, target: Target) -> Kernel | None:
+def encoding_of(node: Node) -> Encoding | None:
+    """How an `encode_levels` rounds rows, or None where no kernel does it."""
     x, scale = node.operands
     assert x is not None
-    kernel = levels.encoded(
-        int(x.shape[-1]), x.dtype, node.scheme, node.group, node.own, scale is not None, target
-    )  # type: ignore[call-overload]  # fmt: skip
-    rows = product(x.shape[:-1])
-    operands = (0, *_present(node, 1))
-    call = DeviceCall(kernel, (_ceiling(rows, rounding.WARPS), 1, 1), (*range(len(operands) + 1), ("size", rows)))
-    return Kernel(DeviceFunction((((), (call,)),)), tuple(Argument(i) for i in operands))
+    if not isinstance(x.shape[-1], int):
+        return None
+    return Encoding(x.shape[-1], x.dtype, node.scheme, node.group, node.own, scale is not None)
+
+
+def tail_alone(tail: Tail, rows: Dim, target: Target) -> Kernel:
+    """What is made of rows that are there: of them, the tail's operands and its results."""
+    call = DeviceCall(tailed(tail, target), (rows, 1, 1), tuple(range(1 + len(tail.pointers))))
+    return Kernel(DeviceFunction((((), (call,)),)), tuple(Argument(i) for i in range(1 + len(tail.operands))))
+
+
+def _encode_levels(node: Node, target: Target) -> Kernel | None:
+    how = encoding_of(node)
+    return None if how is None else tail_alone(Tail(None, how), product(node.shape[:-1]), target)
 
 
 def _semi_structured(node: Node, target: Target) -> Kernel | None:
@@ -303,7 +315,8 @@ def _attention(node: Node, target: Target) -> Kernel | None:
     return Kernel(DeviceFunction((((), (call,)),)), tuple(Argument(i) for i in operands))
 
 
-def _attention_cached(node: Node, target: Target) -> Kernel | None:
+def _attention_cached(node: Node, target: Target, then: Tail | None = None) -> Kernel | None:
+    """Attention over a cache. then: what is made of each token's results, all heads side by side; operands and results follow as in `_layer`."""
     q, keys, _, _, _, table, sinks = node.operands
     assert q is not None and keys is not None
     contiguous = keys.op is ops.cache_append and not keys.attributes["ring"]
@@ -324,13 +337,19 @@ def _attention_cached(node: Node, target: Target) -> Kernel | None:
     heads, width = form.heads, form.head_dim
     # Operands: q, keys, values, the table, start, length, sinks; behind them the result, then the parts' states and counters.
     operands = (0, 1, 2, *_present(node, 5), 4, 3, *_present(node, 6))
-    count = len(operands)
+    count = len(operands) + (0 if then is None else len(then.operands))
+    given = tuple(range(len(operands), count))
+    made = tuple(range(count + 1, count + 1 + (0 if then is None else len(then.results))))
     sizes = (("size", cap), *((("size", keys.shape[0]),) if table is not None else ()))
-    one = DeviceCall(attend_token(form, target), (parts * batch, own, 1), (*range(count + 3), *sizes, ("size", parts)))
+    states = count + 1 + len(made)  # and counters
+    own_memory = (*range(len(operands)), count, states, states + 1, *given, *made)
+    one = DeviceCall(attend_token(form, target, then), (parts * batch, own, 1), (*own_memory, *sizes, ("size", parts)))
     variants: list[tuple[tuple[tuple[Dim, int], ...], tuple[DeviceCall, ...]]] = [(((rows, 1),), (one,))]
-    many = _many_tokens(form, batch, rows, (*range(count + 1), ("size", rows), *sizes), target)
-    variants.append(((), (many,)))
-    function = DeviceFunction(tuple(variants), (batch * heads * parts * (width + 2) * 4,), batch * own)
+    many = _many_tokens(form, batch, rows, (*range(len(operands)), count, ("size", rows), *sizes), target)
+    behind = () if then is None else (DeviceCall(tailed(then, target), (batch * rows, 1, 1), (count, *given, *made)),)
+    variants.append(((), (many, *behind)))
+    counters = batch * (own + (then is not None))
+    function = DeviceFunction(tuple(variants), (batch * heads * parts * (width + 2) * 4,), counters)
     return Kernel(function, tuple(Argument(i) for i in operands))
 
 
@@ -353,10 +372,7 @@ def _norm(node: Node, target: Target) -> Kernel | None:
     assert x is not None
     if how is None:
         return None
-    rows = product(x.shape[:-1])
-    operands = (0, *_present(node, *range(1, len(node.operands))))
-    call = DeviceCall(norm.normed(how, target), (rows, 1, 1), tuple(range(len(operands) + 1)))
-    return Kernel(DeviceFunction((((), (call,)),)), tuple(Argument(i) for i in operands))
+    return tail_alone(Tail(how), product(x.shape[:-1]), target)
 
 
 def _fake_quantize(node: Node, target: Target) -> Kernel | None:
@@ -495,8 +511,13 @@ def _experts(node: Node, target: Target) -> Kernel | None:
     return Kernel(DeviceFunction(tuple(variants), scratch), tuple(Argument(i) for i in range(5)))
 
 
-NORMED = {ops.packed_linear: _linear, ops.quantized_linear: _quantized}
-"""Choosers that take a norm of the node's results, too: its operands follow the node's own."""
+TAILED = {
+    ops.packed_linear: _linear,
+    ops.quantized_linear: _quantized,
+    ops.levels_linear: _levels,
+    ops.attention_cached: _attention_cached,
+}
+"""Choosers that take what is made of the node's results, too: its operands follow the node's own."""
 
 CHOOSERS: Choosers = {
     ops.sort: _sort,
