@@ -23,6 +23,7 @@ from test_cuda import (  # noqa: F401
     Launch,
     test_a_row_and_its_norm,
     test_attention_of_a_token,
+    test_attention_of_a_token_and_its_levels,
     test_attention_of_many_tokens,
     test_attention_reads_e4m3_by_instructions,
     test_few_rows,
@@ -36,6 +37,7 @@ from test_cuda import (  # noqa: F401
     test_the_largest_of_a_row,
     test_tokens_are_drawn_as_their_meaning_says,
 )
+from test_cuda_levels import test_a_row_and_its_levels  # noqa: F401
 from test_cuda_levels import test_few_rows as test_few_rows_of_levels  # noqa: F401
 from test_cuda_levels import test_many_rows as test_many_rows_of_levels  # noqa: F401
 from test_cuda_levels import test_many_rows_on_hopper as test_many_rows_of_levels_on_hopper  # noqa: F401
