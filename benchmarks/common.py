@@ -88,6 +88,13 @@ def versions() -> dict[str, str]:
     return found
 
 
+def write_json(path: Path, value: Any) -> None:
+    """Write a file whole or not at all."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(json.dumps(value, indent=1) + "\n")
+    part.replace(path)
+
+
 def busy_seconds() -> float:
     """CPU seconds that all processes of this machine have used, steal excluded; 10 ms resolution."""
     fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]

@@ -22,11 +22,12 @@ import numpy as np
 from jisu.compiler.cost import graph_cost, weight_bytes
 from jisu.compiler.entry import Entry, stored
 from jisu.compiler.errors import InputError, InputTypeError, JisuError, RecipeError, TargetError
-from jisu.compiler.graph import ArrayStorage, Graph, Storage
+from jisu.compiler.graph import ArrayStorage, Graph, Storage, placeholder
 from jisu.compiler.launches import GAP_S, PLANS, Plan
 from jisu.compiler.pipeline import Pass, Pipeline, Report, sample_inputs
 from jisu.compiler.recipe import QuantizeRecipe, Recipe
 from jisu.compiler.signature import Signature, Tree
+from jisu.compiler.types import TensorType
 
 if TYPE_CHECKING:
     from jisu.frontends.to_torch import GraphModule
@@ -691,7 +692,7 @@ def _build(
         "times": times,
         "kernels": [{"name": n, "op": op, "count": k, "choices": list(c)} for n, op, k, c in info.kernels],
         "predicted": {name: _op_report(graph, env, machine) for name, graph in finished.items()},
-        "simulated": _simulated(finished, env, machine, source.sequence),
+        "simulated": _simulated(finished, env, machine, source),
         "launches": _launch_report(code, finished, env, source.sequence),
         "sparse": [
             {**m, "predicted_gain": facts.of(machine).sparse_gain(m["form"], m["kept"], machine, m["stored"])}
@@ -939,7 +940,7 @@ def _entries(
 ) -> tuple[dict[str, Graph], Any]:
     """The entry functions: `main` for a module, the derived steps for a causal language model; `fetched`: also a step whose results are few."""
     from jisu.passes.cache import CacheLayout, NotCausal, derive_step, keep_last_token
-    from jisu.runtime.session import APPEND, APPEND_LAST, APPEND_LEADING, LEADING, MAIN, DecoderInfo
+    from jisu.runtime.session import APPEND, APPEND_DRAWN, APPEND_LAST, LEADING, MAIN, DecoderInfo
 
     if source.sequence is None:
         return {MAIN: graph}, None
@@ -960,17 +961,22 @@ def _entries(
     entries = {APPEND: step.graph, APPEND_LAST: last.graph}
     if fetched:
         facts["leading"] = min(LEADING, source.vocabulary or LEADING)
-        entries[APPEND_LEADING] = _leading(last.graph, facts["leading"])
+        entries[APPEND_DRAWN] = _drawing(last.graph, facts["leading"])
     return entries, DecoderInfo(page=recipe.cache.page, state=state, **facts)
 
 
-def _leading(graph: Graph, count: int) -> Graph:
-    """A step that gives the highest logits and their tokens instead of all logits."""
+def _drawing(graph: Graph, count: int) -> Graph:
+    """A step that draws a token from those with the highest logits instead of giving logits."""
     from jisu.compiler import ops
+    from jisu.runtime.session import DRAWING
 
     logits, *state = graph.outputs
     both = ops.sort(logits, axis=logits.tensor.rank - 1, descending=True, first=count)
-    return graph.replace(outputs=(ops.get(both, index=0), ops.get(both, index=1), *state))
+    leading = [ops.get(both, index=i) for i in (0, 1)]
+    options = [placeholder(name, TensorType(leading[0].shape[:-1], dtype)) for name, dtype in DRAWING]
+    drawn = ops.draw(*leading, *options)
+    outputs = (ops.get(drawn, index=0), ops.get(drawn, index=1), *state)
+    return graph.replace(inputs=(*graph.inputs, *options), outputs=outputs)
 
 
 def layout(recipe: Recipe, machine: Target) -> tuple[Pass, ...]:
@@ -1105,13 +1111,14 @@ def _launch_report(
 
 
 def _simulated(
-    graphs: Mapping[str, Graph], env: Mapping[str, int], machine: Any, sequence: str | None
+    graphs: Mapping[str, Graph], env: Mapping[str, int], machine: Any, source: Source
 ) -> list[dict[str, Any]]:
     """What the timing model says of each entry, for machines that have one."""
     from jisu.targets import facts
 
-    known = {name: 1 for graph in graphs.values() for name in graph.symbols if not sequence} | dict(env)
-    found: list[dict[str, Any]] = facts.of(machine).simulated(graphs, known, machine, sequence)
+    known = {name: 1 for graph in graphs.values() for name in graph.symbols if not source.sequence} | dict(env)
+    positions = source.max_positions or None
+    found: list[dict[str, Any]] = facts.of(machine).simulated(graphs, known, machine, source.sequence, positions)
     return found
 
 

@@ -27,6 +27,7 @@ _SWIZZLES = {32: 1, 64: 2, 128: 3}  # CU_TENSOR_MAP_SWIZZLE_…B
 _PROMOTION_256B = 3  # CU_TENSOR_MAP_L2_PROMOTION_L2_256B
 _GRAPHS_OVERLAP = 12030  # CUDA 12.3
 _NON_BLOCKING = 1
+_NO_TIMING = 2  # CU_EVENT_DISABLE_TIMING
 
 
 class Driver:
@@ -156,7 +157,7 @@ class Driver:
         if code == _OUT_OF_MEMORY:
             raise TensorMemoryError(f"the GPU ({self.name}) has no {nbytes / 2**30:.2f} GiB left for {what}")
         if code:
-            self.fail("cuMemAlloc", code)
+            self.fail("cuMemAlloc_v2", code)
         return int(pointer.value or 0)
 
     def tensor_map(self, address: int, dtype: str, shape: tuple[int, int], box: tuple[int, int]) -> bytes:
@@ -167,6 +168,12 @@ class Driver:
         """A new stream."""
         made = ctypes.c_void_p()
         self.run("cuStreamCreate", ctypes.byref(made), _NON_BLOCKING)
+        return made
+
+    def event(self) -> ctypes.c_void_p:
+        """A new event, for places on streams to wait for."""
+        made = ctypes.c_void_p()
+        self.run("cuEventCreate", ctypes.byref(made), _NO_TIMING)
         return made
 
 

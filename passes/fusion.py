@@ -79,7 +79,6 @@ _ACTIVATION_PATTERNS: dict[str, Any] = {
 }
 
 _LINEAR_TYPES = {"x": "float[*b k]", "w": "float[n k]"}
-_reshaped = ops.reshape(_full, shape=bind("shape"))
 
 _cube = either(ops.pow_(x, 3.0), ops.mul(x, ops.square(x)))
 _inner = ops.add(x, ops.mul(_cube, scalar("cubic")))

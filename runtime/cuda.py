@@ -12,7 +12,9 @@ import functools
 import json
 import math
 import sys
+import threading
 import weakref
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
@@ -42,6 +44,8 @@ _ALIGNMENT = 256
 _LOADED = 16  # bytes that kernels load at once, from a multiple of so many
 _PLAIN_SHARED = 48 << 10  # bytes of shared memory that a kernel gets without asking
 _MAX_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_NOT_FOUND = 500
+_AHEAD = 4  # calls that may be under way at a time
 _RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
 
 
@@ -64,7 +68,7 @@ _EARLY = _Attribute(6, 0, 1)  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZ
 
 
 class DeviceArray:
-    """A tensor in the GPU's memory; `owner` keeps that alive, else it is freed with this object."""
+    """A tensor in the GPU's memory; `owner` keeps that alive, and may put something else there later, else it is freed with this object."""
 
     __slots__ = ("__weakref__", "address", "dtype", "owner", "shape", "writeable")
 
@@ -87,11 +91,11 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 def _there(method: Method) -> Method:
-    """A method in the GPU's context."""
+    """A method in the GPU's context, by one thread at a time."""
 
     @functools.wraps(method)
     def run(self: DeviceExecutable, *args: Any, **how: Any) -> Any:
-        with self._driver.current():
+        with self._lock, self._driver.current():
             return method(self, *args, **how)
 
     return cast(Method, run)
@@ -106,29 +110,33 @@ class Uploaded:
 
 @attrs.frozen(eq=False)
 class _Call:
-    """A launch with everything settled: what cuLaunchKernel takes, or, where it may begin early, cuLaunchKernelEx."""
+    """A launch with everything settled: what cuLaunchKernel takes, or, where it may begin early, cuLaunchKernelEx. parameters: addresses of the
+    values."""
 
     function: ctypes.c_void_p
     grid: tuple[int, int, int]
     threads: int
     shared: int
-    values: Any
-    extra: Any
+    values: Sequence[Any]
+    parameters: Any
     early: bool
 
 
 @attrs.define(eq=False)
 class _Buffer:
-    """Memory on the GPU and, unless it is large, pinned memory here through which its contents come and go, from the first time on."""
+    """Memory on the GPU and, unless it is large, pinned memory here through which its contents come and go: a piece for each call under way.
+
+    free: pieces that no call uses.
+    """
 
     array: DeviceArray
-    pinned: np.ndarray | None = None
+    free: list[np.ndarray] = attrs.field(factory=list)
 
-    def host(self, driver: Driver) -> np.ndarray | None:
-        """The pinned memory, if it has such."""
-        if self.pinned is None and self.array.nbytes <= _PINNED:
-            self.pinned = _pinned(driver, max(self.array.nbytes, 1))
-        return self.pinned
+    def pinned(self, driver: Driver) -> np.ndarray | None:
+        """A piece for a call, which gives it back to `free`; None where the memory is large."""
+        if self.array.nbytes > _PINNED:
+            return None
+        return self.free.pop() if self.free else _pinned(driver, max(self.array.nbytes, 1))
 
 
 @attrs.define(eq=False)
@@ -152,8 +160,29 @@ class _Run:
         return sum(b.array.nbytes for b in (*self.inputs, *self.outputs) if b is not None)
 
 
+@attrs.define(eq=False)
+class StartedCall:
+    """A call that the GPU may still be at.
+
+    values: its results where they are, for calls that are started later: what a cache was given as, or an array in memory of the call's
+    own, which holds the results until the same entry is started again on the same shapes.
+    """
+
+    values: tuple[Any, ...]
+    _finish: Callable[[StartedCall], None]
+    _found: tuple[Any, ...]
+    _pieces: list[tuple[_Buffer, np.ndarray]]
+    _copies: list[tuple[np.ndarray, np.ndarray]]  # of results here, and the pinned memory that they come through
+    _event: ctypes.c_void_p
+
+    def results(self) -> tuple[Any, ...]:
+        """Wait, and return what `DeviceExecutable.call` does. Raises IndexOutOfRangeError or InputError for a fault that a kernel met until now."""
+        self._finish(self)
+        return self._found
+
+
 class DeviceExecutable:
-    """A program's kernels on the GPU. Calls from several threads must be made one after another."""
+    """A program's kernels on the GPU. Calls from several threads are served one after another."""
 
     num_threads = 1
 
@@ -164,9 +193,10 @@ class DeviceExecutable:
             self._plans = {name: Plan.from_json(plan) for name, plan in data["entries"].items()}
             self._faults = [(str(kind), str(message)) for kind, message in data["faults"]]
             built_for = (int(data["capability"][0]), int(data["capability"][1]))
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ArtifactError(f"the plans of the compiled kernels can't be read: {error}") from error
         self._entries = dict(entries)
+        self._lock = threading.RLock()
         self._open(code, built_for)
 
     @_there
@@ -182,9 +212,11 @@ class DeviceExecutable:
         self._weights: dict[str, tuple[Any, DeviceArray]] = {}
         self._runs: dict[tuple[Any, ...], _Run] = {}
         self._pending: ctypes.c_void_p | None = None  # the stream of a call that nobody waited for
+        self._under_way: deque[StartedCall] = deque()  # calls that have pinned memory, oldest first
+        self._events: list[ctypes.c_void_p] = []  # that no call uses
         self._turn = 0
         self._staging: list[tuple[Any, ctypes.c_void_p]] = []
-        weakref.finalize(self, _release, self._driver, self._module, (self._stream,), self._runs)
+        weakref.finalize(self, _release, self._driver, self._module, (self._stream,), self._runs, self._events)
 
     @property
     def device(self) -> str:
@@ -320,7 +352,6 @@ class DeviceExecutable:
 
     # Calls
 
-    @_there
     def call(
         self, entry: str, inputs: Sequence[Any], weights: Uploaded | Mapping[str, np.ndarray] = _NOTHING
     ) -> tuple[Any, ...]:
@@ -330,29 +361,69 @@ class DeviceExecutable:
         was given for it. Raises IndexOutOfRangeError for an index outside its table, InputError for arguments that don't fit,
         TensorMemoryError where memory is short.
         """
-        called, given, run = self._started(entry, inputs, weights, self._stream)
-        results: list[Any] = []
+        return self.start(entry, inputs, weights).results()
+
+    @_there
+    def start(
+        self, entry: str, inputs: Sequence[Any], weights: Uploaded | Mapping[str, np.ndarray] = _NOTHING
+    ) -> StartedCall:
+        """Begin to `call`, without waiting for anything: among the inputs may be values of calls that are under way. Results of more than 16
+        megabytes, and arrays that are updated in place, are waited for."""
+        called, given, run, pieces = self._started(entry, inputs, weights, self._stream)
+        values: list[Any] = []
+        found: list[Any] = []
+        copies: list[tuple[np.ndarray, np.ndarray]] = []
         for alias, buffer in zip(called.aliases, run.outputs, strict=True):
-            if buffer is not None:
-                found = aligned(buffer.array.shape, buffer.array.dtype)
-                host = buffer.host(self._driver)
-                through = found if host is None else host
-                self._download(through.ctypes.data, buffer.array.address, buffer.array.nbytes)
-                results.append(found)
+            if buffer is None:
+                assert alias is not None
+                source, own = given[alias], run.inputs[alias]
+                if isinstance(source, Held) and own is not None:
+                    self._download(source.address, own.array.address, own.array.nbytes)
+                values.append(source)
+                found.append(source.array if isinstance(source, Held) else source)
                 continue
-            assert alias is not None
-            source, own = given[alias], run.inputs[alias]
-            if isinstance(source, Held) and own is not None:
-                self._download(source.address, own.array.address, own.array.nbytes)
-            results.append(source.array if isinstance(source, Held) else source)
+            array = buffer.array
+            here, piece = aligned(array.shape, array.dtype), buffer.pinned(self._driver)
+            self._download((here if piece is None else piece).ctypes.data, array.address, array.nbytes)
+            if piece is not None:
+                pieces.append((buffer, piece))
+                copies.append((here, piece))
+            values.append(DeviceArray(self._driver, array.address, array.shape, array.dtype, run))
+            found.append(here)
         self._download(self._seen.ctypes.data, self._fault.address, 4)
-        self._wait()
-        self._pending = None
+        return self._followed(tuple(values), tuple(found), pieces, copies, self._stream)
+
+    def _followed(
+        self, values: tuple[Any, ...], found: tuple[Any, ...], pieces: list[tuple[_Buffer, np.ndarray]],
+        copies: list[tuple[np.ndarray, np.ndarray]], stream: ctypes.c_void_p,
+    ) -> StartedCall:  # fmt: skip
+        """The call that everything on the stream up to here belongs to."""
+        event = self._events.pop() if self._events else self._driver.event()
+        self._driver.run("cuEventRecord", event, stream)
+        made = StartedCall(values, self._finish, found, pieces, copies, event)
+        self._under_way.append(made)
+        return made
+
+    @_there
+    def _finish(self, call: StartedCall) -> None:
+        """Wait for a call and those before it."""
+        while call in self._under_way:
+            self._end_oldest()
         self._check()
-        for result, buffer in zip(results, run.outputs, strict=True):
-            if buffer is not None and buffer.pinned is not None and result.size:
-                result.reshape(-1).view(np.uint8)[:] = buffer.pinned[: result.nbytes]
-        return tuple(results)
+
+    def _end_oldest(self) -> None:
+        """Wait for the oldest call that is under way; its results are here then, and its pinned memory is another one's."""
+        call = self._under_way[0]
+        self._driver.run("cuEventSynchronize", call._event)
+        for here, piece in call._copies:
+            if here.size:
+                here.reshape(-1).view(np.uint8)[:] = piece[: here.nbytes]
+        self._under_way.popleft()  # before its memory is another's: whoever interrupts this loses some, and nobody shares it
+        self._events.append(call._event)
+        for buffer, piece in call._pieces:
+            buffer.free.append(piece)
+        if not self._under_way:
+            self._pending = None
 
     @_there
     def call_tensors(
@@ -369,7 +440,7 @@ class DeviceExecutable:
                 raise InputError(f"the program runs on cuda:{number} ({self.device}), got a tensor on {x.device}")
         stream = ctypes.c_void_p(torch.cuda.current_stream(number).cuda_stream)
         borrowed = [self._borrowed(x) if is_device_tensor(x) else x for x in inputs]
-        called, given, run = self._started(entry, borrowed, weights, stream)
+        called, given, run, pieces = self._started(entry, borrowed, weights, stream)
         results = []
         for alias, buffer in zip(called.aliases, run.outputs, strict=True):
             if buffer is None:
@@ -386,7 +457,25 @@ class DeviceExecutable:
             "cuMemcpyDtoHAsync_v2", ctypes.c_void_p(self._seen.ctypes.data), ctypes.c_void_p(self._fault.address),
             ctypes.c_size_t(4), stream,
         )  # fmt: skip
+        self._followed((), (), pieces, [], stream)
         return tuple(results)
+
+    @_there
+    def repeated(
+        self, entry: str, inputs: Sequence[Any], weights: Uploaded | Mapping[str, np.ndarray], *, graph: bool
+    ) -> Callable[[int], None]:
+        """For measurements: a function that launches an entry's kernels again, on a stream of that address, as a graph or one by one.
+
+        They read copies of these inputs. It copies, checks and waits for nothing; other calls of the program must not come between.
+        """
+        _, given, run, pieces = self._started(entry, inputs, weights, self._stream)
+        self._finish(self._followed((), (), pieces, [], self._stream))
+        return functools.partial(self._again, run, given, graph)
+
+    @_there
+    def _again(self, run: _Run, given: Sequence[Any], graph: bool, stream: int) -> None:
+        """given: what is read where it is, which must stay."""
+        (self._launch if graph else self._launch_each)(run, ctypes.c_void_p(stream))
 
     def _borrowed(self, tensor: Any) -> DeviceArray:
         """torch's tensor as one of ours, without a copy where it is contiguous and where kernels may read 16 bytes at a time."""
@@ -407,13 +496,16 @@ class DeviceExecutable:
 
     def _started(
         self, entry: str, inputs: Sequence[Any], weights: Uploaded | Mapping[str, np.ndarray], stream: ctypes.c_void_p
-    ) -> tuple[Entry, list[Any], _Run]:
-        """Check the inputs, bring them to the GPU and launch the entry; what was given, and the buffers of the results."""
+    ) -> tuple[Entry, list[Any], _Run, list[tuple[_Buffer, np.ndarray]]]:
+        """Check the inputs, bring them to the GPU and launch the entry: what was given, the buffers of the results, and the pinned memory that is
+        the call's until it ends."""
         called = self._entries.get(entry)
         if called is None:
             raise InputError(f"the program has no entry {entry!r}")
-        if self._pending is not None and (self._pending.value != stream.value or not all(map(_is_there, inputs))):
+        if self._pending is not None and self._pending.value != stream.value:
             self._settle()  # buffers are used again
+        while len(self._under_way) >= _AHEAD:
+            self._end_oldest()
         self._check()
         if not isinstance(weights, Uploaded):
             weights = self.prepare(entry, weights)
@@ -427,26 +519,31 @@ class DeviceExecutable:
                 raise InputError(f"input {called.inputs[i][0]!r} is updated in place, but its array is read-only")
         run = self._run(entry, called, given, env, weights)
         self._pending = stream
+        pieces: list[tuple[_Buffer, np.ndarray]] = []
         for held, buffer in zip(given, run.inputs, strict=True):
             if buffer is None:
                 continue
             if isinstance(held, DeviceArray):
                 self._copy(buffer.array.address, held, stream)
                 continue
-            source, host = held.address, buffer.host(self._driver)
-            if host is not None and held.array.size:
-                host[: held.nbytes] = held.array.reshape(-1).view(np.uint8)
-                source = host.ctypes.data
+            source, piece = held.address, buffer.pinned(self._driver)
+            if piece is not None:
+                pieces.append((buffer, piece))
+                if held.array.size:
+                    piece[: held.nbytes] = held.array.reshape(-1).view(np.uint8)
+                source = piece.ctypes.data
             if buffer.array.nbytes:
                 self._driver.run(
                     "cuMemcpyHtoDAsync_v2", ctypes.c_void_p(buffer.array.address), ctypes.c_void_p(source),
                     ctypes.c_size_t(buffer.array.nbytes), stream,
                 )  # fmt: skip
         self._launch(run, stream)
-        return called, given, run
+        return called, given, run, pieces
 
     def _settle(self) -> None:
-        """Wait for a call that nobody waited for."""
+        """Wait for calls that nobody waited for."""
+        while self._under_way:
+            self._end_oldest()
         if self._pending is not None:
             self._driver.run("cuStreamSynchronize", self._pending)
             self._pending = None
@@ -551,16 +648,10 @@ class DeviceExecutable:
                     self._driver.run("cuFuncSetAttribute", function, _MAX_SHARED, launch.shared)
                 # The first one follows whatever others left on the stream.
                 early = launch.early and self._driver.overlaps and bool(calls)
-                raw = b"".join(map(value, launch.arguments))  # maps, which are aligned, stand first
-                values, nbytes = ctypes.create_string_buffer(raw, len(raw)), ctypes.c_size_t(len(raw))
-                extra = (ctypes.c_void_p * 5)(
-                    1,
-                    ctypes.cast(values, ctypes.c_void_p),
-                    2,
-                    ctypes.cast(ctypes.pointer(nbytes), ctypes.c_void_p),
-                    None,
-                )
-                calls.append(_Call(function, grid, launch.threads, launch.shared, (values, nbytes), extra, early))  # type: ignore[arg-type]
+                # One by one: only the driver knows where each one lies. Before a tensor map the assembler leaves room that no rule tells.
+                values = [ctypes.create_string_buffer(raw, len(raw)) for raw in map(value, launch.arguments)]
+                parameters = (ctypes.c_void_p * (len(values) + 1))(*map(ctypes.addressof, values), None)
+                calls.append(_Call(function, grid, launch.threads, launch.shared, values, parameters, early))  # type: ignore[arg-type]
         return _Run(inputs, outputs, calls, self._arena, self._counters)
 
     def _chosen(self, step: Sequence[Variant], env: Mapping[str, int]) -> Variant:
@@ -574,6 +665,8 @@ class DeviceExecutable:
         if name not in self._functions:
             found = ctypes.c_void_p()
             status = self._driver.code_of("cuModuleGetFunction", ctypes.byref(found), self._module, name.encode())
+            if status not in (0, _NOT_FOUND):
+                self._driver.fail("cuModuleGetFunction", status)
             self._functions[name] = found if status == 0 else None
         return self._functions[name]
 
@@ -606,7 +699,7 @@ class DeviceExecutable:
                 config = _Config(
                     call.grid, (call.threads, 1, 1), call.shared, stream, ctypes.pointer(_EARLY), 1
                 )  # fmt: skip
-                self._driver.run("cuLaunchKernelEx", ctypes.byref(config), call.function, None, call.extra)
+                self._driver.run("cuLaunchKernelEx", ctypes.byref(config), call.function, call.parameters, None)
                 continue
             self._driver.run(
                 "cuLaunchKernel",
@@ -619,8 +712,8 @@ class DeviceExecutable:
                 1,
                 call.shared,
                 stream,
+                call.parameters,
                 None,
-                call.extra,
             )
 
 
@@ -629,8 +722,10 @@ _READ_IN_PLACE = 64 << 20
 
 
 def _in_place(number: int, given: Any, called: Entry) -> bool:
-    """Whether an input on the GPU is used where it is: what the entry updates, and what is large."""
-    return isinstance(given, DeviceArray) and (number in called.aliases or given.nbytes >= _READ_IN_PLACE)
+    """Whether an input on the GPU is used where it is: what stays there (which `hold` and `zeros` made), what the entry updates, and what is
+    large."""
+    own = isinstance(given, DeviceArray) and (given.owner is None or given.nbytes >= _READ_IN_PLACE)
+    return own or (isinstance(given, DeviceArray) and number in called.aliases)
 
 
 def _pinned(driver: Driver, nbytes: int) -> np.ndarray:
@@ -646,19 +741,16 @@ def _unpin(driver: Driver, address: int) -> None:
     driver.let_go(("cuMemFreeHost", ctypes.c_void_p(address)))
 
 
-def _is_there(value: Any) -> bool:
-    """Whether an input is on the GPU."""
-    return isinstance(value, DeviceArray)
-
-
 def _release(
-    driver: Driver, module: ctypes.c_void_p, streams: Sequence[ctypes.c_void_p], runs: Mapping[Any, _Run]
-) -> None:
+    driver: Driver, module: ctypes.c_void_p, streams: Sequence[ctypes.c_void_p], runs: Mapping[Any, _Run],
+    events: Sequence[ctypes.c_void_p],
+) -> None:  # fmt: skip
     """Give back what a program had of the driver, once its work is done, on torch's streams, too."""
     graphs = [("cuGraphExecDestroy", run.graph) for run in runs.values() if run.graph is not None]
     driver.let_go(
         ("cuCtxSynchronize",),
         *graphs,
+        *(("cuEventDestroy_v2", event) for event in events),
         *(("cuStreamDestroy_v2", stream) for stream in streams),
         ("cuModuleUnload", module),
     )

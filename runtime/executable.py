@@ -15,7 +15,7 @@ import sys
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import attrs
 import numpy as np
@@ -100,6 +100,30 @@ class _Bound:
     sizes: np.ndarray
     shapes: tuple[tuple[int, ...], ...]
     arena: int
+
+
+class Started(Protocol):
+    """A call that was begun.
+
+    values: its results where they are, which calls that are started later take as inputs; see what made it for how long.
+    """
+
+    @property
+    def values(self) -> tuple[Any, ...]: ...
+
+    def results(self) -> tuple[Any, ...]:
+        """Wait for it: its results as arrays in this machine's memory, and what was updated in place as it was given. Raises what the call does."""
+
+
+@attrs.frozen(eq=False)
+class Finished:
+    """A call that was done at once."""
+
+    values: tuple[Any, ...]
+
+    def results(self) -> tuple[Any, ...]:
+        """Its results."""
+        return self.values
 
 
 class _Callable:
@@ -233,6 +257,12 @@ class Executable:
             except Exception as error:
                 raise _translated(error) from None
         return tuple([a.array for a in outputs])
+
+    def start(
+        self, entry: str, inputs: Sequence[Any], weights: Prepared | Mapping[str, np.ndarray] = _NOTHING
+    ) -> Finished:
+        """`call`, for those who would go on meanwhile on another machine."""
+        return Finished(self.call(entry, inputs, weights))
 
     def _callable(self, entry: str) -> _Callable:
         try:

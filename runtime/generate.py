@@ -1,7 +1,7 @@
 """Text generation over a stateful session: prompts in, tokens and text out, with the meaning of `model.generate`.
 
 The processors run in transformers' order: repetition penalty, minimum length; then, when sampling, temperature, top-k,
-top-p, min-p. Only NumPy is used; whose session computes the logits doesn't matter here.
+top-p, min-p. Only NumPy is used; whose session computes the logits, or draws tokens itself, doesn't matter here.
 """
 
 from __future__ import annotations
@@ -12,13 +12,16 @@ import operator
 import time
 import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
-from typing import Any, Literal, Protocol, cast, overload, runtime_checkable
+from contextlib import closing
+from typing import Any, Literal, Protocol, cast, overload
 
 import attrs
 import numpy as np
 import numpy.typing as npt
 
 from jisu.compiler.errors import IndexOutOfRangeError, InputError, InputTypeError
+from jisu.compiler.ops.sampling import ONE, PARTS, masses, share, units
+from jisu.runtime.session import Drawn, Sampling
 from jisu.runtime.tokenizer import Tokenizer as Tokenizer
 
 Ids = npt.NDArray[np.int64]
@@ -311,17 +314,17 @@ def penalize(scores: Logits, token_ids: Ids, penalty: float) -> None:
     scores[token_ids] = np.where(chosen < 0, chosen * factor, chosen / factor)
 
 
-def candidates(scores: Logits, config: GenerationConfig) -> tuple[Ids, npt.NDArray[np.float64]]:
-    """The tokens that sampling may choose, ids [N], with their unnormalised probabilities, float64 [N].
+def candidates(scores: Logits, config: GenerationConfig) -> tuple[Ids, Ids]:
+    """The tokens that sampling may choose, ids [N], with their masses, int64 [N] (see `jisu.compiler.ops.sampling`).
 
-    Temperature, top-k, top-p (Holtzman et al., 2019, https://arxiv.org/abs/1904.09751) and min-p (Nguyen et al., 2024,
-    https://arxiv.org/abs/2407.01082) in this order; scores float32 [V].
+    Top-k, top-p (Holtzman et al., 2019, https://arxiv.org/abs/1904.09751) and min-p (Nguyen et al., 2024,
+    https://arxiv.org/abs/2407.01082) in this order; scores float32 [V]. As `jisu.compiler.ops.draw` of all scores in order, but
+    only as many are put in order as it takes.
 
     Raises: InputError if the scores have no finite maximum.
     """
-    if config.temperature != 1.0:
-        scores = scores / np.float32(config.temperature)
-    ids, kept = np.arange(scores.size), scores
+    kept = scores = scores.astype(np.float32, copy=False)
+    ids = np.arange(scores.size)
     if 0 < config.top_k < scores.size:
         # Ties with the last one stay, as does NaN, which is reported below.
         ids = np.flatnonzero(~(scores < _kth_largest(scores, config.top_k)))
@@ -329,15 +332,19 @@ def candidates(scores: Logits, config: GenerationConfig) -> tuple[Ids, npt.NDArr
     highest = kept.max()
     if not np.isfinite(highest):
         raise InputError(f"can't sample: the highest logit is {highest}")
-    # e^x of a large vocabulary in float64 takes a millisecond, and scores are no more exact than float32.
-    weights = np.exp(kept - highest).astype(np.float64)
+    with np.errstate(over="ignore"):
+        mass = masses((highest - kept) / _heat(config))
     if config.top_p < 1.0:
-        nucleus = _nucleus(weights, config.top_p)
-        ids, weights = ids[nucleus], weights[nucleus]
-    if config.min_p is not None:
-        likely = weights >= config.min_p  # the highest weight is 1
-        ids, weights = ids[likely], weights[likely]
-    return ids, weights
+        nucleus = int(share(mass.sum(), units(np.float32(config.top_p), PARTS)))
+        inside = _reaching(kept, mass, max(nucleus, 1))
+        ids, mass = ids[inside], mass[inside]
+    likely = mass >= units(np.float32(config.min_p or 0.0), ONE)
+    return ids[likely], mass[likely]
+
+
+def _heat(config: GenerationConfig) -> np.float32:
+    """The temperature, not so low that it were none."""
+    return max(np.float32(config.temperature), np.finfo(np.float32).tiny)
 
 
 def _kth_largest(scores: Logits, k: int) -> np.float32:
@@ -349,31 +356,24 @@ def _kth_largest(scores: Logits, k: int) -> np.float32:
     return cast(np.float32, np.partition(scores, scores.size - k)[scores.size - k])
 
 
-def _nucleus(weights: npt.NDArray[np.float64], top_p: float) -> Ids:
-    """Indices of the most likely tokens before which less than top_p of the mass lies; at least one."""
-    total = weights.sum()
-    pool, removable = weights, (1 - top_p) * total
-    while pool.size > 1024:  # what is below this mean is out, all together; sorting everything would take milliseconds
-        low = pool <= removable / pool.size
-        dropped = np.count_nonzero(low)
-        if dropped < pool.size // 8 or dropped == pool.size:
-            break
-        removable -= pool[low].sum()
-        pool = pool[~low]
-    falling = np.sort(pool)[::-1]
-    count = max(int(np.count_nonzero(np.cumsum(falling) - falling < top_p * total)), 1)
-    lowest = falling[count - 1]
-    above, equal = np.flatnonzero(weights > lowest), np.flatnonzero(weights == lowest)
-    return np.sort(np.concatenate((above, equal[: count - above.size])))
+def _reaching(scores: Logits, mass: Ids, goal: int) -> Ids:
+    """Indices of the tokens with the highest scores, in order (equal ones as they stand), up to the one with which their mass reaches a goal."""
+    count = 256
+    while True:
+        best = np.arange(scores.size)
+        if count < scores.size:
+            best = np.flatnonzero(scores >= _kth_largest(scores, count))
+        best = best[np.argsort(-scores[best], kind="stable")]
+        reached = np.cumsum(mass[best])
+        if reached[-1] >= goal or best.size == scores.size:
+            return cast(Ids, best[: int(np.searchsorted(reached, goal)) + 1])
+        count *= 16
 
 
-def draw(ids: Ids, weights: npt.NDArray[np.float64], rng: np.random.Generator) -> int:
-    """One of ids [N] with probability proportional to weights [N] (inversion of the cumulative sum)."""
-    total = np.cumsum(weights)
-    index = int(np.searchsorted(total, rng.random() * total[-1], side="right"))
-    if index == ids.size or not weights[index]:  # rounding reached the total itself
-        index = int(np.flatnonzero(weights)[-1])
-    return int(ids[index])
+def draw(scores: Logits, ids: Ids, mass: Ids, uniform: int) -> int:
+    """The one of `candidates`, ids [N] with masses [N], in whose part of their sum a number of 31 bits falls, the likeliest coming first."""
+    aim = int(share(mass.sum(), np.int64(uniform)))
+    return int(ids[_reaching(scores[ids], mass, aim + 1)[-1]])
 
 
 # -------------------------------------------------------------------------------------------------------------- text
@@ -510,7 +510,10 @@ def _masked(prompts: Mapping[Any, Any]) -> list[list[int]]:
     if prompts.get("attention_mask") is None:
         return _rows_of_list(prompts["input_ids"])
     rows = []
-    for ids, mask in zip(_rows_of_list(prompts["input_ids"]), _rows_of_list(prompts["attention_mask"]), strict=True):
+    every, masks = _rows_of_list(prompts["input_ids"]), _rows_of_list(prompts["attention_mask"])
+    if len(every) != len(masks):
+        raise InputError(f"got {len(every)} prompts and an attention mask for {len(masks)}")
+    for ids, mask in zip(every, masks, strict=True):
         count = sum(map(bool, mask))
         if len(mask) != len(ids) or not all(mask[len(mask) - count :]):
             raise InputError("the attention mask may hide padding on the left only; tokenize with padding_side='left'")
@@ -565,18 +568,14 @@ class _Row:
         self.reason: Reason | None = None
         self._config = config
         self._rng = np.random.default_rng(np.random.SeedSequence(config.seed, spawn_key=(number,)))
+        self._uniform: list[int] = []
         self._seen = np.array(sorted(set(prompt)), dtype=np.int64)
 
-    def choose_of(self, scores: Logits, tokens: Ids) -> int | None:
-        """The next token for the highest scores of all, float32 [K] from the highest on, and their tokens; None where others may count."""
-        config = self._config
-        if not config.do_sample:
-            return int(tokens[0])
-        if np.isfinite(scores[0]) and not scores[config.top_k - 1] > scores[-1]:
-            return None  # others may be equal to the last one of top-k
-        order = np.argsort(tokens)  # as if they stood among all
-        ids, weights = candidates(scores[order], config)
-        return draw(tokens[order][ids], weights, self._rng)
+    def uniform(self, step: int) -> int:
+        """The 31 random bits of the row's token number `step`."""
+        while len(self._uniform) <= step:
+            self._uniform.append(int(self._rng.random() * 2**PARTS))
+        return self._uniform[step]
 
     def choose(self, scores: Logits) -> int:
         """The next token for scores float32 [V]."""
@@ -590,7 +589,7 @@ class _Row:
             scores[[token for token in muted if token < scores.size]] = -np.inf
         if not config.do_sample:
             return int(scores.argmax())
-        return draw(*candidates(scores, config), self._rng)
+        return draw(scores, *candidates(scores, config), self.uniform(len(self.tokens)))
 
     def push(self, token: int, last: bool) -> Chunk:
         """Take a token, the `last` one that there's room for."""
@@ -711,25 +710,24 @@ def _run(
 
     rows = [_Row(number, prompt, config, text_stream()) for number, prompt in enumerate(prompts)]
     begin = time.perf_counter()
-    choose = _chooser(session, config)
     ids, start = _padded(prompts)
     chunk = config.prefill_chunk
     for position in range(0, ids.shape[1] - chunk, chunk):
         session.append(ids[:, position : position + chunk], start=None if position else start, last_only=True)
     left = (ids.shape[1] - 1) // chunk * chunk
-    chosen = choose(rows, ids[:, left:], None if left else start)
-    prefill_s, decode_s = time.perf_counter() - begin, 0.0
-    for step in range(limit):
-        begin = time.perf_counter()
-        if step:
-            tokens = [row.tokens[-1] if row.reason is None else 0 for row in rows]
-            chosen = choose(rows, np.array(tokens, dtype=np.int64)[:, None], None)
-        alive = [row for row in rows if row.reason is None]
-        chunks = [row.push(chosen[row.number], step + 1 == limit) for row in alive]
-        decode_s += time.perf_counter() - begin
-        yield from chunks
-        if all(row.reason for row in rows):
-            break
+    prefill_s = decode_s = 0.0
+    with closing(_choices(session, config, rows, ids[:, left:], None if left else start, limit)) as choices:
+        for step, chosen in enumerate(choices):
+            spent = time.perf_counter() - begin
+            prefill_s, decode_s = (prefill_s, decode_s + spent) if step else (spent, decode_s)
+            begin = time.perf_counter()
+            alive = [row for row in rows if row.reason is None]
+            chunks = [row.push(chosen[row.number], step + 1 == limit) for row in alive]
+            decode_s += time.perf_counter() - begin
+            yield from chunks
+            if all(row.reason for row in rows):
+                break
+            begin = time.perf_counter()
     pad = config.pad_token_id if config.pad_token_id is not None else (*config.eos_token_id, 0)[0]
     longest = max(len(row.tokens) for row in rows)
     texts = ["".join(row.parts) for row in rows]
@@ -744,47 +742,85 @@ def _run(
     )
 
 
-_Chooser = Callable[[Sequence[_Row], Ids, "Ids | None"], list[int]]
+_Choices = Generator[list[int], None, None]
+"""A token of each row, which is pushed to it before the next one is asked for."""
 
 
-def _chooser(session: Session, config: GenerationConfig) -> _Chooser:
-    """A function of rows, new tokens [B, C] and padding that gives each row's next token."""
+def _choices(
+    session: Session, config: GenerationConfig, rows: Sequence[_Row], ids: Ids, start: Ids | None, limit: int
+) -> _Choices:
+    """`limit` tokens behind ids [B, C], the last part of the prompts; start: see `Session.append`."""
     plain = config.repetition_penalty == 1.0 and not config.min_new_tokens
-    greedy = plain and not config.do_sample
-
-    def of_all(rows: Sequence[_Row], ids: Ids, start: Ids | None) -> list[int]:
-        scores = session.append(ids, start=start, last_only=True)[:, -1]
-        if greedy:
-            return cast("list[int]", scores.argmax(-1).tolist())
-        return [row.choose(scores[row.number]) if row.reason is None else 0 for row in rows]
-
-    def of_leading(rows: Sequence[_Row], ids: Ids, start: Ids | None) -> list[int]:
-        assert isinstance(session, _Leading)
-        scores, tokens = session.append_leading(ids, start=start)
-        chosen: list[int] = []
-        everything: Logits | None = None
-        for row in rows:
-            found = row.choose_of(scores[row.number, -1], tokens[row.number, -1]) if row.reason is None else 0
-            if found is None:
-                everything = session.logits() if everything is None else everything
-                found = row.choose(everything[row.number, -1])
-            chosen.append(found)
-        return chosen
-
-    # Of a GPU's step only the likeliest tokens are fetched, where no others can be chosen.
     few = getattr(session, "leading", 0)
-    return of_leading if plain and few and (greedy or 0 < config.top_k <= few // 2) else of_all
+    if plain and few and (not config.do_sample or 0 < config.top_k < few):
+        return _drawn_there(cast(_Drawing, session), config, rows, ids, start, limit)
+    return _drawn_here(session, config, rows, ids, start, limit)
 
 
-@runtime_checkable
-class _Leading(Protocol):
-    """A session that can give the highest logits alone."""
+def _drawn_here(
+    session: Session, config: GenerationConfig, rows: Sequence[_Row], ids: Ids, start: Ids | None, limit: int
+) -> _Choices:
+    greedy = config.repetition_penalty == 1.0 and not config.min_new_tokens and not config.do_sample
+    for step in range(limit):
+        scores = session.append(ids, start=None if step else start, last_only=True)[:, -1]
+        yield scores.argmax(-1).tolist() if greedy else [_choice(row, scores) for row in rows]
+        ids = _newest(rows)
 
-    leading: int
 
-    def append_leading(self, token_ids: Ids, *, start: Ids | None = None) -> tuple[Logits, Ids]: ...
+def _drawn_there(
+    session: _Drawing, config: GenerationConfig, rows: Sequence[_Row], ids: Ids, start: Ids | None, limit: int
+) -> _Choices:
+    """By the session's own machine, which begins with the next step before this one's tokens are known here."""
+    options = (_heat(config) if config.do_sample else 0.0, config.top_k, config.top_p, config.min_p or 0.0)
+    sampling = Sampling(*(np.full(len(rows), option) for option in options))
 
-    def logits(self) -> Logits: ...
+    def begin(step: int, tokens: Ids | Drawn) -> Drawn:
+        uniform = np.array([row.uniform(step) for row in rows], np.int64) if config.do_sample else None
+        return session.draw(tokens, sampling, uniform, start=None if step else start)
+
+    under_way: Drawn | None = begin(0, ids)
+    ahead: Drawn | None = None
+    try:
+        for step in range(limit):
+            drawn = under_way or begin(step, ids)
+            if step + 1 < limit and ids.shape[1] < session.undoable:
+                ahead = begin(step + 1, drawn)
+            tokens, whole = drawn.results()
+            chosen = tokens.tolist()
+            if not all(whole[row.number] for row in rows if row.reason is None):
+                again = ids[:, -session.undoable :]
+                session.undo(again.shape[1] + (ahead is not None))
+                ahead = None
+                scores = session.append(again, start=None if step else start, last_only=True)[:, -1]
+                chosen = [chosen[row.number] if whole[row.number] else _choice(row, scores) for row in rows]
+            yield chosen
+            ids, under_way, ahead = _newest(rows), ahead, None
+    finally:
+        if ahead is not None:  # nobody wants to know what comes next
+            session.undo(1)
+
+
+def _choice(row: _Row, scores: Logits) -> int:
+    """What a row chooses of scores [B, V]; nothing behind its end."""
+    return row.choose(scores[row.number]) if row.reason is None else 0
+
+
+def _newest(rows: Sequence[_Row]) -> Ids:
+    """The rows' last tokens, [B, 1]."""
+    return np.array([row.tokens[-1] if row.reason is None else 0 for row in rows], np.int64)[:, None]
+
+
+class _Drawing(Session, Protocol):
+    """A session whose machine draws tokens by itself: `jisu.runtime.session.Session` for a GPU."""
+
+    @property
+    def undoable(self) -> int: ...
+
+    def draw(
+        self, tokens: Ids | Drawn, sampling: Sampling, uniform: Ids | None = None, *, start: Ids | None = None
+    ) -> Drawn: ...
+
+    def undo(self, count: int) -> None: ...
 
 
 def _padded(prompts: list[list[int]]) -> tuple[Ids, Ids | None]:

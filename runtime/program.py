@@ -34,7 +34,7 @@ from jisu.compiler.text import parse, parse_type
 from jisu.compiler.types import TensorType, dtype_name, numpy_dtype
 from jisu.runtime import artifact
 from jisu.runtime.cuda import DeviceExecutable, is_device_tensor
-from jisu.runtime.executable import Executable
+from jisu.runtime.executable import Executable, Started
 from jisu.runtime.generate import Chunk, Generation, GenerationConfig, Tokenizer, generate
 from jisu.runtime.session import MAIN, DecoderInfo, Session
 
@@ -141,12 +141,20 @@ class Program:
         return self._parts
 
     def _run(self, entry: str, arrays: Sequence[Any]) -> tuple[Any, ...]:
+        if any(map(is_device_tensor, arrays)):
+            with self._lock:
+                return cast("tuple[Any, ...]", self._runs_here().call_tensors(entry, arrays, self._prepared(entry)))
+        return self._start(entry, arrays).results()
+
+    def _start(self, entry: str, arrays: Sequence[Any]) -> Started:
         with self._lock:
-            executable = self._runs_here()
-            if entry not in self._weights:
-                self._weights[entry] = executable.prepare(entry, self._parts.weights)
-            there = any(map(is_device_tensor, arrays))
-            return (executable.call_tensors if there else executable.call)(entry, arrays, self._weights[entry])
+            return cast(Started, self._runs_here().start(entry, arrays, self._prepared(entry)))
+
+    def _prepared(self, entry: str) -> Any:
+        """An entry's weights as the executable takes them."""
+        if entry not in self._weights:
+            self._weights[entry] = self._runs_here().prepare(entry, self._parts.weights)
+        return self._weights[entry]
 
     @property
     def lacks(self) -> str:
@@ -184,7 +192,7 @@ class Program:
             if not np.array_equal(np.broadcast_to(np.asarray(position_ids), ids.shape), want):
                 raise InputError("position_ids: only positions that count each sequence's tokens from 0 are supported")
         whole = attrs.evolve(info, prefill_chunk=max(ids.shape[1], 1))
-        logits = Session(whole, self._run, self._runs_here()).append(ids, start=start)
+        logits = Session(whole, self._start, self._runs_here()).append(ids, start=start)
         result = _to_torch(logits) if _is_torch(input_ids) else logits
         return self._parts.signature.unflatten([result])
 
@@ -208,7 +216,7 @@ class Program:
         """
         if self._parts.decoder is None:
             raise JisuError("this program is no causal language model: it has no session and can't generate")
-        return Session(self._parts.decoder, self._run, self._runs_here(), capacity)
+        return Session(self._parts.decoder, self._start, self._runs_here(), capacity)
 
     @overload
     def generate(
@@ -360,9 +368,16 @@ def _loaded(code: Mapping[str, bytes], entries: Mapping[str, Entry], num_threads
 
 
 def load(
-    path: str | os.PathLike[str], *, features: Callable[[], Iterable[str]], num_threads: int | None = None
+    path: str | os.PathLike[str],
+    *,
+    features: Callable[[], Iterable[str]],
+    num_threads: int | None = None,
+    weights: Callable[[str, TensorType], np.ndarray] | None = None,
 ) -> Program:
-    """Load a saved program; `features` tells this processor's features. See `jisu.load` for the errors."""
+    """Load a saved program; `features` tells this processor's features. See `jisu.load` for the errors.
+
+    weights: gives an array for a weight's name and type, in place of those that were saved.
+    """
     saved = artifact.read(path, features=features)
     manifest = saved.manifest
     try:
@@ -374,10 +389,15 @@ def load(
             decoder = DecoderInfo(state=state, **fields)
         signature = Signature.from_json(meta["call"])
         entries = {name: Entry.from_json(entry) for name, entry in meta["entries"].items()}
-        weights = {name: tensor.numpy() for name, tensor in saved.tensors().items()}
+        if weights is None:
+            arrays = {name: tensor.numpy() for name, tensor in saved.tensors().items()}
+        else:
+            arrays = {
+                name: weights(name, kind) for name, kind in dict(w for e in entries.values() for w in e.weights).items()
+            }
         report = json.loads(saved.bytes("report.json"))
         graphs = {e: saved.bytes(f"graph-{e}.txt").decode() for e in manifest.entry_points}
-        missing = {name for entry in entries.values() for name, _ in entry.weights} - set(weights)
+        missing = {name for entry in entries.values() for name, _ in entry.weights} - set(arrays)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ArtifactError(
             f"{os.fspath(path)}: the manifest is incomplete ({type(error).__name__}: {error})"
@@ -394,7 +414,7 @@ def load(
     if not code:
         raise ArtifactError(f"{os.fspath(path)}: has no compiled kernels")
     parts = Compiled(
-        code, weights, entries, graphs, signature, target, saved.bytes("recipe.toml").decode(), report, decoder, files,
+        code, arrays, entries, graphs, signature, target, saved.bytes("recipe.toml").decode(), report, decoder, files,
         manifest.producers,
     )  # fmt: skip
     return Program(parts, num_threads)

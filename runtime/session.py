@@ -10,12 +10,16 @@ import numpy as np
 
 from jisu.compiler.errors import IndexOutOfRangeError, InputError
 from jisu.compiler.types import TensorType, numpy_dtype
+from jisu.runtime.executable import Started
 
-APPEND, APPEND_LAST, APPEND_LEADING = "append", "append_last", "append_leading"
-"""Entries of a decoder: logits of every new token, of the chunk's last one only, and of that one the highest with their tokens."""
+APPEND, APPEND_LAST, APPEND_DRAWN = "append", "append_last", "append_drawn"
+"""Entries of a decoder: logits of every new token, of the chunk's last one only, and instead of these a token that is drawn by them."""
 
 LEADING = 128
-"""How many logits `APPEND_LEADING` gives."""
+"""Among how many tokens `APPEND_DRAWN` draws, those with the highest logits."""
+
+DRAWING = (("uniform", "int64"), ("temperature", "float32"), ("top_k", "int64"), ("top_p", "float32"), ("min_p", "float32"))  # fmt: skip
+"""What `APPEND_DRAWN` takes behind the state, one per sequence: see `jisu.compiler.ops.draw`."""
 
 MAIN = "main"
 """The entry of a program without state."""
@@ -27,7 +31,7 @@ class DecoderInfo:
 
     vocabulary: size of the logits' last axis. max_positions: the longest sequence. page: slots per page of a paged cache,
     else 0. state: (name, type with symbols, window, ring) per state tensor. batch: the symbol of the batch.
-    prefill_chunk: tokens read at a time. leading: how many logits `APPEND_LEADING` gives, 0 where there is no such
+    prefill_chunk: tokens read at a time. leading: among how many tokens `APPEND_DRAWN` draws, 0 where there is no such
     entry. inputs: names of the stateless graph's inputs. reason: why there is no cache, where `state` is empty.
     """
 
@@ -63,10 +67,10 @@ class DecoderInfo:
         return np.ascontiguousarray(np.arange(pages, dtype=np.int32).reshape(-1, batch).T)
 
 
-class Call(Protocol):
-    """Runs one entry of a program on arrays, or on such as are held."""
+class Start(Protocol):
+    """Begins to run one entry of a program on arrays, on such as are held, or on values of calls that were started before."""
 
-    def __call__(self, entry: str, arrays: Sequence[Any]) -> tuple[Any, ...]: ...
+    def __call__(self, entry: str, arrays: Sequence[Any]) -> Started: ...
 
 
 class Memory(Protocol):
@@ -82,6 +86,34 @@ class Memory(Protocol):
         """A tensor's elements."""
 
 
+@attrs.frozen(eq=False)
+class Sampling:
+    """How tokens are drawn, one number per sequence: see `jisu.compiler.ops.draw`; temperature 0 takes the likeliest."""
+
+    temperature: np.ndarray
+    top_k: np.ndarray
+    top_p: np.ndarray
+    min_p: np.ndarray
+
+
+@attrs.frozen(eq=False)
+class Drawn:
+    """Tokens that a step draws, or has drawn: they can be appended before they are known here."""
+
+    started: Started
+
+    @property
+    def value(self) -> Any:
+        """The tokens int64 [b, 1] where they are."""
+        return self.started.values[0]
+
+    def results(self) -> tuple[np.ndarray, np.ndarray]:
+        """Wait for the step: the tokens int64 [b], and whether no other tokens than the leading ones could be drawn, bool [b]; where they could,
+        a token means nothing."""
+        tokens, whole, *_ = self.started.results()
+        return np.asarray(tokens)[:, 0], np.asarray(whole)[:, 0]
+
+
 class Session:
     """The stateful step of a decoder: `append` reads tokens, remembers their keys and values, returns logits.
 
@@ -89,20 +121,22 @@ class Session:
     length are padded on the left, `start` saying by how much. Not safe for use from several threads at once.
     """
 
-    def __init__(self, info: DecoderInfo, call: Call, memory: Memory, capacity: int | None = None) -> None:
+    def __init__(self, info: DecoderInfo, start: Start, memory: Memory, capacity: int | None = None) -> None:
         """capacity: slots to reserve (the cache grows beyond as needed, up to `info.max_positions`)."""
         if capacity is not None and not 0 < capacity <= info.max_positions:
             raise InputError(f"capacity {capacity} is not in 1..{info.max_positions}, the positions that the model has")
         self._info = info
-        self._call = call
+        self._run = start
         self._memory = memory
         self._wanted = capacity
         self._state: list[Any] = []  # tensors of `memory`
         self._history: np.ndarray | None = None
-        self._table: np.ndarray | None = None
+        self._table: Any = None  # such, too
         self._reserved = 0
         self._start = np.zeros(0, np.int64)
-        self._read_last = np.zeros((0, 0), np.int64)
+        self._held_start: Any = None
+        self._held_sampling: tuple[Sampling | None, list[Any]] = (None, [])
+        self._furthest = 0  # the most slots that were filled since the state was made
         self.length = 0
 
     @property
@@ -128,42 +162,65 @@ class Session:
     def append(self, token_ids: Any, *, start: Any = None, last_only: bool = False) -> np.ndarray:
         """Append tokens int64 [b, c] and return logits float32 [b, c, vocabulary] ([b, 1, vocabulary] with last_only).
 
-        start: int64 [b], padding slots in front of each sequence, given with the first tokens after a reset. Raises
-        IndexOutOfRangeError for an id outside the vocabulary, InputError for a wrong shape or a full cache.
+        start: int64 [b], padding slots in front of each sequence, given with the first tokens after a reset, maybe more than
+        there are first tokens. Raises IndexOutOfRangeError for an id outside the vocabulary, InputError for a wrong shape or a full cache.
         """
         ids = self._begun(token_ids, start)
         if not self._info.state:
             return self._recompute(ids, last_only)
-        chunks = self._chunks(ids)
-        entry = APPEND_LAST if last_only else APPEND
-        results = [self._step(c, entry, final=i == len(chunks) - 1)[0] for i, c in enumerate(chunks)]
-        if last_only or len(results) == 1:
-            return np.asarray(results[-1])
-        return np.concatenate(results, 1)
+        if last_only:
+            for chunk in self._chunks(ids):
+                step = self._step(chunk, APPEND_LAST)
+            return np.asarray(step.results()[0])
+        logits = [np.asarray(self._step(c, APPEND).results()[0]) for c in self._chunks(ids)]
+        return logits[0] if len(logits) == 1 else np.concatenate(logits, 1)
 
     @property
     def leading(self) -> int:
-        """How many logits `append_leading` gives; 0 where it isn't worth having."""
+        """Among how many tokens `draw` draws; 0 where it isn't worth having."""
         return self._info.leading
 
-    def append_leading(self, token_ids: Any, *, start: Any = None) -> tuple[np.ndarray, np.ndarray]:
-        """As `append` with last_only, but of the logits only the highest, float32 [b, 1, leading], from the highest on, and their tokens, int64.
+    def draw(self, tokens: Any, sampling: Sampling, uniform: np.ndarray | None = None, *, start: Any = None) -> Drawn:
+        """As `append`, but what comes is a token of each sequence, drawn from those with the `leading` highest logits.
 
-        `logits` has the rest. Raises InputError where `leading` is 0.
+        tokens: int64 [b, c], or what an earlier step draws: then nothing is waited for. uniform: int64 [b], 31 random bits each, unless all take
+        the likeliest. Raises InputError where `leading` is 0, and as `append`.
         """
         if not self.leading:
-            raise InputError("this program gives all logits; use append")
-        ids = self._begun(token_ids, start)
-        chunks = self._chunks(ids)
-        for chunk in chunks[:-1]:
-            self._step(chunk, APPEND_LEADING, final=False)
-        scores, tokens = self._step(chunks[-1], APPEND_LEADING, final=True)
-        return scores, tokens
+            raise InputError("this program draws no tokens; use append")
+        if isinstance(tokens, Drawn):
+            self._make_room(1)
+            chunks = [tokens.value]
+        else:
+            chunks = self._chunks(self._begun(tokens, start))
+        if self._held_sampling[0] is not sampling:
+            options = [np.zeros(len(self._start), np.int64), *attrs.astuple(sampling, recurse=False)]
+            held = [
+                self._memory.hold(np.ascontiguousarray(x, numpy_dtype(kind))[:, None])
+                for x, (_, kind) in zip(options, DRAWING, strict=True)
+            ]
+            self._held_sampling = (sampling, held)
+        unused, *rest = self._held_sampling[1]
+        options = [unused if uniform is None else np.ascontiguousarray(uniform, np.int64)[:, None], *rest]
+        for chunk in chunks:
+            step = self._step(chunk, APPEND_DRAWN, options)
+        return Drawn(step)
 
-    def logits(self) -> np.ndarray:
-        """All logits float32 [b, 1, vocabulary] behind what `append_leading` read: its last chunk is read again, to the same effect."""
-        self.length -= self._read_last.shape[1]
-        return np.asarray(self._step(self._read_last, APPEND_LAST, final=True)[0])
+    @property
+    def undoable(self) -> int:
+        """How many of the newest tokens can be taken back, all in all since the last that stays."""
+        return self._info.prefill_chunk if any(ring for *_, ring in self._info.state) else self._info.max_positions
+
+    def undo(self, count: int) -> None:
+        """Take back the `count` newest tokens; steps that are under way may go on. Raises InputError for more than there are, or than `undoable`.
+
+        Later tokens overwrite what the cache has of these, and see nothing of it before. A ring has as many slots beyond its window as fit
+        a chunk: whatever so few tokens overwrote, nobody sees any more.
+        """
+        length = self.length - count
+        if not self._info.state or length < 0 or self._furthest - length > self.undoable:
+            raise InputError(f"{count} of {self.length} tokens can't be taken back")
+        self.length = length
 
     def _begun(self, token_ids: Any, start: Any) -> np.ndarray:
         """The tokens, for which there is room then."""
@@ -174,15 +231,18 @@ class Session:
             raise InputError("start is set with the first tokens; call reset() before another batch")
         if ids.shape[0] != len(self._start):
             raise InputError(f"the session holds {len(self._start)} sequences, got tokens for {ids.shape[0]}")
-        if self.length + ids.shape[1] > self.capacity:
-            raise InputError(f"{self.length} + {ids.shape[1]} tokens exceed the session's capacity of {self.capacity}")
-        if self._info.state:
-            self._reserve(self.length + ids.shape[1])
+        self._make_room(ids.shape[1])
         return ids
+
+    def _make_room(self, count: int) -> None:
+        if self.length + count > self.capacity:
+            raise InputError(f"{self.length} + {count} tokens exceed the session's capacity of {self.capacity}")
+        if self._info.state:
+            self._reserve(self.length + count)
 
     def _chunks(self, ids: np.ndarray) -> list[np.ndarray]:
         step = self._info.prefill_chunk
-        return [ids[:, i : i + step] for i in range(0, ids.shape[1], step)]
+        return [np.ascontiguousarray(ids[:, i : i + step]) for i in range(0, ids.shape[1], step)]
 
     def _checked(self, token_ids: Any) -> np.ndarray:
         ids = np.asarray(token_ids)
@@ -200,10 +260,14 @@ class Session:
 
     def _begin(self, batch: int, start: Any) -> None:
         if batch != len(self._start):
-            self._state, self._reserved, self._table = [], 0, None
-        self._start = np.zeros(batch, np.int64) if start is None else np.ascontiguousarray(start, np.int64)
+            self._state, self._reserved, self._table, self._held_start = [], 0, None, None
+            self._held_sampling = (None, [])
+        before, self._furthest = self._start, 0
+        self._start = np.zeros(batch, np.int64) if start is None else np.array(start, np.int64)
         if self._start.shape != (batch,) or (self._start < 0).any():
             raise InputError(f"start: expected {batch} counts of padding slots, got {start!r}")
+        if self._held_start is None or not np.array_equal(before, self._start):
+            self._held_start = self._memory.hold(self._start)
 
     def _reserve(self, needed: int) -> None:
         """Make room for `needed` slots: all that was asked for at first, doubling later."""
@@ -214,18 +278,18 @@ class Session:
         if info.page:
             slots = -(-slots // info.page) * info.page
         old, sizes = self._state, info.sizes(len(self._start), slots)
-        self._state = []
+        state = []
         for i, (name, kind, _, ring) in enumerate(info.state):
             shape = [int(d) for d in kind.at(sizes).shape]
             if old and self.length:
                 array = np.zeros(shape, numpy_dtype(kind.dtype))
                 self._carry(self._memory.read(old[i]), array, ring)
-                self._state.append(self._memory.hold(array))
+                state.append(self._memory.hold(array))
             else:
-                self._state.append(self._memory.zeros(shape, kind.dtype, f"the KV cache ({name}, {slots} slots)"))
-        if info.page:
-            self._table = info.table(len(self._start), slots)
-        self._reserved = slots
+                state.append(self._memory.zeros(shape, kind.dtype, f"the KV cache ({name}, {slots} slots)"))
+        table = self._memory.hold(info.table(len(self._start), slots)) if info.page else None
+        # All at once: where memory is short, the session goes on with what it had.
+        self._state, self._table, self._reserved = state, table, slots
 
     def _carry(self, old: np.ndarray, new: np.ndarray, ring: bool) -> None:
         if self._info.page:
@@ -238,24 +302,22 @@ class Session:
             kept = np.arange(max(0, self.length - old.shape[2]), self.length)
             new[:, :, kept % new.shape[2]] = old[:, :, kept % old.shape[2]]
 
-    def _step(self, ids: np.ndarray, entry: str, final: bool) -> tuple[np.ndarray, ...]:
-        """What an entry gives beside the state; of other steps than the final one only `APPEND` gives anything."""
-        arrays = [np.ascontiguousarray(ids), np.array([self.length], np.int64), self._start]
-        if self._table is not None:
-            arrays.append(self._table)
-        results = self._call(entry, [*arrays, *self._state])
+    def _step(self, ids: Any, entry: str, options: Sequence[Any] = ()) -> Started:
+        """Begin to append a chunk, an array or a value; options: what the entry takes behind the state."""
+        table = [] if self._table is None else [self._table]
+        given = [ids, np.array([self.length], np.int64), self._held_start, *table, *self._state, *options]
+        started = self._run(entry, given)
         self.length += ids.shape[1]
-        self._read_last = ids
-        own = results[: len(results) - len(self._state)]
-        return tuple(np.asarray(r) if final or entry == APPEND else np.empty(0) for r in own)
+        self._furthest = max(self._furthest, self.length)
+        return started
 
     def _recompute(self, ids: np.ndarray, last_only: bool) -> np.ndarray:
         """Without a cache: run the whole sequences again (equal lengths only, as padding would be read)."""
         if self._start.any():
             raise InputError(f"prompts must be of one length: the model has no cache ({self._info.reason})")
-        self._history = ids if self._history is None else np.concatenate([self._history, ids], 1)
-        positions = np.broadcast_to(np.arange(self._history.shape[1]), self._history.shape)
-        given = {"input_ids": self._history, "position_ids": np.ascontiguousarray(positions, np.int64)}
-        (logits, *_) = self._call(MAIN, [given[name] for name in self._info.inputs])
-        self.length = self._history.shape[1]
+        history = ids if self._history is None else np.concatenate([self._history, ids], 1)
+        positions = np.broadcast_to(np.arange(history.shape[1]), history.shape)
+        given = {"input_ids": history, "position_ids": np.ascontiguousarray(positions, np.int64)}
+        (logits, *_) = self._run(MAIN, [given[name] for name in self._info.inputs]).results()
+        self._history, self.length = history, history.shape[1]
         return np.asarray(logits)[:, -1 if last_only else -ids.shape[1] :]

@@ -26,7 +26,7 @@ def halves(target: Target) -> dict[str, int]:
 
 
 def simulated(
-    graphs: Mapping[str, Graph], sizes: Mapping[str, int], target: Target, sequence: str | None
+    graphs: Mapping[str, Graph], sizes: Mapping[str, int], target: Target, sequence: str | None, positions: int | None
 ) -> list[dict[str, Any]]:
     """What a timing model says of entries: there is none but the cost model."""
     return []

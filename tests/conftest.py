@@ -13,7 +13,8 @@ import attrs
 import pytest
 from hypothesis import HealthCheck, settings
 
-from jisu.compiler.gpu import DRIVER
+from jisu.compiler.errors import TargetError
+from jisu.compiler.gpu import DRIVER, Driver
 from jisu.targets.target import Target, host
 from jisu.targets.worker import _BARE_LINKERS, find_linker
 
@@ -106,3 +107,13 @@ def emulated_driver(driver_library: Path) -> Iterator[ctypes.CDLL]:
 def emulated_gpu(emulated_driver: ctypes.CDLL) -> Target:
     """A target whose programs run on the emulated GPU."""
     return attrs.evolve(Target.describe("cuda:sm_90"), name="cuda:emulated", mcpu="sm_90", triple=host().triple)
+
+
+@pytest.fixture(scope="session")
+def present() -> Target:
+    """This machine's GPU, on which tests/gpu runs; JISU_CUDA_DRIVER may name the emulated driver instead (emulated_driver.cc, compiled)."""
+    try:
+        target = Target.resolve("cuda")
+    except TargetError as error:
+        pytest.skip(f"no GPU to run on: {error}")
+    return attrs.evolve(target, triple=host().triple) if Driver.open().name == "Emulated GPU" else target

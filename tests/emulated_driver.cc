@@ -40,7 +40,7 @@ struct Memory { size_t bytes; char *pages; size_t mapped; };
 std::map<void *, Memory> allocations;
 std::map<void *, size_t> pinned;
 std::map<void *, std::deque<std::function<int()>>> streams{{nullptr, {}}}; /* what each has yet to do */
-std::set<void *> modules, functions, graphs, executables;
+std::set<void *> modules, functions, graphs, executables, events;
 thread_local std::vector<void *> contexts; /* those that the thread pushed */
 int process, broken;
 std::string refused; /* the function whose next call fails, and how */
@@ -98,9 +98,11 @@ int run_all(const std::vector<Launch> &launches) {
     return 0;
 }
 
-int wait(void *stream) {
+/* Do what a stream was told, up to an event if one is named. */
+struct Event { void *stream; bool reached; };
+int wait(void *stream, const Event *event = nullptr) {
     auto &queue = streams[stream];
-    while (!queue.empty()) {
+    while (!queue.empty() && !(event && event->reached)) {
         auto next = queue.front();
         queue.pop_front();
         if (int error = next()) return error;
@@ -327,6 +329,32 @@ int cuStreamSynchronize(void *stream) {
     if (!streams.count(stream)) return 400;
     return captured ? 900 : wait(stream);
 }
+int cuEventCreate(void **event, unsigned flags) {
+    CALLED(true);
+    if (flags != 2) return 1; /* one that takes time would be slower */
+    events.insert(*event = new Event{nullptr, true});
+    return 0;
+}
+int cuEventDestroy_v2(void *event) {
+    CALLED(true);
+    if (!events.erase(event)) return 400;
+    int error = wait_for_all();
+    delete (Event *)event;
+    return error;
+}
+int cuEventRecord(void *event, void *stream) {
+    CALLED(true);
+    if (!events.count(event)) return 400;
+    *(Event *)event = {stream, false};
+    return later(stream, [=] { ((Event *)event)->reached = true; return 0; });
+}
+int cuEventSynchronize(void *event) {
+    CALLED(true);
+    if (!events.count(event)) return 400;
+    if (captured) return 900;
+    Event *e = (Event *)event;
+    return e->reached ? 0 : wait(e->stream, e);
+}
 int cuStreamBeginCapture_v2(void *stream, int mode) {
     CALLED(true);
     if (!stream || mode < 0 || mode > 2) return stream ? 1 : 900; /* that stream can't be captured */
@@ -375,19 +403,16 @@ static int launch(void *function, unsigned x, unsigned y, unsigned z, unsigned t
                   void **extra, bool early) {
     if (!functions.count(function)) return 400;
     Function *f = (Function *)function;
-    if (!x || x > 0x7fffffff || !y || !z || y > 65535 || z > 65535 || !tx || tx > 1024 || ty != 1 || tz != 1 || parameters) return 1;
+    if (!x || x > 0x7fffffff || !y || !z || y > 65535 || z > 65535 || !tx || tx > 1024 || ty != 1 || tz != 1 || extra || !parameters) return 1;
     if ((int)shared > f->shared_limit) return 1;
-    if (extra[0] != (void *)1 || extra[2] != (void *)2 || extra[4]) return 1;
-    size_t bytes = *(size_t *)extra[3];
-    const int64_t *values = (const int64_t *)extra[1], *end = values + bytes / 8;
     Launch l{f, {x, y, z}, (int)tx, std::make_shared<std::vector<TensorMap>>(), {}, early};
-    for (TensorMap map; end - values >= 16; values += 16) {
-        std::memcpy((void *)&map, values, sizeof map);
-        if (map.mark != TENSOR_MAP) break;
-        l.maps->push_back(map);
+    /* A kernel on this CPU doesn't say what it takes: a zero ends its parameters, and maps, which stand first, bear a mark. */
+    for (; *parameters && *(const uint64_t *)*parameters == TENSOR_MAP; parameters++) {
+        l.maps->emplace_back();
+        std::memcpy((void *)&l.maps->back(), *parameters, sizeof(TensorMap));
     }
     for (const TensorMap &map : *l.maps) l.arguments.push_back((int64_t)&map);
-    l.arguments.insert(l.arguments.end(), values, end);
+    for (; *parameters; parameters++) l.arguments.push_back(*(const int64_t *)*parameters);
     if (captured) {
         if (stream != capturing) return 901;
         captured->launches.push_back(l);

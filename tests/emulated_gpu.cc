@@ -557,6 +557,17 @@ void emulated_wgmma_commit() {
 
 static float of_e4m3(uint32_t bits);
 
+/* Tensor cores add products of fp8 to a sum with 13 bits behind the first one of the largest of them all, where the others are cut off (SageAttention2,
+ * Zhang et al., 2024; DeepSeek-V3 Technical Report, 2024). */
+static float added_in_few_bits(float sum, const float *a, const float *b) {
+    float largest = std::fabs(sum);
+    for (int k = 0; k < 32; k++) largest = std::max(largest, std::fabs(a[k] * b[k]));
+    if (largest == 0 || !std::isfinite(largest)) largest = 1;
+    double step = std::ldexp(1.0, std::ilogb(largest) - 13), total = std::trunc(sum / step);
+    for (int k = 0; k < 32; k++) total += std::trunc(a[k] * b[k] / step);
+    return float(total * step);
+}
+
 /* 32 bytes of numbers of some rows of a tile that a descriptor names: rows of 128 bytes in blocks of eight, with the swizzle of 128 bytes. */
 static void read_tile(float (*to)[32], uint64_t descriptor, int first, int rows, int kind, bool left) {
     if (descriptor >> 62 != 1) fail("a tile with another swizzle than that of 128 bytes");
@@ -594,12 +605,17 @@ static void add_product(int begin, int count, const std::function<const Product 
         float *sums = held(begin + i);
         int line = i / 32 * 16 + i % 32 / 4;
         for (int j = 0; j < p.outputs / 8; j++)
-            for (int part = 0; part < 4; part++)
+            for (int part = 0; part < 4; part++) {
+                if (p.kind == E4M3) {
+                    sums[4 * j + part] = added_in_few_bits(sums[4 * j + part], a[line + 8 * (part / 2)], b[8 * j + i % 4 * 2 + part % 2]);
+                    continue;
+                }
                 for (int k = 0; k < (p.kind < S8_U8 ? 16 : 32); k++) {
                     float one = a[line + 8 * (part / 2)][k] * b[8 * j + i % 4 * 2 + part % 2][k];
                     float &sum = sums[4 * j + part];
                     sum = p.kind == S8_U8 ? of_bits(bits_of(sum) + uint32_t(int32_t(one))) : sum + one;
                 }
+            }
     }
 }
 
@@ -740,23 +756,24 @@ static void multiply_bytes(uint32_t *result, const uint32_t *mine, bool integers
     Meeting &w = warp();
     std::memcpy(w.in[lane()], mine, 10 * sizeof *mine);
     meet(w, integers ? 12 : 13, 32, [&] {
-        uint32_t a[16][32], b[32][8];
+        uint32_t a[16][32], b[8][32];
+        float x[16][32], y[8][32];
         for (int i = 0; i < 32; i++)
             for (int h = 0; h < 4; h++)
                 for (int r = 0; r < 4; r++) {
                     a[i / 4 + 8 * (r & 1)][4 * (i % 4) + h + 16 * (r >> 1)] = w.in[i][r] >> (8 * h) & 255;
-                    if (r < 2) b[4 * (i % 4) + h + 16 * r][i / 4] = w.in[i][4 + r] >> (8 * h) & 255;
+                    if (r < 2) b[i / 4][4 * (i % 4) + h + 16 * r] = w.in[i][4 + r] >> (8 * h) & 255;
                 }
+        for (int k = 0; k < 32; k++) {
+            for (int row = 0; row < 16; row++) x[row][k] = of_e4m3(a[row][k]);
+            for (int column = 0; column < 8; column++) y[column][k] = of_e4m3(b[column][k]);
+        }
         for (int i = 0; i < 32; i++)
             for (int r = 0; r < 4; r++) {
                 int row = i / 4 + 8 * (r >> 1), column = 2 * (i % 4) + (r & 1);
                 int32_t whole = int32_t(w.in[i][6 + r]);
-                float sum = of_bits(w.in[i][6 + r]);
-                for (int k = 0; k < 32; k++) {
-                    whole += int8_t(a[row][k]) * int8_t(b[k][column]);
-                    sum += of_e4m3(a[row][k]) * of_e4m3(b[k][column]);
-                }
-                w.out[i][r] = integers ? uint32_t(whole) : bits_of(sum);
+                for (int k = 0; k < 32; k++) whole += int8_t(a[row][k]) * int8_t(b[column][k]);
+                w.out[i][r] = integers ? uint32_t(whole) : bits_of(added_in_few_bits(of_bits(w.in[i][6 + r]), x[row], y[column]));
             }
     });
     std::memcpy(result, w.out[lane()], 16);

@@ -171,6 +171,13 @@ def test_a_model_without_a_tokenizer_takes_and_writes_token_ids(checkpoint: Path
     assert "no tokenizer.json; give token ids" in result(refused, 1)["error"]["message"]
 
 
+def test_a_simulated_program_says_so_when_it_generates(checkpoint: Path, cache: Path) -> None:
+    options = ("--prompt", "If", "--greedy", "--max-new-tokens", "1", "--cache-dir", cache, "--json")
+    done = jisu("generate", checkpoint, "--target", "tpu:v5e", *options)
+    assert result(done)["simulation"].startswith("simulated on this machine's processor")
+    assert "for tpu:v5e: simulated" in done.stderr
+
+
 def test_compiling_for_a_machine_that_is_elsewhere_says_so(checkpoint: Path, cache: Path, tmp_path: Path) -> None:
     made = jisu("compile", checkpoint, "-o", tmp_path / "x.jisu", "--target", "cuda:sm_90", "--cache-dir", cache,
                 JISU_CUDA_DRIVER="none.so")  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import ctypes
 import gc
 import json
@@ -16,10 +17,11 @@ from typing import Any
 import attrs
 import numpy as np
 import pytest
+import sanitized
 from test_cuda_models import llama
 
 import jisu
-from jisu.compiler import ops
+from jisu.compiler import gpu, ops
 from jisu.compiler.entry import stored
 from jisu.compiler.errors import InputError, JisuError, TargetError, TensorMemoryError
 from jisu.compiler.gpu import DRIVER, Driver
@@ -29,6 +31,7 @@ from jisu.compiler.launches import CUBIN, OWN_PTX, PLANS, PTX, Plan, TensorMap
 from jisu.compiler.pipeline import Pipeline, relative_error
 from jisu.compiler.types import TensorType, numpy_dtype, symbol
 from jisu.passes import layout_passes
+from jisu.runtime import cuda
 from jisu.runtime.cuda import DeviceExecutable, _Attribute, _Config
 from jisu.runtime.program import _as_array
 from jisu.targets import facts
@@ -46,6 +49,7 @@ PROTOTYPES = {
     "cuStreamCreate": "pj", "cuStreamDestroy_v2": "p", "cuStreamSynchronize": "p",
     "cuStreamBeginCapture_v2": "pi", "cuStreamEndCapture": "pp", "cuGraphInstantiateWithFlags": "ppy", "cuGraphDestroy": "p",
     "cuGraphExecDestroy": "p", "cuGraphLaunch": "pp",
+    "cuEventCreate": "pj", "cuEventRecord": "pp", "cuEventSynchronize": "p", "cuEventDestroy_v2": "p",
     "cuLaunchKernel": "pjjjjjjjppp", "cuLaunchKernelEx": "pppp", "cuTensorMapEncodeTiled": "pijpppppiiii",
 }  # fmt: skip
 
@@ -101,7 +105,7 @@ def test_prototypes_and_structures_are_those_of_cuda_h(tmp_path: Path) -> None:
     numbers = {
         "CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT": 16, "CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR": 75,
         "CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR": 76, "CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES": 8,
-        "CU_STREAM_CAPTURE_MODE_RELAXED": 2, "CU_STREAM_NON_BLOCKING": 1, "CU_JIT_ERROR_LOG_BUFFER": 5,
+        "CU_STREAM_CAPTURE_MODE_RELAXED": 2, "CU_STREAM_NON_BLOCKING": 1, "CU_EVENT_DISABLE_TIMING": 2, "CU_JIT_ERROR_LOG_BUFFER": 5,
         "CU_JIT_ERROR_LOG_BUFFER_SIZE_BYTES": 6, "CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION": 6,
         "CU_LAUNCH_PARAM_BUFFER_POINTER_AS_INT": 1, "CU_LAUNCH_PARAM_BUFFER_SIZE_AS_INT": 2, "CU_LAUNCH_PARAM_END_AS_INT": 0,
         "CU_TENSOR_MAP_DATA_TYPE_UINT8": 0, "CU_TENSOR_MAP_DATA_TYPE_FLOAT16": 6, "CU_TENSOR_MAP_DATA_TYPE_BFLOAT16": 9,
@@ -163,6 +167,11 @@ class Checked:
             return getattr(self.library, name)(*args)
 
         return call
+
+
+def test_prototypes_of_all_functions_are_known() -> None:
+    sources = "".join(Path(str(m.__file__)).read_text() for m in (gpu, cuda))
+    assert set(re.findall(r'"(cu[A-Z]\w+)"', sources)) <= set(PROTOTYPES)
 
 
 def test_calls_pass_what_the_prototypes_say(
@@ -254,9 +263,16 @@ def test_an_illegal_address_says_what_to_do(added: DeviceExecutable, refuse: Cal
     (launch,) = step[0].launches
     wrong = attrs.evolve(launch, arguments=(*launch.arguments[:-1], 1 << 16))
     added._plans["main"] = attrs.evolve(plan, steps=((attrs.evolve(step[0], launches=(wrong,)),),))
-    for _ in range(2):
+    for rows in (x, x, np.ones((5, 8), np.float32)):
         with pytest.raises(JisuError, match="error 700.*start another one.*compute-sanitizer"):
-            added.call("main", [x])
+            added.call("main", [rows])
+
+
+def test_a_kernel_that_cannot_be_had(added: DeviceExecutable, refuse: Callable[[str, int], None]) -> None:
+    """Of which the driver says more than that the module lacks it."""
+    refuse("cuModuleGetFunction", 2)
+    with pytest.raises(TensorMemoryError):
+        added.call("main", [np.ones((3, 8), np.float32)])
 
 
 def test_kernels_that_the_driver_refuses(emulated_gpu: Target, tmp_path: Path) -> None:
@@ -338,3 +354,78 @@ def test_arrays_of_other_devices() -> None:
 
     with pytest.raises(InputError, match="input 'x'.*torch.from_dlpack"):
         _as_array(Elsewhere(), "x", TensorType((1,), "float32"))
+
+
+# --- tests/gpu ------------------------------------------------------------------------------------------------------------
+
+FOLDER = Path(__file__).parent
+ONLY_EMULATED = {
+    "test_a_row_that_is_normed_too_early_shows", "test_what_is_missing_with_codes_shows", "test_what_is_missing_shows",
+    "test_threads_that_part_are_found", "test_launches_that_begin_early", "test_parts_that_are_joined_wrongly_show",
+    "test_places_of_the_other_pair_show", "test_what_is_wrong_shows", "test_what_is_wrong_with_gathered_rows_shows",
+    "test_what_is_right_does_not", "test_steps_are_graphs", "test_tensors_of_torch_on_the_gpu", "test_no_doubles",
+    "test_what_attention_lacks_shows", "test_shared_memory_that_nobody_asked_for", "test_tiles_that_threads_store",
+}  # fmt: skip
+"""Tests of what the emulation finds, or its driver counts."""
+
+
+def test_a_gpu_runs_all_tests_of_kernels_and_programs() -> None:
+    """What takes the emulated GPU, tests/gpu takes over for a real one."""
+    taken = {
+        (node.module, alias.name)
+        for path in (FOLDER / "gpu").glob("test_*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    modules = (
+        "test_cuda",
+        "test_cuda_chain",
+        "test_cuda_functions",
+        "test_cuda_levels",
+        "test_cuda_models",
+        "test_cuda_single",
+        "test_cuda_sparse",
+        "test_hopper",
+    )
+    wanted = {
+        (module, test.name)
+        for module in modules
+        for test in ast.parse((FOLDER / f"{module}.py").read_text()).body
+        if isinstance(test, ast.FunctionDef) and test.name.startswith("test_") and test.name not in ONLY_EMULATED
+        if {a.arg for a in test.args.args} & {"launch", "emulated_gpu"}
+    }
+    assert wanted and wanted <= taken
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    ["test_powers_of_e or test_faults_are_told", pytest.param("test_norms or test_tiles", marks=pytest.mark.slow)],
+)
+def test_tests_of_the_gpu_are_rehearsed(chosen: str, driver_library: Path) -> None:
+    """tests/gpu, a few of them, on the emulated driver: kernels alone, some with tensor maps, and a program."""
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-rs",
+        str(FOLDER / "gpu"),
+        "-k",
+        f"{chosen} or test_nothing_is_found",
+    ]
+    environment = {**os.environ, DRIVER: str(driver_library)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=FOLDER.parent)
+    assert done.returncode == 0 and "not what emulates one" in done.stdout, done.stdout[-4000:]
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 1  # type: ignore[index]
+
+
+@pytest.mark.slow
+def test_what_the_sanitizer_watches(emulated_gpu: Target, driver_library: Path, tmp_path: Path) -> None:
+    """The programs that tests/gpu gives to compute-sanitizer run, and nothing of the compiler with them."""
+    sanitized.make(emulated_gpu, tmp_path)
+    code = f"import pathlib, sanitized, sys; sanitized.run(pathlib.Path({str(tmp_path)!r})); assert 'tvm' not in sys.modules"
+    path = os.pathsep.join([str(FOLDER), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, DRIVER: str(driver_library), "PYTHONPATH": path}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.split() == list(sanitized.RECIPES), done.stderr[-2000:]

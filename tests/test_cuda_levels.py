@@ -39,16 +39,19 @@ from jisu.targets.target import Target
 ADA = attrs.evolve(GPU, mcpu="sm_89")
 
 
-def case(layer: Levels, m: int, seed: int = 0) -> tuple[list[np.ndarray], np.ndarray]:
-    """What a kernel reads (records, codes, scales and, if there are, zeros, bias, residual), and what the op makes of it."""
+def case(layer: Levels, m: int, seed: int = 0, one_sign: bool = False) -> tuple[list[np.ndarray], np.ndarray]:
+    """What a kernel reads (records, codes, scales and, if there are, zeros, bias, residual), and what the op makes of it; one_sign: all products are
+    positive."""
     rng = np.random.default_rng(seed)
     (n,), k, kind = layer.outputs, layer.k, SCHEMES[layer.scheme]
-    x = records.encode(rng.standard_normal((m, k)).astype(np.float32), SCHEMES[layer.levels], layer.group, layer.own)
+    x_ = rng.standard_normal((m, k)).astype(np.float32)
+    x = records.encode(np.abs(x_) if one_sign else x_, SCHEMES[layer.levels], layer.group, layer.own)
     rows = n * layer.per_weight_row
     grid = choose_grid(
         rng.standard_normal((rows, k)).astype(np.float32) + 0.3, kind, layer.group, symmetric=not layer.zeros
     )
-    codes = grid.nearest(grid.values(rng.integers(0, 2**kind.bits, (rows, k), np.uint8)))
+    values = grid.values(rng.integers(0, 2**kind.bits, (rows, k), np.uint8))
+    codes = grid.nearest(np.abs(values) if one_sign else values)
     packing = ops.pack_codes(
         placeholder("codes", TensorType((rows, kind.row_bytes(k)), "uint8")), scheme=kind.name, k=k, panel=1, word=4
     )
@@ -80,9 +83,11 @@ def case(layer: Levels, m: int, seed: int = 0) -> tuple[list[np.ndarray], np.nda
     return [v for v in (*given_, bias, residual) if v is not None], want
 
 
-def check(layer: Levels, m: int, launch: Launch, many: products.Tile | None = None, **how: Any) -> None:
-    arrays, want = case(layer, m)
-    y = drawn(9, m + 1, layer.outputs[0])
+def check(
+    layer: Levels, m: int, launch: Launch, many: products.Tile | None = None, tolerance: float = 1e-2, one_sign: bool = False, **how: Any
+) -> None:  # fmt: skip
+    arrays, want = case(layer, m, one_sign=one_sign)
+    y = drawn(9, m + 1, layer.outputs[0], dtype=layer.dtype)
     guard = y[-1].copy()
     if many is None:
         rows = min(r for r in thin.ROWS if r >= min(m, thin.ROWS[-1]))
@@ -96,9 +101,15 @@ def check(layer: Levels, m: int, launch: Launch, many: products.Tile | None = No
         )
     else:
         launch(levels.many(layer, many, ADA), (-(-m // many.rows), layer.tiles(many.outputs)), *arrays, y, m, **how)
-    scale = float(np.abs(want.astype(np.float32)).max())
-    np.testing.assert_allclose(y[:m].astype(np.float32), want.astype(np.float32), rtol=1e-2, atol=1e-3 * scale)
+    close(y[:m], want, tolerance)
     np.testing.assert_array_equal(y[-1], guard)
+
+
+def close(got: np.ndarray, want: np.ndarray, tolerance: float) -> None:
+    scale = float(np.abs(want.astype(np.float32)).max())
+    np.testing.assert_allclose(
+        got.astype(np.float32), want.astype(np.float32), rtol=tolerance, atol=0.1 * tolerance * scale
+    )
 
 
 FORMS = [
@@ -138,23 +149,41 @@ def test_many_rows(layer: Levels, late: bool, order: int, launch: Launch) -> Non
     ],
     ids=lambda layer: layer.name,
 )
-@pytest.mark.parametrize("tile", [hopper.NARROW, hopper.WIDE])
+@pytest.mark.parametrize("wide", [False, True])
 @RACES
-def test_many_rows_on_hopper(
-    layer: Levels, tile: hopper.Tile, late: bool, order: int, launch: Launch, mapped: Map
-) -> None:
-    m = 150
-    (x, packed, *given), want = case(layer, m)
-    y = drawn(9, m + 1, layer.outputs[0])
+def test_many_rows_on_hopper(layer: Levels, wide: bool, late: bool, order: int, launch: Launch, mapped: Map) -> None:
+    check_on_hopper(layer, wide, 150, launch, mapped, late=late, order=order)
+
+
+LONG = Levels(4096, (8,), "float16", scheme="fp8", levels="fp8", scales="float32")
+
+
+@pytest.mark.parametrize("many", [None, products.SMALL])
+def test_sums_of_fp8_lose_nothing(many: products.Tile | None, launch: Launch) -> None:
+    """Tensor cores add them with few bits."""
+    check(LONG, 4, launch, many, tolerance=2e-3, one_sign=True)
+
+
+def test_sums_of_fp8_lose_nothing_on_hopper(launch: Launch, mapped: Map) -> None:
+    check_on_hopper(LONG, False, 4, launch, mapped, tolerance=2e-3, one_sign=True)
+    with pytest.raises(TargetError, match="no registers for sums of 128 by 256"):
+        levels.many_hopper(LONG, hopper.WIDE, HOPPER)
+
+
+def check_on_hopper(
+    layer: Levels, wide: bool, m: int, launch: Launch, mapped: Map, tolerance: float = 1e-2, one_sign: bool = False, **how: Any
+) -> None:  # fmt: skip
+    tile = hopper.tiles_of(layer)[wide]
+    (x, packed, *given), want = case(layer, m, one_sign=one_sign)
+    y = drawn(9, m + 1, layer.outputs[0], dtype=layer.dtype)
     guard = y[-1].copy()
     w = packed.reshape(-1, layer.k)
     maps = [
         mapped(x, hopper.map_of_x(layer, tile, ("step", 0), m)),
         mapped(w, hopper.map_of_w(layer, tile, ("step", 1), len(w))),
     ]
-    launch(levels.many_hopper(layer, tile, HOPPER), (2,), *maps, *given, y, m, x, late=late, order=order)
-    scale = float(np.abs(want.astype(np.float32)).max())
-    np.testing.assert_allclose(y[:m].astype(np.float32), want.astype(np.float32), rtol=1e-2, atol=1e-3 * scale)
+    launch(levels.many_hopper(layer, tile, HOPPER), (2,), *maps, *given, y, m, x, **how)
+    close(y[:m], want, tolerance)
     np.testing.assert_array_equal(y[-1], guard)
 
 
@@ -255,22 +284,21 @@ def test_ptx_has_the_instructions(mcpu: str) -> None:
         byte = attrs.evolve(fp8, scheme="int8", levels="int8")
         made |= {
             "hopper": levels.many_hopper(byte, hopper.WIDE, target),
-            "hopper floats": levels.many_hopper(fp8, hopper.WIDE, target),
+            "hopper floats": levels.many_hopper(fp8, hopper.NARROW, target),
         }
         made["records of floats"] = tailed(Tail(None, Encoding(4096, "bfloat16", "fp8", 0, False, False)), target)
     else:
         with pytest.raises(TargetError, match="sm_80 multiplies no fp8"):
             levels.few(Levels(4096, (4096,), scheme="fp8", levels="fp8"), 8, target)
-        with pytest.raises(
-            TargetError, match="sm_80 makes levels of fp8"
-        ):  # LLVM has no such conversion, and would end the process
-            tailed(Tail(None, Encoding(4096, "bfloat16", "fp8", 0, False, False)), target)
+        # LLVM has no such conversion, and would end the process.
+        with pytest.raises(TargetError, match="sm_80 makes levels of fp8"):
+            tailed(Tail(None, Encoding(4096, "bfloat16", "fp8", 0, False)), target)
     text = ptx.to_ptx(list(made.values()), target)
     for kind, kernel in made.items():
         body = text.partition(f".entry {ptx.entry_name(kernel)}(")[2].partition("\n}")[0]
         if "hopper" in kind:
-            form = "f32.e4m3.e4m3" if "floats" in kind else "s32.s8.u8"
-            assert f"wgmma.mma_async.sync.aligned.m64n256k32.{form}" in body and "cp.async.bulk.tensor" in body, kind
+            form = "n128k32.f32.e4m3.e4m3" if "floats" in kind else "n256k32.s32.s8.u8"
+            assert f"wgmma.mma_async.sync.aligned.m64{form}" in body and "cp.async.bulk.tensor" in body, kind
         elif "records" not in kind:
             form = "f32.e4m3.e4m3.f32" if "floats" in kind else "s32.s8.s8.s32"
             assert f"mma.sync.aligned.m16n8k32.row.col.{form}" in body and "cp.async.cg.shared.global" in body, kind
@@ -278,7 +306,7 @@ def test_ptx_has_the_instructions(mcpu: str) -> None:
     if ptx.find_assembler() is None:
         pytest.skip("there is no ptxas here")
     _, usage = ptx.assemble(text, target)
-    assert all(u.spilled_bytes == u.stack_bytes == 0 for u in usage.values())
+    assert usage and all(u.spilled_bytes == u.stack_bytes == 0 for u in usage.values())
     # Two blocks, whose copies under way hide the memory's latency, share a multiprocessor even where the last one makes a record.
     most = {kind: 128 if "records" in kind else 64 for kind in made if kind.startswith("few")}
     assert all(usage[ptx.entry_name(made[kind])].registers <= count for kind, count in most.items()), usage

@@ -8,8 +8,9 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import attrs
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -21,7 +22,9 @@ from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from transformers.generation import logits_process
 
+from jisu.compiler import ops
 from jisu.compiler.errors import ArtifactError, IndexOutOfRangeError, InputError, InputTypeError
+from jisu.runtime.executable import Finished
 from jisu.runtime.generate import (
     DEFAULT_NEW_TOKENS,
     Chunk,
@@ -33,6 +36,7 @@ from jisu.runtime.generate import (
     generate,
     penalize,
 )
+from jisu.runtime.session import Drawn, Sampling
 from jisu.runtime.tokenizer import Tokenizer
 
 Ids = npt.NDArray[np.int64]
@@ -69,20 +73,34 @@ class BigramSession:
         self.length = 0
 
 
-class LeadingSession(BigramSession):
-    """Gives the eight highest logits, as a program for a GPU does, and tells how often all were asked for."""
+class DrawingSession(BigramSession):
+    """Draws among the eight highest logits, as a program for a GPU does, and tells how often it did and what was taken back."""
 
-    leading = 8
-    whole = 0
+    leading, undoable = 8, 100
 
-    def append_leading(self, token_ids: Ids, *, start: Ids | None = None) -> tuple[Logits, Ids]:
-        self._all = self.append(token_ids, start=start, last_only=True)
-        order = np.argsort(-self._all, -1, kind="stable")[..., :8]
-        return np.take_along_axis(self._all, order, -1), order
+    def __init__(self, **how: Any) -> None:
+        super().__init__(**how)
+        self.drawn = self.known = 0
+        self.undone: list[int] = []
 
-    def logits(self) -> Logits:
-        self.whole += 1
-        return self._all
+    def draw(
+        self, tokens: Ids | Drawn, sampling: Sampling, uniform: Ids | None = None, *, start: Ids | None = None
+    ) -> Drawn:
+        self.drawn += 1
+        logits = self.append(tokens.value if isinstance(tokens, Drawn) else tokens, start=start, last_only=True)
+        order = np.argsort(-logits, -1, kind="stable")[..., :8]
+        parts = np.zeros(self.batch, np.int64) if uniform is None else uniform
+        heat, top_k, top_p, min_p = (x[:, None] for x in attrs.astuple(sampling, recurse=False))
+        heat, top_p, min_p = (x.astype(np.float32) for x in (heat, top_p, min_p))
+        assert ops.draw.meaning is not None
+        values = np.take_along_axis(logits, order, -1)
+        chosen: Any = ops.draw.meaning(values, order, parts[:, None], heat, top_k, top_p, min_p)
+        return Drawn(Finished(chosen))
+
+    def undo(self, count: int) -> None:
+        self.undone.append(count)
+        self.length -= count
+        assert self.length >= 0
 
 
 class TorchSession:
@@ -210,6 +228,9 @@ def test_distribution_equals_transformers(
     ids, weights = candidates(scores, config)
     got = np.zeros(300)
     got[ids] = weights / weights.sum()
+    far = expected < 4e-12 * expected.max()  # whose masses are about one, or none
+    assert got[far].sum() < 1e-9
+    got[far] = expected[far] = 0
     if np.array_equal(got > 0, expected > 0):
         np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-9)
     else:  # float32 sums may put one token at the border of the nucleus on the other side
@@ -246,13 +267,31 @@ def test_repetition_penalty_equals_transformers() -> None:
     np.testing.assert_array_equal(ours, expected[0].numpy())
 
 
-def test_draws_follow_the_weights() -> None:
-    rng, ids = np.random.default_rng(0), np.array([4, 7, 9, 11])
-    weights = np.array([0.5, 0.0, 0.2, 0.3])
-    drawn = np.array([draw(ids, weights, rng) for _ in range(20_000)])
-    for token, weight in zip(ids, weights, strict=True):
-        assert abs(np.mean(drawn == token) - weight) < 0.015
-    assert 7 not in drawn
+@settings(max_examples=150, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    temperature=st.sampled_from([0.3, 1.0, 1.7]),
+    top_k=st.sampled_from([0, 1, 2, 50, 299, 300, 1000]),
+    top_p=st.sampled_from([0.0, 0.1, 0.5, 0.9, 0.999, 1.0]),
+    min_p=st.sampled_from([None, 0.0, 0.01, 0.3, 1.0]),
+    ties=st.booleans(),
+)
+def test_a_draw_is_what_the_op_means(
+    seed: int, temperature: float, top_k: int, top_p: float, min_p: float | None, ties: bool
+) -> None:
+    """Which puts all logits in order, with one behind them that nobody chooses."""
+    rng = np.random.default_rng(seed)
+    scores = (rng.standard_normal(1000) * 4).astype(np.float32)
+    scores = np.round(scores) if ties else scores
+    config = GenerationConfig(do_sample=True, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    order = np.append(np.argsort(-scores, kind="stable"), -1)
+    given = np.append(scores, np.float32(-np.inf))[order]
+    for uniform in (0, 2**31 - 1, *rng.integers(0, 2**31, 5).tolist()):
+        options = [np.array(x) for x in (uniform, np.float32(temperature), top_k if top_k < 1000 else 0)]
+        shares = [np.array(np.float32(x or 0)) for x in (top_p, min_p)]
+        assert ops.draw.meaning is not None
+        token, whole = cast("tuple[Ids, Ids]", ops.draw.meaning(given, order, *options, *shares))
+        assert whole and draw(scores, *candidates(scores, config), uniform) == token
 
 
 def test_samples_of_a_row_do_not_depend_on_its_neighbours() -> None:
@@ -269,20 +308,6 @@ def test_equal_rows_of_a_batch_are_drawn_independently() -> None:
     assert first != second
 
 
-def test_extreme_draws_stay_on_tokens_with_a_weight() -> None:
-    class Fixed:
-        def __init__(self, value: float) -> None:
-            self.value = value
-
-        def random(self) -> float:
-            return self.value
-
-    ids, weights = np.array([4, 7, 9, 11]), np.array([0.0, 0.5, 0.2, 0.0])
-    for value, token in ((0.0, 7), (1.0, 9)):
-        rng: Any = Fixed(value)
-        assert draw(ids, weights, rng) == token
-
-
 def test_sampling_refuses_what_is_no_distribution() -> None:
     for value in (np.nan, np.inf, -np.inf):
         make = functools.partial(BigramSession, table=np.full((VOCAB, VOCAB), value, np.float32))
@@ -293,19 +318,65 @@ def test_sampling_refuses_what_is_no_distribution() -> None:
 @pytest.mark.parametrize(
     "options",
     [{}, {"do_sample": True, "top_k": 4, "top_p": 0.9}, {"do_sample": True, "top_k": 3, "min_p": 0.1, "temperature": 2.0},
-     {"do_sample": True, "top_k": 0}, {"do_sample": True, "top_k": 4, "repetition_penalty": 1.2}],
+     {"do_sample": True, "top_k": 0}, {"do_sample": True, "top_k": 4, "repetition_penalty": 1.2},
+     {"do_sample": True, "top_k": 3, "temperature": 1e-50}],
 )  # fmt: skip
 @pytest.mark.parametrize("ties", [False, True])
 def test_the_highest_logits_alone_give_the_same_tokens(options: dict[str, Any], ties: bool) -> None:
-    """All of them are asked for only where others may be equal to the last one that counts."""
+    """All of them are asked for only where others may be equal to the last one that counts; the step ahead is taken back then, and at the end."""
     table = BigramSession().table
     table = (np.round(table / 6) * 6).astype(np.float32) if ties else table
-    leading = LeadingSession(table=table)
-    sessions = [BigramSession(table=table), leading]
+    drawing = DrawingSession(table=table)
+    sessions = [BigramSession(table=table), drawing]
     config = {"max_new_tokens": 40, "seed": 5, **options}
     found = [generate(functools.partial(lambda s: s, s), [[1, 2], [3, 4]], config) for s in sessions]
     assert found[0].sequences == found[1].sequences
-    assert (leading.whole > 0) == (ties and options.get("top_k", 0) in (3, 4) and "repetition_penalty" not in options)
+    assert drawing.length == 2 + 39
+    few = not options or options.get("top_k", 0) in (3, 4) and "repetition_penalty" not in options
+    assert (drawing.drawn > 0) == few
+    assert bool(drawing.undone) == (ties and few and bool(options)), drawing.undone
+
+
+class Letters:
+    """A tokenizer of which each token is a letter."""
+
+    def encode(self, text: str, /) -> list[int]:
+        return [ord(c) - 97 for c in text]
+
+    def decode(self, token_ids: list[int], /) -> str:
+        return "".join(chr(97 + t % 26) for t in token_ids)
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+@pytest.mark.parametrize("end", ["eos", "stop", "length"])
+def test_a_session_that_draws_streams_the_same(sampled: bool, end: str) -> None:
+    """Piece by piece, whatever ends it; then the session is as long as if nothing had been begun ahead."""
+    options: dict[str, Any] = {"do_sample": True, "top_k": 5, "seed": 2} if sampled else {}
+    options |= {"max_new_tokens": 12}
+    free = generate(BigramSession, [[1, 2], [3, 4]], options)
+    text = Letters().decode(free.sequences[0])
+    if end == "eos":
+        options["eos_token_id"] = [row[4] for row in free.sequences]
+    elif end == "stop":
+        options["stop_strings"] = [text[5:7], Letters().decode(free.sequences[1])[3:6]]
+    found, lengths = [], []
+    for session in (BigramSession(), DrawingSession()):
+        stream = generate(
+            functools.partial(lambda s: s, session), [[1, 2], [3, 4]], options, tokenizer=Letters(), stream=True
+        )
+        found.append(list(stream))
+        lengths.append(session.length)
+    assert found[0] == found[1] and lengths[0] == lengths[1]
+    assert isinstance(session, DrawingSession) and session.undone == ([] if end == "length" else [1])
+    assert {chunk.finished for chunk in found[0]} - {None} == {end}
+
+
+def test_a_stream_that_is_left_takes_back_what_was_begun() -> None:
+    session = DrawingSession()
+    stream = generate(lambda: session, [5, 9], {"max_new_tokens": 12}, stream=True)
+    next(stream), next(stream)
+    stream.close()
+    assert session.length == 2 + 1 and session.undone == [1]
 
 
 def test_ties_go_to_the_lowest_token() -> None:
@@ -512,6 +583,8 @@ def test_padding_on_the_left_is_recognized() -> None:
         generate(BigramSession, padded[:, ::-1], {"pad_token_id": 0})
     with pytest.raises(InputError, match="padding on the left"):
         generate(BigramSession, {"input_ids": padded, "attention_mask": mask[:, ::-1].astype(int)})
+    with pytest.raises(InputError, match="2 prompts and an attention mask for 1"):
+        generate(BigramSession, {"input_ids": padded, "attention_mask": mask[:1].astype(int)})
 
 
 def test_long_prompts_are_fed_in_chunks() -> None:

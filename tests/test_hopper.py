@@ -486,7 +486,7 @@ def test_the_assembler_serialises_nothing(wide: bool, tmp_path: Path) -> None:
     kernels.append(experts.of_groups_hopper(experts.Mixture(8, 2, 4096, 14336, "bfloat16", "silu"), wide, target))
     for scheme, zeros in LEVELS:
         layer = Levels(4096, (4096,), scheme=scheme, levels=scheme, zeros=zeros)
-        kernels.append(levels.many_hopper(layer, tile, target))
+        kernels.append(levels.many_hopper(layer, hopper.tiles_of(layer)[wide], target))
     text = ptx.to_ptx(kernels, target)
     for entry in text.split(".visible .entry")[1:]:
         assert not registers_that_products_lose(entry)

@@ -181,12 +181,17 @@ def test_other_models(name: str, tmp_path: Path) -> None:
     assert ", as in the simulation" in done.stdout
 
 
-@pytest.mark.parametrize("compressed", [False, True], ids=["bfloat16", "int8"])
+@pytest.mark.parametrize(
+    ("compressed", "layouts"), [("", 13), ("int8", 26), pytest.param("int4", 37, marks=pytest.mark.slow)]
+)
 def test_kernels_read_weights_as_they_are_stored(
-    compressed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    compressed: str, layouts: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One set of weights and caches, as kernels read them, for both forms of the programs; Pallas' interpreter in the place of Mosaic."""
-    recipe = {"quantize": [{"scheme": "int8"}], "cache": {"scheme": "int8", "page": 32}} if compressed else None
+    rules: list[dict[str, Any]] = [{"scheme": "int8"}]
+    if compressed == "int4":  # groups of 32 don't divide 48 inputs
+        rules = [{"scheme": "int4", "group": 32, "symmetric": False}, {"layers": "*.down_proj", "scheme": "int8"}]
+    recipe = {"quantize": rules, "cache": {"scheme": compressed, "page": 32}} if compressed else None
     program = jisu.compile(make("llama").bfloat16(), target="tpu:v5e", recipe=recipe)
     write, texts = export.export_bytes, []
 
@@ -199,7 +204,7 @@ def test_kernels_read_weights_as_they_are_stored(
     folder = tmp_path / "out"
     manifest = jisu.export(program, folder, buckets=BUCKETS, capacity=CAPACITY, kernels=True)
     stored = open_safetensors(folder / "weights.safetensors")
-    assert len(manifest["layouts"]) == (26 if compressed else 13)  # gate and up are one; codes have scales, too
+    assert len(manifest["layouts"]) == layouts  # gate and up are one; codes have scales, and perhaps zeros, too
     for name, text in manifest["layouts"].items():
         graph = parse(text)
         held = {n.name: ArrayStorage(program.parts.weights[n.name]) for n in graph.nodes if n.op.name == "weight"}

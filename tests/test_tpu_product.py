@@ -124,10 +124,10 @@ def lowereds(draw: Any) -> Lowered:
 def recut(tiles: Tiles, product: Product, chip: Chip) -> list[Tiles]:
     """The tiles with other beginnings and ends of what is multiplied."""
     step = row_multiple(product, chip)
-    heads = [h for h in range(step, tiles.rows, step) if tiles.rows % h == 0] if tiles.order != "split" else []
+    heads = [(h, tiles.m - h) for h in range(step, tiles.m, step)] if tiles.order != "split" else []
     units = tiles.columns // tiles.unit[0]
     tails = [((units - n) * tiles.unit[0], n * tiles.unit[0]) for n in range(1, units)]
-    return [attrs.evolve(tiles, head=h, tail=t) for h in [*heads[:1], tiles.rows] for t in [*tails[:2], tiles.tail]]
+    return [attrs.evolve(tiles, head=h, tail=t) for h in [*heads[:2], tiles.head] for t in [*tails[:2], tiles.tail]]
 
 
 RELAXED = [HealthCheck.too_slow, HealthCheck.data_too_large]
@@ -346,7 +346,7 @@ def cut() -> Lowered:
     """A product whose x comes by three blocks of rows, and whose last block is multiplied in three parts; one step."""
     product = Product(90, 500, 300, "int8", channel_scale=True, row_scale=True)
     tiles = make_tiles(product, V5E, "resident", 128, 512, 384, rows=64)
-    return lower(product, V5E, attrs.evolve(tiles, head=32, tail=(256, 128, 128)))
+    return lower(product, V5E, attrs.evolve(tiles, head=(32, 32, 64), tail=(256, 128, 128)))
 
 
 def test_first_and_last_blocks_are_cut(cut: Lowered) -> None:

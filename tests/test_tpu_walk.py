@@ -18,7 +18,7 @@ from rich.console import Console
 from tvm import tirx
 
 import jisu
-from jisu.commands.explain import _simulated
+from jisu.commands.explain import _show_simulated
 from jisu.compiler import ops
 from jisu.compiler.errors import CompileError, TargetError
 from jisu.compiler.graph import Graph, Node, placeholder, weight
@@ -130,14 +130,22 @@ def test_a_gate_takes_what_two_products_take_without_their_results(m: int) -> No
 
 
 def test_narrow_weights_cost_an_operation_each() -> None:
-    """As often as they are multiplied: once per block of rows, of which the first is cut in two here."""
+    """As often as they are multiplied: once per block of rows."""
     product = Product(1024, 512, 256, weights="int8")
-    lowered = lower(product, V5E, make_tiles(product, V5E, "resident", 1024, 512, 256))
+    tiles = attrs.evolve(make_tiles(product, V5E, "resident", 1024, 512, 256), rows=1024, head=(32, 512, 480))
+    lowered = lower(product, V5E, tiles)
     found = [e for e in events_of(lowered) if isinstance(e, Vector) and e.op == "element"]
     blocks = lowered.tiles.blocks(first=True, last=True)
     assert [e.elements for e in found] == [block.columns * 256 for block in blocks]
     assert len({(block.row, block.rows) for block in blocks}) == 3
     assert {e.reads for e in found} == {("w[0]",)}
+
+
+def test_steps_without_copies_have_a_closed_form() -> None:
+    product = Product(512, 4096, 512)
+    lowered = lower(product, V5E, make_tiles(product, V5E, "resident", 512, 512, 512))
+    found = simulate(V5E, events_of(lowered, prefetched=("w",)))
+    assert lowered.tiles.cycles(product, V5E, prefetched=True) == pytest.approx(found.cycles, rel=0.03)
 
 
 def test_prefetched_weights_are_not_copied() -> None:
@@ -221,12 +229,54 @@ def prefetched_use(product: Product) -> float:
 
 
 @pytest.mark.parametrize(
-    "m, dtype, least", [(128, "int8", 0.55), (512, "int8", 0.74), (128, "bfloat16", 0.74), (512, "bfloat16", 0.90)]
+    "m, dtype, least", [(128, "int8", 0.57), (512, "int8", 0.76), (128, "bfloat16", 0.75), (512, "bfloat16", 0.90)]
 )
 def test_small_products_come_near_what_latencies_allow(m: int, dtype: str, least: float) -> None:
-    """2048 x 2048. Of four criteria one is met: two copies' latencies, and for int8 the vector unit's work, take the rest
+    """2048 x 2048: bfloat16 meets its criteria; for int8 two copies' latencies and the vector unit's work take the rest
     (`benchmarks/tpu/products.py` computes how much)."""
     assert prefetched_use(Product(m, 2048, 2048, dtype, channel_scale=dtype == "int8")) >= least
+
+
+@pytest.mark.parametrize("dtype", ["int8", "bfloat16"])
+def test_small_products_beside_libtpus_own(dtype: str) -> None:
+    """Google's compiler estimates its own product of 2048 x 2048, weights in VMEM, launch counted: ours, simulated, is faster, by a fifth at most."""
+    path = Path(__file__).with_name("fixtures") / "tpu_libtpu_later.json"
+    for c in json.loads(path.read_text(encoding="utf-8"))["products"]:
+        if (c["chip"], c["k"], c["n"], c["dtype"], c["weights"]) == ("v5e", 2048, 2048, dtype, "vmem") and c[
+            "m"
+        ] >= 128:
+            product = Product(c["m"], 2048, 2048, dtype, channel_scale=dtype == "int8")
+            lowered = lower(product, V5E, choose_tiles(product, V5E, prefetched=True))
+            ours = simulate(V5E, events_of(lowered, prefetched=("w",))).cycles
+            assert 0.8 <= ours / c["cycles"] <= 1.0, c
+
+
+def test_a_single_steps_blocks_need_not_be_of_equal_rows() -> None:
+    """Few rows first, the others in as few blocks as pay; the closed form knows."""
+    product = Product(128, 2048, 2048)
+    tiles = choose_tiles(product, V5E, prefetched=True)
+    assert tiles.head[0] < tiles.head[1] and sum(tiles.head) == tiles.m == 128 and len(set(tiles.head)) > 1
+    equal = attrs.evolve(tiles, rows=32, head=(32,) * 4)
+    times = []
+    for each in (tiles, equal):
+        found = simulate(V5E, events_of(lower(product, V5E, each), prefetched=("w",)))
+        assert each.cycles(product, V5E, prefetched=True) == pytest.approx(found.cycles, rel=0.01)
+        times.append(found.cycles)
+    assert times[0] < times[1]
+
+
+def test_queues_hold_up_steps_with_many_copies() -> None:
+    """Small tiles in the order "panels": a step's six loads and two stores take turns at eight queues."""
+    flags: dict[str, Any] = dict.fromkeys(("channel_scale", "row_scale", "bias", "residual"), True)
+    for (m, n, k), rows, block in (
+        ((334, 2162, 859), 32, 128),
+        ((303, 1984, 1314), 128, 128),
+        ((54, 1223, 236), 32, 256),
+    ):
+        product = Product(m, n, k, **flags)
+        tiles = make_tiles(product, V5E, "panels", rows, 256, -(-k // 128) * 128, block=block)
+        found = timed(lower(product, V5E, tiles))
+        assert tiles.cycles(product, V5E) == pytest.approx(found.cycles, rel=0.08), (product, tiles)
 
 
 @pytest.mark.parametrize("dtype, weights", [*PLAIN, *OTHERS])
@@ -377,15 +427,17 @@ def test_compiled_models_are_simulated(name: str) -> None:
     """Entries as a compiler leaves them, weights in panels; and what `explain` shows of them."""
     program = jisu.compile(make(name))
     graph = parse(program.ir())
+    few = simulated_entries({"append": graph}, {"batch": 1}, V5E, sequence="sequence", positions=160)
+    assert [(entry["tokens"], entry["cached"]) for entry in few] == [(160, 0), (1, 159)]
     prefill, decode = simulated_entries({"append": graph}, {"batch": 1}, V5E, sequence="sequence", cached=256)
     assert (prefill["phase"], decode["phase"]) == ("prefill", "decode")
     assert prefill["tokens"] == 512 and decode["cached"] == 256 and decode["label"] == "simulated"
     assert prefill["simulated_s"] > decode["simulated_s"] > 0
     assert decode["hbm_bytes"] <= 1.5 * decode["least_bytes"]
     written = StringIO()
-    Console(file=written, width=200).print(_simulated(decode))
+    _show_simulated(Console(file=written, width=200), decode)
     told = " ".join(written.getvalue().split())
-    assert "decode of 1 tokens behind 256, simulated on tpu:v5e, not measured" in told
+    assert "decode of one token behind 256, simulated on tpu:v5e, not measured" in told
 
 
 def test_models_without_a_cache_are_simulated() -> None:

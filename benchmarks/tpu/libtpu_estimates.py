@@ -3,9 +3,10 @@
 libtpu compiles ahead of time for named chips without a TPU, and writes the cycles that it expects of each instruction into the text of the
 compiled program (`Compiled.as_text()`, a public call). These are a compiler's estimates, never measurements. In a Python of its own:
 
-    python -m venv aot && aot/bin/pip install jax==0.10.2 libtpu==0.0.42.1
+    python -m venv aot && aot/bin/pip install jax==0.10.2 libtpu==0.0.52
     aot/bin/python benchmarks/tpu/libtpu_estimates.py --json tests/fixtures/tpu_libtpu.json
-    aot/bin/python benchmarks/tpu/libtpu_estimates.py --later --json tests/fixtures/tpu_libtpu_later.json
+    aot/bin/python benchmarks/tpu/libtpu_estimates.py --set later --json tests/fixtures/tpu_libtpu_later.json
+    aot/bin/python benchmarks/tpu/libtpu_estimates.py --set pairs --json tests/fixtures/tpu_libtpu_pairs.json
 
 Every product is an int8 one with int32 sums, scaled per column to bfloat16, or a bfloat16 one with float32 sums rounded to bfloat16.
 Beside the cycles stands how the compiler cut the product into blocks, and whether it reads the weights from VMEM (where a copy that isn't in
@@ -30,7 +31,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 CHIPS = ("v5e", "v6e")
 DTYPES = ("int8", "bfloat16")
-# m, k, n: chosen before any of their estimates was seen.
+# m, k, n: chosen before any of their estimates was seen; ragged ones among them.
 SHAPES = (
     (8, 4096, 14336),
     (16, 2048, 6144),
@@ -44,9 +45,6 @@ SHAPES = (
     (768, 4096, 1024),
     (1024, 2560, 6912),
     (2048, 1536, 4608),
-)
-# Chosen and estimated after the model and its parameters were finished (`--later`), ragged ones among them.
-LATER = (
     (8, 3584, 18944),
     (24, 2048, 2048),
     (40, 1000, 3000),
@@ -60,6 +58,23 @@ LATER = (
     (1536, 4096, 2048),
     (3072, 2560, 2560),
 )
+# Chosen after the model and its parameters were finished (`--later`), small ones among them.
+LATER = (
+    (8, 2048, 2048),
+    (32, 5120, 5120),
+    (64, 2048, 6144),
+    (96, 4096, 4096),
+    (128, 2048, 2048),
+    (256, 2048, 2048),
+    (384, 1536, 6144),
+    (512, 2048, 2048),
+    (512, 1024, 8192),
+    (1024, 2048, 2048),
+    (1024, 5120, 5120),
+    (2048, 2048, 2048),
+)
+# Half as deep, in bfloat16: what estimates of int8 are compared with.
+PAIRS = tuple((m, k // 2, n) for m, k, n in (*SHAPES, *LATER) if k % 256 == 0)
 
 
 def estimate(chip: str, m: int, k: int, n: int, dtype: str) -> dict[str, Any]:
@@ -103,14 +118,17 @@ def estimate(chip: str, m: int, k: int, n: int, dtype: str) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--later", action="store_true", help="the second set of products, none of them fitted")
+    parser.add_argument(
+        "--set", choices=["fitted", "later", "pairs"], default="fitted", help="see SHAPES, LATER, PAIRS"
+    )
     options = parser.parse_args()
+    shapes = {"fitted": SHAPES, "later": LATER, "pairs": PAIRS}[options.set]
     path, products = options.json, []
     for chip in CHIPS:
-        for i, shape in enumerate(LATER if options.later else SHAPES):
-            for j, dtype in enumerate(DTYPES):
+        for i, shape in enumerate(shapes):
+            for j, dtype in enumerate(DTYPES if options.set != "pairs" else ("bfloat16",)):
                 # A chessboard: each shape is fitted in one dtype and held out in the other.
-                half = "later" if options.later else "fit" if (i + j) % 2 == 0 else "held out"
+                half = options.set if options.set != "fitted" else "fit" if (i + j) % 2 == 0 else "held out"
                 products.append({**estimate(chip, *shape, dtype), "half": half})
                 print(products[-1], file=sys.stderr)
     found = {

@@ -44,13 +44,13 @@ def masses(distance: Array) -> Array:
     return (total << (ONE - PARTS)) >> (power >> PARTS)
 
 
-def share(total: Array, parts: Array) -> Array:
-    """floor(total * parts / 2^31) of int64 total < 2^62 and 0 <= parts <= 2^31."""
+def share(total: Any, parts: Any) -> Any:
+    """floor(total * parts / 2^31) of arrays or numbers int64 total < 2^62 and 0 <= parts <= 2^31."""
     low = total & (2**PARTS - 1)
     return (total >> PARTS) * parts + ((low * parts) >> PARTS)
 
 
-def units(value: Array, bits: int) -> Array:
+def units(value: Any, bits: int) -> Any:
     """A float32 from 0 to 1 in parts of 2^-bits; what lies outside becomes 0 or 1."""
     inside = np.where(value > 0, np.minimum(value, np.float32(1)), np.float32(0))
     return (inside * np.float32(2**bits)).astype(np.int64)

@@ -18,7 +18,6 @@ from jisu.compiler.types import (
     product,
     require,
     same_dim,
-    same_shape,
 )
 
 Samples = Iterator[tuple[tuple[str | None, ...], dict[str, Any]]]
@@ -317,8 +316,3 @@ def get(xs: TupleType, *, index: int) -> TensorType:
     require(isinstance(xs, TupleType), "get reads from an op with several results")
     require(0 <= index < len(xs.items), f"index {index} is outside 0..{len(xs.items) - 1}")
     return xs.items[index]
-
-
-def require_same_shape(a: TensorType, b: TensorType) -> None:
-    """Raise TypeRuleError unless both have one shape."""
-    require(same_shape(a.shape, b.shape), f"shapes differ: {a} and {b}")

@@ -34,10 +34,6 @@ from jisu.frontends.aten.table import (
 aten = torch.ops.aten
 
 
-def _all_axes(x: Node) -> tuple[int, ...]:
-    return tuple(range(x.rank))
-
-
 def _sum(x: Node, axes: Sequence[int], keepdim: bool = False) -> Node:
     return ops.sum_(x, axes=tuple(axes), keepdims=keepdim) if axes else x
 

@@ -148,11 +148,6 @@ def as_bool(x: Any) -> Node:
     return operand(x, "bool")
 
 
-def on_integers(function: Callable[[Node], Node], x: Node) -> Node:
-    """Apply an op that bools lack by way of uint8."""
-    return cast(function(cast(x, "uint8")), "bool") if x.dtype == "bool" else function(x)
-
-
 # --------------------------------------------------------------------------------------------------------- shapes
 
 

@@ -6,7 +6,7 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,11 +17,13 @@ import jisu
 from jisu.commands.shell import Progress, Shell, peak_rss_bytes, table
 from jisu.commands.source import Opened, Options, compile_checkpoint, load_artifact, recipe_name, recognise
 from jisu.compiler.errors import InputError
+from jisu.runtime.session import Sampling
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from jisu.runtime.program import Program
+    from jisu.runtime.session import Session
 
 
 @attrs.frozen
@@ -105,17 +107,31 @@ def measure(program: Program, load: Load, tell: Progress) -> Speeds:
     for repetition in range(-1, load.repeat):
         ids = np.random.default_rng(repetition + 1).integers(0, info.vocabulary, (load.batch, load.prompt))
         session.reset()
-        begin = time.perf_counter()
-        logits = session.append(ids, last_only=True)
-        middle = time.perf_counter()
-        for step in range(load.generated):
-            logits = session.append(logits[:, -1:].argmax(-1), last_only=True)
-            tell("measuring", (repetition + 1 + (step + 1) / load.generated) / (load.repeat + 1))
+        begin = middle = time.perf_counter()
+        for step in _written(session, ids, load.generated + 1):
+            middle = middle if step else time.perf_counter()
+            tell("measuring", (repetition + 1 + step / load.generated) / (load.repeat + 1))
         end = time.perf_counter()
         if repetition >= 0:
             prefill.append(load.batch * load.prompt / (middle - begin))
             decode.append(load.batch * load.generated / (end - middle))
     return Speeds(tuple(prefill), tuple(decode))
+
+
+def _written(session: Session, ids: np.ndarray, count: int) -> Iterator[int]:
+    """Read ids [b, n], then write `count` tokens, whose numbers come when they are there; where the program draws tokens, as `generate` does."""
+    if not session.leading:
+        for number in range(count):
+            ids = session.append(ids, last_only=True)[:, -1:].argmax(-1)
+            yield number
+        return
+    greedy = Sampling(*np.zeros((4, len(ids))))
+    step = session.draw(ids, greedy)
+    for number in range(count):
+        following = session.draw(step, greedy) if number + 1 < count else step
+        step.results()
+        yield number
+        step = following
 
 
 def spread(name: str, values: Sequence[float]) -> dict[str, Any]:

@@ -94,11 +94,11 @@ def _show(console: Console, path: str, report: Mapping[str, Any], program: Progr
         columns = ("<matrix", "<of", "kept", "<stored", "<sparse against dense, one row (predicted)")
         console.print(table("Sparse matrices", columns, sparse))
     for entry in report.get("simulated", ()):
-        console.print(_simulated(entry))
+        _show_simulated(console, entry)
     for entry in report.get("launches", ()):
         console.print(
-            f"{entry['entry']}: {entry['launches']} launches for a token; {entry['early']} may begin before those before them end, "
-            f"between the others are {units.seconds(entry['gaps_s'])} (predicted)"
+            f"{entry['entry']}: {entry['launches']} launches for a token, {entry['early']} of which may begin before the ones before them end; "
+            f"gaps in front of the others take {units.seconds(entry['gaps_s'])} (predicted)"
         )
     if report.get("tuning"):
         _show_tuning(console, report["tuning"])
@@ -124,19 +124,20 @@ def _gain(gain: float | None) -> str:
     return "no kernel for it on this target" if gain is None else f"{gain:.2f} times as fast"
 
 
-def _simulated(entry: Mapping[str, Any]) -> Any:
+def _show_simulated(console: Console, entry: Mapping[str, Any]) -> None:
     """What the timing model says of an entry, by kind of op."""
     rows = [
         [op["op"], str(op["count"]), units.seconds(op["simulated_s"]), units.nbytes(op["hbm_bytes"])]
         for op in entry["ops"]
     ]
     rows.append(["(all)", "", units.seconds(entry["simulated_s"]), units.nbytes(entry["hbm_bytes"])])
-    what = f"{entry['phase']} of {entry['tokens']} tokens behind {entry['cached']}, " if entry["phase"] else ""
-    title = (
+    new = "one token" if entry["tokens"] == 1 else f"{entry['tokens']} tokens"
+    what = f"{entry['phase']} of {new} behind {entry['cached']}, " if entry["phase"] else ""
+    console.print(
         f"{entry['entry']}: {what}simulated on {entry['chip']}, not measured; HBM alone {units.seconds(entry['hbm_bound_s'])}, "
         f"keys and values {units.nbytes(entry['kv_bytes'])}"
     )
-    return table(title, ("<op", "calls", "simulated", "HBM"), rows)
+    console.print(table("", ("<op", "calls", "simulated", "HBM"), rows))
 
 
 def _show_tuning(console: Console, tuning: Sequence[Mapping[str, Any]]) -> None:

@@ -38,6 +38,9 @@ def run(
         chosen["do_sample"] = True
     opened = open_program(shell, path, options)
     program = opened.program
+    simulation = program.explain().get("simulation", "")
+    if simulation:
+        shell.note(f"for {program.target['name']}: {simulation}")
     stream = program.generate(_encoded(program, text, chat), stream=True, **chosen)
     live = not shell.as_json
     generation = _follow(shell, stream, live, plain="tokenizer.json" not in program.parts.files)
@@ -54,6 +57,7 @@ def run(
         "compile_s": opened.compile_s,
         "load_s": opened.load_s,
         "threads": program.num_threads,
+        "simulation": simulation,
         "peak_rss_bytes": peak_rss_bytes(),
     }
 

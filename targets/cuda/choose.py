@@ -6,6 +6,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
 
+import attrs
 import sympy
 
 from jisu.compiler import ops
@@ -60,6 +61,7 @@ def _layer(layer: Layer, rows: Dim, operands: tuple[int, ...], target: Target, t
     then: what is made of the results, whose operands follow the layer's, and whose results the layer's.
     """
     require_activation(layer.activation)
+    reader = _reader(layer, target)
     count = len(operands)
     given = tuple(range(count, count + len(then.operands))) if then is not None else ()
     first = count + len(given)  # of the results
@@ -70,14 +72,16 @@ def _layer(layer: Layer, rows: Dim, operands: tuple[int, ...], target: Target, t
     if then is not None:
         made = tuple(range(first + 1, first + 1 + len(then.results)))
         behind = (DeviceCall(tailed(then, target), (rows, 1, 1), (first, *given, *made)),)
-        both = _with_tail(layer, then, target)
-        if both is not None:
-            call = DeviceCall(both, (layer.tiles(thin.OUTPUTS), 1, 1), (*arguments, *given, *made, made[-1] + 1))
+        if reader.tailed is not None:
+            call = DeviceCall(
+                reader.tailed(then), (layer.tiles(thin.OUTPUTS), 1, 1), (*arguments, *given, *made, made[-1] + 1)
+            )
             variants.append((((rows, 1),), (call,)))
-    for kernel, outputs, most in _thin(layer, target):
+    for most in reader.rows:
+        kernel, outputs = reader.few(most)
         call = DeviceCall(kernel, (layer.tiles(outputs), _ceiling(rows, most), 1), arguments)
         variants.append((((rows, most),), (call, *behind)))
-    for call, most in _products(layer, rows, arguments, target):
+    for call, most in _products(reader, layer, rows, arguments, target):
         variants.append((((rows, most),) if most else (), (call, *behind)))
     if variants[-1][0]:  # no product reads the layer: few rows at a time
         variants.append(((), variants[-1][1]))
@@ -85,46 +89,63 @@ def _layer(layer: Layer, rows: Dim, operands: tuple[int, ...], target: Target, t
     return Kernel(function, tuple(Argument(i) for i in operands))
 
 
-def _with_tail(layer: Layer, then: Tail, target: Target) -> DeviceKernel | None:
-    """The kernel for one row that does its tail, too; None where there is none."""
+@attrs.frozen(eq=False)
+class _Reader:
+    """What multiplies a layer. few: the kernel for up to so many rows of x, one of `rows`, and the rows of W of a block. tailed: the kernel for one
+    row that does its tail, too. many: in tiles, `small` or `large`; groups: by Hopper's warp groups, which are given `besides` behind the rest. Each
+    raises TargetError for a layer that it can't read."""
+
+    few: Callable[[int], tuple[DeviceKernel, int]]
+    rows: tuple[int, ...]
+    many: Callable[[products.Tile], DeviceKernel]
+    small: products.Tile
+    large: products.Tile
+    groups: Callable[[hopper.Tile], DeviceKernel] | None = None
+    besides: tuple[int, ...] = ()
+    tailed: Callable[[Tail], DeviceKernel] | None = None
+
+
+def _reader(layer: Layer, target: Target) -> _Reader:
     if isinstance(layer, Levels):
-        return levels.few(layer, thin.ROWS[0], target, then)
-    return None if layer.halves or layer.dtype == "float32" else thin.thin(layer, thin.ROWS[0], target, then)
+        return _Reader(
+            lambda rows: (levels.few(layer, rows, target), thin.outputs(layer, rows, target)), thin.ROWS,
+            lambda tile: levels.many(layer, tile, target), products.SMALL, products.LARGE,
+            lambda tile: levels.many_hopper(layer, tile, target), (0,),  # records' scales, which the map doesn't show
+            lambda then: levels.few(layer, thin.ROWS[0], target, then),
+        )  # fmt: skip
+    if layer.halves:
+        return _Reader(
+            lambda rows: (semi_structured.thin_halves(layer, rows, target), thin.OUTPUTS), semi_structured.THIN_ROWS,
+            lambda tile: semi_structured.product_halves(layer, tile, target), semi_structured.SMALL,
+            semi_structured.CODED if layer.scheme else semi_structured.LARGE,
+        )  # fmt: skip
+    if layer.dtype == "float32":
+        return _Reader(
+            lambda rows: (single.thin_single(layer, rows, target), single.OUTPUTS), single.ROWS,
+            lambda tile: single.product_single(layer, tile, target), single.SMALL, single.LARGE,
+        )  # fmt: skip
+    return _Reader(
+        lambda rows: (thin.thin(layer, rows, target), thin.outputs(layer, rows, target)), thin.ROWS,
+        lambda tile: products.product(layer, tile, target), products.SMALL, products.LARGE,
+        lambda tile: hopper.product_hopper(layer, tile, target),
+        tailed=lambda then: thin.thin(layer, thin.ROWS[0], target, then),
+    )  # fmt: skip
 
 
-def _thin(layer: Layer, target: Target) -> Iterator[tuple[DeviceKernel, int, int]]:
-    """The kernels for few rows, each with the rows of W of a block and the rows of x up to which it is taken. Raises TargetError where none
-    reads the layer."""
-    if isinstance(layer, Levels):
-        yield from ((levels.few(layer, m, target), thin.outputs(layer, m, target), m) for m in thin.ROWS)
-    elif layer.halves:
-        yield from ((semi_structured.thin_halves(layer, m, target), thin.OUTPUTS, m) for m in semi_structured.THIN_ROWS)
-    elif layer.dtype == "float32":
-        yield from ((single.thin_single(layer, m, target), single.OUTPUTS, m) for m in single.ROWS)
-    else:
-        yield from ((thin.thin(layer, m, target), thin.outputs(layer, m, target), m) for m in thin.ROWS)
-
-
-def _products(layer: Layer, rows: Dim, arguments: Arguments, target: Target) -> Iterator[tuple[DeviceCall, int]]:
+def _products(
+    reader: _Reader, layer: Layer, rows: Dim, arguments: Arguments, target: Target
+) -> Iterator[tuple[DeviceCall, int]]:
     """The products that can read the layer, each with the rows up to which it is taken (0 for any): the first that is in the code that a GPU
     loads is."""
-    small, large = products.SMALL, products.LARGE
-    make: Callable[..., DeviceKernel] = products.product
-    if isinstance(layer, Levels):
-        make = levels.many
-    elif layer.halves:
-        make, small = semi_structured.product_halves, semi_structured.SMALL
-        large = semi_structured.CODED if layer.scheme else semi_structured.LARGE
-    elif layer.dtype == "float32":
-        make, small, large = single.product_single, single.SMALL, single.LARGE
-    on_hopper = list(_on_hopper(layer, rows, arguments, target)) if make in (products.product, levels.many) else []
+    small, large = reader.small, reader.large
+    on_hopper = list(_on_hopper(reader, layer, rows, arguments, target))
     # So many large tiles as there are multiprocessors keep all of them busy; on half of them, warp groups should still be faster than small tiles
     # on all: by peak rates, `wgmma` does about twice what `mma` does.
     few = target.cores // (2 if on_hopper else 1) // max(1, layer.tiles(large.outputs)) * large.rows
 
     def call(tile: products.Tile) -> DeviceCall:
         grid = (_ceiling(rows, tile.rows), layer.tiles(tile.outputs), 1)
-        return DeviceCall(make(layer, tile, target), grid, arguments)
+        return DeviceCall(reader.many(tile), grid, arguments)
 
     with contextlib.suppress(TargetError):  # not for this layer
         if few >= small.rows:
@@ -133,20 +154,22 @@ def _products(layer: Layer, rows: Dim, arguments: Arguments, target: Target) -> 
         yield call(large), 0
 
 
-def _on_hopper(layer: Layer, rows: Dim, arguments: Arguments, target: Target) -> Iterator[tuple[DeviceCall, int]]:
+def _on_hopper(
+    reader: _Reader, layer: Layer, rows: Dim, arguments: Arguments, target: Target
+) -> Iterator[tuple[DeviceCall, int]]:
     """The same of Hopper's warp groups, if they can."""
+    if reader.groups is None:
+        return
     with contextlib.suppress(TargetError):  # not for this layer, or not on this machine
         narrow, wide = hopper.tiles_of(layer)
         few = target.cores // max(1, layer.tiles(wide.outputs)) * wide.rows
-        for tile, most in ((narrow, few), (wide, 0)) if few else ((wide, 0),):
-            in_levels = isinstance(layer, Levels)
-            kernel = (levels.many_hopper if in_levels else hopper.product_hopper)(layer, tile, target)  # type: ignore[arg-type]
+        for tile, most in ((narrow, few), (wide, 0)) if few and narrow is not wide else ((wide, 0),):
+            kernel = reader.groups(tile)
             matrices = layer.outputs * 2 if layer.apart else [n * layer.per_weight_row for n in layer.outputs]
             maps = [hopper.map_of_x(layer, tile, ("step", 0), rows)]
             maps += [hopper.map_of_w(layer, tile, ("step", i), n) for i, n in enumerate(matrices, 1)]
             grid = (_least(_ceiling(rows, tile.rows) * layer.tiles(tile.outputs), target.cores), 1, 1)
-            given = (*maps, *arguments[len(maps) :], *((0,) if in_levels else ()))
-            yield DeviceCall(kernel, grid, given), most
+            yield DeviceCall(kernel, grid, (*maps, *arguments[len(maps) :], *reader.besides)), most
 
 
 def _present(node: Node, *indices: int) -> tuple[int, ...]:

@@ -357,12 +357,18 @@ class Device(Function):
 
     def mma_bytes(self, a: Sequence[Val], b: Sequence[Val], sums: Sequence[Val]) -> list[Val]:
         """sums[16, 8] + a[16, 32] b[32, 8] of numbers of 8 bits on the tensor cores, by the warp: of int8 where the sums are i32, of fp8 (e4m3)
-        where they are float; a i32 [4], b i32 [2], sums [4] per thread."""
+        where they are float; a i32 [4], b i32 [2], sums [4] per thread.
+
+        Products of fp8 are added to the sums by the thread: tensor cores (of Ada; of Hopper those of warp groups) add them with 13 bits of mantissa, though
+        it is called float32 (SageAttention2, Zhang et al., 2024).
+        """
         element = sums[0].type
         kind = f"{{ {', '.join([element] * 4)} }}"
         form = {"i32": "s8", "float": "f32.e4m3.e4m3.f32"}[element]
-        found = self.call(kind, f"{self.prefix}mma.m16n8k32.row.col.{form}", *a, *b, *sums)
-        return [self.op(f"extractvalue {kind} {found.name}, {i}", element) for i in range(4)]
+        begin = sums if element == "i32" else [self.const(0.0, "float")] * 4
+        both = self.call(kind, f"{self.prefix}mma.m16n8k32.row.col.{form}", *a, *b, *begin)
+        found = [self.op(f"extractvalue {kind} {both.name}, {i}", element) for i in range(4)]
+        return found if element == "i32" else [total + own for total, own in zip(sums, found, strict=True)]
 
     # Hopper: barriers in shared memory (mbarriers), which count arrivals and bytes; copies of tiles, whose bytes they count
 

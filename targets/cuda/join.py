@@ -55,6 +55,8 @@ def _chain(last: Node, graph: Graph) -> _Found | None:
         return node
 
     append = taken(ops.cache_append)
+    if append is not None and append.ring and append.operands[3] is not None:
+        return None  # pages in a ring have no kernel
     encoded = taken(ops.encode_rows) if append is not None and len(here.parents) == 1 else None
     turned = taken(ops.rotary)
     norm, how = None, None

@@ -36,10 +36,10 @@ SIMULATED = "simulated on this machine's processor; not run on a TPU"
 
 
 def simulated(
-    graphs: Mapping[str, Graph], sizes: Mapping[str, int], target: Target, sequence: str | None
+    graphs: Mapping[str, Graph], sizes: Mapping[str, int], target: Target, sequence: str | None, positions: int | None
 ) -> list[dict[str, Any]]:
     """Each entry's time on the chip, simulated; see `jisu.targets.tpu.program.simulated_entries`."""
     from jisu.targets.tpu.chip import Chip
     from jisu.targets.tpu.program import simulated_entries
 
-    return simulated_entries(graphs, sizes, Chip.named(target.name), sequence=sequence)
+    return simulated_entries(graphs, sizes, Chip.named(target.name), sequence=sequence, positions=positions)

@@ -11,7 +11,8 @@ Queries that share keys are rows of one block: a decode step with 8 queries per 
 
 A cache may hold records (`jisu.compiler.rows`) in two arrays: codes, and the scales and offsets of all key heads of a slot side by side, as rows
 of one array would take twice the lanes. Codes are multiplied as they are, exactly; a key's scale and offset then apply to its score, a value's
-to its weight.
+to its weight. Of codes of 4 bits, whose rows of d / 2 bytes would not fill the lanes either, a row holds those of several key heads. It is
+multiplied whole: queries have zeros where other heads' codes are, and of the sums of values those of the own head are taken.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from jisu.targets.tpu.chip import Chip
 from jisu.targets.tpu.splice import Part
 
 _ROWS, _KEYS, _HEADS = 256, 512, 8  # of a tile, at most
+_LANES = 128
 DTYPES = ("bfloat16", "float32")
 
 
@@ -35,8 +37,8 @@ class Attention:
     causal: query i sits in slot first + i, and sees slots from `start` to its own, with `window` only the last so many; both int32 [batch].
     Else all keys are seen. cached: keys lie in a cache [batch, groups, keys, d], where row r holds the newest slot n with n % keys == r; with `page`
     in pages [pages, groups, page, d] behind a table int32 [batch, keys / page]. Else they are [batch, keys, groups, d].
-    records: of a cache, that codes uint8 of records int8 are in the place of numbers, and their tails beside them: uint8 [batch, keys,
-    groups * 4], or by pages.
+    records: of a cache, bits of the codes (8 or 4) that are in the place of numbers, uint8, with the tails of their records beside them: uint8
+    [batch, keys, groups * 4], or by pages. Codes of 4 bits are [batch, groups / p, keys, p * d / 2], p being `beside` (and so are pages).
     """
 
     batch: int
@@ -54,22 +56,37 @@ class Attention:
     page: int = 0
     pages: int = 0
     dtype: str = "bfloat16"
-    records: bool = False
+    records: int = 0
 
     @property
     def stored(self) -> str:
         """The dtype of keys and values in HBM."""
         return "uint8" if self.records else self.dtype
 
+    def heads_of(self, channels: int) -> int:
+        """Key heads whose codes lie in one row, of keys or values of so many channels."""
+        return beside(self.groups, channels) if self.records == 4 else 1
+
+    def lanes_of(self, channels: int) -> int:
+        """What such a row has of numbers."""
+        return self.heads_of(channels) * channels
+
     @property
     def inputs(self) -> tuple[tuple[str, TensorType], ...]:
         """What the kernel takes, by name."""
         b, g, d = self.batch, self.groups, self.d
-        lead = (self.pages, g, self.page) if self.page else (b, g, self.keys) if self.cached else (b, self.keys, g)
+
+        def held(channels: int) -> tuple[int, ...]:
+            heads = g // self.heads_of(channels)
+            width = self.lanes_of(channels) // 2 if self.records == 4 else channels
+            if self.page:
+                return self.pages, heads, self.page, width
+            return (b, heads, self.keys, width) if self.cached else (b, self.keys, heads, width)
+
         where = [("first", TensorType((b,), "int32")), ("start", TensorType((b,), "int32"))]
         table = [("table", TensorType((b, self.keys // self.page), "int32"))] if self.page else []
         q = ("q", TensorType((b, self.queries, g * self.repeats, d), self.dtype))
-        both = (("k", TensorType((*lead, d), self.stored)), ("v", TensorType((*lead, self.e), self.stored)))
+        both = (("k", TensorType(held(d), self.stored)), ("v", TensorType(held(self.e), self.stored)))
         slots = (self.pages, self.page) if self.page else (b, self.keys)
         tails = [(f"{n}_tails", TensorType((*slots, g * TAIL), "uint8")) for n in "kv" if self.records]
         return (*where, *table, q, *both, *tails)
@@ -78,6 +95,11 @@ class Attention:
     def result(self) -> TensorType:
         """What it returns."""
         return TensorType((self.batch, self.queries, self.groups * self.repeats, self.e), self.dtype)
+
+
+def beside(groups: int, channels: int) -> int:
+    """How many key heads' codes of 4 bits, of so many channels, lie side by side in a row: as many as fill its lanes."""
+    return max(n for n in (1, 2, 4, 8) if groups % n == 0 and (n == 1 or n * channels // 2 <= _LANES))
 
 
 @attrs.frozen
@@ -100,7 +122,8 @@ def choose_blocks(a: Attention, chip: Chip) -> Blocks:
     native = chip.sublane_tile(a.stored)
     rows = a.queries * a.repeats
     tile = min(round_up(rows, chip.sublane_tile(a.dtype)), _ROWS)
-    heads = 1 if rows > _ROWS // 4 else max(n for n in range(1, _HEADS + 1) if a.groups % n == 0)
+    whole_rows = max(a.heads_of(a.d), a.heads_of(a.e))
+    heads = whole_rows if rows > _ROWS // 4 else max(n for n in range(1, _HEADS + 1) if a.groups % n == 0)
     if not a.cached:
         piece = min(round_up(a.keys, chip.lanes), _KEYS)
         return Blocks(tile, round_up(rows, tile), heads, piece, 1, round_up(a.keys, piece))
@@ -134,7 +157,11 @@ def source(a: Attention, chip: Chip, blocks: Blocks | None = None) -> str:
     flat = ["first", "start", *(["table.reshape(-1)"] if a.page else [])]
     step = n.piece * n.pieces
     in_pages = f" in {n.pieces} pages" if a.page else ""
-    packed = f"({{}}, {n.pieces}, {n.heads}, {n.piece}, {{}})".format
+
+    def packed(channels: int) -> str:
+        width = a.lanes_of(channels) // 2 if a.records == 4 else channels
+        return f"(2, {n.pieces}, {n.heads // a.heads_of(channels)}, {n.piece}, {width})"
+
     more = ("k_tails", "v_tails") if a.records else ()
     hbm, vmem = ("".join(f", {name}{suffix}" for name in more) for suffix in ("_hbm", ""))
     return f'''"""{_title(a)}
@@ -154,7 +181,7 @@ PADDED = ({shapes}
 DTYPES = ({", ".join(repr(t.dtype) for _, t in a.inputs)})
 
 BATCH, QUERIES, GROUPS, REPEATS = {a.batch}, {a.queries}, {a.groups}, {a.repeats}  # queries' heads are groups * repeats
-D, E = {a.d}, {a.e}  # channels of keys and of values
+D, E = {a.lanes_of(a.d)}, {a.lanes_of(a.e)}  # channels of keys and of values{_shared(a)}
 KEYS = {a.keys}{f"  # at most; {a.keys // a.page} pages of {a.page}" if a.page else ""}
 ROWS, BLOCK = {n.padded}, {n.rows}  # rows of queries, padded, and those of a block: row r is of query r / REPEATS
 BLOCKS = ROWS // BLOCK
@@ -182,8 +209,8 @@ def body({", ".join(scalars)}, q, number, k_hbm, v_hbm{hbm}, result, keys, value
         found = []
         for piece in range(PIECES):
 {_places(a)}
-            found.append(copy(k_hbm.at[{_place(a)}], keys.at[slot, piece], copied.at[0, slot]))
-            found.append(copy(v_hbm.at[{_place(a)}], values.at[slot, piece], copied.at[1, slot]))
+            found.append(copy(k_hbm.at[{_place(a, a.d)}], keys.at[slot, piece], copied.at[0, slot]))
+            found.append(copy(v_hbm.at[{_place(a, a.e)}], values.at[slot, piece], copied.at[1, slot]))
 {_copied_tails(a)}        return found
 
     def start_block(block, slot):
@@ -230,9 +257,8 @@ def body({", ".join(scalars)}, q, number, k_hbm, v_hbm{hbm}, result, keys, value
         place = step * STEP + lax.broadcasted_iota(jnp.int32, (1, STEP), 1)
 {_visible(a)}
 {_grids(a)}        for h in range(HEADS):
-            k = {_numbers(a, "keys", "D")}
-            v = {_numbers(a, "values", "E")}
-            scores = lax.dot_general(q[0, h], k, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32){_scaled(a)}
+{_numbers(a)}
+            scores = lax.dot_general(q[0, h], k, (((1,), (1,)), ((), ())){_precise(a)}, preferred_element_type=jnp.float32){_scaled(a)}
 {_softcap(a)}            old = peak[h]
             new = jnp.maximum(old, jnp.max(jnp.where(visible, scores, NOTHING), axis=1, keepdims=True))
             weight = jnp.where(visible, jnp.exp(scores - new), 0.0)
@@ -254,8 +280,8 @@ def body({", ".join(scalars)}, q, number, k_hbm, v_hbm{hbm}, result, keys, value
 
 def kernel({", ".join(names)}, interpret=False):
     """The attention of arrays in HBM, {", ".join(names)}; interpret: False on a TPU, else pltpu.InterpretParams()."""
-    q = q.reshape(BATCH, QUERIES, GROUPS, REPEATS, D).transpose(0, 2, 1, 3, 4).reshape(BATCH, GROUPS, QUERIES * REPEATS, D)
-    q = jnp.pad(q, [(0, 0), (0, 0), (0, ROWS - QUERIES * REPEATS), (0, 0)])
+    q = q.reshape(BATCH, QUERIES, GROUPS, REPEATS, {a.d}).transpose(0, 2, 1, 3, 4).reshape(BATCH, GROUPS, QUERIES * REPEATS, {a.d})
+{_spread_queries(a)}    q = jnp.pad(q, [(0, 0), (0, 0), (0, ROWS - QUERIES * REPEATS), (0, 0)])
 {_keys(a)}    number = lax.div(lax.iota(jnp.int32, ROWS), jnp.int32(REPEATS)).reshape(ROWS, 1)
     result = pl.pallas_call(
         body,
@@ -270,8 +296,8 @@ def kernel({", ".join(names)}, interpret=False):
             ],
             out_specs=pl.BlockSpec((1, HEADS, BLOCK, E), lambda b, g, i, *_: (b, g, i, 0)),
             scratch_shapes=[
-                pltpu.VMEM({packed(2, a.d)}, jnp.{a.stored}),
-                pltpu.VMEM({packed(2, a.e)}, jnp.{a.stored}),
+                pltpu.VMEM({packed(a.d)}, jnp.{a.stored}),
+                pltpu.VMEM({packed(a.e)}, jnp.{a.stored}),
 {_held_tails(a)}                pltpu.VMEM((HEADS, BLOCK, 1), jnp.float32),
                 pltpu.VMEM((HEADS, BLOCK, 1), jnp.float32),
                 pltpu.VMEM((HEADS, BLOCK, E), jnp.float32),
@@ -281,14 +307,15 @@ def kernel({", ".join(names)}, interpret=False):
         ),
         interpret=interpret,
     )({", ".join(flat)}, q, number, k, v{vmem})
-    result = result[:, :, : QUERIES * REPEATS].reshape(BATCH, GROUPS, QUERIES, REPEATS, E)
-    return result.transpose(0, 2, 1, 3, 4).reshape(BATCH, QUERIES, GROUPS * REPEATS, E)
+    result = result[:, :, : QUERIES * REPEATS]
+{_own_values(a)}    result = result.reshape(BATCH, GROUPS, QUERIES, REPEATS, {a.e})
+    return result.transpose(0, 2, 1, 3, 4).reshape(BATCH, QUERIES, GROUPS * REPEATS, {a.e})
 '''
 
 
 def _title(a: Attention) -> str:
     kind = "over a paged cache" if a.page else "over a cache" if a.cached else "causal" if a.causal else "of all keys"
-    kind += " of records" if a.records else ""
+    kind += f" of records int{a.records}" if a.records else ""
     more = f", the last {a.window} keys" if a.window else ""
     return f"Attention {kind}{more}: [{a.batch}, {a.queries}, {a.groups * a.repeats}, {a.d}] on up to {a.keys} keys, {a.dtype}."
 
@@ -336,8 +363,9 @@ def _places(a: Attention) -> str:
     return _lines(12, "at = pl.ds(pl.multiple_of(step * STEP, STEP), STEP)")
 
 
-def _place(a: Attention) -> str:
-    heads = "pl.ds(g * HEADS, HEADS)"
+def _place(a: Attention, channels: int) -> str:
+    heads = "HEADS" if a.heads_of(channels) == 1 else f"(HEADS // {a.heads_of(channels)})"
+    heads = f"pl.ds(g * {heads}, {heads})"
     return f"page, {heads}" if a.page else f"b, {heads}, at"
 
 
@@ -363,7 +391,7 @@ def _grid(a: Attention) -> str:
         return ""
     return f'''
 def grid(tails, g):
-    """Per head of a block and key, [8, STEP]: scales, and what a level of 0, code 128, stands for."""
+    """Per head of a block and key, [8, STEP]: scales, and what a level of 0, code {2 ** (a.records - 1)}, stands for."""
     shape = (32, {a.groups * TAIL})
     row, column = lax.broadcasted_iota(jnp.int32, shape, 0), lax.broadcasted_iota(jnp.int32, shape, 1)
     # Row 8 * i + h is byte i of head h.
@@ -373,12 +401,13 @@ def grid(tails, g):
     scale, offset = (
         lax.bitcast_convert_type(found[i : i + 8] << 16 | found[i + 8 : i + 16] << 24, jnp.float32) for i in (0, 16)
     )
-    return scale, offset + 128.0 * scale
+    return scale, offset + {2.0 ** (a.records - 1)} * scale
 
 
 def levels(codes):
     """Codes about 0."""
-    return (codes.astype(jnp.int32) - 128).astype(jnp.float32).astype(jnp.{a.dtype})
+    codes = codes.astype(jnp.int32){_NIBBLES if a.records == 4 else ""}
+    return (codes - {2 ** (a.records - 1)}).astype(jnp.float32).astype(jnp.{a.dtype})
 
 '''
 
@@ -400,9 +429,58 @@ def _grids(a: Attention) -> str:
     )
 
 
-def _numbers(a: Attention, name: str, width: str) -> str:
-    text = f"{name}[slot, :, h].reshape(STEP, {width})"
-    return f"levels({text})" if a.records else text
+_NIBBLES = """
+    codes = jnp.concatenate([codes & 15, codes >> 4], axis=1)"""
+
+
+def _numbers(a: Attention) -> str:
+    lines = []
+    for name, tile, width, channels in (("k", "keys", "D", a.d), ("v", "values", "E", a.e)):
+        if a.records < 8 and a.records:
+            heads = a.heads_of(channels)
+            again = f" if h % {heads} == 0 else {name}" if heads > 1 else ""
+            row = f"h // {heads}" if heads > 1 else "h"
+            lines.append(f"{name} = levels({tile}[slot, :, {row}].reshape(STEP, {width} // 2)){again}")
+        else:
+            text = f"{tile}[slot, :, h].reshape(STEP, {width})"
+            lines.append(f"{name} = levels({text})" if a.records else f"{name} = {text}")
+    return _lines(12, *lines)
+
+
+def _shared(a: Attention) -> str:
+    return ", those of several heads where their codes share a row" if a.records == 4 else ""
+
+
+def _spread_queries(a: Attention) -> str:
+    """Queries with zeros in the lanes of other heads' codes."""
+    heads = a.heads_of(a.d)
+    if heads == 1:
+        return ""
+    return (
+        _lines(
+            4,
+            "# A row of codes holds the lower halves of its heads' channels, then the upper ones.",
+            f"q = q.reshape(BATCH, GROUPS // {heads}, {heads}, QUERIES * REPEATS, 2, 1, {a.d // 2})",
+            f"own = jnp.eye({heads}, dtype=bool).reshape(1, 1, {heads}, 1, 1, {heads}, 1)",
+            "q = jnp.where(own, q, 0).reshape(BATCH, GROUPS, QUERIES * REPEATS, D)",
+        )
+        + "\n"
+    )
+
+
+def _own_values(a: Attention) -> str:
+    """Of the sums of all values of a row, those of the own head."""
+    heads = a.heads_of(a.e)
+    if heads == 1:
+        return ""
+    return (
+        _lines(
+            4,
+            f"result = result.reshape(BATCH, GROUPS // {heads}, {heads}, QUERIES * REPEATS, 2, {heads}, {a.e // 2})",
+            f"result = jnp.stack([result[:, :, i, :, :, i] for i in range({heads})], axis=2)",
+        )
+        + "\n"
+    )
 
 
 def _scaled(a: Attention) -> str:
@@ -414,14 +492,20 @@ def _scaled(a: Attention) -> str:
 def _added(a: Attention) -> str:
     if not a.records:
         return _lines(
-            12, "sums[h] = sums[h] * kept + jnp.dot(weight.astype(v.dtype), v, preferred_element_type=jnp.float32)"
+            12,
+            f"sums[h] = sums[h] * kept + jnp.dot(weight.astype(v.dtype), v{_precise(a)}, preferred_element_type=jnp.float32)",
         )
     return _lines(
         12,
         "zeros = jnp.sum(weight * v_zero[h : h + 1], axis=1, keepdims=True)",
         "weight = (weight * v_scale[h : h + 1]).astype(v.dtype)",
-        "sums[h] = sums[h] * kept + zeros + jnp.dot(weight, v, preferred_element_type=jnp.float32)",
+        f"sums[h] = sums[h] * kept + zeros + jnp.dot(weight, v{_precise(a)}, preferred_element_type=jnp.float32)",
     )
+
+
+def _precise(a: Attention) -> str:
+    """float32 is multiplied in as many passes as its precision takes."""
+    return ", precision=lax.Precision.HIGHEST" if a.dtype == "float32" else ""
 
 
 def _visible(a: Attention) -> str:

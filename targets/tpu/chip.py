@@ -43,14 +43,16 @@ class Timing:
     """What the timing model needs beyond the machine's sizes, in cycles, and how it was come by.
 
     launch: starting and ending a kernel, transfers left out. block: filling and draining the MXUs around each Matmul. push: of one tile of
-    weights (mxu x mxu) into an MXU, per dtype; hidden behind the rows streamed through the tile before, if those take longer. accumulate: of
-    the vector unit on each register of partial sums. vector: on each register of results, per op of a Vector event.
+    weights (mxu x mxu) into an MXU, per dtype; hidden behind the rows streamed through the tile before, if those take longer. depth: numbers of
+    the inner axis that one partial sum spans, per dtype. accumulate: of the vector unit on each register of partial sums. vector: on each
+    register of results, per op of a Vector event.
     """
 
     launch: float
     block: float
     accumulate: float
     push: Table = attrs.field(converter=_table)
+    depth: Table = attrs.field(converter=_table)
     vector: Table = attrs.field(converter=_table)
     source: str
 

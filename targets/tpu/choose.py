@@ -16,15 +16,17 @@ from tvm import tirx
 from jisu.compiler import levels, ops
 from jisu.compiler.errors import CompileError
 from jisu.compiler.graph import Node
+from jisu.compiler.schemes import SCHEMES, groups_of
 from jisu.compiler.types import Dim, TensorType, product, symbol
 from jisu.targets.cpu.generic.build import Builder, Expr, Flat, i64
 from jisu.targets.cpu.generic.scalar import dtype_of
 from jisu.targets.steps import Argument, Choosers, Kernel
 from jisu.targets.target import Target
+from jisu.targets.tpu import grouped
 from jisu.targets.tpu.chip import Chip
 from jisu.targets.tpu.functional import inlined
 from jisu.targets.tpu.product import lower
-from jisu.targets.tpu.spec import ACTIVATIONS, RESULTS, Product
+from jisu.targets.tpu.spec import ACTIVATIONS, MIDDLE, RESULTS, Product
 from jisu.targets.tpu.tiles import choose_tiles
 
 BLOCKS = (128, 16)
@@ -55,7 +57,7 @@ def _function(spec: Product, chip: Chip, b: Builder, fills: Fills) -> Any:
             for buffer in buffers:
                 b.emit(tirx.AllocBuffer(buffer))
             held = {o.name: (o, buffer) for o, buffer in zip(lowered.operands, buffers, strict=True)}
-            weights: list[str] = [name for name in ("w", "u") if name in held]
+            weights = [name for name in held if name[0] in "wu" and name != "up_scale"]
             for name in weights:
                 _fill(b, *held[name], fills(i64(0))[name], None)
             with b.loop(count) as block:
@@ -89,6 +91,11 @@ def _fill(b: Builder, operand: Any, buffer: Any, fill: Fill, rows: Expr | None) 
 def _bits(number: Expr) -> Expr:
     """bfloat16, which is int16 in the functions' parameters, as the bits that kernels keep; other numbers are themselves."""
     return tirx.reinterpret("uint16", number) if dtype_of(number) == "int16" else number
+
+
+def _byte(i: Expr, word: int) -> Expr:
+    """Which byte of a row holds input i, of codes of 4 bits."""
+    return tirx.floordiv(i, i64(2 * word)) * i64(word) + tirx.floormod(i, i64(word))
 
 
 def _wide(number: Expr) -> Expr:
@@ -152,19 +159,24 @@ def _gated_product(node: Node) -> Product | None:
 
 def _coded_product(node: Node) -> Product | None:
     """Of levels of codes, and of x in floats or rounded to levels, too."""
-    x, codes, _, zeros, bias, residual = node.operands
-    assert x is not None and codes is not None
+    x, codes, scales, zeros, bias, residual = node.operands
+    assert x is not None and codes is not None and scales is not None
     rounded = node.op is ops.levels_linear
     k = node.k if rounded else x.shape[-1]
-    if node.group or (rounded and node.own) or zeros is not None or node.scheme != "int8":
+    if (rounded and node.own) or node.dtype not in RESULTS or node.activation not in ACTIVATIONS:
         return None
-    if codes.tensor.size != node.outputs * k * (1 + node.gated) or codes.dtype != "uint8":
+    if not grouped.reads(node) and (node.group or zeros is not None or node.scheme != "int8"):
         return None
-    if node.dtype not in RESULTS or node.activation not in ACTIVATIONS:
+    if (
+        codes.tensor.nbytes * 8 != node.outputs * k * (1 + node.gated) * SCHEMES[node.scheme].bits
+        or codes.dtype != "uint8"
+    ):
         return None
+    groups = {"group": node.group, "zeros": zeros is not None, "scales": scales.dtype} if node.group else {}
     return Product(
-        1, int(node.outputs), int(k), "int8" if rounded else node.dtype, node.dtype, channel_scale=True, row_scale=rounded,
-        bias=bias is not None, activation=node.activation, residual=residual is not None, weights="int8", gated=bool(node.gated),
+        1, int(node.outputs), int(k), "int8" if rounded else node.dtype, node.dtype, channel_scale=not node.group, row_scale=rounded,
+        bias=bias is not None, activation=node.activation, residual=residual is not None, weights=node.scheme, gated=bool(node.gated),
+        **groups,
     )  # fmt: skip
 
 
@@ -212,15 +224,17 @@ def _floats(node: Node, target: Target) -> Kernel | None:
 
 
 def _coded(node: Node, target: Target) -> Kernel | None:
-    """`quantized_linear` with a scale per output, and `levels_linear` with one per token, too."""
-    x, _, scales, *_ = node.operands
+    """`quantized_linear` with a scale per output or group, and `levels_linear` with one per token, too."""
+    x, codes, scales, *_ = node.operands
     spec = product_of(node, Chip.named(target.name))
     if spec is None:
         return None
-    assert x is not None and scales is not None
+    assert x is not None and codes is not None and scales is not None
+    word, row = int(codes.shape[-1]), spec.k * SCHEMES[node.scheme].bits // 8  # type: ignore[call-overload]
     at = levels.scale_offset(spec.k)
     # Gate and up lie side by side, output by output.
     halves: tuple[Dim, ...] = (2,) if spec.gated else ()
+    groups = (groups_of(spec.k, spec.group),) if spec.group else ()
 
     def fills(flats: Mapping[int, Flat], first: Expr) -> dict[str, Fill]:
         def row_scale(i: Expr, j: Expr) -> Expr:
@@ -230,25 +244,42 @@ def _coded(node: Node, target: Target) -> Kernel | None:
             return tirx.reinterpret("float32", parts[0] | parts[1] | parts[2] | parts[3])
 
         def code(*half: Expr) -> Fill:
-            return lambda i, j: tirx.Cast(
-                "int8", tirx.Cast("int32", flats[1][[j, *half, i]]) - tirx.const(128, "int32")
-            )
+            def level(i: Expr, j: Expr) -> Expr:
+                number = tirx.Cast("int32", flats[1][[j, *half, _byte(i, word) if spec.weights == "int4" else i]])
+                if spec.weights == "int4":  # the upper half of a byte belongs to the input `word` further on
+                    upper = tirx.Cast("int32", tirx.floormod(tirx.floordiv(i, i64(word)), i64(2)))
+                    number = (number >> (upper * 4)) & tirx.const(15, "int32")
+                return tirx.Cast("int8", number - tirx.const(MIDDLE[spec.weights], "int32"))
+
+            return level
 
         def scale(*half: Expr) -> Fill:
             return lambda i, j: _wide(flats[2][[j, *half]])
+
+        def grid(operand: int, *half: Expr) -> Fill:
+            def stored(i: Expr, j: Expr) -> Expr:
+                value = flats[operand][[j, *half, i]]
+                return tirx.reinterpret("uint16", value) if dtype_of(value) == "float16" else value
+
+            return stored
 
         found: dict[str, Fill] = {"x": lambda i, j: _bits(flats[0][[first + i, j]])}
         if spec.row_scale:
             found |= {"x": lambda i, j: tirx.reinterpret("int8", flats[0][[first + i, j]]), "row_scale": row_scale}
         for number, (w, channel_scale) in enumerate((("w", "channel_scale"), ("u", "up_scale"))[: spec.matrices]):
             half = [i64(number)] if spec.gated else []
-            found |= {w: code(*half), channel_scale: scale(*half)}
+            found[w] = code(*half)
+            if spec.group:
+                found |= {f"{w}_scale": grid(2, *half)} | ({f"{w}_zero": grid(3, *half)} if spec.zeros else {})
+            else:
+                found[channel_scale] = scale(*half)
         return found
 
     given = {
         0: ((ROWS, x.shape[-1]), "uint8" if spec.row_scale else _STORED[node.dtype]),
-        1: ((spec.n, *halves, spec.k), "uint8"),
-        2: ((spec.n, *halves), scales.dtype),
+        1: ((spec.n, *halves, row), "uint8"),
+        2: ((spec.n, *halves, *groups), scales.dtype),
+        3: ((spec.n, *halves, *groups), "uint8"),  # zeros, where there are such
     }
     return _kernel(node, target, spec, given, (4, 5), fills)
 

@@ -60,7 +60,7 @@ class Wait:
 
 @attrs.frozen
 class Matmul:
-    """(m, k) by (k, n) on the matrix units, summed into what `writes` names."""
+    """(m, k) by (k, n) on the matrix units, summed into what `writes` names; stack: each row is streamed so often, with the rest as zeros."""
 
     m: int = attrs.field(validator=_count)
     k: int = attrs.field(validator=_count)
@@ -68,6 +68,7 @@ class Matmul:
     dtype: str
     reads: tuple[str, ...] = attrs.field(default=(), converter=_names)
     writes: tuple[str, ...] = attrs.field(default=(), converter=_names)
+    stack: int = 1
 
 
 @attrs.frozen

@@ -23,6 +23,7 @@ from tvm.ir.expr import TensorLoad
 
 from jisu.compiler.errors import CompileError, InputError
 from jisu.compiler.types import numpy_dtype
+from jisu.targets.tpu.intrinsics import scaled
 from jisu.targets.tpu.product import Lowered
 from jisu.targets.tpu.walk import (
     ASYNC,
@@ -45,7 +46,9 @@ from jisu.targets.tpu.walk import (
 DMA = ("late", "early")
 """When emulated copies land."""
 _PREFIX = "jisu.tpu."
-_BFLOAT16 = numpy_dtype("bfloat16")
+_HALF = (numpy_dtype("bfloat16"), numpy_dtype("float16"))
+KEPT = {"bfloat16": "uint16", "float16": "uint16", "int4": "int8"}
+"""Dtypes that this machine keeps as others: floats as their bits."""
 
 
 def compile_cpu(function: Any, *, emulated: bool = False) -> Callable[..., None]:
@@ -63,7 +66,7 @@ def compile_cpu(function: Any, *, emulated: bool = False) -> Callable[..., None]
 
 
 def inlined(lowered: Lowered) -> tuple[list[Any], Any]:
-    """The product's operands and result as buffers of this machine (bfloat16 as its bits, uint16), and the statement that computes it."""
+    """The product's operands and result as buffers of this machine (see `KEPT`), and the statement that computes it."""
     loops = _Loops(emulated=False)
     return [loops.stored(parameter) for parameter in lowered.function.params], loops.visit(lowered.function.body)
 
@@ -118,7 +121,7 @@ def _tensors(lowered: Lowered, arrays: Sequence[np.ndarray]) -> tuple[list[Any],
 
 
 def _bits(array: np.ndarray) -> np.ndarray:
-    return array.view(np.uint16) if array.dtype == _BFLOAT16 else array
+    return array.view(np.uint16) if array.dtype in _HALF else array
 
 
 def _result(lowered: Lowered, tensor: Any) -> np.ndarray:
@@ -130,7 +133,7 @@ def _result(lowered: Lowered, tensor: Any) -> np.ndarray:
 class _Loops:
     """Puts loops, or calls of the engine, into the place of instructions.
 
-    bfloat16 is kept as its bits, uint16, and converted where it is read and written: left to itself, TVM keeps buffers in float32.
+    Floats of 16 bits are kept as their bits, and converted where they are read and written: left to itself, TVM keeps buffers in float32.
     """
 
     emulated: bool
@@ -145,17 +148,18 @@ class _Loops:
 
     def stored(self, buffer: Any) -> Any:
         """The buffer as this machine keeps it."""
-        if str(buffer.dtype) != "bfloat16":
+        dtype = KEPT.get(str(buffer.dtype))
+        if dtype is None:
             return buffer
         if buffer not in self.buffers:
-            self.buffers[buffer] = tirx.decl_buffer(buffer.shape, "uint16", buffer.name, scope=buffer.scope())
+            self.buffers[buffer] = tirx.decl_buffer(buffer.shape, dtype, buffer.name, scope=buffer.scope())
         return self.buffers[buffer]
 
     def _load(self, buffer: Any, indices: list[Any]) -> Any:
-        value = tirx.BufferLoad(self.stored(buffer), indices)
-        if str(buffer.dtype) != "bfloat16":
-            return value
-        return tirx.reinterpret("float32", tirx.Cast("uint32", value) << tirx.const(16, "uint32"))
+        value, dtype = tirx.BufferLoad(self.stored(buffer), indices), str(buffer.dtype)
+        if dtype == "bfloat16":
+            return tirx.reinterpret("float32", tirx.Cast("uint32", value) << tirx.const(16, "uint32"))
+        return _half(value) if dtype == "float16" else value
 
     def _store(self, buffer: Any, value: Any, indices: list[Any]) -> Any:
         """The value is float32 for bfloat16, and rounded to the nearest, to even between two."""
@@ -231,7 +235,7 @@ class _Loops:
         to, source = copy.to, copy.source
         if self.emulated:
             begin = -1 if self.queue is None else self.queue
-            size = numpy_dtype(str(to.buffer.dtype)).itemsize
+            size = _itemsize(to.buffer)
             sizes = to.rows, to.columns * size, to.stride * size, source.stride * size
             return _call(
                 "start", begin, self._address(to), self._address(source), *sizes, int(to.in_hbm), to.buffer.name
@@ -253,22 +257,25 @@ class _Loops:
     def _multiply(self, product: Multiply) -> Any:
         sums, x, w = product.sums, product.x, product.w
         at, x_at, w_at = self._at(sums), self._at(x), self._at(w)
+        grid = [(g, self._at(g)) for g in product.grid]
         dtype = str(sums.buffer.dtype)
 
         def add(i: Any, k: Any, j: Any) -> Any:
             a, b = self._load(x.buffer, _moved(x_at, i, k)), self._load(w.buffer, _moved(w_at, k, j))
             a, b = (v if _dtype(v) == dtype else tirx.Cast(dtype, v) for v in (a, b))
+            own = [self._load(g.buffer, _moved(at, _over(k, product.group), j)) for g, at in grid]
+            b = scaled(b, str(w.buffer.dtype), *(tirx.Cast("float32", v) for v in own))
             to = _moved(at, i, j)
             return tirx.BufferStore(sums.buffer, tirx.BufferLoad(sums.buffer, to) + a * b, to)
 
         loops = _nest((x.rows, x.columns, w.columns), add)
         if not self.emulated:
             return loops
-        return flat([*(self._access(r, 0) for r in (x, w)), loops])
+        return flat([*(self._access(r, 0) for r in (x, w, *product.grid)), loops])
 
     def _access(self, region: Region, writes: int) -> Any:
         """A call that reports a read or write of a region."""
-        size = numpy_dtype(str(region.buffer.dtype)).itemsize
+        size = _itemsize(region.buffer)
         sizes = region.rows, region.columns * size, region.stride * size
         return _call("access", self._address(region), *sizes, region.buffer.name, writes)
 
@@ -313,6 +320,24 @@ def _nest(sizes: Sequence[int], body: Callable[..., Any]) -> Any:
             variable, tirx.IntImm("int32", 0), tirx.IntImm("int32", size), tirx.ForKind.SERIAL, statement
         )
     return statement
+
+
+def _itemsize(buffer: Any) -> int:
+    """Bytes of a number as this machine keeps it."""
+    return numpy_dtype(KEPT.get(str(buffer.dtype), str(buffer.dtype)).replace("uint16", "int16")).itemsize
+
+
+def _half(bits: Any) -> Any:
+    """float32 of the bits of float16."""
+    word = tirx.Cast("uint32", bits)
+    size = word & tirx.const(0x7FFF, "uint32")
+    sign = (word & tirx.const(0x8000, "uint32")) << tirx.const(16, "uint32")
+    moved = sign | size << tirx.const(13, "uint32")
+    return tirx.reinterpret("float32", moved) * tirx.const(2.0**112, "float32")
+
+
+def _over(k: Any, group: int) -> Any:
+    return tirx.floordiv(k, tirx.const(group, "int32"))
 
 
 def _moved(at: list[Any], i: Any, j: Any) -> list[Any]:

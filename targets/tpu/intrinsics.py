@@ -16,13 +16,14 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from tvm import s_tir
+from tvm import s_tir, tirx
+from tvm.script import from_source
 from tvm.script import tirx as T
 
 from jisu.targets.tpu.events import ACC as SUMS
 from jisu.targets.tpu.events import HBM as HBM
 from jisu.targets.tpu.events import VMEM as VMEM
-from jisu.targets.tpu.spec import ACCUMULATOR
+from jisu.targets.tpu.spec import ACCUMULATOR, MIDDLE
 
 COPY, ZERO, MULTIPLY = "tpu.copy", "tpu.zero", "tpu.multiply"
 
@@ -88,9 +89,20 @@ def zero_tile(rows: int, columns: int, dtype: str) -> str:
     return _register(f"zero_{rows}x{columns}_{dtype}", description, instruction)
 
 
+def scaled(level: Any, weights: str, scale: Any = None, zero: Any = None) -> Any:
+    """What a level of w stands for, given its group's scale and zero, if it has such."""
+    if zero is not None:
+        level = level + tirx.const(MIDDLE[weights], "float32") - zero.astype("float32")
+    return level if scale is None else level * scale.astype("float32")
+
+
 @functools.cache
-def multiply_tile(rows: int, columns: int, inner: int, dtype: str, weights: str) -> str:
-    """The name of adding x [rows, inner] @ w [inner, columns] to sums; `weights` is the dtype of w."""
+def multiply_tile(
+    rows: int, columns: int, inner: int, dtype: str, weights: str, group: int = 0, scales: str = "float16", zeros: bool = False
+) -> str:  # fmt: skip
+    """The name of adding x [rows, inner] @ w [inner, columns] to sums; `weights` is the dtype of w; group, scales, zeros: as those of `Product`."""
+    if group:
+        return _multiply_groups(rows, columns, inner, dtype, weights, group, scales, zeros)
     summed = ACCUMULATOR[dtype]
 
     @T.prim_func(s_tir=True)
@@ -132,6 +144,65 @@ def multiply_tile(rows: int, columns: int, inner: int, dtype: str, weights: str)
             )
 
     return _register(f"multiply_{rows}x{columns}x{inner}_{dtype}_{weights}", description, instruction)
+
+
+def _multiply_groups(
+    rows: int, columns: int, inner: int, dtype: str, weights: str, group: int, scales: str, zeros: bool
+) -> str:
+    """`multiply_tile` of codes in groups; the functions' parameters depend on whether there are zeros."""
+    deep = max(inner // group, 1)
+    grid = [("S", scales), *([("Z", "uint8")] if zeros else [])]
+    shapes = {"A": (rows, inner, dtype, VMEM), "B": (inner, columns, weights, VMEM)}
+    shapes |= {name: (deep, columns, kind, VMEM) for name, kind in grid} | {"C": (rows, columns, "float32", SUMS)}
+    # In the order in which the sum reads them.
+    reads = ", ".join(f"{n}[0:{shapes[n][0]}, 0:{shapes[n][1]}]" for n in ("A", "B", *"Z" * zeros, "S"))
+    value = (
+        "B[vk, vj].astype('float32')"
+        + f" + T.float32({MIDDLE[weights]}) - Z[vk // {group}, vj].astype('float32')" * zeros
+    )
+    pointers = [
+        "C.access_ptr('rw')",
+        *(f"{n}.access_ptr('r')" for n in "AB"),
+        rows,
+        columns,
+        inner,
+        "sC",
+        "sA",
+        "sB",
+        group,
+    ]
+    pointers += [text for n, _ in grid for text in (f"{n}.access_ptr('r')", f"s{n}")]
+
+    def function(strided: bool, body: str) -> Any:
+        def buffer(name: str) -> str:
+            height, width, kind, scope = shapes[name]
+            strides = f", strides=[s{name}, 1]" if strided else ""
+            return f"    {name} = T.match_buffer(p{name}, ({height}, {width}), '{kind}', offset_factor=1, scope='{scope}'{strides})"
+
+        return from_source("\n".join([
+            "@T.prim_func(s_tir=True)",
+            f"def function({', '.join(f'p{name}: T.handle' for name in shapes)}) -> None:",
+            *([f"    s{name} = T.int32()" for name in shapes] if strided else []),
+            *map(buffer, shapes),
+            "    with T.sblock('root'):",
+            f"        T.reads(C[0:{rows}, 0:{columns}], {reads})",
+            f"        T.writes(C[0:{rows}, 0:{columns}])",
+            body,
+        ]), {"T": T})  # fmt: skip
+
+    description = function(
+        False,
+        f"""
+        for i, j, k in T.grid({rows}, {columns}, {inner}):
+            with T.sblock('multiply'):
+                vi, vj, vk = T.axis.remap('SSR', [i, j, k])
+                C[vi, vj] = C[vi, vj] + A[vi, vk].astype('float32') * (({value}) * S[vk // {group}, vj].astype('float32'))
+""",
+    )
+    call = ", ".join(map(str, pointers))
+    instruction = function(True, f"        T.evaluate(T.call_extern('int32', '{MULTIPLY}', {call}))")
+    name = f"multiply_{rows}x{columns}x{inner}_{dtype}_{weights}_{group}_{scales}{'_zeros' * zeros}"
+    return _register(name, description, instruction)
 
 
 def _row(columns: int, dtype: str, source: str, to: str) -> Any:

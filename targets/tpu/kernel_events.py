@@ -19,11 +19,11 @@ from tvm import tirx
 from tvm.ir import Call
 
 from jisu.compiler.errors import CompileError
-from jisu.compiler.types import numpy_dtype
-from jisu.targets.tpu import walk
-from jisu.targets.tpu.chip import Chip
+from jisu.targets.tpu import grouped, walk
+from jisu.targets.tpu.chip import Chip, itemsize
 from jisu.targets.tpu.events import ACC, HBM, VMEM, Allocate, Copy, Event, Free, Matmul, Vector, Wait
 from jisu.targets.tpu.product import Lowered
+from jisu.targets.tpu.spec import Product
 from jisu.targets.tpu.tiles import Tiles, bytes_in_vmem
 from jisu.targets.tpu.walk import COMMIT, INFLIGHT, WAIT, Multiply, Region, Zero, elementwise, instruction, parts
 
@@ -45,10 +45,10 @@ def events_of(lowered: Lowered, *, prefetched: Collection[str] = ()) -> Iterator
     prefetched: operands that are in VMEM, whole, when the kernel starts; their copies are left out. CompileError: a statement that isn't
     understood.
     """
-    walker = _Walker(lowered.chip, lowered.tiles, lowered.product.dtype, frozenset(prefetched))
+    walker = _Walker(lowered.chip, lowered.tiles, lowered.product, frozenset(prefetched))
     for operand in lowered.operands:
         if operand.name in walker.prefetched:
-            size = numpy_dtype(operand.dtype).itemsize
+            size = itemsize(operand.dtype)
             yield Allocate(operand.name, bytes_in_vmem(*operand.padded, size, lowered.chip))
     yield from walker.part(lowered.function.body)({})
 
@@ -90,7 +90,7 @@ class _Walker:
 
     chip: Chip
     tiles: Tiles
-    dtype: str
+    product: Product
     prefetched: frozenset[str]
     queue: str | None = None
     open: int = 0
@@ -153,7 +153,7 @@ class _Walker:
         name, (*slots, rows, columns) = _name(buffer), (int(n) for n in buffer.shape)
         if name in self.prefetched:
             return []
-        size = bytes_in_vmem(rows, columns, numpy_dtype(str(buffer.dtype)).itemsize, self.chip)
+        size = bytes_in_vmem(rows, columns, itemsize(str(buffer.dtype)), self.chip)
         return [(f"{name}[{slot}]", size) for slot in range(math.prod(slots))]
 
     def _allocation(self, buffer: Any) -> Part:
@@ -183,7 +183,7 @@ class _Walker:
         vmem = copy.vmem
         if _name(vmem.buffer) in self.prefetched:
             return lambda env: iter(())
-        nbytes = vmem.rows * vmem.columns * numpy_dtype(str(vmem.buffer.dtype)).itemsize
+        nbytes = int(vmem.rows * vmem.columns * itemsize(str(vmem.buffer.dtype)))
         parts_of, stores = self._parts(vmem), copy.to.in_hbm
 
         def events(env: Env) -> Iterator[Event]:
@@ -207,7 +207,7 @@ class _Walker:
         if name in self.prefetched:
             return lambda env: (name,)
         cut = name == "result" or str(region.buffer.scope()) == ACC
-        rows = self.tiles.head if name == "x" or cut else height
+        rows = math.gcd(self.tiles.rows, *self.tiles.head) if name == "x" or cut else height
         columns = self.tiles.unit[0] if cut else width
         known: dict[int, tuple[str, ...]] = {}
 
@@ -231,23 +231,34 @@ class _Walker:
         first = next((m for m in map(instruction, parts(nest)) if isinstance(m, Multiply)), None)
         if first is None:
             return lambda env: iter(())
-        x, w, sums = self._parts(first.x), self._parts(first.w), number(first.sums.offset)
-        widened = str(first.w.buffer.dtype) != self.dtype
+        x, sums = self._parts(first.x), number(first.sums.offset)
+        weights = [self._parts(r) for r in (first.w, *first.grid)]
         known: dict[
             int, list[tuple[Callable[[Env], tuple[str, ...]], int, int, int]]
         ] = {}  # outer loops choose slots and the first block, no more
 
         def events(env: Env) -> Iterator[Event]:
             outer = {**env, **inner}
-            reads, begin = (*x(outer), *w(outer)), sums(outer)
+            held = tuple(name for part in weights for name in part(outer))
+            reads, begin = (*x(outer), *held), sums(outer)
             if begin not in known:
                 known[begin] = self._blocks(instructions(env))
             for block, m, k, n in known[begin]:
-                if widened:
-                    yield Vector(k * n, self.dtype, "element", w(outer))
-                yield Matmul(m, k, n, self.dtype, reads, block(outer))
+                stack, operations = self._before(m, k, n)
+                for op, count in operations.items():
+                    if count:
+                        yield Vector(count, self.product.dtype, op, held)
+                yield Matmul(m, k, n, self.product.dtype, reads, block(outer), stack)
 
         return events
+
+    def _before(self, m: int, k: int, n: int) -> tuple[int, dict[str, int]]:
+        """How often a row is streamed, and what the vector unit does with weights before they are multiplied."""
+        p = self.product
+        if not p.group:
+            return 1, {"element": k * n * p.widens}
+        how = grouped.Grouped(p, m, grouped.depth(self.chip, k))
+        return how.stack, how.operations(m, k, n)
 
     def _blocks(self, instructions: Iterable[tuple[Multiply, int, int, int]]) -> list[tuple[Any, int, int, int]]:
         """(names of sums, m, k, n) of the blocks that instructions make up, in their order."""

@@ -18,12 +18,13 @@ from jisu.compiler import levels, ops
 from jisu.compiler.errors import CompileError
 from jisu.compiler.graph import Node
 from jisu.compiler.ops.quantize import layer_parts
-from jisu.compiler.rows import TAIL
+from jisu.compiler.rows import ROW_BITS, TAIL, row_length
 from jisu.compiler.schemes import SCHEMES
 from jisu.compiler.types import TensorType, round_up
-from jisu.targets.tpu import attention, splice
+from jisu.targets.tpu import attention, grouped, splice
 from jisu.targets.tpu.attention import Attention
 from jisu.targets.tpu.chip import Chip
+from jisu.targets.tpu.grouped import inputs_of
 from jisu.targets.tpu.pallas import inputs, source
 from jisu.targets.tpu.product import lower
 from jisu.targets.tpu.spec import Product
@@ -31,7 +32,7 @@ from jisu.targets.tpu.splice import Part
 from jisu.targets.tpu.stablehlo.build import Value
 from jisu.targets.tpu.stablehlo.contract import unpack
 from jisu.targets.tpu.stablehlo.emit import Chooser, Kernel
-from jisu.targets.tpu.stablehlo.quantize import code_levels
+from jisu.targets.tpu.stablehlo.quantize import code_levels, out_of_panels, pack_bits, unpack_codes
 from jisu.targets.tpu.tiles import choose_tiles
 
 SMALLEST = 1 << 20
@@ -42,9 +43,9 @@ def chooser(chip: Chip, *, smallest: int = SMALLEST, platform: str = "tpu") -> C
     """What `stablehlo.emit` asks: our kernel for a node, or None where StableHLO has to do.
 
     Kernels compute layers in bfloat16 and float32 (`linear`, `gated_linear`, and packed ones), those and rounded ones of integer codes
-    (`quantized_linear`, `levels_linear`, with one scale per output and no zeros), from `smallest` multiplications on, and attention in
-    bfloat16, with or without a cache. platform: "tpu", or "cpu" for a program whose kernels Pallas' interpreter runs. Needs JAX; raises
-    TargetError without it when a kernel is chosen.
+    (`quantized_linear`, `levels_linear`, with one scale per output and no zeros, or with one per group of `grouped.GROUPS` inputs), from
+    `smallest` multiplications on, and attention in both, with or without a cache. platform: "tpu", or "cpu" for a program whose kernels
+    Pallas' interpreter runs. Needs JAX; raises TargetError without it when a kernel is chosen.
     """
 
     def choose(node: Node, sizes: Mapping[str, int]) -> Kernel | None:
@@ -68,6 +69,7 @@ class _Product:
     weight: int
     half: int | None = None  # of weights in which gate and up lie side by side
     scales: int | None = None
+    zeros: int | None = None
     bias: int | None = None
     residual: int | None = None
     activation: str = "none"
@@ -75,7 +77,8 @@ class _Product:
 
 @attrs.frozen
 class _Layer:
-    """Products of one x. kind: how weights are stored; gated: the first product times the second, as one."""
+    """Products of one x. kind: how weights are stored ("groups": codes with a scale per group); gated: the first product times the second,
+    as one."""
 
     kind: str
     products: tuple[_Product, ...]
@@ -86,9 +89,10 @@ def _present(node: Node, index: int) -> int | None:
     return None if node.operands[index] is None else index
 
 
-def _single(kind: str, node: Node, outputs: int, bias: int, scales: int | None = None) -> _Layer:
+def _single(kind: str, node: Node, outputs: int, bias: int, *grid: int | None) -> _Layer:
     b, r = _present(node, bias), _present(node, bias + 1)
-    return _Layer(kind, (_Product(outputs, 1, None, scales, b, r, node.activation),))
+    scales, zeros = grid or (None, None)
+    return _Layer(kind, (_Product(outputs, 1, None, scales, zeros, b, r, node.activation),))
 
 
 def _linear(node: Node) -> _Layer:
@@ -112,21 +116,28 @@ def _packed_projections(node: Node) -> _Layer:
 
 
 def _coded(node: Node) -> _Layer | None:
-    if not exact_levels(node, node.operands[3] is not None):
+    kind = _kind(node, node.operands[3] is not None)
+    if kind is None:
         return None
+    grid = 2, _present(node, 3)
     if node.gated:
-        first = _Product(node.outputs, 1, 0, 2, activation=node.activation)
-        return _Layer("codes", (first, _Product(node.outputs, 1, 1, 2)), True)
-    return _single("codes", node, node.outputs, 4, 2)
+        first = _Product(node.outputs, 1, 0, *grid, activation=node.activation)
+        return _Layer(kind, (first, _Product(node.outputs, 1, 1, *grid)), True)
+    return _single(kind, node, node.outputs, 4, *grid)
 
 
 def _levels_projections(node: Node) -> _Layer | None:
-    if not exact_levels(node, node.offset):
+    kind = _kind(node, node.offset)
+    if kind is None:
         return None
     numbers = layer_parts(range(1, len(node.operands)), len(node.outputs), node.offset, node.biased)
     return _Layer(
-        "codes", tuple(_Product(n, w, None, s, b) for (w, s, _, b), n in zip(numbers, node.outputs, strict=True))
+        kind, tuple(_Product(n, w, None, s, z, b) for (w, s, z, b), n in zip(numbers, node.outputs, strict=True))
     )
+
+
+def _kind(node: Node, zeros: bool) -> str | None:
+    return "codes" if exact_levels(node, zeros) else "groups" if grouped.reads(node) else None
 
 
 def exact_levels(node: Node, zeros: bool) -> bool:
@@ -139,13 +150,6 @@ def _result(node: Node) -> str:
     x = node.operands[0]
     assert x is not None
     return str(node.attributes.get("dtype", x.dtype))
-
-
-def inputs_of(node: Node) -> int:
-    """Inputs of a layer."""
-    x = node.operands[0]
-    assert x is not None
-    return int(node.attributes.get("k", x.shape[-1]))
 
 
 FLOATS = ("bfloat16", "float32")
@@ -177,14 +181,21 @@ def _layer(chip: Chip, node: Node, sizes: Mapping[str, int], smallest: int, plat
     if rows * k * sum(p.outputs for p in layer.products) < smallest:
         return None
     groups = [layer.products] if layer.gated else [(p,) for p in layer.products]
-    products = [
-        Product(
+
+    def product(p: _Product) -> Product:
+        grid: dict[str, Any] = {}
+        if layer.kind == "groups":
+            scales = node.operands[p.scales or 0]
+            assert scales is not None
+            grid = {"group": node.group, "zeros": p.zeros is not None, "scales": scales.dtype}
+        weights = node.scheme if grid else "int8" if coded else x.dtype
+        return Product(
             rows, p.outputs, k, "int8" if integer else x.dtype, result, channel_scale=coded, row_scale=integer,
-            bias=p.bias is not None, activation=p.activation, residual=p.residual is not None,
-            weights="int8" if coded else x.dtype, gated=layer.gated,
-        )
-        for p, *_ in groups
-    ]  # fmt: skip
+            bias=p.bias is not None, activation=p.activation, residual=p.residual is not None, weights=weights,
+            gated=layer.gated, **grid,
+        )  # fmt: skip
+
+    products = [product(p) for p, *_ in groups]
     name = _name(node, products, chip)
     form = _Form(node, layer.kind, rows, k)
     try:
@@ -215,11 +226,12 @@ def _name(node: Node, products: Sequence[Product], chip: Chip) -> str:
     p = products[0]
     columns = "_".join(str(product.n) for product in products)
     flags = [node.attributes.get("scheme", p.dtype), p.result, p.activation]
+    flags += [f"group{p.group}"] if p.group else []
     flags += [word for word, there in (("bias", p.bias), ("residual", p.residual), ("gated", p.gated)) if there]
     forms = [
         f"{'x'.join(str(n) for n in o.shape)}_{o.dtype}"
         for o in node.operands[1:]
-        if o is not None and o.rank > 2 and o.op is not None and not o.tensor.symbols
+        if o is not None and o.rank > 2 and not o.tensor.symbols
     ]
     return "_".join([node.op.name, f"{p.m}x{p.k}x{columns}", *flags, *forms[:1], chip.short])
 
@@ -229,7 +241,8 @@ def _part(product: Product, chip: Chip, columns: int) -> Part:
     """columns: of w as it is given, n or more."""
     lowered = lower(product, chip, choose_tiles(product, chip, frugal=True))
     types, result = [t for _, t, _ in inputs(lowered)], lowered.operands[-1]
-    types[1] = types[1].with_shape(*types[1].shape[:-1], columns)
+    for i in range(1, 2 + (product.group > 0) * (1 + product.zeros)):  # w, and scales and zeros of its groups
+        types[i] = types[i].with_shape(*types[i].shape[:-1], columns)
     return Part(source(lowered), tuple(types), TensorType(result.shape, result.dtype))  # type: ignore[arg-type]
 
 
@@ -252,8 +265,10 @@ class _Form:
     def laid_out(self, shape: Sequence[Any], dtype: str, product: Product, columns: int) -> bool:
         """Whether weights are stored as the kernel reads them."""
         lead = (1, 2) if product.gated else (1,)
-        word = (1,) if self.kind == "codes" else ()
-        return tuple(shape) == (*lead, product.k, columns, *word) and (self.kind == "panels" or dtype == "int8")
+        word, k = (1,) if self.kind in ("codes", "groups") else (), product.k
+        if product.weights == "int4":
+            return tuple(shape) == (*lead, k // 2, columns, 1)
+        return tuple(shape) == (*lead, k, columns, *word) and (self.kind == "panels" or dtype == "int8")
 
     def given(
         self, operands: Sequence[Value | None], specs: Sequence[_Product], product: Product, part: Part
@@ -278,8 +293,11 @@ class _Form:
         else:
             each = [self.weight(half(s.weight, s), product) for s in specs]
             found = [matrix(0), w.body.stack(each, 0) if product.gated else each[0]]
+        for name in ("scales", "zeros") if self.kind == "groups" else ():
+            each = [self.grid(half(at, s), wanted.shape[-1]) for s in specs if (at := getattr(s, name)) is not None]
+            found += [each[0].body.stack(each, 0) if product.gated else each[0]] if each else []
         for s in specs:
-            if s.scales is not None:
+            if s.scales is not None and self.kind == "codes":
                 found.append(half(s.scales, s).reshape(1, -1).part(1, 0, product.n).astype("float32"))  # one per output
         if product.row_scale:
             at = levels.scale_offset(self.k)
@@ -297,20 +315,29 @@ class _Form:
         n, k = product.n, product.k
         if self.kind == "rows":
             return w.transpose(1, 0)
-        if self.kind == "codes":
+        if product.weights == "int4":
+            return pack_bits(unpack_codes(w, SCHEMES[self.node.scheme], n, k), 4).transpose(1, 0)
+        if self.kind in ("codes", "groups"):
             return code_levels(w, SCHEMES[self.node.scheme], n, k).transpose(1, 0)
         return unpack(w, n, k).transpose(1, 0)
+
+    def grid(self, values: Value, columns: Any) -> Value:
+        """[groups, columns] of scales or zeros in panels."""
+        panels, groups, panel = values.shape
+        if panels == 1 and panel == columns:
+            return values.reshape(groups, panel)
+        return out_of_panels(values, int(columns)).transpose(1, 0)
 
 
 # --- Attention --------------------------------------------------------------------------------------------------------------
 
 
 def attends(node: Node) -> bool:
-    """Whether our kernel computes an attention, if its cache's rows are whole native tiles: in bfloat16, without bias and sinks, over numbers or
-    records int8."""
+    """Whether our kernel computes an attention, if its cache's rows are whole native tiles: without bias and sinks, over numbers or
+    records."""
     others = node.operands[6:] if node.op is ops.attention_cached else node.operands[3:]
     scheme = node.attributes.get("scheme", "none")
-    return node.dtype == "bfloat16" and scheme in ("none", "int8") and all(o is None for o in others)
+    return node.dtype in attention.DTYPES and scheme in ("none", *ROW_BITS) and all(o is None for o in others)
 
 
 def _attention(chip: Chip, node: Node, sizes: Mapping[str, int], smallest: int, platform: str) -> Kernel | None:
@@ -320,19 +347,19 @@ def _attention(chip: Chip, node: Node, sizes: Mapping[str, int], smallest: int, 
     cached = node.op is ops.attention_cached
     shapes = [None if o is None else tuple(int(n) for n in o.tensor.at(sizes).shape) for o in node.operands]  # type: ignore[call-overload]
     q, k, v = shapes[:3]
-    records = cached and node.scheme == "int8"
+    records = ROW_BITS.get(node.scheme, 0) if cached else 0
     assert q is not None and k is not None and v is not None
     table = shapes[5] if cached else None
     batch, queries, heads, d = q
     groups = k[1] if cached else k[2]
     page = k[2] if table else 0
     keys = page * table[1] if table else k[2] if cached else k[1]
-    values = v[3] - TAIL * records
+    values = row_length(node.scheme, v[3]) if records else v[3]
     if batch * queries * heads * keys * (d + values) < smallest:
         return None
     spec = Attention(
         batch, queries, groups, heads // groups, d, values, keys, node.scale, cached or node.causal, node.window, node.softcap,
-        cached, page, k[0] if page else 0, records=records,
+        cached, page, k[0] if page else 0, node.dtype, records,
     )  # fmt: skip
     try:
         part = _attention_part(spec, chip)
@@ -349,18 +376,29 @@ def _attention(chip: Chip, node: Node, sizes: Mapping[str, int], smallest: int, 
         length, start = (v.astype("int32") for v in given[3:5])
         pages = [given[5].maximum(0).minimum(spec.pages - 1)] if page else []
         both = list(zip(given[1:3], (d, values), strict=True))
-        tails = [v.part(3, n, n + TAIL).transpose(0, 2, 1, 3) for v, n in both if records]
+        tails = [v.part(3, v.shape[3] - TAIL, v.shape[3]).transpose(0, 2, 1, 3) for v, _ in both if records]
         flat = [t.reshape(*t.shape[:2], groups * TAIL) for t in tails]
-        numbers = [v.part(3, 0, n) for v, n in both]
+        numbers = [_side_by_side(v.part(3, 0, v.shape[3] - TAIL) if records else v, spec.heads_of(n)) for v, n in both]
         return [part.call(body, f"{name}.pallas", length.broadcast((batch,)), start, *pages, given[0], *numbers, *flat)]
 
     return splice.kernel(name, shown, [(f"{name}.pallas", part)], compute, platform)
 
 
+def _side_by_side(codes: Value, heads: int) -> Value:
+    """[b, g / heads, slots, heads * n] of [b, g, slots, n]."""
+    b, g, slots, n = codes.shape
+    if heads == 1:
+        return codes
+    return (
+        codes.reshape(b, g // heads, heads, slots, n).transpose(0, 1, 3, 2, 4).reshape(b, g // heads, slots, heads * n)
+    )
+
+
 def _attention_name(a: Attention, chip: Chip) -> str:
     kind = f"pages{a.pages}x{a.page}" if a.page else "cached" if a.cached else "causal" if a.causal else "all"
-    kind += "_records" if a.records else ""
+    kind += f"_records{a.records}" if a.records else ""
     limits = "".join(f"_{word}{value}" for word, value in (("window", a.window), ("cap", a.softcap)) if value)
+    kind += "_float32" if a.dtype == "float32" else ""
     size = f"{a.batch}x{a.queries}x{a.groups}x{a.repeats}x{a.d}x{a.e}_on{a.keys}"
     return f"attention_{kind}_{size}_scale{a.scale}{limits}_{chip.short}"
 

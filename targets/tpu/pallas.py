@@ -23,6 +23,7 @@ from tvm_ffi import structural_equal
 
 from jisu.compiler.errors import CompileError
 from jisu.compiler.types import TensorType
+from jisu.targets.tpu import grouped
 from jisu.targets.tpu.intrinsics import HBM
 from jisu.targets.tpu.product import Lowered
 from jisu.targets.tpu.tiles import usable_vmem
@@ -56,12 +57,14 @@ def source(lowered: Lowered) -> str:
 
 
 def inputs(lowered: Lowered) -> tuple[tuple[str, TensorType, tuple[int, ...]], ...]:
-    """What the kernel takes: name, type and padded shape. Those of operands; w and u of a gated product are one array, w [2, k, n]."""
+    """What the kernel takes: name, type and padded shape. Those of operands; w and u of a gated product are one array, w [2, k, n], as are the scales and
+    zeros of their groups; codes of 4 bits are bytes [k / 2, n] of `ops.pack_codes`."""
     found = []
     for o in lowered.operands[:-1]:
-        lead = (2,) if o.name == "w" and lowered.product.gated else ()
-        if o.name != "u":
-            found.append((o.name, TensorType((*lead, *o.shape), o.dtype), (*lead, *o.padded)))  # type: ignore[arg-type]
+        lead = (2,) if o.name[0] == "w" and lowered.product.gated else ()
+        if o.name[0] != "u" or o.name == "up_scale":
+            (*shape, dtype), (*padded, _) = (_in_memory(*shape, o.dtype) for shape in (o.shape, o.padded))
+            found.append((o.name, TensorType((*lead, *shape), dtype), (*lead, *padded)))
     return tuple(found)
 
 
@@ -89,13 +92,17 @@ class _Writer:
         hbm = [*(_hbm(name) for name, *_ in taken), _hbm(result.name)]
         groups = hbm, map(_name, allocated), [f"{n}_copied" for n in copied]
         parameters = "".join(f"\n    {', '.join(group)}," for group in groups)
-        scratch = [f"pltpu.VMEM({_shape(b)}, jnp.{b.dtype})" for b in allocated]
+        scratch = [f"pltpu.VMEM({_shape(b)}, jnp.{_dtype(b)})" for b in allocated]
         scratch += [
             f"pltpu.SemaphoreType.DMA(({self._copies(b)},))" for n in copied for b in allocated if _name(b) == n
         ]
         listed = "".join(f"\n            {s}," for s in scratch)
         shapes = "".join(f"\n    {padded},  # {name}, {t.dtype}, {_meaning(t)}" for name, t, padded in taken)
         p, t, chip = self.lowered.product, self.lowered.tiles, self.lowered.chip
+        functions = grouped.helper(p, t.rows, t.unit[1], t.inner) if p.group else ""
+        if p.group:
+            parameters += "\n    grid,"
+            listed += f"\n            pltpu.VMEM({grouped.grid_shape(p, t.k, t.inner, t.columns)}, jnp.float32),"
         return f'''"""{_title(p)}
 
 For TPU {chip.name}: tiles of {t.m} rows, {t.n} columns and {t.k} of the inner axis ("{t.order}"), written by jisu from TIR.
@@ -127,16 +134,16 @@ def await_copy(tile, copied, slot):
     copy(tile.at[slot], tile.at[slot], copied.at[slot]).wait()
 
 
-# Memory: operands in HBM; tiles in VMEM, by slots where one is filled while another is used; semaphores of their copies.
+{functions}# Memory: operands in HBM; tiles in VMEM, by slots where one is filled while another is used; semaphores of their copies.
 def body({parameters}
 ):
-{_HALVES if p.gated else ""}{body}
+{_halves(taken) if p.gated else ""}{body}
 
 
 def kernel(*arrays, interpret=False):
     """The product of arrays in HBM, {", ".join(name for name, *_ in taken)}; interpret: False on a TPU, else pltpu.InterpretParams()."""
     arrays = [pad(array, padded) for array, padded in zip(arrays, PADDED, strict=True)]
-    result = pl.pallas_call(
+{_arranged(p)}    result = pl.pallas_call(
         body,
         out_shape=jax.ShapeDtypeStruct({result.padded}, jnp.{result.dtype}),
         in_specs=[pl.BlockSpec(memory_space=pl.ANY)] * {len(taken)},
@@ -194,7 +201,7 @@ def kernel(*arrays, interpret=False):
                 raise CompileError(f"no Pallas source for {type(s).__name__}")
 
     def _loop(self, loop: Any) -> None:
-        found = _multiplied(loop)
+        found = _multiplied(loop, bool(self.lowered.product.group))
         if found is not None:
             self._block(*found)
         elif elementwise(loop) and not isinstance(loop.body.body, tirx.For):
@@ -316,9 +323,13 @@ def kernel(*arrays, interpret=False):
             dtype = f"jnp.{sums.buffer.dtype}"
             self._put(f"{self._value(sums, analyzer)} = jnp.zeros(({sums.rows}, {sums.columns}), {dtype})")
             return
-        sums, x, w = (self._widened(r, unrolled) for r in (found.sums, found.x, found.w))
+        sums, x, w, *grid = (self._widened(r, unrolled) for r in (found.sums, found.x, found.w, *found.grid))
         if (x.rows, w.columns) != (sums.rows, sums.columns) or x.columns != w.rows:
             raise CompileError(f"unrolled products don't make up a whole one: {found}")
+        if grid:
+            given = ", ".join(map(self._ref, (sums, x, w, *grid)))
+            self._put(f"add_product({given}, grid)")
+            return
         self._put(f"{self._value(sums, analyzer)} += jnp.dot(")
         with self._indented():
             self._put(f"{self._value(x, analyzer)},")
@@ -339,7 +350,7 @@ def kernel(*arrays, interpret=False):
             count = int(loop.extent)
             if step == 0:
                 continue
-            if step == columns:
+            if step == columns and columns * count <= region.stride:
                 columns *= count
             elif step == rows * region.stride:
                 rows *= count
@@ -374,6 +385,9 @@ def kernel(*arrays, interpret=False):
 
     def _sliced(self, buffer: Any, indices: list[Any], sizes: tuple[int, int], *, ref: bool) -> str:
         name, shape = _name(buffer), [int(n) for n in buffer.shape]
+        if str(buffer.dtype) == "int4":  # bytes of two rows
+            indices[-2] = bound_analyzer([]).simplify(tirx.floordiv(indices[-2], 2))
+            shape[-2], sizes = shape[-2] // 2, (sizes[0] // 2, sizes[1])
         texts = [self._index(i) for i in indices[:-2]]
         for index, size, whole in zip(indices[-2:], sizes, shape[-2:], strict=True):
             texts.append(":" if size == whole else self._slice(index, size))
@@ -470,11 +484,11 @@ class _Values:
 _LETTERS = "ijlpqstu"
 
 
-def _multiplied(loop: Any) -> tuple[Zero | Multiply, list[Any]] | None:
-    """The instruction inside a nest of unrolled loops, with the loops."""
+def _multiplied(loop: Any, whole: bool) -> tuple[Zero | Multiply, list[Any]] | None:
+    """The instruction inside a nest of unrolled loops, with the loops; whole: all loops around a product count as such."""
     unrolled = []
     inner: Any = loop
-    while isinstance(inner, tirx.For) and inner.kind == tirx.ForKind.UNROLLED:
+    while isinstance(inner, tirx.For) and (whole or inner.kind == tirx.ForKind.UNROLLED):
         unrolled.append(inner)
         inner = inner.body
     found = instruction(inner)
@@ -493,7 +507,7 @@ def _used(statement: Any) -> Iterator[Region]:
     for part in parts(statement):
         found = instruction(part)
         if isinstance(found, Multiply):
-            yield from (found.x, found.w)
+            yield from (found.x, found.w, *found.grid)
         if isinstance(part, tirx.BufferStore):
             yield Region(part.buffer, offset_of(part.buffer, part.indices), 1, 1, 1)
             for load in loads(part.value):
@@ -547,12 +561,36 @@ def _hbm(name: str) -> str:
     return f"{name}_hbm"
 
 
+def _in_memory(*kind: Any) -> tuple[Any, ...]:
+    """A shape and dtype as memory holds it: two codes of 4 bits in a byte."""
+    *lead, rows, columns, dtype = kind
+    return (*lead, -(-rows // 2), columns, "uint8") if dtype == "int4" else kind
+
+
 def _shape(buffer: Any) -> str:
-    return f"({', '.join(str(int(n)) for n in buffer.shape)})"
+    return f"({', '.join(str(n) for n in _in_memory(*map(int, buffer.shape), str(buffer.dtype))[:-1])})"
 
 
-_HALVES = f"    {_hbm('w')}, {_hbm('u')} = {_hbm('w')}.at[0], {_hbm('w')}.at[1]\n"
-"""Two matrices that lie one behind the other."""
+def _dtype(buffer: Any) -> str:
+    """A buffer's dtype in kernels, which know float16 as its bits."""
+    dtype = str(_in_memory(*buffer.shape, str(buffer.dtype))[-1])
+    return "uint16" if dtype == "float16" else dtype
+
+
+def _arranged(p: Any) -> str:
+    """What happens to operands before the kernel: those that it reads in another form."""
+    lines = grouped.ordering(p) if p.weights == "int4" else []
+    if p.group and p.scales == "float16":
+        lines.append(
+            "arrays = [lax.bitcast_convert_type(a, jnp.uint16) if a.dtype == jnp.float16 else a for a in arrays]"
+        )
+    return "".join(f"    {line}\n" for line in lines)
+
+
+def _halves(taken: Any) -> str:
+    """Names of two matrices that lie one behind the other, and of their scales and zeros."""
+    pairs = [(_hbm(name), _hbm(f"u{name[1:]}")) for name, *_ in taken if name[0] == "w"]
+    return "".join(f"    {w}, {u} = {w}.at[0], {w}.at[1]\n" for w, u in pairs)
 
 
 def _meaning(kind: TensorType) -> str:
@@ -566,5 +604,6 @@ def _title(product: Any) -> str:
     if p.gated:
         text += " * (x @ u" + " * up_scale" * p.channel_scale + " * row_scale" * p.row_scale + ")"
     text += " + residual" * p.residual
-    dtypes = f"{p.dtype} @ {p.weights}" if p.widens else p.dtype
+    dtypes = f"{p.dtype} @ {p.weights}" if p.weights != p.dtype else p.dtype
+    dtypes += f" in groups of {p.group}" * (p.group > 0) + " with zeros" * p.zeros
     return f"{text}: [{p.m}, {p.k}] @ [{p.k}, {p.n}], {dtypes}, summed in {p.accumulator}, result {p.result}."

@@ -114,16 +114,20 @@ def _computation(product: Product, operands: tuple[Operand, ...]) -> Any:
     x, result = tensors["x"], operands[-1]
     summed = product.accumulator
 
-    def multiplied(w: Any, name: str) -> Any:
+    def multiplied(w: str, name: str) -> Any:
         inner = te.reduce_axis((0, x.shape[1]), name="k")
+        grid = [tensors[f"{w}_{n}"] for n in ("scale", "zero") if f"{w}_{n}" in tensors]
+
+        def weight(j: Any) -> Any:
+            own = [g[tirx.floordiv(inner, product.group), j] for g in grid]
+            return intrinsics.scaled(tensors[w][inner, j].astype(summed), product.weights, *own)
+
         return te.compute(
-            result.padded,
-            lambda i, j: te.sum(x[i, inner].astype(summed) * w[inner, j].astype(summed), axis=inner),
-            name=name,
+            result.padded, lambda i, j: te.sum(x[i, inner].astype(summed) * weight(j), axis=inner), name=name
         )
 
-    sums = multiplied(tensors["w"], "sums")
-    factors = multiplied(tensors["u"], "factors") if product.gated else None
+    sums = multiplied("w", "sums")
+    factors = multiplied("u", "factors") if product.gated else None
 
     def scaled(sum_: Any, channel_scale: str, i: Any, j: Any) -> Any:
         value = sum_[i, j].astype("float32")
@@ -173,9 +177,10 @@ class _Scheduler:
             sch.set_scope(sums, 0, SUMS)
         loads = {"x": sch.cache_read(products[0], 0, VMEM, products)}
         loads |= {name: sch.cache_read(sums, 1, VMEM) for name, sums in zip("wu", products, strict=False)}
-        names = {str(region.source.name): number for number, region in enumerate(sch.get(result).reads)}
-        others = [o.name for o in self.operands[1 + len(products) : -1]]
-        loads |= {name: sch.cache_read(result, names[name], VMEM) for name in others}
+        for sums in (*products, result):
+            names = {str(region.source.name): number for number, region in enumerate(sch.get(sums).reads)}
+            others = [o.name for o in self.operands[:-1] if o.name in names and o.name not in loads]
+            loads |= {name: sch.cache_read(sums, names[name], VMEM) for name in others}
         blocks = [self._blocks(sums) for sums in products]
         pipelined = self._place(loads, tile, mo, blocks[0])
         self._epilogue(result)
@@ -230,7 +235,8 @@ class _Scheduler:
         sch.tensorize(m1, intrinsics.zero_tile(tiles.rows, tiles.unit[0], product.accumulator))
         del n2
         m1 = sch.get_loops(sums)[-3]
-        sch.tensorize(m1, intrinsics.multiply_tile(tiles.rows, *tiles.unit, product.dtype, product.weights))
+        form = product.dtype, product.weights, product.group, product.scales, product.zeros
+        sch.tensorize(m1, intrinsics.multiply_tile(tiles.rows, *tiles.unit, *form))
 
     def _copy(self, block: Any, dtype: str, source: str, to: str) -> None:
         i, j = self.schedule.get_loops(block)[-2:]

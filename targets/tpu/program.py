@@ -152,11 +152,13 @@ def simulated(
 
 
 def simulated_entries(
-    graphs: Mapping[str, Graph], sizes: Mapping[str, int], chip: Chip, *, sequence: str | None = None, tokens: int = 512,
-    cached: int = 1024,
+    graphs: Mapping[str, Graph], sizes: Mapping[str, int], chip: Chip, *, sequence: str | None = None, positions: int | None = None,
+    tokens: int = 512, cached: int = 1024,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """For a report: each entry at `sizes`. Those over a cache are prefill of `tokens` without and decode of one with `cached` tokens in front
-    of it; `sequence` names the symbol of new tokens."""
+    of it, or as many as there are `positions` for; `sequence` names the symbol of new tokens."""
+    if positions is not None:
+        tokens, cached = min(tokens, positions), min(cached, positions - 1)
     found = []
     for entry, graph in graphs.items():
         over_cache = any(node.op is ops.attention_cached for node in graph.nodes)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
 from jisu.compiler.types import numpy_dtype
-from jisu.targets.tpu.spec import Product
+from jisu.targets.tpu.spec import MIDDLE, Product
 
 _erf = np.vectorize(math.erf, otypes=[np.float64])
 _ACTIVATION: dict[str, Callable[[np.ndarray], np.ndarray]] = {
@@ -22,6 +22,20 @@ _ACTIVATION: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 }
 
 
+def weights(named: Mapping[str, np.ndarray], w: str, product: Product) -> np.ndarray:
+    """The matrix float64 [k, n] that an operand stands for."""
+    levels = named[w].astype(np.float64)
+    if not product.group:
+        return levels
+
+    def spread(kind: str) -> np.ndarray:
+        return np.repeat(named[f"{w}_{kind}"].astype(np.float64), product.group, axis=0)[: len(levels)]
+
+    if product.zeros:
+        levels = levels + MIDDLE[product.weights] - spread("zero")
+    return levels * spread("scale")
+
+
 def reference(product: Product, *arrays: np.ndarray, exact: bool = True) -> np.ndarray:
     """The product of arrays in the order of its operands, rounded to its result's dtype.
 
@@ -33,7 +47,7 @@ def reference(product: Product, *arrays: np.ndarray, exact: bool = True) -> np.n
 
     def scaled(w: str, channel_scale: str) -> np.ndarray:
         # float64 holds all sums that int32 does, and is multiplied fast.
-        sums = named["x"].astype(np.float64) @ named[w].astype(np.float64)
+        sums = named["x"].astype(np.float64) @ weights(named, w, product)
         value = sums if exact else sums.astype(np.float32)
         for scale in (channel_scale,) * product.channel_scale + ("row_scale",) * product.row_scale:
             value = value * named[scale].astype(wide)

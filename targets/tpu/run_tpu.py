@@ -18,6 +18,46 @@ HERE = Path(__file__).resolve().parent
 WORDS = {"BOOL": "bool", "BF": "bfloat", "F": "float", "I": "int", "U": "uint"}
 
 
+def main() -> None:
+    manifest, form = verified("--cpu" in sys.argv), "with_kernels" if "--kernels" in sys.argv else "export"
+    weights = {key: jax.device_put(array) for name in manifest["weights"] for key, array in tensors(name).items()}
+    samples, state, ok = tensors("samples.safetensors"), [], []
+    for p in manifest["programs"]:
+        if form not in p:
+            sys.exit("this folder has no programs with kernels: export it with --kernels")
+        given = [samples[f"{p['name']}.{i['name']}"] for i in p["inputs"]]
+        if not p["continues"]:  # where the program before ended
+            state = [jax.numpy.zeros(s["shape"], s["dtype"]) for s in p["state"]]
+        program = jax.export.deserialize(bytearray((HERE / p[form]).read_bytes()))
+        step = jax.jit(program.call, donate_argnums=range(len(given), len(given) + len(state)))
+        seconds, tokens = [], []
+        for turn in range(1 + p["steps"]):  # the sample; then a decoder's greedy steps, or the sample again
+            begin = time.perf_counter()
+            found = jax.block_until_ready(step(*given, *state, *(weights[name] for name in p["weights"])))
+            seconds.append(time.perf_counter() - begin)
+            results, state = found[: len(p["outputs"])], found[len(p["outputs"]) :]
+            ok += [close(p, o, r, samples) for o, r in zip(p["outputs"], results, strict=True)] if turn == 0 else []
+            if state and p["steps"]:  # the first two inputs are tokens, and how many there were before
+                given[:2] = np.asarray(results[0])[:, -1:].argmax(-1), given[1] + 1
+                tokens.append(given[0][:, 0].tolist())
+        ok.append(told(p["name"], seconds[1:], tokens, manifest))
+    sys.exit(0 if all(ok) else "the results are wrong")
+
+
+def verified(on_cpu: bool) -> dict[str, Any]:
+    """The manifest; ends the script where there is no TPU, and where a file isn't the one that was exported."""
+    jax.config.update("jax_platforms", "cpu" if on_cpu else jax.config.jax_platforms)
+    jax.config.update("jax_enable_x64", True)
+    if jax.default_backend() != "tpu" and not on_cpu:
+        sys.exit(f"JAX finds no TPU here, only {jax.default_backend()!r}; --cpu runs on the processor")
+    manifest = json.loads((HERE / "manifest.json").read_text())
+    for name, wanted in manifest["sha256"].items():
+        if not (HERE / name).is_file() or hashlib.sha256((HERE / name).read_bytes()).hexdigest() != wanted:
+            sys.exit(f"{name} is missing or damaged: copy the folder again")
+    print(f"jax {jax.__version__} on {jax.devices()[0].device_kind}; programs made for {manifest['chip']}")
+    return manifest  # type: ignore[no-any-return]
+
+
 def tensors(name: str) -> dict[str, np.ndarray]:
     """The arrays of a safetensors file."""
     data, found = np.memmap(HERE / name, np.uint8, "r"), {}
@@ -30,56 +70,25 @@ def tensors(name: str) -> dict[str, np.ndarray]:
     return found
 
 
-def right(name: str, result: Any, wanted: Any, tolerance: float) -> bool:
-    """Whether a result is off by no more than a part of its largest number."""
-    got, want = np.asarray(result, np.float64), np.asarray(wanted, np.float64)
+def close(program: Any, output: Any, result: Any, samples: dict[str, np.ndarray]) -> bool:
+    """Whether a result is off the simulation's by no more than a part of its largest number."""
+    name = f"{program['name']}.{output['name']}"
+    got, want = np.asarray(result, np.float64), np.asarray(samples[name], np.float64)
     error = float(np.abs(got - want).max() / max(np.abs(want).max(), 1e-6))
-    print(f"{name} is off by {error:.2g} of its largest, {tolerance} is allowed")
-    return error <= tolerance
+    print(f"{name} is off by {error:.2g} of its largest, {output['tolerance']} is allowed")
+    return error <= output["tolerance"]  # type: ignore[no-any-return]
 
 
-def main() -> None:
-    form, on_cpu = "with_kernels" if "--kernels" in sys.argv else "export", "--cpu" in sys.argv
-    jax.config.update("jax_platforms", "cpu" if on_cpu else jax.config.jax_platforms)
-    jax.config.update("jax_enable_x64", True)
-    if jax.default_backend() != "tpu" and not on_cpu:
-        sys.exit(f"JAX finds no TPU here, only {jax.default_backend()!r}; --cpu runs on the processor")
-    manifest = json.loads((HERE / "manifest.json").read_text())
-    for name, wanted in manifest["sha256"].items():
-        if not (HERE / name).is_file() or hashlib.sha256((HERE / name).read_bytes()).hexdigest() != wanted:
-            sys.exit(f"{name} is missing or damaged: copy the folder again")
-    weights = {key: jax.device_put(array) for name in manifest["weights"] for key, array in tensors(name).items()}
-    samples, ok = tensors("samples.safetensors"), True
-    print(f"jax {jax.__version__} on {jax.devices()[0].device_kind}; programs made for {manifest['chip']}")
-    for p in manifest["programs"]:
-        if form not in p:
-            sys.exit("this folder has no programs with kernels: export it with --kernels")
-        given = [samples[f"{p['name']}.{i['name']}"] for i in p["inputs"]]
-        if not p["continues"]:  # where the program before ended
-            state = [jax.numpy.zeros(s["shape"], s["dtype"]) for s in p["state"]]
-        program = jax.export.deserialize(bytearray((HERE / p[form]).read_bytes()))
-        step = jax.jit(program.call, donate_argnums=range(len(given), len(given) + len(state)))
-        times, tokens = [], []
-        for turn in range(1 + p["steps"]):  # the sample; then a decoder's greedy steps, or the sample again
-            begin = time.perf_counter()
-            found = jax.block_until_ready(step(*given, *state, *(weights[name] for name in p["weights"])))
-            times.append(time.perf_counter() - begin)
-            results, state = found[: len(p["outputs"])], found[len(p["outputs"]) :]
-            if turn == 0:
-                for o, result in zip(p["outputs"], results, strict=True):
-                    ok &= right(name := f"{p['name']}.{o['name']}", result, samples[name], o["tolerance"])
-            if state and p["steps"]:  # the first two inputs are tokens, and how many there were before
-                given[:2] = np.asarray(results[0])[:, -1:].argmax(-1), given[1] + 1
-                tokens.append(given[0][:, 0].tolist())
-        if p["steps"]:
-            seconds = statistics.median(times[1:])
-            speed = f"; {manifest['batch'] / seconds:.1f} tokens/s" if state else ""
-            print(f"{p['name']}: {seconds * 1e3:.3f} ms, median of {p['steps']}{speed}")
-        if tokens:
-            same = tokens[: len(manifest["tokens"])] == manifest["tokens"]
-            ok &= same
-            print(f"tokens: {tokens[: len(manifest['tokens'])]}, {'as' if same else 'NOT as'} in the simulation")
-    sys.exit(0 if ok else "the results are wrong")
+def told(name: str, seconds: list[float], tokens: list[list[int]], manifest: dict[str, Any]) -> bool:
+    """Says how long a program's steps took, and whether a decoder's tokens are the simulation's."""
+    if seconds:
+        speed = f"; {manifest['batch'] / statistics.median(seconds):.1f} tokens/s" if tokens else ""
+        print(f"{name}: {statistics.median(seconds) * 1e3:.3f} ms, median of {len(seconds)}{speed}")
+    wanted = manifest.get("tokens", []) if tokens else []
+    same = tokens[: len(wanted)] == wanted
+    if wanted:
+        print(f"tokens: {tokens[: len(wanted)]}, {'as' if same else 'NOT as'} in the simulation")
+    return same
 
 
 if __name__ == "__main__":

@@ -221,7 +221,8 @@ class _Flow:
         def multiply(p: Multiply, outer: Any, across: Any, inner: Any) -> Any:
             depth, to = outer * self.tiles.inner + inner * k, column + across * n
             sums, x = _moved(p.sums, row, rows, to, n), _moved(p.x, row, rows, depth, k)
-            return statement(Multiply(sums, x, _moved(p.w, depth, k, to, n)))
+            grid = tuple(_moved(g, tirx.floordiv(depth, p.group), g.rows, to, n) for g in p.grid)
+            return statement(Multiply(sums, x, _moved(p.w, depth, k, to, n), p.group, grid))
 
         # What is multiplied at once is unrolled: consumers may take these loops as one product.
         at_once = tirx.ForKind.UNROLLED

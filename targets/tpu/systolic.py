@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import attrs
 
-from jisu.targets.tpu.chip import Chip
+from jisu.targets.tpu.chip import Chip, Table, itemsize
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -39,7 +39,8 @@ class Work:
 def work(chip: Chip, m: int, k: int, n: int, dtype: str, *, shadow: bool = True) -> Work:
     """Cycles of one uninterrupted product on all MXUs of `chip`: tiles of weights are dealt out evenly.
 
-    Rows are padded to sublanes, tiles to the MXU's size. Without `shadow`, one array's folds follow one another, nothing else counted.
+    Rows are padded to sublanes, those of bytes to their native tile: libtpu's estimate of 100 rows of int8 is that of 128. Tiles are padded to the
+    MXU's size. Without `shadow`, one array's folds follow one another, nothing else counted.
     """
     if not (m and k and n):
         return Work(0.0, 0.0, 0.0)
@@ -49,16 +50,23 @@ def work(chip: Chip, m: int, k: int, n: int, dtype: str, *, shadow: bool = True)
     if not shadow:
         return Work(float(folded(chip.mxu, chip.mxu, m, k, n)), 0.0, ideal)
     timing = chip.timing
-    rows = ceil_div(m, chip.sublanes) * chip.sublanes
+    packed = chip.sublane_tile(dtype) if itemsize(dtype) == 1 else chip.sublanes
+    rows = ceil_div(m, packed) * packed
     stream = max(rows / rate, pushing(chip, dtype))
-    registers = ceil_div(m, chip.sublanes) * ceil_div(n, chip.lanes) * ceil_div(k, chip.mxu)
+    depth = of_dtype(timing.depth, dtype)
+    registers = ceil_div(m, chip.sublanes) * ceil_div(n, chip.lanes) * ceil_div(k, int(depth))
     return Work(ceil_div(tiles, chip.mxus) * stream + timing.block, timing.accumulate * registers, ideal)
 
 
+def of_dtype(table: Table, dtype: str) -> float:
+    """A table's number for a dtype; one without a number of its own counts as bfloat16."""
+    numbers = dict(table)
+    return numbers.get(dtype, numbers["bfloat16"])
+
+
 def pushing(chip: Chip, dtype: str) -> float:
-    """Cycles of pushing a tile of weights; a dtype without a rate of its own counts as bfloat16."""
-    push = dict(chip.timing.push)
-    return push.get(dtype, push["bfloat16"])
+    """Cycles of pushing a tile of weights."""
+    return of_dtype(chip.timing.push, dtype)
 
 
 def vector_cycles(chip: Chip, elements: int, op: str) -> float:

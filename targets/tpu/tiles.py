@@ -27,7 +27,8 @@ import attrs
 
 from jisu.compiler.errors import CompileError
 from jisu.compiler.types import round_up
-from jisu.targets.tpu.chip import Chip
+from jisu.targets.tpu import grouped
+from jisu.targets.tpu.chip import Chip, itemsize
 from jisu.targets.tpu.spec import Product
 from jisu.targets.tpu.systolic import pushing, vector_cycles, work
 
@@ -40,8 +41,10 @@ SLACK = 0.06
 _MOST_ROWS, _MOST_COLUMNS = 1024, 4096
 _BLOCK = 512
 """Rows, columns and inner size of the largest block: none of them has more multiplications, nor more than twice as many results."""
-_PARTS = 4
-"""Parts of the last block, at most."""
+_PARTS, _GRAINS = 5, 16
+"""Parts of the last block, at most, and of how many pieces of equal width they are made."""
+_ROUNDS = 8
+"""Of an iteration to the cycles that a step's copies take."""
 _BLOCKS = 8
 """Blocks of a step, at most, before the first and the last are cut: the code has them one by one there."""
 ACTIVATION_WORK: dict[str, tuple[int, int]] = {
@@ -71,8 +74,8 @@ class Tiles:
     """Sizes of a product's tiles; m, n and k of one step, `padded` those of the whole product, multiples of them.
 
     order: see the module. rows, columns, inner: the block of m, n and k that is multiplied at once, from VMEM; it bounds the size of code.
-    unit: columns and inner size of what the matrix unit holds of w. head: rows with which the first step begins, a part of `rows`, or all of
-    them. tail: the columns of the parts that the last step's last block is cut into.
+    unit: columns and inner size of what the matrix unit holds of w. head: the rows of the first step's blocks, few of them first; where it is the
+    only step, `rows` are all. tail: the columns of the parts that the last step's last block is cut into.
     """
 
     order: str
@@ -84,14 +87,13 @@ class Tiles:
     columns: int
     inner: int
     unit: tuple[int, int]
-    head: int
+    head: tuple[int, ...]
     tail: tuple[int, ...]
 
     def blocks(self, *, first: bool = False, last: bool = False) -> list[Block]:
         """The blocks of a step, in their order."""
-        rows = [(row, self.rows) for row in range(0, self.m, self.rows)]
-        if first and self.head < self.rows:
-            rows[:1] = [(0, self.head), (self.head, self.rows - self.head)]
+        heights = self.head if first else (self.rows,) * (self.m // self.rows)
+        rows = zip(itertools.accumulate(heights, initial=0), heights, strict=False)
         found = [Block(*r, column, self.columns) for r in rows for column in range(0, self.n, self.columns)]
         if last:
             end = found.pop()
@@ -108,7 +110,8 @@ class Tiles:
         """Bytes that copies between HBM and VMEM move."""
         pm, pn, pk = self.padded
         x_times = 1 if self.order == "resident" else pn // self.n
-        x, w = x_times * pm * pk * product.itemsize, pm // self.m * pk * pn * product.weight_itemsize * product.matrices
+        x, w = x_times * pm * pk * product.itemsize, int(pk * pn * product.weight_itemsize) * product.matrices
+        w = pm // self.m * (w + product.grid_bytes(pk, pn))
         rows, columns = (
             x_times * pm * 4 * product.row_scale,
             pm // self.m * pn * 4 * (product.channel_scale * product.matrices + product.bias),
@@ -121,8 +124,8 @@ class Tiles:
         x_slots = 1 if self.order == "resident" else two
         tile_slots = 1 if self.order == "split" else two
 
-        def size(rows: int, columns: int, itemsize: int) -> int:
-            return bytes_in_vmem(rows, columns, itemsize, chip)
+        def size(rows: int, columns: int, each: float) -> int:
+            return bytes_in_vmem(rows, columns, each, chip)
 
         sizes = {
             "x": x_slots * size(self.m, self.k, product.itemsize),
@@ -132,6 +135,11 @@ class Tiles:
         }
         if product.gated:
             sizes["u"] = sizes["w"]
+        if product.group:
+            deep = self.k // product.group
+            each = size(deep, self.n, itemsize(product.scales)) + product.zeros * size(deep, self.n, 1)
+            sizes["scales of groups"] = product.matrices * tile_slots * each
+            sizes["scales of a block"] = grouped.grid_bytes(product, self.k, self.inner, self.columns, chip)
         if product.channel_scale:
             sizes["channel_scale"] = product.matrices * tile_slots * size(1, self.n, 4)
         if product.row_scale:
@@ -157,6 +165,8 @@ class Tiles:
                 )
         if product.gated and self.order == "split":
             raise CompileError("the inner axis of a gated product isn't split: it has two sums")
+        if product.group and self.order == "split":
+            raise CompileError("the inner axis of a product with scales per group isn't split")
         nests = [
             ("m", pm, self.m),
             ("n", pn, self.n),
@@ -164,10 +174,12 @@ class Tiles:
             ("rows", self.m, self.rows),
             ("inner", self.k, self.inner),
             ("columns", self.n, self.columns),
-            ("head", self.rows, self.head),
+            *(("head", rows, chip.sublanes) for rows in self.head),
             *(("unit n", columns, self.unit[0]) for columns in (self.columns, *self.tail)),
             ("unit k", self.inner, self.unit[1]),
         ]
+        if sum(self.head) != self.m:
+            raise CompileError(f"the first step's blocks have {self.head} rows, {self.m} in all: {self}")
         for name, whole, part in nests:
             if whole % part:
                 raise CompileError(f"{whole} isn't made of whole tiles of {part} ({name}): {self}")
@@ -198,7 +210,7 @@ class Tiles:
 
     def _copied(self, product: Product, prefetched: bool) -> tuple[int, int, int, int]:
         """Bytes of a step's tiles: of x, of w, of what comes with each column, of the scales of rows."""
-        held = product.matrices * self.k * self.n * product.weight_itemsize
+        held = int(product.matrices * self.k * self.n * product.weight_itemsize) + product.grid_bytes(self.k, self.n)
         x, w = self.m * self.k * product.itemsize, 0 if prefetched else held
         columns = self.n * 4 * (product.channel_scale * product.matrices + product.bias)
         columns += self.m * self.n * product.result_itemsize * product.residual
@@ -211,7 +223,7 @@ class Tiles:
         # Where x is copied once, its first block of rows comes before the weights, the others behind them.
         by_rows = self.order == "resident" or steps == 1
         once, load = (x + rows, w + columns) if by_rows else (0, x + w + columns + rows)
-        early = self.head * self.k * product.itemsize + rows if by_rows else 0
+        early = self.head[0] * self.k * product.itemsize + rows if by_rows else 0
         chain = _Chain(latency)
         for block in self.blocks(first=True, last=steps == 1):
             later = (block.row + block.rows) * self.k * product.itemsize + rows - early if by_rows else 0
@@ -220,16 +232,43 @@ class Tiles:
             costs = [_cost(product, chip, self.k, block.rows, block.columns) for block in self.blocks()]
             store, multiply = sum(c.store for c in costs), sum(c.multiply for c in costs)
             turnaround = (load / rate + latency + multiply) / 2 if load else 0.0
-            # A copy holds a queue from its start to its end: small tiles' copies wait for those of the step before.
-            copies = product.matrices * ((not prefetched) + product.channel_scale) + product.bias + product.residual
-            copies += (not by_rows) * (1 + product.row_scale) + len(costs)
-            queued = (copies * latency + load / rate + store) / chip.dma_queues
-            between = (steps - 2) * max(_steady(costs), load / rate + store, turnaround, queued)
+            step = max(_steady(costs), load / rate + store, turnaround)
+            between = (steps - 2) * self._queued(product, chip, prefetched, by_rows, costs, step)
             second = latency + (once + 2 * load) / rate if load else 0.0
             chain = _Chain(latency, max(chain.mxu, second) + between, chain.vector + between)
             ready = latency + (once + steps * load) / rate + (steps - 2) * store if load else 0.0
             self._end(chain, product, chip, ready)
         return chain.stored
+
+    def _queued(
+        self, product: Product, chip: Chip, prefetched: bool, by_rows: bool, blocks: Sequence[_Cost], least: float
+    ) -> float:  # fmt: skip
+        """Cycles of a step, at least so many, whose copies may have to wait for queues. Each takes the queue that is free first, a step's stores
+        before the loads that follow; a load of the next step but one has two steps' time."""
+        rate, latency = chip.hbm_bytes_per_cycle, chip.dma_latency * chip.clock
+        x, w, columns, rows = self._copied(product, prefetched)
+        small = product.matrices * product.channel_scale + product.bias + product.residual
+        loads = [] if by_rows else [x / rate]
+        # Scales and zeros of groups are copied apart.
+        grids = [g / rate for g in product.grids(self.k, self.n)]
+        loads += [] if prefetched else [w / product.matrices / rate - sum(grids), *grids] * product.matrices
+        loads += [columns / small / rate] * small if small else []
+        loads += [rows / rate] if product.row_scale and not by_rows else []
+        if not loads:
+            return least
+        ends = list(itertools.accumulate(loads))
+        multiplied = itertools.accumulate(block.multiply for block in blocks)
+        stores = [end + b.behind + latency + b.store for end, b in zip(multiplied, blocks, strict=True)]
+        idle = [0.0] * (chip.dma_queues - len(loads) - len(stores))
+        cycles = least
+        for _ in range(_ROUNDS):
+            # A store's bytes wait for those of loads that HBM is at.
+            left = [end if end <= cycles - ends[-1] else max(end, cycles) for end in stores]
+            before = sorted([*idle, *(end - cycles for end in left), *(cycles - (ends[-1] - end) for end in ends)])
+            free = sorted([*before[-chip.dma_queues :][len(left) :], *left])
+            due = [(start + latency + load) / 2 for start, load in zip(free, loads, strict=False)]
+            cycles = max([least, *due])
+        return cycles
 
     def _split_cycles(self, product: Product, chip: Chip, prefetched: bool) -> float:
         """Of a tile of results, whose inner axis is split."""
@@ -271,7 +310,8 @@ class _Cost:
 
 @functools.lru_cache(4096)
 def _cost(product: Product, chip: Chip, k: int, rows: int, columns: int) -> _Cost:
-    one = work(chip, rows, k, columns, product.dtype)
+    stack = grouped.Grouped(product, rows, grouped.depth(chip, k)).stack if product.group else 1
+    one = work(chip, rows * stack, k, columns, product.dtype)
     behind = sum(
         vector_cycles(chip, rows * columns * turns, op)
         for turns, op in zip((1, *ACTIVATION_WORK[product.activation]), ("epilogue", "element", "exp"), strict=True)
@@ -279,11 +319,14 @@ def _cost(product: Product, chip: Chip, k: int, rows: int, columns: int) -> _Cos
     more = product.bias + product.residual + product.gated * (1 + product.channel_scale + product.row_scale)
     behind += vector_cycles(chip, rows * columns * more, "element")
     store = rows * columns * product.result_itemsize / chip.hbm_bytes_per_cycle
-    return _Cost(product.matrices, _widened(product, chip, k, columns), one.mxu, one.vector, behind, store)
+    return _Cost(product.matrices, _widened(product, chip, k, rows, columns), one.mxu, one.vector, behind, store)
 
 
-def _widened(product: Product, chip: Chip, k: int, columns: int) -> float:
-    """Cycles of making a block's weights x's dtype, an operation each, every time that they are multiplied."""
+def _widened(product: Product, chip: Chip, k: int, rows: int, columns: int) -> float:
+    """Cycles of making a block's weights x's dtype, an operation each, every time that they are multiplied; of groups, all that they take."""
+    if product.group:
+        operations = grouped.Grouped(product, rows, grouped.depth(chip, k)).operations(rows, k, columns)
+        return sum(vector_cycles(chip, count, op) for op, count in operations.items())
     return vector_cycles(chip, k * columns * product.widens, "element")
 
 
@@ -322,10 +365,10 @@ def usable_vmem(chip: Chip) -> int:
     return chip.vmem_bytes - chip.vmem_bytes // HEADROOM
 
 
-def bytes_in_vmem(rows: int, columns: int, itemsize: int, chip: Chip) -> int:
+def bytes_in_vmem(rows: int, columns: int, size: float, chip: Chip) -> int:
     """Bytes of a tile as the chip lays it out: a row or a column of numbers still takes whole sublanes and lanes."""
-    packed = chip.packed_sublanes(itemsize) if rows > chip.sublanes else chip.sublanes
-    return round_up(rows, packed) * round_up(columns, chip.lanes) * itemsize
+    packed = chip.packed_sublanes(size) if rows > chip.sublanes else chip.sublanes
+    return int(round_up(rows, packed) * round_up(columns, chip.lanes) * size)
 
 
 def row_multiple(product: Product, chip: Chip) -> int:
@@ -366,33 +409,54 @@ def make_tiles(
     """Tiles of m rows, n columns and k of the inner axis, with what follows from them; block, rows: columns and rows, at most, that are
     multiplied at once. Not checked: `Tiles.check` does."""
     padded = round_up(product.m, m), round_up(product.n, n), round_up(round_up(product.k, chip.lanes), k)
-    rows = _divisor(m, rows, row_multiple(product, chip))
-    columns = _divisor(n, block, chip.lanes)
-    inner = _divisor(k, min(_BLOCK, max(_BLOCK**3 // (rows * columns), chip.lanes)), chip.lanes)
+    packed = row_multiple(product, chip)
+    rows, columns = _divisor(m, rows, packed), _divisor(n, block, chip.lanes)
+    most = min(_BLOCK, max(_BLOCK**3 // (rows * columns), chip.lanes))
+    inner = grouped.chunk(k, most) if product.group else _divisor(k, most, chip.lanes)
     unit = (_divisor(columns, chip.mxu, chip.lanes), _divisor(inner, chip.mxu, chip.lanes))
-    several, whole = m > rows or n > columns, padded == (m, n, k)
-    head = _head(product, chip, rows, columns, k) if order == "resident" or (whole and order == "panels") else rows
+    several, alone = m > rows or n > columns, padded == (m, n, k) and order != "split"
+    first = _head(product, chip, rows, columns, k) if alone or order == "resident" else rows
+    head = (*((first, rows - first) if first < rows else (rows,)), *(rows,) * (m // rows - 1))
     tail = _tail(product, chip, k, rows, columns, unit[0], several)
-    return Tiles(order, m, n, k, padded, rows, columns, inner, unit, head, tail)
+    equal = Tiles(order, m, n, k, padded, rows, columns, inner, unit, head, tail)
+    if not alone or first == m:
+        return equal
+    # A single step's blocks needn't be of equal rows: fewer of them may follow the first one.
+    heads = [(first, *_shared(m - first, count, packed)) for count in range(1, _BLOCKS)]
+    cuts = [
+        attrs.evolve(equal, rows=m, head=h, tail=_tail(product, chip, k, h[-1], columns, unit[0], True))
+        for h in heads
+        if max(h) * columns <= 2 * _BLOCK**2 and h[-1]
+    ]
+    return min([equal, *cuts], key=lambda tiles: tiles.cycles(product, chip, prefetched=True))
+
+
+def _shared(total: int, count: int, step: int) -> list[int]:
+    """A number as a sum of so many multiples of a step, as equal as can be, the larger ones first."""
+    least, more = divmod(total // step, count)
+    return [(least + (i < more)) * step for i in range(count)]
 
 
 def _head(product: Product, chip: Chip, rows: int, columns: int, k: int) -> int:
     """Rows with which to begin: so many that pushing weights isn't what takes the time, where waiting for more costs more than another block."""
     rows_meanwhile = pushing(chip, product.dtype) * chip.rows_per_cycle(product.dtype)
     head = round_up(math.ceil(rows_meanwhile), row_multiple(product, chip))
-    if head >= rows or rows % head:
+    if head >= rows:
         return rows
     later = (rows - head) * k * product.itemsize / chip.hbm_bytes_per_cycle
-    another = product.matrices * (chip.timing.block + _widened(product, chip, k, columns))
+    another = product.matrices * (chip.timing.block + _widened(product, chip, k, rows - head, columns))
     return head if later > another else rows
 
 
 @functools.lru_cache(4096)
 def _tail(product: Product, chip: Chip, k: int, rows: int, columns: int, unit: int, several: bool) -> tuple[int, ...]:
     """How the last block's columns are cut, so that all is done the earliest: a part's results leave while the next one is multiplied."""
-    widths = [unit << i for i in range(columns.bit_length()) if unit << i < columns]
-    ends = [end for count in range(_PARTS) for end in itertools.combinations(widths, count) if sum(end) < columns]
-    cuts = [(columns - sum(end), *reversed(end)) for end in ends]
+    grain = max(unit, round_up(columns // _GRAINS, unit))
+    cuts = (
+        [tuple(grain * part for part in cut) for cut in _falling(columns // grain, _PARTS)]
+        if columns % grain == 0
+        else [(columns,)]
+    )
 
     def time(cut: tuple[int, ...]) -> float:
         latency = chip.dma_latency * chip.clock
@@ -402,6 +466,15 @@ def _tail(product: Product, chip: Chip, k: int, rows: int, columns: int, unit: i
         return chain.stored
 
     return min(cuts, key=time)
+
+
+@functools.cache
+def _falling(total: int, parts: int, most: int | None = None) -> list[tuple[int, ...]]:
+    """All ways to write a number as a sum of at most so many others, none of them larger than the one before."""
+    if total == 0:
+        return [()]
+    largest = min(total, most or total) if parts else 0
+    return [(first, *rest) for first in range(largest, 0, -1) for rest in _falling(total - first, parts - 1, first)]
 
 
 def _candidates(product: Product, chip: Chip) -> Iterator[Tiles]:
@@ -416,7 +489,7 @@ def _candidates(product: Product, chip: Chip) -> Iterator[Tiles]:
         for block, height in _block_sizes(product, chip, m, n):
             yield make_tiles(product, chip, "resident", m, n, depth, block=block, rows=height)
             yield make_tiles(product, chip, "panels", m, n, depth, block=block, rows=height)
-    if product.gated:
+    if product.gated or product.group:
         return
     for k in (k for k in _doubling(chip.lanes, depth) if k < depth):
         for n in columns:

@@ -19,7 +19,7 @@ import attrs
 
 from jisu.compiler.errors import TargetError
 from jisu.targets.tpu.chip import Chip
-from jisu.targets.tpu.events import HBM, SMEM, VMEM, Allocate, Copy, Event, Matmul, Repeat, Vector, Wait
+from jisu.targets.tpu.events import HBM, SMEM, VMEM, Allocate, Copy, Event, Free, Matmul, Repeat, Vector, Wait
 from jisu.targets.tpu.systolic import vector_cycles, work
 
 UNITS = ("mxu", "vector", "hbm")
@@ -150,20 +150,21 @@ class _Core:
 
     def run(self, events: Iterable[Event]) -> None:
         for event in events:
-            if isinstance(event, Repeat):
-                self.repeat(event)
-            elif isinstance(event, Copy):
-                self.copy(event)
-            elif isinstance(event, Wait):
-                self.wait(event)
-            elif isinstance(event, Matmul):
-                self.matmul(event)
-            elif isinstance(event, Vector):
-                self.vectors(event)
-            elif isinstance(event, Allocate):
-                self.allocate(event)
-            else:
-                self.live.pop(event.name, None)
+            match event:
+                case Repeat():
+                    self.repeat(event)
+                case Copy():
+                    self.copy(event)
+                case Wait():
+                    self.wait(event)
+                case Matmul():
+                    self.matmul(event)
+                case Vector():
+                    self.vectors(event)
+                case Allocate():
+                    self.allocate(event)
+                case Free():
+                    self.live.pop(event.name, None)
 
     def copy(self, event: Copy) -> None:
         for name in event.writes:
@@ -197,7 +198,7 @@ class _Core:
 
     def matmul(self, event: Matmul) -> None:
         self.check(event)
-        cost = work(self.chip, event.m, event.k, event.n, event.dtype, shadow=self.shadow)
+        cost = work(self.chip, event.m * event.stack, event.k, event.n, event.dtype, shadow=self.shadow)
         start = max(self.after(event), self.mxu)
         adding = max(start, self.vector)
         end = start + cost.mxu
@@ -206,7 +207,7 @@ class _Core:
             end = max(end, self.vector)
         self.busy["mxu"] += cost.mxu
         self.busy["vector"] += cost.vector
-        self.ideal += cost.ideal
+        self.ideal += cost.ideal / event.stack
         self.mxu = self.computed = end
         self.done(event, end)
         self.spans.append(Span("mxu", f"{event.m}x{event.k}x{event.n} {event.dtype}", start, end))

@@ -165,11 +165,13 @@ class Zero:
 
 @attrs.frozen(eq=False)
 class Multiply:
-    """Adds x @ w to sums."""
+    """Adds x @ w to sums; of codes with scales per group of inputs, and perhaps zeros."""
 
     sums: Region
     x: Region
     w: Region
+    group: int = 0
+    grid: tuple[Region, ...] = ()
 
 
 def instruction(statement: Any) -> Copy | Zero | Multiply | None:
@@ -192,8 +194,12 @@ def instruction(statement: Any) -> Copy | Zero | Multiply | None:
         sums, rows, columns, stride = arguments
         return Zero(region(sums, rows, columns, stride))
     if name.value == MULTIPLY:
-        sums, x, w, rows, columns, inner, cs, xs, ws = arguments
-        return Multiply(region(sums, rows, columns, cs), region(x, rows, inner, xs), region(w, inner, columns, ws))
+        sums, x, w, rows, columns, inner, cs, xs, ws, *more = arguments
+        group, *more = more or [0]
+        deep = max(int(inner) // int(group), 1) if more else 0
+        grid = tuple(region(p, deep, columns, stride) for p, stride in zip(more[::2], more[1::2], strict=True))
+        operands = region(sums, rows, columns, cs), region(x, rows, inner, xs), region(w, inner, columns, ws)
+        return Multiply(*operands, int(group), grid)
     return None
 
 
@@ -212,6 +218,8 @@ def statement(found: Copy | Multiply) -> Any:
         sums, x, w = found.sums, found.x, found.w
         pointers = [pointer(sums, "rw"), pointer(x, "r"), pointer(w, "r")]
         arguments = [MULTIPLY, *pointers, x.rows, w.columns, x.columns, sums.stride, x.stride, w.stride]
+        if found.group:
+            arguments += [found.group, *(a for g in found.grid for a in (pointer(g, "r"), g.stride))]
     return tirx.Evaluate(tirx.call_extern("int32", *arguments))
 
 

@@ -1,7 +1,6 @@
-"""What tests/test_cuda_models.py and tests/test_lowering.py say of programs for GPUs, on a real one.
+"""What tests of programs on the emulated GPU say, on a real one.
 
 python -m pytest tests/gpu
-compute-sanitizer --tool memcheck python -m pytest tests/gpu
 """
 
 from __future__ import annotations
@@ -9,32 +8,46 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from test_cuda_chain import (  # noqa: F401
+    log,
+    on_cpu,
+    on_gpu,
+    test_a_cache_grows_under_way,
+    test_a_step_reads_what_another_draws,
+    test_a_token_is_one_launch_and_no_wait,
+    test_calls_under_way,
+    test_no_more_may_be_taken_back_of_a_ring,
+    test_tokens_are_the_cpus,
+    test_what_is_taken_back_of_a_ring,
+    test_who_stops_in_the_middle_leaves_a_session_that_goes_on,
+)
+from test_cuda_levels import test_layers_of_rounded_inputs  # noqa: F401
 from test_cuda_models import (  # noqa: F401
-    PROMPT,
-    llama,
     test_a_program_is_saved_and_loaded,
     test_an_encoder,
+    test_batches_padding_and_growing_caches,
     test_caches,
     test_compressed_decoders,
     test_decoders_equal_the_model,
     test_experts,
     test_faults_are_told,
     test_functions_of_a_machine_without_a_c_library,
+    test_generate_token_for_token,
     test_layers,
+    test_mixtral,
 )
+from test_cuda_single import test_a_model as test_a_model_in_float32  # noqa: F401
+from test_cuda_sparse import test_a_pruned_model  # noqa: F401
+from test_cuda_sparse import test_layers as test_layers_of_halves  # noqa: F401
 
 import jisu
-from jisu.compiler.errors import TargetError
 from jisu.targets.target import Target
 
 
 @pytest.fixture(scope="session")
-def emulated_gpu() -> Target:
+def emulated_gpu(present: Target) -> Target:
     """In place of the emulated one: this machine's."""
-    try:
-        return Target.resolve("cuda")
-    except TargetError as error:
-        pytest.skip(f"no GPU to run on: {error}")
+    return present
 
 
 def test_tensors_of_torch_stay_on_the_gpu(emulated_gpu: Target) -> None:

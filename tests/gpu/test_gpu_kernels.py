@@ -1,13 +1,13 @@
 """What tests say of kernels that an emulation runs, on a real GPU: every kernel, over the same shapes.
 
 python -m pytest tests/gpu
-compute-sanitizer --tool memcheck python -m pytest tests/gpu
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -37,7 +37,11 @@ from test_cuda import (  # noqa: F401
     test_the_largest_of_a_row,
     test_tokens_are_drawn_as_their_meaning_says,
 )
-from test_cuda_levels import test_a_row_and_its_levels  # noqa: F401
+from test_cuda_levels import (  # noqa: F401
+    test_a_row_and_its_levels,  # noqa: F401
+    test_sums_of_fp8_lose_nothing,
+    test_sums_of_fp8_lose_nothing_on_hopper,
+)
 from test_cuda_levels import test_few_rows as test_few_rows_of_levels  # noqa: F401
 from test_cuda_levels import test_many_rows as test_many_rows_of_levels  # noqa: F401
 from test_cuda_levels import test_many_rows_on_hopper as test_many_rows_of_levels_on_hopper  # noqa: F401
@@ -50,26 +54,22 @@ from test_cuda_sparse import test_many_rows as test_many_rows_of_halves  # noqa:
 from test_hopper import test_codes, test_experts, test_layers, test_tiles  # noqa: F401
 
 from jisu.compiler.entry import Entry
-from jisu.compiler.errors import TargetError
 from jisu.compiler.launches import CUBIN, PLANS, PTX, Plan, TensorMap, Variant
 from jisu.compiler.launches import Launch as OfPlan
 from jisu.compiler.types import TensorType, dtype_name
 from jisu.runtime.cuda import DeviceExecutable
-from jisu.targets.cuda import ptx
+from jisu.targets.cuda import emulated, ptx
 from jisu.targets.cuda.device import MAP, DeviceKernel
 from jisu.targets.target import Target, capability
+from jisu.targets.worker import find_linker
 
 MODULES: tuple[ModuleType, ...] = (test_cuda, test_cuda_levels, test_cuda_single, test_cuda_sparse, test_hopper)
 
 
 @pytest.fixture(scope="session")
-def here() -> Target:
+def here(present: Target) -> Target:
     """This machine's GPU, without what only one architecture has."""
-    try:
-        target = Target.resolve("cuda")
-    except TargetError as error:
-        pytest.skip(f"no GPU to run on: {error}")
-    return attrs.evolve(target, mcpu=target.mcpu.rstrip("a"))
+    return attrs.evolve(present, mcpu=present.mcpu.rstrip("a"))
 
 
 @pytest.fixture(autouse=True)
@@ -96,16 +96,20 @@ def mapped() -> Callable[[np.ndarray, TensorMap], Mapped]:
     return Mapped
 
 
-def code_of(kernel: DeviceKernel, target: Target, plan: Plan) -> dict[str, bytes]:
+def code_of(kernel: DeviceKernel, target: Target, plan: Plan, folder: Path) -> dict[str, bytes]:
     """The kernel and the plan as a program has them."""
-    text = ptx.to_ptx([kernel], target)
     plans = {"capability": capability(target.mcpu), "faults": [], "entries": {"run": plan.to_json()}}
+    if emulated.is_emulated(target):
+        library = folder / f"{kernel.name}.so"
+        emulated.to_library([kernel], target, {}, library, find_linker())
+        return {PLANS: json.dumps(plans).encode(), CUBIN: library.read_bytes()}
+    text = ptx.to_ptx([kernel], target)
     cubin = ptx.assembled(text, target)
     return {PLANS: json.dumps(plans).encode(), **({PTX: text.encode()} if cubin is None else {CUBIN: cubin})}
 
 
 @pytest.fixture
-def launch(here: Target) -> Launch:
+def launch(here: Target, tmp_path: Path) -> Launch:
     """launch(kernel, grid, *arrays, maps and numbers): runs it on the GPU, writing into the arrays, as a plan of a program does."""
 
     def run(kernel: DeviceKernel, grid: tuple[int, ...], *given: Any, late: bool = True, order: int = 1) -> None:
@@ -126,7 +130,7 @@ def launch(here: Target) -> Launch:
         plan = Plan((), ((Variant((), (one,)),),))
         types = tuple(TensorType(array.shape, dtype_name(array.dtype)) for array in arrays)
         entry = Entry(tuple((f"a{i}", t) for i, t in enumerate(types)), (), types, tuple(range(len(types))), ())
-        results = DeviceExecutable(code_of(kernel, target, plan), {"run": entry}).call("run", arrays)
+        results = DeviceExecutable(code_of(kernel, target, plan, tmp_path), {"run": entry}).call("run", arrays)
         for array, result in zip(arrays, results, strict=True):
             array[...] = result
 

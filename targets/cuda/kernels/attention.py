@@ -352,12 +352,10 @@ QUERIES = 64
 """Rows of a block of `attend_tokens`."""
 
 
-def _soften(
-    f: Device, scores: list[Val], seen: Sequence[Val], tops: list[Val], weights: list[Val], sums: list[Val]
-) -> None:
-    """One tile's step of a running softmax over a thread's two rows, in place: scores (in powers of two) become weights, 0 where not
-    `seen`; what was summed before is brought to the new maxima."""
-    factors = []
+def _soften(f: Device, scores: list[Val], tops: list[Val], weights: list[Val], sums: list[Val]) -> None:
+    """One tile's step of a running softmax over a thread's two rows, in place: scores (in powers of two) become weights, `LOW` ones 0; what was
+    summed before is brought to the new maxima."""
+    factors, above = [], []
     for half in (0, 1):
         highest = functools.reduce(f.maximum, [score for i, score in enumerate(scores) if i // 2 % 2 == half])
         for distance in (1, 2):  # four threads share a row
@@ -365,9 +363,10 @@ def _soften(
         top = f.maximum(tops[half], highest)
         factors.append(f.exp2(tops[half] - top))
         tops[half], weights[half] = top, weights[half] * factors[half]
+        above.append(f.maximum(top, LOW / 2))  # than `LOW`, where a row sees nothing
     for i, score in enumerate(scores):
         half = i // 2 % 2
-        scores[i] = f.select(seen[i], f.exp2(score - tops[half]), 0.0)
+        scores[i] = f.exp2(score - above[half])
         weights[half] = weights[half] + scores[i]
     sums[:] = [x * factors[i // 2 % 2] for i, x in enumerate(sums)]
 
@@ -458,13 +457,15 @@ def attend_tokens(form: Form, target: Target) -> DeviceKernel:
                 for n, keys in enumerate((four[:2], four[2:])):
                     at = 4 * (j + n)
                     scores[at : at + 4] = f.mma(query, keys, scores[at : at + 4], form.dtype)
-        seen = []
+        own = first + lane % 4 * 2  # numbers of keys from here on are constants, which 32 bits compare at once
+        ends = [
+            [f.cast("trunc", f.minimum(f.maximum(x - own, -1), at_once), "i32") for x in two] for two in (lows, lasts)
+        ]
         for i, score in enumerate(scores):
-            key, half = first + 8 * (i // 4) + (lane % 4 * 2 + i % 2), i // 2 % 2
-            visible = f.op(f"and i1 {(key <= lasts[half]).name}, {(key >= lows[half]).name}", "i1")
-            seen.append(visible)
+            key, half = 8 * (i // 4) + i % 2, i // 2 % 2
+            visible = f.op(f"and i1 {(ends[1][half] >= key).name}, {(ends[0][half] <= key).name}", "i1")
             scores[i] = f.select(visible, form.softened(f, score), LOW)
-        _soften(f, scores, seen, tops, weights, sums)
+        _soften(f, scores, tops, weights, sums)
         values = f.at(here, tile_bytes, "i8")
         for part in range(at_once // 16):
             left = [f.pair(scores[i], scores[i + 1], form.dtype) for i in range(8 * part, 8 * part + 8, 2)]

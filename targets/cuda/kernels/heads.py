@@ -59,7 +59,7 @@ class Heads:
     @property
     def cached(self) -> str:
         """The caches' layout, "" where there is none."""
-        return max(chain.cache for chain in self.chains)
+        return next((chain.cache for chain in self.chains if chain.cache), "")
 
     @property
     def parameters(self) -> list[tuple[str, str]]:

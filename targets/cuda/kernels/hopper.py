@@ -57,8 +57,15 @@ NARROW, WIDE, HIGH = Tile(128, 128), Tile(128, 256), Tile(256, 128)
 
 def tiles_of(layer: Layer) -> tuple[Tile, Tile]:
     """The tiles where there are few of them for so many multiprocessors, and where there are enough. A warp group has 64 rows of what it multiplies:
-    of x or, for codes, which pass through its registers, of W; all groups multiply them by the same up to 256 rows of the other one."""
-    return NARROW, HIGH if layer.decodes else WIDE
+    of x or, for codes, which pass through its registers, of W; all groups multiply them by the same up to 256 rows of the other one. Sums of fp8
+    take registers twice."""
+    return NARROW, HIGH if layer.decodes else NARROW if _adds_itself(layer) else WIDE
+
+
+def _adds_itself(layer: Layer) -> bool:
+    """Whether tensor cores are only let add a step's products. They add those of fp8 with 13 bits of mantissa, which in a sum of thousands lose as much
+    as 2 % (DeepSeek-V3 Technical Report, 2024, 3.3.2)."""
+    return layer.operand == "fp8"
 
 
 @attrs.frozen(eq=False)
@@ -351,7 +358,9 @@ def _multiply(ring: _Ring, work: Work, residual: Val | None, scaled: Scaled | No
     other = ring.tile.rows if layer.decodes else ring.tile.outputs
     # Registers that products read belong to these until they are done: those of a group of codes are written anew one step, four groups, later. That
     # one more is done keeps it sound where the assembler decodes before it waits.
-    under_way = INPUTS // 16 - 2 if layer.decodes else 1
+    adds = _adds_itself(layer)
+    under_way = INPUTS // 16 - 2 if layer.decodes else 0 if adds else 1
+    zeros = [f.const(0, "i32") if layer.operand == "int8" else f.const(0.0, "float")] * (other // 2)
     f.registers(_MULTIPLYING, more=True)
 
     def release(stage: Val, when: Val) -> None:
@@ -361,7 +370,8 @@ def _multiply(ring: _Ring, work: Work, residual: Val | None, scaled: Scaled | No
         held, read = _codes(ring, piece, group) if layer.decodes else _as_they_lie(ring, group)
 
         def multiply(step: Val, values: list[Val]) -> list[Val]:
-            sums, held, now = values[: other // 2], values[other // 2 : -2], _Turn(*values[-2:])
+            totals, held, now = values[: other // 2], values[other // 2 : -2], _Turn(*values[-2:])
+            sums = zeros if adds else totals
             operands = read(step, now.stage, held)
             f.wait_for(ring.full(now.stage), now.parity)
             groups, held = operands()
@@ -374,13 +384,14 @@ def _multiply(ring: _Ring, work: Work, residual: Val | None, scaled: Scaled | No
                     sums = f.multiply_group(own, right + 2 * part, sums, other, layer.operand)
                 f.commit_products()
                 sums = f.products_done(under_way, sums)
-                if number == under_way - 1:
+                if number == max(under_way, 1) - 1:
                     release(ring.before(now.stage, 1), step > 0)
+            sums = [total + own for total, own in zip(totals, sums, strict=True)] if adds else sums
             return [*sums, *held, *ring.after(now).values]
 
-        zeros = [f.const(0, "i32") if layer.operand == "int8" else f.const(0.0, "float")] * (other // 2)
         *values, _ = f.loop(0, steps, 1, [*zeros, *held, *turn.values], multiply)
-        sums, after = f.products_done(0, values[: other // 2]), _Turn(*values[-2:])
+        sums, after = values[: other // 2], _Turn(*values[-2:])
+        sums = f.products_done(0, sums) if under_way else sums
         sum_of = sums.__getitem__ if scaled is None else scaled(piece, group, sums.__getitem__)
         release(ring.before(after.stage, 1), steps > 0)
         store = functools.partial(_store_turned if layer.decodes else _store, ring, piece, group, sum_of, residual)

@@ -340,9 +340,11 @@ class _Many(Tiled):
 def many_hopper(layer: Levels, tile: hopper.Tile, target: Target) -> DeviceKernel:
     """As `hopper.product_hopper`: records and codes of a byte are multiplied as they lie. Parameters: those, and the records' address.
 
-    Raises TargetError unless rows of W have one scale, k is a multiple of 128, results have 16 bits and the target is sm_90a.
+    Raises TargetError unless rows of W have one scale, k is a multiple of 128, results have 16 bits, the tile is the layer's and the target is sm_90a.
     """
     require_levels(layer, target)
+    if tile not in hopper.tiles_of(layer):
+        raise TargetError(f"{layer.name}: there are no registers for sums of {tile.rows} by {tile.outputs}")
     if target.mcpu != "sm_90a" or layer.dtype not in PAIRS or layer.decodes or layer.group:
         raise TargetError(f"{layer.name}: no product of warp groups on {target.mcpu}")
     if layer.k % hopper.inputs_of(layer):
