@@ -16,10 +16,11 @@ from hypothesis import given as given_drawn
 from hypothesis import strategies as st
 from test_sampling import sampling_rows
 
-from jisu.compiler import ops, rows
+from jisu.compiler import levels, ops, rows
 from jisu.compiler.errors import TargetError
 from jisu.compiler.graph import ArrayStorage, Graph, placeholder, weight
 from jisu.compiler.interpret import interpret
+from jisu.compiler.schemes import SCHEMES
 from jisu.compiler.types import TensorType, numpy_dtype
 from jisu.targets.cuda import device, emulated, ptx
 from jisu.targets.cuda.kernels import (
@@ -32,11 +33,13 @@ from jisu.targets.cuda.kernels import (
     records,
     sampling,
     single_attention,
+    tails,
     thin,
     top,
 )
 from jisu.targets.cuda.kernels.attention import Form
 from jisu.targets.cuda.kernels.layers import Layer
+from jisu.targets.cuda.kernels.tails import Encoding, Tail
 from jisu.targets.cuda.lowering import lower
 from jisu.targets.target import Target, host
 from jisu.targets.worker import find_linker
@@ -149,13 +152,13 @@ def test_a_row_and_its_norm(n: int, k: int, scheme: str, rms: bool, late: bool, 
     found = [drawn(i, 2, n) for i in (5, 6, 5, 6)]
     given_norm, counter = [gain] if rms else [gain, bias], np.zeros(1, np.int32)
     grid, both = (layer.tiles(thin.OUTPUTS), 1), {"late": late, "order": order}
-    kernel = thin.thin(layer, 8, GPU, how)
+    kernel = thin.thin(layer, 8, GPU, Tail(how))
     launch(kernel, grid, x, w, *scales, r, found[0], 1, *given_norm, found[1], counter, **both)
     assert not counter.any()
     launch(thin.thin(layer, 8, GPU), grid, x, w, *scales, r, found[2], 1, **both)
-    launch(norm.normed(how, GPU), (1,), found[2], *given_norm, found[3])
+    launch(tails.tailed(Tail(how), GPU), (1,), found[2], *given_norm, found[3])
     tolerance = (
-        0 if norm.normed(how, GPU).threads == kernel.threads else 1e-2
+        0 if tails.tailed(Tail(how), GPU).threads == kernel.threads else 1e-2
     )  # sums have an order for each number of threads
     for one, other in zip(found[:2], found[2:], strict=True):
         np.testing.assert_allclose(one.astype(np.float64), other.astype(np.float64), rtol=tolerance, atol=tolerance)
@@ -260,7 +263,7 @@ def test_launches_that_begin_early(
         drawn(i, *shape) for i, shape in ((0, (2, k)), (1, (16, k)), (2, (2, k)), (3, (2, k)), (3, (2, k)))
     )
     how = norm.Norm(k, "bfloat16", 1e-5, True, True, False)
-    first = norm.normed(how, EARLY)
+    first = tails.tailed(Tail(how), EARLY)
     if fault:
         monkeypatch.setattr(device.Device, "wait", lambda self: setattr(self, "waited", True))
     if fault == "late":
@@ -268,7 +271,7 @@ def test_launches_that_begin_early(
         monkeypatch.setattr(
             device.Device, "finish", lambda self: (self._special("griddepcontrol.wait"), finish(self))[1]
         )
-    second = thin.thin(Layer(k, (16,)), 8, EARLY) if streams else norm.normed(attrs.evolve(how, eps=1e-6), EARLY)
+    second = thin.thin(Layer(k, (16,)), 8, EARLY) if streams else tails.tailed(Tail(attrs.evolve(how, eps=1e-6)), EARLY)
     assert first.early and second.early and second.ahead == ((1,) if streams else ())
 
     def of(y: np.ndarray, out: np.ndarray) -> Given:
@@ -334,9 +337,17 @@ def rows_of(form: Form, keys: np.ndarray, cap: int, table: np.ndarray | None) ->
 
 
 def attended(
-    form: Form, launch: Launch, past: int, s: int, parts: int = 0, target: Target | None = None, **how: Any
+    form: Form,
+    launch: Launch,
+    past: int,
+    s: int,
+    parts: int = 0,
+    target: Target | None = None,
+    then: Encoding | None = None,
+    **how: Any,
 ) -> None:
-    """Attention of s new tokens behind `past` others, for two sequences of which one is padded; parts: of one token's keys."""
+    """Attention of s new tokens behind `past` others, for two sequences of which one is padded; parts: of one token's keys; then: what one
+    token's results become, too."""
     b, total, target = 2, past + s, target or GPU
     cap = {
         "contiguous": total + 5,
@@ -367,16 +378,23 @@ def attended(
     if parts:
         states = np.full((b, form.heads, parts, form.head_dim + 2), np.nan, np.float32)
         own = form.heads // attention.sharing(form)
-        counters = np.zeros(b * own, np.int32)
-        own_memory = (*sink, out, states, counters)
-        launch(attention.attend_token(form, target), (parts * b, own), *given, *own_memory, *sizes, parts, **how)
+        counters = np.zeros(b * (own + (then is not None)), np.int32)
+        size = 0 if then is None else levels.record_bytes(then.k, then.group, then.own)
+        made = np.full((b + 1, size), 77, np.uint8)
+        own_memory = (*sink, out, states, counters, *([] if then is None else [made]))
+        kernel = attention.attend_token(form, target, None if then is None else Tail(None, then))
+        launch(kernel, (parts * b, own), *given, *own_memory, *sizes, parts, **how)
+        if then is not None:
+            rows_of_tokens = out.reshape(-1, then.k)[:b].astype(np.float32)
+            encoded = levels.encode(rows_of_tokens, SCHEMES[then.scheme], then.group, then.own)
+            np.testing.assert_array_equal(made, np.concatenate([encoded, np.full((1, size), 77, np.uint8)]))
         assert not counters.any()  # so that the next launch may count
     else:
-        rows_of_block, kernel = attention.QUERIES, attention.attend_tokens
+        rows_of_block, make = attention.QUERIES, attention.attend_tokens
         if form.dtype == "float32":
-            rows_of_block, kernel = single_attention.queries(form), single_attention.attend_single
+            rows_of_block, make = single_attention.queries(form), single_attention.attend_single
         grid = (-(-s // rows_of_block) * b, form.heads)
-        launch(kernel(form, target), grid, *given, *sink, out, s, *sizes, **how)
+        launch(make(form, target), grid, *given, *sink, out, s, *sizes, **how)
     np.testing.assert_array_equal(out.reshape(-1, form.heads, form.head_dim)[b * s :], guard)  # nothing beyond
     out = out.reshape(-1, form.heads, form.head_dim)[: b * s].reshape(b, s, form.heads, form.head_dim)
     for i in range(b):
@@ -417,6 +435,15 @@ def attended(
 def test_attention_of_a_token(form: Form, past: int, parts: int, order: int, launch: Launch) -> None:
     """Padding, parts without keys, and slots that hold no key; whichever block is the last one joins the parts."""
     attended(form, launch, past, 1, parts, order=order)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_attention_of_a_token_and_its_levels(order: int, launch: Launch) -> None:
+    """Whichever block is the last one of a sequence writes its record."""
+    encodings = Encoding(256, "bfloat16", "int8", 0, False), Encoding(256, "bfloat16", "int8", 64, True)
+    for then in encodings:
+        attended(Form(4, 2, 64, 0.125), launch, 70, 1, 3, then=then, order=order)
+        attended(Form(16, 1, 16 * 2, 0.125), launch, 5, 1, 2, then=attrs.evolve(then, k=512), order=order)
 
 
 @pytest.mark.parametrize("fault", ["the first joins", "counters stay", "no barrier"])
@@ -631,7 +658,7 @@ def test_norms(width: int, rms: bool, dtype: str, launch: Launch) -> None:
     x, w, b, y = (np.zeros((3, width + 64), np.float32) for _ in range(4))
     x, w, b, y = (drawn(i, 3, width).astype(kind) for i, _ in enumerate((x, w, b, y)))
     how = norm.Norm(width, dtype, 1e-5, rms, True, not rms, offset=1.0 if rms else 0.0)
-    launch(norm.normed(how, GPU), (3,), x, w, *([] if rms else [b]), y)
+    launch(tails.tailed(Tail(how), GPU), (3,), x, w, *([] if rms else [b]), y)
     wide = x.astype(np.float64)
     centred = wide if rms else wide - wide.mean(-1, keepdims=True)
     want = centred / np.sqrt(np.mean(centred**2, -1, keepdims=True) + 1e-5) * (w[0].astype(np.float64) + how.offset)
@@ -672,7 +699,7 @@ def of_hot_kernels(target: Target) -> dict[str, device.DeviceKernel]:
             Layer(4096, (4096,), residual=True, **CODES),
             8,
             target,
-            norm.Norm(4096, "bfloat16", 1e-5, True, True, False),
+            Tail(norm.Norm(4096, "bfloat16", 1e-5, True, True, False)),
         ),
         "32 rows": thin.thin(wide, 32, target),
         "32 rows of codes": thin.thin(Layer(4096, (4096,), **CODES), 32, target),
@@ -706,7 +733,7 @@ def of_hot_kernels(target: Target) -> dict[str, device.DeviceKernel]:
         ),
         "largest": top.largest(128256, 128, "float32", False, False, target),
         "draw": sampling.drawn(128, "float32", target),
-        "norm": norm.normed(norm.Norm(4096, "bfloat16", 1e-5, True, True, False), target),
+        "norm": tails.tailed(Tail(norm.Norm(4096, "bfloat16", 1e-5, True, True, False)), target),
         "expert": experts.single(MIXTRAL, False, target),
         "expert's last layer": experts.single(MIXTRAL, True, target),
         "groups": experts.grouped(MIXTRAL, 8, target),

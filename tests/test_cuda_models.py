@@ -402,18 +402,26 @@ def test_programs_for_machines_that_are_not_here(tmp_path: Path, emulated_driver
 @pytest.mark.parametrize(("target", "early"), [("cuda:sm_80", False), ("cuda:sm_90", True)])
 @pytest.mark.parametrize(
     ("family", "recipe"),
-    [("llama", ""), ("qwen3", "[cache]\npage = 16"), ("llama", "w4a16"), ("qwen3", '[cache]\nscheme = "int8"')],
+    [
+        ("llama", ""),
+        ("qwen3", "[cache]\npage = 16"),
+        ("llama", "w4a16"),
+        ("qwen3", '[cache]\nscheme = "int8"'),
+        ("llama", "int8"),
+        ("llama", "int4"),
+    ],
 )
 def test_launches_of_a_layer(family: str, recipe: str, target: str, early: bool) -> None:
     """One token takes six of them: queries, keys and values; their heads; attention; its output and a norm; gates and ups; down and a norm.
     From sm_90 on launches may begin before those before them end."""
     how = jisu.Recipe.from_toml(recipe) if "[" in recipe else recipe or None
     layers, config = 3, FAMILIES[family]().config
-    config.num_hidden_layers, config.layer_types = layers, ["full_attention"] * layers
+    config.num_hidden_layers, config.layer_types, config.intermediate_size = layers, ["full_attention"] * layers, 256
     torch.manual_seed(0)
     program = jisu.compile(hf.AutoModelForCausalLM.from_config(config).bfloat16().eval(), target=target, recipe=how)
     plan = Plan.from_json(json.loads(program._parts.code[PLANS])["entries"]["append_last"])
-    for batch, each in ((1, 6), (2, 8)):  # norms of several rows are launches of their own
+    # Norms of several rows, and records of gates and ups, are launches of their own.
+    for batch, each in ((1, 6), (2, 9 if recipe.startswith("int") else 8)):
         launches = plan.launches({"batch": batch, "sequence": 1, "capacity": 64, "pages": 8, "sequence_pages": 4})
         heads = [i for i, launch in enumerate(launches) if "_heads_" in launch.kernel]
         assert [b - a for a, b in zip(heads, heads[1:], strict=False)] == [each] * (layers - 1)

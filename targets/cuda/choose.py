@@ -36,6 +36,7 @@ from jisu.targets.cuda.kernels import (
 from jisu.targets.cuda.kernels.attention import QUERIES, Form, attend_token, attend_tokens, sharing
 from jisu.targets.cuda.kernels.layers import Layer
 from jisu.targets.cuda.kernels.levels import Levels
+from jisu.targets.cuda.kernels.tails import Encoding, Tail, tailed
 from jisu.targets.cuda.lowering import DeviceCall, DeviceFunction
 from jisu.targets.steps import Argument, Choosers, Kernel
 from jisu.targets.target import Target
@@ -54,25 +55,27 @@ def _least(a: Dim, b: int) -> Dim:
 
 
 @functools.lru_cache(maxsize=256)
-def _layer(layer: Layer, rows: Dim, operands: tuple[int, ...], target: Target, then: norm.Norm | None = None) -> Kernel:
+def _layer(layer: Layer, rows: Dim, operands: tuple[int, ...], target: Target, then: Tail | None = None) -> Kernel:
     """A linear layer: few rows by streaming weights, many in tiles. operands: of the node, in the order of the layer's parameters.
 
-    then: a norm of the results, whose operands follow the layer's, and whose results the layer's.
+    then: what is made of the results, whose operands follow the layer's, and whose results the layer's.
     """
     require_activation(layer.activation)
     reader = _reader(layer, target)
     count = len(operands)
-    given = tuple(range(count, count + len(then.pointers) - 2)) if then is not None else ()
+    given = tuple(range(count, count + len(then.operands))) if then is not None else ()
     first = count + len(given)  # of the results
     results = tuple(range(first, first + len(layer.outputs)))
     arguments: tuple[int | tuple[str, Dim], ...] = (*range(count), *results, ("size", rows))
     behind: tuple[DeviceCall, ...] = ()
     variants: list[tuple[tuple[tuple[Dim, int], ...], tuple[DeviceCall, ...]]] = []
     if then is not None:
-        behind = (DeviceCall(norm.normed(then, target), (rows, 1, 1), (first, *given, first + 1)),)
-        if reader.normed is not None:
-            last = (*arguments, *given, first + 1, first + 2)
-            call = DeviceCall(reader.normed(then), (layer.tiles(thin.OUTPUTS), 1, 1), last)
+        made = tuple(range(first + 1, first + 1 + len(then.results)))
+        behind = (DeviceCall(tailed(then, target), (rows, 1, 1), (first, *given, *made)),)
+        if reader.tailed is not None:
+            call = DeviceCall(
+                reader.tailed(then), (layer.tiles(thin.OUTPUTS), 1, 1), (*arguments, *given, *made, made[-1] + 1)
+            )
             variants.append((((rows, 1),), (call,)))
     for most in reader.rows:
         kernel, outputs = reader.few(most)
@@ -88,8 +91,8 @@ def _layer(layer: Layer, rows: Dim, operands: tuple[int, ...], target: Target, t
 
 @attrs.frozen(eq=False)
 class _Reader:
-    """What multiplies a layer. few: the kernel for up to so many rows of x, one of `rows`, and the rows of W of a block. normed: the kernel for one
-    row that norms it, too. many: in tiles, `small` or `large`; groups: by Hopper's warp groups, which are given `besides` behind the rest. Each
+    """What multiplies a layer. few: the kernel for up to so many rows of x, one of `rows`, and the rows of W of a block. tailed: the kernel for one
+    row that does its tail, too. many: in tiles, `small` or `large`; groups: by Hopper's warp groups, which are given `besides` behind the rest. Each
     raises TargetError for a layer that it can't read."""
 
     few: Callable[[int], tuple[DeviceKernel, int]]
@@ -99,7 +102,7 @@ class _Reader:
     large: products.Tile
     groups: Callable[[hopper.Tile], DeviceKernel] | None = None
     besides: tuple[int, ...] = ()
-    normed: Callable[[norm.Norm], DeviceKernel] | None = None
+    tailed: Callable[[Tail], DeviceKernel] | None = None
 
 
 def _reader(layer: Layer, target: Target) -> _Reader:
@@ -108,6 +111,7 @@ def _reader(layer: Layer, target: Target) -> _Reader:
             lambda rows: (levels.few(layer, rows, target), thin.outputs(layer, rows, target)), thin.ROWS,
             lambda tile: levels.many(layer, tile, target), products.SMALL, products.LARGE,
             lambda tile: levels.many_hopper(layer, tile, target), (0,),  # records' scales, which the map doesn't show
+            lambda then: levels.few(layer, thin.ROWS[0], target, then),
         )  # fmt: skip
     if layer.halves:
         return _Reader(
@@ -124,7 +128,7 @@ def _reader(layer: Layer, target: Target) -> _Reader:
         lambda rows: (thin.thin(layer, rows, target), thin.outputs(layer, rows, target)), thin.ROWS,
         lambda tile: products.product(layer, tile, target), products.SMALL, products.LARGE,
         lambda tile: hopper.product_hopper(layer, tile, target),
-        normed=lambda then: thin.thin(layer, thin.ROWS[0], target, then),
+        tailed=lambda then: thin.thin(layer, thin.ROWS[0], target, then),
     )  # fmt: skip
 
 
@@ -182,7 +186,7 @@ def _levels_in_rows(codes: Node | None) -> bool:
     return codes is not None and codes.dtype == "uint8" and codes.shape[-2:] == (1, WORD)
 
 
-def _linear(node: Node, target: Target, then: norm.Norm | None = None) -> Kernel | None:
+def _linear(node: Node, target: Target, then: Tail | None = None) -> Kernel | None:
     x, w = node.operands[:2]
     assert x is not None
     if not _one_output_per_panel(w, 2):
@@ -228,7 +232,7 @@ def together(nodes: Sequence[Node], target: Target) -> Kernel | None:
     return _layer(layer, product(x.shape[:-1]), tuple(range(1 + given * len(nodes))), target)
 
 
-def _quantized(node: Node, target: Target, then: norm.Norm | None = None) -> Kernel | None:
+def _quantized(node: Node, target: Target, then: Tail | None = None) -> Kernel | None:
     x, codes, scales, zeros, bias, residual = node.operands
     assert x is not None and scales is not None
     if not _one_output_per_panel(codes, -2):
@@ -240,7 +244,7 @@ def _quantized(node: Node, target: Target, then: norm.Norm | None = None) -> Ker
     return _layer(layer, product(x.shape[:-1]), (0, 1, 2, *_present(node, 3, 4, 5)), target, then)
 
 
-def _levels(node: Node, target: Target) -> Kernel | None:
+def _levels(node: Node, target: Target, then: Tail | None = None) -> Kernel | None:
     x, codes, scales, zeros, bias, residual = node.operands
     assert x is not None and codes is not None and scales is not None
     if not _levels_in_rows(codes):
@@ -249,7 +253,7 @@ def _levels(node: Node, target: Target) -> Kernel | None:
         node.k, (node.outputs,), node.dtype, node.gated, False, node.activation, bias is not None, residual is not None,
         node.scheme, node.group, scales.dtype, zeros is not None, levels=node.records, own=node.own,
     )  # fmt: skip
-    return _layer(layer, product(x.shape[:-1]), (0, 1, 2, *_present(node, 3, 4, 5)), target)
+    return _layer(layer, product(x.shape[:-1]), (0, 1, 2, *_present(node, 3, 4, 5)), target, then)
 
 
 def _levels_projections(node: Node, target: Target) -> Kernel | None:
@@ -266,16 +270,24 @@ def _levels_projections(node: Node, target: Target) -> Kernel | None:
     return _layer(layer, product(x.shape[:-1]), tuple(range(len(node.operands))), target)
 
 
-def _encode_levels(node: Node, target: Target) -> Kernel | None:
+def encoding_of(node: Node) -> Encoding | None:
+    """How an `encode_levels` rounds rows, or None where no kernel does it."""
     x, scale = node.operands
     assert x is not None
-    kernel = levels.encoded(
-        int(x.shape[-1]), x.dtype, node.scheme, node.group, node.own, scale is not None, target
-    )  # type: ignore[call-overload]  # fmt: skip
-    rows = product(x.shape[:-1])
-    operands = (0, *_present(node, 1))
-    call = DeviceCall(kernel, (_ceiling(rows, rounding.WARPS), 1, 1), (*range(len(operands) + 1), ("size", rows)))
-    return Kernel(DeviceFunction((((), (call,)),)), tuple(Argument(i) for i in operands))
+    if not isinstance(x.shape[-1], int):
+        return None
+    return Encoding(x.shape[-1], x.dtype, node.scheme, node.group, node.own, scale is not None)
+
+
+def tail_alone(tail: Tail, rows: Dim, target: Target) -> Kernel:
+    """What is made of rows that are there: of them, the tail's operands and its results."""
+    call = DeviceCall(tailed(tail, target), (rows, 1, 1), tuple(range(1 + len(tail.pointers))))
+    return Kernel(DeviceFunction((((), (call,)),)), tuple(Argument(i) for i in range(1 + len(tail.operands))))
+
+
+def _encode_levels(node: Node, target: Target) -> Kernel | None:
+    how = encoding_of(node)
+    return None if how is None else tail_alone(Tail(None, how), product(node.shape[:-1]), target)
 
 
 def _semi_structured(node: Node, target: Target) -> Kernel | None:
@@ -326,7 +338,8 @@ def _attention(node: Node, target: Target) -> Kernel | None:
     return Kernel(DeviceFunction((((), (call,)),)), tuple(Argument(i) for i in operands))
 
 
-def _attention_cached(node: Node, target: Target) -> Kernel | None:
+def _attention_cached(node: Node, target: Target, then: Tail | None = None) -> Kernel | None:
+    """Attention over a cache. then: what is made of each token's results, all heads side by side; operands and results follow as in `_layer`."""
     q, keys, _, _, _, table, sinks = node.operands
     assert q is not None and keys is not None
     contiguous = keys.op is ops.cache_append and not keys.attributes["ring"]
@@ -347,13 +360,19 @@ def _attention_cached(node: Node, target: Target) -> Kernel | None:
     heads, width = form.heads, form.head_dim
     # Operands: q, keys, values, the table, start, length, sinks; behind them the result, then the parts' states and counters.
     operands = (0, 1, 2, *_present(node, 5), 4, 3, *_present(node, 6))
-    count = len(operands)
+    count = len(operands) + (0 if then is None else len(then.operands))
+    given = tuple(range(len(operands), count))
+    made = tuple(range(count + 1, count + 1 + (0 if then is None else len(then.results))))
     sizes = (("size", cap), *((("size", keys.shape[0]),) if table is not None else ()))
-    one = DeviceCall(attend_token(form, target), (parts * batch, own, 1), (*range(count + 3), *sizes, ("size", parts)))
+    states = count + 1 + len(made)  # and counters
+    own_memory = (*range(len(operands)), count, states, states + 1, *given, *made)
+    one = DeviceCall(attend_token(form, target, then), (parts * batch, own, 1), (*own_memory, *sizes, ("size", parts)))
     variants: list[tuple[tuple[tuple[Dim, int], ...], tuple[DeviceCall, ...]]] = [(((rows, 1),), (one,))]
-    many = _many_tokens(form, batch, rows, (*range(count + 1), ("size", rows), *sizes), target)
-    variants.append(((), (many,)))
-    function = DeviceFunction(tuple(variants), (batch * heads * parts * (width + 2) * 4,), batch * own)
+    many = _many_tokens(form, batch, rows, (*range(len(operands)), count, ("size", rows), *sizes), target)
+    behind = () if then is None else (DeviceCall(tailed(then, target), (batch * rows, 1, 1), (count, *given, *made)),)
+    variants.append(((), (many, *behind)))
+    counters = batch * (own + (then is not None))
+    function = DeviceFunction(tuple(variants), (batch * heads * parts * (width + 2) * 4,), counters)
     return Kernel(function, tuple(Argument(i) for i in operands))
 
 
@@ -376,10 +395,7 @@ def _norm(node: Node, target: Target) -> Kernel | None:
     assert x is not None
     if how is None:
         return None
-    rows = product(x.shape[:-1])
-    operands = (0, *_present(node, *range(1, len(node.operands))))
-    call = DeviceCall(norm.normed(how, target), (rows, 1, 1), tuple(range(len(operands) + 1)))
-    return Kernel(DeviceFunction((((), (call,)),)), tuple(Argument(i) for i in operands))
+    return tail_alone(Tail(how), product(x.shape[:-1]), target)
 
 
 def _fake_quantize(node: Node, target: Target) -> Kernel | None:
@@ -518,8 +534,13 @@ def _experts(node: Node, target: Target) -> Kernel | None:
     return Kernel(DeviceFunction(tuple(variants), scratch), tuple(Argument(i) for i in range(5)))
 
 
-NORMED = {ops.packed_linear: _linear, ops.quantized_linear: _quantized}
-"""Choosers that take a norm of the node's results, too: its operands follow the node's own."""
+TAILED = {
+    ops.packed_linear: _linear,
+    ops.quantized_linear: _quantized,
+    ops.levels_linear: _levels,
+    ops.attention_cached: _attention_cached,
+}
+"""Choosers that take what is made of the node's results, too: its operands follow the node's own."""
 
 CHOOSERS: Choosers = {
     ops.sort: _sort,

@@ -1,4 +1,4 @@
-"""Which nodes become one kernel written for GPUs: what stands between projections and attention, norms of a layer's results, and layers of
+"""Which nodes become one kernel written for GPUs: what stands between projections and attention, what is made of results (norms, levels), and layers of
 one input."""
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from jisu.compiler.launches import FAULT
 from jisu.compiler.types import Dim, dim, product, same_dim, same_shape
 from jisu.targets.cpu.generic.nn import BEYOND, NEGATIVE, NO_PAGE
 from jisu.targets.cuda.builder import Fault
-from jisu.targets.cuda.choose import NORMED, norm_of, together
+from jisu.targets.cuda.choose import TAILED, encoding_of, norm_of, tail_alone, together
 from jisu.targets.cuda.kernels.heads import WARPS, Chain, Heads, prepared
+from jisu.targets.cuda.kernels.tails import Tail
 from jisu.targets.cuda.lowering import DeviceCall, DeviceFunction
 from jisu.targets.fusion import Region
 from jisu.targets.steps import Argument, Joiner, Joint, Kernel
@@ -120,17 +121,43 @@ def _of_operands(nodes: Sequence[Node], operands: Sequence[Node | None], kernel:
     return Joint(Region(tuple(nodes), leaves), Kernel(kernel.function, given))
 
 
-def norms_of_results(graph: Graph, target: Target) -> Iterator[Joint]:
-    """Layers with a norm of their results."""
-    for node in graph.nodes:
-        if node.op not in (ops.rms_norm, ops.layer_norm) or node.parents[0].op not in NORMED:
+def tails_of_results(graph: Graph, target: Target) -> Iterator[Joint]:
+    """Layers and attention with what is made of their results: norms, levels, levels of norms; and norms with their levels."""
+    done: set[Node] = set()
+    for node in sorted(graph.nodes, key=lambda n: n.op is not ops.encode_levels):  # the longest tails first
+        found = _tail(node, graph)
+        if found is None or done & set(found[1]):
             continue
-        layer, how = node.parents[0], norm_of(node)
+        tail, nodes = found
+        x = nodes[0].parents[0]
+        source = x
+        if source.op is ops.reshape and graph.users[x] == (nodes[0],) and x not in graph.outputs:
+            source = source.parents[0]
+        own = [operand for n in nodes for operand in n.operands[1:] if operand is not None]
         with contextlib.suppress(TargetError):
-            kernel = NORMED[layer.op](layer, target, how) if how is not None else None
+            kernel = None
+            if source.op in TAILED and (source is x or source.op is ops.attention_cached) and source not in done:
+                kernel = TAILED[source.op](source, target, tail)
             if kernel is not None:
-                read = [layer.operands[argument.operand] for argument in kernel.arguments]
-                yield _of_operands((layer, node), [*read, *node.parents[1:]], kernel)
+                read = [source.operands[argument.operand] for argument in kernel.arguments]
+                joint = _of_operands((source, *nodes), [*read, *own], kernel)
+                done |= {source, *nodes}
+                yield joint
+            elif len(nodes) > 1:
+                kernel = tail_alone(tail, product(x.shape[:-1]), target)
+                joint = _of_operands(nodes, [x, *own], kernel)
+                done |= set(nodes)
+                yield joint
+
+
+def _tail(node: Node, graph: Graph) -> tuple[Tail, tuple[Node, ...]] | None:
+    """The tail that ends with a node, and its nodes."""
+    encoding = encoding_of(node) if node.op is ops.encode_levels else None
+    last = node.parents[0] if encoding is not None else node
+    how = norm_of(last) if last.op in (ops.rms_norm, ops.layer_norm) else None
+    if how is None and encoding is None:
+        return None
+    return Tail(how, encoding), (*([last] if how is not None else []), *([node] if encoding is not None else []))
 
 
 def _alike(one: _Found, other: _Found) -> bool:
@@ -182,5 +209,5 @@ def _joint(found: list[_Found], target: Target) -> Joint | None:
     )
 
 
-JOINERS: tuple[Joiner, ...] = (heads_of_attention, norms_of_results, layers_of_one_input)
+JOINERS: tuple[Joiner, ...] = (heads_of_attention, tails_of_results, layers_of_one_input)
 """See `jisu.targets.cuda.lowering.lower`."""

@@ -23,6 +23,7 @@ from test_cuda import (  # noqa: F401
     Launch,
     test_a_row_and_its_norm,
     test_attention_of_a_token,
+    test_attention_of_a_token_and_its_levels,
     test_attention_of_many_tokens,
     test_attention_reads_e4m3_by_instructions,
     test_few_rows,
@@ -36,11 +37,15 @@ from test_cuda import (  # noqa: F401
     test_the_largest_of_a_row,
     test_tokens_are_drawn_as_their_meaning_says,
 )
+from test_cuda_levels import (  # noqa: F401
+    test_a_row_and_its_levels,  # noqa: F401
+    test_sums_of_fp8_lose_nothing,
+    test_sums_of_fp8_lose_nothing_on_hopper,
+)
 from test_cuda_levels import test_few_rows as test_few_rows_of_levels  # noqa: F401
 from test_cuda_levels import test_many_rows as test_many_rows_of_levels  # noqa: F401
 from test_cuda_levels import test_many_rows_on_hopper as test_many_rows_of_levels_on_hopper  # noqa: F401
 from test_cuda_levels import test_records as test_records_of_levels  # noqa: F401
-from test_cuda_levels import test_sums_of_fp8_lose_nothing, test_sums_of_fp8_lose_nothing_on_hopper  # noqa: F401
 from test_cuda_single import test_attention_of_a_token as test_float32_attention_of_a_token  # noqa: F401
 from test_cuda_single import test_attention_of_many_tokens as test_float32_attention_of_many_tokens  # noqa: F401
 from test_cuda_single import test_layers as test_layers_in_float32  # noqa: F401

@@ -12,6 +12,7 @@ from jisu.targets.cpu.isa import ITEMSIZE, STORED, Val
 from jisu.targets.cuda.device import PAIRS, WARP, Device, DeviceKernel
 from jisu.targets.cuda.kernels.products import EIGHT
 from jisu.targets.cuda.kernels.records import numbers_of_record, words_of_record
+from jisu.targets.cuda.kernels.tails import Tail, finish_row
 from jisu.targets.target import Target
 
 LOG2_E = 1.4426950408889634
@@ -173,14 +174,15 @@ def check(form: Form) -> None:
         raise TargetError(f"heads of {form.head_dim} channels: attention has kernels for 32 to 256, in steps of 16")
 
 
-def attend_token(form: Form, target: Target) -> DeviceKernel:
+def attend_token(form: Form, target: Target, then: Tail | None = None) -> DeviceKernel:
     """Attention of one new token per sequence over a cache, split along the keys; the last block that is done with a part joins all.
 
     Parameters: q[b, heads, head_dim], k and v (at multiples of 16 bytes), the table of a paged cache, start[b] and length[1] (int64:
     slots of padding, and of keys before the new one, which is in the cache already), the sinks if there are any, out like q, states float32
-    [b, heads, parts, head_dim + 2], counters int32 [b, heads / sharing] (0 before and after), `Form.sizes`, parts. A block does a part of
-    the keys for `sharing` query heads that share them. Parts are joined in their order. Grid: (b * parts, heads / sharing).
-    Source: FlashDecoding (Dao et al., 2023). Raises TargetError for head dimensions that are no multiples of 16 up to 256,
+    [b, heads, parts, head_dim + 2], counters int32 [b, heads / sharing] (0 before and after), of `then` its pointers, `Form.sizes`, parts. A block does a part
+    of the keys for `sharing` query heads that share them. Parts are joined in their order. Grid: (b * parts, heads / sharing).
+    then: what is made of a token's results, all heads side by side, by the block that is done last with its sequence, for which there is one more
+    counter per sequence. Source: FlashDecoding (Dao et al., 2023). Raises TargetError for head dimensions that are no multiples of 16 up to 256,
     and unless heads are a multiple of kv_heads.
     """
     heads, head_dim = form.heads, form.head_dim
@@ -191,8 +193,14 @@ def attend_token(form: Form, target: Target) -> DeviceKernel:
     at_once = WARP // lanes  # keys that a warp reads at once
     warps = _ATTENTION_WARPS
     names = [*form.pointers, *(["sinks"] if form.sinks else []), "out", "states", "counters"]
+    names += [] if then is None else [f"tail_{n}" for n in then.pointers]
     numbers = [("i64", n) for n in (*form.sizes, "parts")]
-    f = Device(f"attend_token{form.suffix}", [*(("ptr", p) for p in names), *numbers], target, warps * WARP)
+    f = Device(
+        f"attend_token{form.suffix}{'' if then is None else then.name}",
+        [*(("ptr", p) for p in names), *numbers],
+        target,
+        warps * WARP,
+    )
     pointers, (cap, *pages, parts) = f.params()[: len(names)], f.params()[len(names) :]
     given = {name: f.memory(p) for name, p in zip(names, pointers, strict=True)}
     q, k, v, start, length, states = (given[n] for n in ("q", "k", "v", "start", "length", "states"))
@@ -278,9 +286,19 @@ def attend_token(form: Form, target: Target) -> DeviceKernel:
             f.store(found[2], f.at(out, c + 2, "float32"))
 
         f.loop(thread, head_dim, warps * WARP, [], join)
-    counter = f.at(given["counters"], b * (heads // group) + own, "int32")
-    is_last = f.is_last(counter, f.cast("trunc", parts - 1, "i32"))
-    f.when(is_last, lambda: _join_parts(f, form, group, parts, own * group, head0, given))
+    blocks = heads // group
+    first = b * (blocks + (then is not None))
+    is_last = f.is_last(f.at(given["counters"], first + own, "int32"), f.cast("trunc", parts - 1, "i32"))
+
+    def join_all() -> None:
+        _join_parts(f, form, group, parts, own * group, head0, given)
+        if then is None:
+            return
+        found = {"x": given["out"], **{n: given[f"tail_{n}"] for n in then.pointers}}
+        of_all = f.is_last(f.at(given["counters"], first + blocks, "int32"), f.const(blocks - 1, "i32"))
+        f.when(of_all, lambda: finish_row(f, then, b, found))
+
+    f.when(is_last, join_all)
     return f.built()
 
 

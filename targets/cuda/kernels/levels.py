@@ -12,7 +12,7 @@ from typing import ClassVar
 import attrs
 
 from jisu.compiler.errors import TargetError
-from jisu.compiler.levels import multiplied, record_bytes, scale_offset, sum_offset
+from jisu.compiler.levels import record_bytes, scale_offset, sum_offset
 from jisu.compiler.schemes import SCHEMES
 from jisu.targets.cpu.isa import FLOATS, Val
 from jisu.targets.cuda import STEP, levels
@@ -20,8 +20,8 @@ from jisu.targets.cuda.device import GROUP, PAIRS, WARP, Device, DeviceKernel
 from jisu.targets.cuda.kernels import hopper, thin
 from jisu.targets.cuda.kernels.layers import Layer, Part, Rows
 from jisu.targets.cuda.kernels.products import Tile, Tiled, in_tiles
-from jisu.targets.cuda.kernels.rounding import WARPS
-from jisu.targets.target import Target, capability
+from jisu.targets.cuda.kernels.tails import Tail
+from jisu.targets.target import Target
 
 
 @attrs.frozen
@@ -154,10 +154,10 @@ class Scaling:
 # --- Few rows --------------------------------------------------------------------------------------------------------------
 
 
-def few(layer: Levels, rows: int, target: Target) -> DeviceKernel:
+def few(layer: Levels, rows: int, target: Target, then: Tail | None = None) -> DeviceKernel:
     """As `thin.thin`. Raises TargetError for a layer that it can't read."""
     require_levels(layer, target)
-    return thin.of_rows(layer, rows, target, _Few)
+    return thin.of_rows(layer, rows, target, _Few, then)
 
 
 class _Few(thin.Thin):
@@ -373,113 +373,3 @@ def many_hopper(layer: Levels, tile: hopper.Tile, target: Target) -> DeviceKerne
         return scale
 
     return hopper.of_layer(layer, tile, target, [("ptr", "records")], scaled)
-
-
-# --- Rounding --------------------------------------------------------------------------------------------------------------
-
-
-def encoded(k: int, dtype: str, scheme: str, group: int, own: bool, given: bool, target: Target) -> DeviceKernel:
-    """`encode_levels` of rows of k numbers (a multiple of 4, as groups are), one behind the other: a warp per row.
-
-    Parameters: x, if `given` the scale, the records, the number of rows. Grid: ceil(rows / `WARPS`). Raises TargetError for other rows.
-    """
-    kind = SCHEMES[scheme]
-    known = kind.uniform or capability(target.mcpu) >= (8, 9)
-    if not multiplied(kind, kind) or not known or dtype not in FLOATS or k % 4 or group % 4:
-        raise TargetError(f"no kernel for {target.mcpu} makes levels of {scheme} of {k} numbers of {dtype}")
-    names = ["x", *(["s"] if given else []), "y"]
-    form = f"{scheme}_{k}{f'_{group}' if group else ''}{'_own' if own else ''}{'_given' if given else ''}_{dtype}"
-    f = Device(f"levels_{form}", [*(("ptr", n) for n in names), ("i64", "count")], target, WARPS * WARP)
-    x, *scale_at, y, count = f.params()
-    x, y, thread = f.memory(x), f.memory(y), f.thread()
-    lane, wanted = thread % WARP, f.block() * WARPS + thread / WARP
-    row = f.minimum(wanted, count - 1)  # all threads of a warp act together
-    size, groups = group or k, -(-k // (group or k))
-    record = f.at(y, row * record_bytes(k, group, own), "i8")
-    stored = f.load("float", f.memory(scale_at[0])) if given else None
-
-    def quad(first: Val) -> list[Val]:
-        return [f.load_f32(x, row * k + (first + i), dtype, lanes=1) for i in range(4)]
-
-    def steps(begin: Val, end: Val) -> tuple[Val, Val]:
-        """The scale of numbers begin to end as it divides, and as it is stored."""
-
-        def look(at: Val, carried: list[Val]) -> list[Val]:
-            reach, lost = carried
-            for value in quad(at):
-                reach = f.maximum(reach, f.call("float", "llvm.fabs.f32", value))
-                lost = f.select(value.cmp("uno", value), f.const(1.0, "float"), lost)
-            return [reach, lost]
-
-        reach, lost, _ = f.loop(begin + lane * 4, end, 4 * WARP, [f.const(0.0, "float")] * 2, look)
-        for distance in (16, 8, 4, 2, 1):
-            reach, lost = f.maximum(reach, f.other(reach, distance)), f.maximum(lost, f.other(lost, distance))
-        scale = reach / kind.top if stored is None else stored
-        scale = f.select(scale.cmp("oeq", 0.0), f.const(1.0, "float"), scale)
-        infinite = f.call("float", "llvm.fabs.f32", scale).cmp("oeq", float("inf"))
-        sound = f.select(infinite, f.const(float("nan"), "float"), scale)
-        return scale, f.select(lost > 0.0, f.const(float("nan"), "float"), sound)
-
-    def level(value: Val, scale: Val) -> Val:
-        """The level as float32; 0 of NaN."""
-        found = value / scale
-        if kind.uniform:
-            found = f.call("float", "llvm.rint.f32", found)
-        found = f.select(found < -kind.top - kind.uniform, f.const(-kind.top - kind.uniform, "float"), found)
-        found = f.select(found > kind.top, f.const(kind.top, "float"), found)
-        return f.select(found.cmp("uno", found), f.const(0.0, "float"), found)
-
-    def word(values: Sequence[Val]) -> Val:
-        """Four levels in bytes."""
-        if not kind.uniform:
-            halves = [f.to_e4m3(values[i], values[i + 1]) for i in (0, 2)]
-            return f.cast("zext", halves[0], "i32") | (f.cast("zext", halves[1], "i32") << 16)
-        bytes_ = [f.cast("fptosi", v, "i32") & 255 for v in values]
-        return bytes_[0] | (bytes_[1] << 8) | (bytes_[2] << 16) | (bytes_[3] << 24)
-
-    def write() -> None:
-        shared = None if own else steps(f.i64(0), f.i64(k))
-        first_lane = lane.cmp("eq", 0)
-        if shared is not None:
-            f.when(first_lane, lambda: f.store(shared[1], f.at(record, scale_offset(k), "i8")))
-
-        def of_group(number: Val, nothing: list[Val]) -> list[Val]:
-            begin = number * size
-            end = f.minimum(begin + size, f.i64(k))
-            scale, kept = shared if shared is not None else steps(begin, end)
-
-            def put(at: Val, carried: list[Val]) -> list[Val]:
-                values = [level(v, scale) for v in quad(at)]
-                f.store(word(values), f.at(record, at, "i8"))
-                return [carried[0] + (values[0] + values[1] + values[2] + values[3])]
-
-            whole, _ = f.loop(begin + lane * 4, end, 4 * WARP, [f.const(0.0, "float")], put)
-            # Sums of levels are below 2^24: exact. Those of small floats stand for nothing.
-            total = f.cast("fptosi", f.sum_of_warp(whole), "i32") if kind.uniform else f.const(0, "i32")
-
-            def finish() -> None:
-                f.store(total, f.at(f.at(record, sum_offset(k, group, own), "i8"), number, "float32"))
-                if own:
-                    f.store(kept, f.at(f.at(record, scale_offset(k), "i8"), number, "float32"))
-
-            f.when(first_lane, finish)
-            return []
-
-        f.loop(0, groups, 1, [], of_group)
-        _zeros(f, record, k, group, own, lane)
-
-    f.when(wanted < count, write)
-    return f.built()
-
-
-def _zeros(f: Device, record: Val, k: int, group: int, own: bool, lane: Val) -> None:
-    """What a record holds between its levels and scales, and behind its sums."""
-    groups = -(-k // group) if group else 1
-    ends = ((k, scale_offset(k)), (sum_offset(k, group, own) + 4 * groups, record_bytes(k, group, own)))
-    for begin, end in ends:
-
-        def clear(at: Val, _: list[Val]) -> list[Val]:
-            f.store(f.const(0, "i32"), f.at(record, at, "i8"))
-            return []
-
-        f.loop(lane * 4 + begin, end, 4 * WARP, [], clear)

@@ -7,8 +7,7 @@ from collections.abc import Callable, Mapping
 import attrs
 
 from jisu.targets.cpu.isa import ITEMSIZE, STORED, Val, vector_type
-from jisu.targets.cuda.device import WARP, Device, DeviceKernel
-from jisu.targets.target import Target
+from jisu.targets.cuda.device import WARP, Device
 
 _MOST = 512  # threads of a row, at most
 
@@ -33,18 +32,7 @@ class Norm:
         return ["x", *(["w"] if self.gain else []), *(["b"] if self.bias else []), "y"]
 
 
-def normed(how: Norm, target: Target) -> DeviceKernel:
-    """The norm of rows. Parameters: `Norm.pointers`. Grid: rows. Sums are float32, in an order that depends on
-    the width alone."""
-    at_once = _at_once(how)
-    threads = min(_MOST, max(WARP, -(-how.width // at_once // WARP) * WARP))
-    names = how.pointers
-    f = Device(f"{'rms' if how.rms else 'layer'}_norm_{how.width}", [("ptr", n) for n in names], target, threads)
-    norm_row(f, how, f.block(), {name: f.memory(p) for name, p in zip(names, f.params(), strict=True)})
-    return f.built()
-
-
-def _at_once(how: Norm) -> int:
+def numbers_at_once(how: Norm) -> int:
     """Numbers that a thread reads at once."""
     at_once = 16 // ITEMSIZE[how.dtype]
     return 1 if how.width % at_once else at_once
@@ -52,7 +40,7 @@ def _at_once(how: Norm) -> int:
 
 def norm_row(f: Device, how: Norm, number: Val, given: Mapping[str, Val]) -> None:
     """The norm of a row by all threads of a block; given: `Norm.pointers`."""
-    at_once, threads = _at_once(how), f.threads
+    at_once, threads = numbers_at_once(how), f.threads
     thread = f.thread()
     lane, warp = thread % WARP, thread / WARP
     row = number * how.width

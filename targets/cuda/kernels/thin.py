@@ -17,7 +17,7 @@ from jisu.targets.cuda.kernels.layers import (
     row_address,
     scales_of,
 )
-from jisu.targets.cuda.kernels.norm import Norm, norm_row
+from jisu.targets.cuda.kernels.tails import Tail, finish_row
 from jisu.targets.target import Target
 
 OUTPUTS = 16
@@ -41,11 +41,11 @@ def outputs(layer: Layer, rows: int, target: Target) -> int:
     return 2 * OUTPUTS if two else OUTPUTS
 
 
-def thin(layer: Layer, rows: int, target: Target, then: Norm | None = None) -> DeviceKernel:
+def thin(layer: Layer, rows: int, target: Target, then: Tail | None = None) -> DeviceKernel:
     """The layer, `rows` rows of x (one of `ROWS`) at a time. Parameters: `Layer.parameters`. Grid: `layer.tiles(outputs(…))`, parts of rows.
 
-    then: the norm of the one row that results are, by the block that is done last; more parameters: the norm's gain and bias, where its
-    results go, and a counter int32 (0 before and after).
+    then: what is made of the one row that results are, by the block that is done last; more parameters: `Tail.pointers` and a counter int32
+    (0 before and after).
 
     A block has 16 or 32 rows of W; its warps take turns along the inputs. Of a row, each of four threads loads 16 bytes at a time: the weights of
     such a chunk and the same inputs of x are what `mma` sums over, in whatever order, as long as it is the same for both. Partial sums of
@@ -56,12 +56,12 @@ def thin(layer: Layer, rows: int, target: Target, then: Norm | None = None) -> D
 
 
 def of_rows(
-    layer: Layer, rows: int, target: Target, kind: Callable[..., Thin], then: Norm | None = None
+    layer: Layer, rows: int, target: Target, kind: Callable[..., Thin], then: Tail | None = None
 ) -> DeviceKernel:
     """A kernel as `thin`, whose threads do what `kind` says."""
     weights = [name for _, name in layer.parameters if name[0] in "wv"]
-    behind = [] if then is None else [("ptr", f"norm_{name}") for name in (*then.pointers[1:], "counter")]
-    name, parameters = f"thin{rows}_{layer.name}{'' if then is None else '_normed'}", [*layer.parameters, *behind]
+    behind = [] if then is None else [("ptr", f"tail_{name}") for name in (*then.pointers, "counter")]
+    name, parameters = f"thin{rows}_{layer.name}{'' if then is None else then.name}", [*layer.parameters, *behind]
     f = Device(name, parameters, target, WARPS * WARP, ahead=weights)
     given = {name: value for (_, name), value in zip(parameters, f.params(), strict=True)}
     residual = f.memory(given["r"]) if layer.residual else None
@@ -71,10 +71,10 @@ def of_rows(
     t = kind(f, layer, rows, f.memory(given["x"]), part, own, count // OUTPUTS)
     t.leave(t.sums(), residual)
     if then is not None:
-        found = {"x": part.y, **{n: f.memory(given[f"norm_{n}"]) for n in then.pointers[1:]}}
+        found = {"x": part.y, **{n: f.memory(given[f"tail_{n}"]) for n in then.pointers}}
         others = f.const(layer.tiles(count) - 1, "i32")
-        is_last = f.is_last(f.memory(given["norm_counter"]), others)
-        f.when(is_last, lambda: norm_row(f, then, f.i64(0), found))
+        is_last = f.is_last(f.memory(given["tail_counter"]), others)
+        f.when(is_last, lambda: finish_row(f, then, f.i64(0), found))
     return f.built()
 
 
