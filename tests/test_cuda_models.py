@@ -232,7 +232,7 @@ def test_mixtral(dtype: torch.dtype, emulated_gpu: Target) -> None:
     model = copy.deepcopy(exact).to(dtype)
     program = jisu.compile(model, target=emulated_gpu)
     used = {name for k in program.explain()["kernels"] if "experts" in k["op"] for name in k["choices"]}
-    assert any("expert" in name for name in used) == (dtype is not torch.float32), used
+    assert any("expert" in name for name in used), used
     ids = torch.tensor([[1, 5, 7, 2, 9]])
     with torch.no_grad():
         want = model(ids).logits.float()

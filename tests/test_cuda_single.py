@@ -20,7 +20,7 @@ from jisu.compiler import ops
 from jisu.compiler.errors import TargetError
 from jisu.compiler.schemes import SCHEMES
 from jisu.targets.cuda import device, ptx
-from jisu.targets.cuda.kernels import attention, single, single_attention
+from jisu.targets.cuda.kernels import attention, experts, single, single_attention
 from jisu.targets.cuda.kernels.attention import Form
 from jisu.targets.cuda.kernels.layers import Layer
 from jisu.targets.target import Target
@@ -175,6 +175,7 @@ def test_a_model(recipe: str | None, emulated_gpu: Target) -> None:
     layers = [k for k in program.explain()["kernels"] if "linear" in k["op"] or "projections" in k["op"]]
     (attends,) = (k for k in program.explain()["kernels"] if k["op"] == "attention_cached")
     assert attends["choices"] == ["attend_token where sequence <= 1", "attend_single"]
+    assert {"quantized" in k["op"] for k in layers} == {recipe is not None}
     assert layers and all({"thin4", "thin8"} <= {c.partition("_")[0] for c in k["choices"]} for k in layers), layers
     session = program.session()
     ids = torch.randint(0, 96, (1, 150), generator=torch.Generator().manual_seed(0))
@@ -319,4 +320,28 @@ def test_ptx_of_codes(mcpu: str) -> None:
     found = {name: usage[ptx.entry_name(k)].registers for name, k in made.items()}
     most = {"few4": 168, "many64": 128}
     assert all(count <= most.get(name.partition(" ")[0], 255) for name, count in found.items()), found
+    assert all(k.shared_bytes <= 99 << 10 for k in made.values())  # what consumers' GPUs have
+
+
+@pytest.mark.parametrize("mcpu", ["sm_80", "sm_90a"])
+def test_ptx_of_experts(mcpu: str) -> None:
+    """The same products as those of layers of one matrix."""
+    target = attrs.evolve(REAL, mcpu=mcpu)
+    how = experts.Mixture(8, 2, 4096, 14336, "float32", "silu")
+    made: dict[str, device.DeviceKernel] = {"sums": experts.summed(how, target)}
+    for down in (False, True):
+        made[f"one {down}"] = experts.single(how, down, target)
+        made |= {
+            f"{rows} {down}": experts.of_groups(how, down, rows, target) for rows in (*single.ROWS, single.LARGE.rows)
+        }
+    text = ptx.to_ptx(list(made.values()), target)
+    for kind, kernel in made.items():
+        body = text.partition(f".entry {ptx.entry_name(kernel)}(")[2].partition("\n}")[0]
+        assert "mma" not in body and re.search(r"ld\.global(\.nc)?\.v4|cp\.async\.cg", body), kind
+        assert kind == "sums" or "cp.async.cg.shared.global" in body and "ld.shared.v4" in body, kind
+    assert not re.search(r"\.local\b|call\.uni", text)
+    if ptx.find_assembler() is None:
+        pytest.skip("there is no ptxas here")
+    _, usage = ptx.assemble(text, target)
+    assert usage and all(u.spilled_bytes == u.stack_bytes == 0 for u in usage.values())
     assert all(k.shared_bytes <= 99 << 10 for k in made.values())  # what consumers' GPUs have

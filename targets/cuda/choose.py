@@ -457,7 +457,7 @@ def _experts(node: Node, target: Target) -> Kernel | None:
     packed = node.op is ops.packed_experts
     sizes = (up.shape[0], index.shape[1], x.shape[1], node.inner if packed else down.shape[2])
     if (
-        x.dtype not in PAIRS
+        x.dtype not in FLOATS
         or index.dtype not in ("int64", "int32")
         or not all(isinstance(s, int) and s for s in sizes)
     ):
@@ -466,23 +466,25 @@ def _experts(node: Node, target: Target) -> Kernel | None:
         return None
     count, chosen, hidden, width = map(int, sizes)  # type: ignore[call-overload]
     how = experts.Mixture(count, chosen, hidden, width, x.dtype, node.activation, index.dtype, apart=not packed)
+    by = how.products
     try:
-        how.up.require()
-        how.down.require()
+        by.require(how.up)
+        by.require(how.down)
         require_activation(node.activation)
     except TargetError:  # rows that don't go into chunks
         return None
     tokens = x.shape[0]
     pairs = tokens * how.chosen
     x_, index_, scores, ups, downs, result, inner, outer, order, names = range(10)  # numbers of the step's tensors
-    summed = DeviceCall(experts.summed(how, target), (tokens, -(-how.hidden // 1024), 1), (index_, outer, result))
+    blocks_of_sums = -(-how.hidden // (experts.SUMMING * how.per_chunk))
+    summed = DeviceCall(experts.summed(how, target), (tokens, blocks_of_sums, 1), (index_, outer, result))
     # Few pairs have an expert each, mostly.
     single = (
         DeviceCall(
-            experts.single(how, False, target), (how.up.tiles(thin.OUTPUTS), pairs, 1), (x_, ups, index_, inner)
+            experts.single(how, False, target), (how.up.tiles(by.outputs), pairs, 1), (x_, ups, index_, inner)
         ),
         DeviceCall(
-            experts.single(how, True, target), (how.down.tiles(thin.OUTPUTS), pairs, 1),
+            experts.single(how, True, target), (how.down.tiles(by.outputs), pairs, 1),
             (inner, downs, index_, scores, outer),
         ),
     )  # fmt: skip
@@ -497,11 +499,11 @@ def _experts(node: Node, target: Target) -> Kernel | None:
             return True
         return False
 
-    forms = [(thin.ROWS[0], False), (thin.ROWS[-1], False)]  # rows of a group, and whether warp groups multiply it
+    forms = [(by.rows[0], False), (by.rows[-1], False)]  # rows of a group, and whether warp groups multiply it
     if fits(hopper.require_hopper, target):  # the first one that is in the code that a GPU loads
         forms.append((hopper.WIDE.rows, True))
-    if fits(products.require_product):
-        forms.append((products.LARGE.rows, False))
+    if fits(by.require_many):
+        forms.append((by.tile.rows, False))
     for rows, by_warp_groups in forms:
         # Groups are mostly full where experts have about so many pairs.
         most = () if rows == forms[-1][0] else ((tokens, max(1, how.count * rows // how.chosen)),)
@@ -520,16 +522,16 @@ def _experts(node: Node, target: Target) -> Kernel | None:
                 arguments = (matrices, source, order, names, *rest, ("size", blocks))
             else:
                 kernel = experts.of_groups(how, last, rows, target)
-                tiled = rows == products.LARGE.rows
-                grid = (blocks, layer.tiles(products.LARGE.outputs)) if tiled else (layer.tiles(thin.OUTPUTS), blocks)
+                tiled = rows == by.tile.rows
+                grid = (blocks, layer.tiles(by.tile.outputs)) if tiled else (layer.tiles(by.outputs), blocks)
             calls.append(DeviceCall(kernel, (*grid, 1), arguments))
         variants.append((most, (*calls, summed)))
     most_rows = forms[-1][0]
     scratch = (
-        pairs * how.inner * 2,
-        pairs * how.hidden * 2,
+        pairs * how.inner * how.up.number_bytes,
+        pairs * how.hidden * how.up.number_bytes,
         (pairs + (how.count + 1) * most_rows) * 4,
-        (_ceiling(pairs, thin.ROWS[0]) + how.count) * 4,
+        (_ceiling(pairs, by.rows[0]) + how.count) * 4,
     )
     return Kernel(DeviceFunction(tuple(variants), scratch), tuple(Argument(i) for i in range(5)))
 

@@ -163,15 +163,20 @@ class Device(Function):
         self.emit(f"store <4 x i32> {words.name}, {address.type} {address.name}, align 16")
 
     def packed(self, values: Sequence[Val], dtype: str) -> Val:
-        """Eight float32 rounded to a 16-bit dtype, as <4 x i32>."""
+        """Eight float32 rounded to a 16-bit dtype, or four as they are, as <4 x i32>."""
+        if dtype == "float32":
+            four = [self.as_type(value, "i32") for value in values]
+        else:
+            four = [self.pair(low, high, dtype) for low, high in zip(values[::2], values[1::2], strict=True)]
         words = Val(self, "poison", "<4 x i32>")
-        for i in range(4):
-            pair = self.pair(values[2 * i], values[2 * i + 1], dtype)
-            words = self.op(f"insertelement <4 x i32> {words.name}, i32 {pair.name}, i32 {i}", "<4 x i32>")
+        for i, word in enumerate(four):
+            words = self.op(f"insertelement <4 x i32> {words.name}, i32 {word.name}, i32 {i}", "<4 x i32>")
         return words
 
     def unpacked(self, words: Val, dtype: str) -> list[Val]:
-        """The eight numbers of a 16-bit dtype in a <4 x i32>, as float32."""
+        """The eight numbers of a 16-bit dtype in a <4 x i32>, or the four float32, as float32."""
+        if dtype == "float32":
+            return [self.as_type(word, "float") for word in self.words(words)]
         pairs = [self.as_type(word, PAIRS[dtype]) for word in self.words(words)]
         halves = [self.op(f"extractelement {p.type} {p.name}, i32 {i}", p.type[5:-1]) for p in pairs for i in (0, 1)]
         return [self.cast("fpext", half, "float") for half in halves]

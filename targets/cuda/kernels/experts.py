@@ -12,16 +12,41 @@ from collections.abc import Callable, Mapping
 
 import attrs
 
-from jisu.targets.cpu.isa import Val
+from jisu.targets.cpu.isa import ITEMSIZE, Val
 from jisu.targets.cuda.device import MAP, WARP, Device, DeviceKernel
 from jisu.targets.cuda.kernels import hopper, products, thin
+from jisu.targets.cuda.kernels import single as exact
 from jisu.targets.cuda.kernels.layers import Layer, Part, Rows
 from jisu.targets.target import Target
 
-EIGHT = 8
-_THREADS = 128
+SUMMING = 128
+"""Threads of `summed`."""
 _GROUPING = 256  # threads of `grouped`
 _COUNTED_BYTES = 32 << 10  # of shared memory for its counts
+
+
+@attrs.frozen(eq=False)
+class Products:
+    """What multiplies layers of a dtype. few: up to so many rows of x, one of `rows`, times `outputs` rows of W, by `threads`; many: in tiles like
+    `tile`. Both raise TargetError, by `require` and `require_many`, for a layer that they can't read."""
+
+    rows: tuple[int, ...]
+    outputs: int
+    threads: Callable[[Layer], int]
+    few: Callable[[Device, Layer, int, Val, Part, Rows], None]
+    require: Callable[[Layer], None]
+    tile: products.Tile
+    many: Callable[[Device, Layer, products.Tile, Val, Part, Rows], None]
+    require_many: Callable[[Layer], None]
+
+
+_ROUNDED = Products(
+    thin.ROWS, thin.OUTPUTS, lambda _: thin.WARPS * WARP, thin.multiply_thin, Layer.require,
+    products.LARGE, products.multiply_product, products.require_product,
+)  # fmt: skip
+_EXACT = Products(
+    exact.ROWS, exact.OUTPUTS, exact.threads, exact.multiply_thin, exact.require, exact.LARGE, exact.multiply_product, exact.require
+)  # fmt: skip
 
 
 @attrs.frozen
@@ -52,6 +77,16 @@ class Mixture:
     def layer(self, down: bool) -> Layer:
         """One of both."""
         return self.down if down else self.up
+
+    @property
+    def products(self) -> Products:
+        """What multiplies both."""
+        return _EXACT if self.dtype == "float32" else _ROUNDED
+
+    @property
+    def per_chunk(self) -> int:
+        """Numbers in 16 bytes."""
+        return 16 // ITEMSIZE[self.dtype]
 
 
 @attrs.frozen(eq=False)
@@ -110,53 +145,51 @@ def _part(f: Device, layer: Layer, weights: Val, y: Val, expert: Val, tile: Val,
 
 
 def single(how: Mixture, down: bool, target: Target) -> DeviceKernel:
-    """A layer of every pair by itself. Grid: `Layer.tiles(thin.OUTPUTS)`, pairs.
+    """A layer of every pair by itself. Grid: `Layer.tiles(Products.outputs)`, pairs.
 
     Parameters: x, the experts' weights, experts' numbers, for `down` scores, y. x has a row per token, for `down` one per pair, y one per
     pair. A pair whose number is no expert's gets some expert's results.
     """
-    layer = how.layer(down)
-    layer.require()
+    layer, by = how.layer(down), how.products
+    by.require(layer)
     names = ["x", "w", "index", *(["scores"] if down else []), "y"]
     name = f"expert_{'down' if down else 'up'}_{layer.name}"
-    f = Device(name, [("ptr", n) for n in names], target, thin.WARPS * WARP)
+    f = Device(name, [("ptr", n) for n in names], target, by.threads(layer))
     given = {n: f.memory(p) for n, p in zip(names, f.params(), strict=True)}
     pair = f.block("y")
     expert = f.minimum(f.maximum(_expert(f, how, given["index"], pair), 0), how.count - 1)
     own = _Pairs(f, pair, pair, None, 1 if down else how.chosen, 1, given.get("scores"), how.dtype)
-    part = _part(f, layer, given["w"], given["y"], expert, f.block(), thin.OUTPUTS)
-    thin.multiply_thin(f, layer, thin.ROWS[0], given["x"], part, own)
+    part = _part(f, layer, given["w"], given["y"], expert, f.block(), by.outputs)
+    by.few(f, layer, by.rows[0], given["x"], part, own)
     return f.built()
 
 
 def of_groups(how: Mixture, down: bool, rows: int, target: Target) -> DeviceKernel:
-    """A layer of every group of up to `rows` pairs: one of `thin.ROWS`, or `products.LARGE.rows`.
+    """A layer of every group of up to `rows` pairs: one of `Products.rows`, or those of its tile.
 
-    Grid: `Layer.tiles(thin.OUTPUTS)`, groups; for products groups, `Layer.tiles(products.LARGE.outputs)`.
+    Grid: `Layer.tiles(Products.outputs)`, groups; of tiles groups, `Layer.tiles(Products.tile.outputs)`.
 
     Parameters: x, the experts' weights, the groups' pairs and experts (see `grouped`), for `down` scores, y; rows of x and y as for `single`.
     Raises TargetError for a layer that it can't read.
     """
-    layer = how.layer(down)
-    if rows == products.LARGE.rows:
-        products.require_product(layer)
-    layer.require()
+    layer, by = how.layer(down), how.products
+    tiled = rows == by.tile.rows
+    (by.require_many if tiled else by.require)(layer)
     names = ["x", "w", "order", "experts", *(["scores"] if down else []), "y"]
     name = f"experts{rows}_{'down' if down else 'up'}_{layer.name}"
-    threads = products.LARGE.threads if rows == products.LARGE.rows else thin.WARPS * WARP
+    threads = by.tile.threads if tiled else by.threads(layer)
     f = Device(name, [("ptr", n) for n in names], target, threads)
     given = {n: f.memory(p) for n, p in zip(names, f.params(), strict=True)}
-    group, tile = (f.block(), f.block("y")) if rows == products.LARGE.rows else (f.block("y"), f.block())
+    group, tile = (f.block(), f.block("y")) if tiled else (f.block("y"), f.block())
     expert = f.cast("sext", f.load("i32", f.at(given["experts"], group, "int32")), "i64")
     own = _pairs_of(f, how, down, group, rows, given)
 
     def multiply() -> None:
-        outputs = products.LARGE.outputs if rows == products.LARGE.rows else thin.OUTPUTS
-        part = _part(f, layer, given["w"], given["y"], expert, tile, outputs)
-        if rows != products.LARGE.rows:
-            thin.multiply_thin(f, layer, rows, given["x"], part, own)
+        part = _part(f, layer, given["w"], given["y"], expert, tile, by.tile.outputs if tiled else by.outputs)
+        if tiled:
+            by.many(f, layer, by.tile, given["x"], part, own)
         else:
-            products.multiply_product(f, layer, products.LARGE, given["x"], part, own)
+            by.few(f, layer, rows, given["x"], part, own)
 
     f.when(expert >= 0, multiply)  # the block's threads go on together
     return f.built()
@@ -299,12 +332,12 @@ def grouped(how: Mixture, rows: int, target: Target) -> DeviceKernel:
 
 def summed(how: Mixture, target: Target) -> DeviceKernel:
     """The sum of each token's results, in the order of its choices, in float32. Parameters: experts' numbers, the pairs' results, y. Grid:
-    tokens, ceil(hidden / 1024)."""
+    tokens, ceil(hidden / (`SUMMING` * `Mixture.per_chunk`))."""
     f = Device(
-        f"experts_summed_{how.count}_{how.chosen}x{how.hidden}_{how.index}_{how.dtype}", [("ptr", n) for n in ("index", "x", "y")], target, _THREADS
+        f"experts_summed_{how.count}_{how.chosen}x{how.hidden}_{how.index}_{how.dtype}", [("ptr", n) for n in ("index", "x", "y")], target, SUMMING
     )  # fmt: skip
     index, x, y = map(f.memory, f.params())
-    token, first = f.block(), (f.block("y") * _THREADS + f.thread()) * EIGHT
+    token, first = f.block(), (f.block("y") * SUMMING + f.thread()) * how.per_chunk
 
     def add() -> None:
         def one(choice: Val, sums: list[Val]) -> list[Val]:
@@ -314,7 +347,7 @@ def summed(how: Mixture, target: Target) -> DeviceKernel:
             # A result of no expert may be anything.
             return [f.select(inside, s + v, s) for s, v in zip(sums, values, strict=True)]
 
-        *sums, _ = f.loop(0, how.chosen, 1, [f.const(0.0, "float")] * EIGHT, one)
+        *sums, _ = f.loop(0, how.chosen, 1, [f.const(0.0, "float")] * how.per_chunk, one)
         f.store16(f.packed(sums, how.dtype), f.at(y, token * how.hidden + first, how.dtype))
 
     f.when(first < how.hidden, add)

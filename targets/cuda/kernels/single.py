@@ -44,15 +44,9 @@ def require(layer: Layer) -> None:
     layer.require_chunks()
 
 
-def _warps(layer: Layer) -> int:
-    """Of a thin kernel: threads for no more chunks than a row of W has, and for the results of 8 rows of x."""
-    return max(2, min(_WARPS, layer.k // layer.codes_per_chunk // WARP))
-
-
-def _numbers(f: Device, four: Val) -> list[Val]:
-    """The float32 of a <4 x i32> or <4 x float>."""
-    floats = four if four.type == "<4 x float>" else f.as_type(four, "<4 x float>")
-    return [f.op(f"extractelement <4 x float> {floats.name}, i32 {i}", "float") for i in range(4)]
+def threads(layer: Layer) -> int:
+    """Of a thin kernel: for no more chunks than a row of W has, and for the results of 8 rows of x."""
+    return WARP * max(2, min(_WARPS, layer.k // layer.codes_per_chunk // WARP))
 
 
 def _add_products(f: Device, a: list[Val], b: list[Val], total: Val) -> Val:
@@ -69,13 +63,20 @@ def thin_single(layer: Layer, rows: int, target: Target) -> DeviceKernel:
     that depends on the layer alone. Raises TargetError for a layer that it can't read.
     """
     require(layer)
-    f = Device(f"thin{rows}_{layer.name}", layer.parameters, target, _warps(layer) * WARP)
+    f = Device(f"thin{rows}_{layer.name}", layer.parameters, target, threads(layer))
     given = {name: value for (_, name), value in zip(layer.parameters, f.params(), strict=True)}
     residual = f.memory(given["r"]) if layer.residual else None
     own = Rows(f, f.block("y") * rows, given["m"])
-    t = _Thin(f, layer, rows, f.memory(given["x"]), part_of(f, layer, f.block(), OUTPUTS), own)
-    t.leave(t.sums(), residual)
+    multiply_thin(f, layer, rows, f.memory(given["x"]), part_of(f, layer, f.block(), OUTPUTS), own, residual)
     return f.built()
+
+
+def multiply_thin(
+    f: Device, layer: Layer, rows: int, x: Val, part: Part, own: Rows, residual: Val | None = None
+) -> None:
+    """What a thread of `thin_single` does: up to `rows` rows of x times `OUTPUTS` rows of W, with `threads`."""
+    t = _Thin(f, layer, rows, x, part, own)
+    t.leave(t.sums(), residual)
 
 
 class _Thin:
@@ -142,7 +143,7 @@ class _Thin:
         f, result = self.f, list(sums)
         for number, columns in enumerate(self.numbers(chunk, weights)):
             for c, line in enumerate(self.lines):
-                x = _numbers(f, f.load16("<4 x float>", f.at(line, chunk * self.chunk + 4 * number, "float32")))
+                x = f.unpacked(f.load16("<4 x i32>", f.at(line, chunk * self.chunk + 4 * number, "float32")), "float32")
                 for at, column in enumerate(columns, c * OUTPUTS):
                     result[at] = _add_products(f, x, column, result[at])
         return result
@@ -151,7 +152,7 @@ class _Thin:
         """The weights in a chunk of each row, four neighbours at a time."""
         f, layer = self.f, self.layer
         if not layer.scheme:
-            yield [_numbers(f, four) for four in weights]
+            yield [f.unpacked(four, "float32") for four in weights]
             return
         words = [f.words(four) for four in weights]
         scales = [scales_of(f, layer, self.part, place, chunk) for place in self.places]
@@ -208,11 +209,13 @@ def product_single(layer: Layer, tile: Tile, target: Target) -> DeviceKernel:
     Raises TargetError for a layer that it can't read.
     """
     require(layer)
-    return in_tiles(layer, tile, target, _multiply)
+    return in_tiles(layer, tile, target, multiply_product)
 
 
-def _multiply(f: Device, layer: Layer, tile: Tile, x: Val, part: Part, own: Rows, residual: Val | None) -> None:
-    """What a thread does."""
+def multiply_product(
+    f: Device, layer: Layer, tile: Tile, x: Val, part: Part, own: Rows, residual: Val | None = None
+) -> None:
+    """What a thread of `product_single` does: up to a tile's rows of x times its rows of W."""
     p = _Product(f, layer, tile, x, part, own)
     p.leave(p.sums(), residual)
 
@@ -275,10 +278,8 @@ class _Product:
         f, (_, weights) = self.f, self.stage(step)
         slots = f.chunks(self.tile.outputs, _INPUTS // 4, f.threads)
         for (slot, chunk), own in zip(slots, codes, strict=True):
-            four = Val(f, "poison", "<4 x float>")
-            for i, value in enumerate(decoded_single(f, self.layer, self.part, *own)):
-                four = f.op(f"insertelement <4 x float> {four.name}, float {value.name}, i32 {i}", "<4 x float>")
-            f.store16(f.as_type(four, "<4 x i32>"), f.at(weights, f.place(slot, chunk, _INPUTS // 4), "i8"))
+            four = f.packed(decoded_single(f, self.layer, self.part, *own), "float32")
+            f.store16(four, f.at(weights, f.place(slot, chunk, _INPUTS // 4), "i8"))
 
     def sums(self) -> list[Val]:
         """This thread's sums."""
@@ -293,8 +294,8 @@ class _Product:
         *sums, _ = f.loop(0, self.steps, 1, sums, self.step)
         for chunk in range(self.steps * _INPUTS // 4, self.layer.k // 4):  # behind the last whole step
             at = chunk * 16
-            x = [f.load16("<4 x float>", f.at(self.row_of_x(self.ty + 16 * i), at, "i8")) for i in range(self.mine[0])]
-            w = [f.load16("<4 x float>", f.at(self.row_of_w(self.tx + 16 * j), at, "i8")) for j in range(self.mine[1])]
+            x = [f.load16("<4 x i32>", f.at(self.row_of_x(self.ty + 16 * i), at, "i8")) for i in range(self.mine[0])]
+            w = [f.load16("<4 x i32>", f.at(self.row_of_w(self.tx + 16 * j), at, "i8")) for j in range(self.mine[1])]
             sums = self.multiply(x, w, sums)
         return sums
 
@@ -326,8 +327,8 @@ class _Product:
     def multiply(self, x: list[Val], w: list[Val], sums: list[Val]) -> list[Val]:
         """Add the products of four inputs of each row."""
         f = self.f
-        columns = [_numbers(f, four) for four in w]
-        rows = [_numbers(f, four) for four in x]
+        columns = [f.unpacked(four, "float32") for four in w]
+        rows = [f.unpacked(four, "float32") for four in x]
         return [
             _add_products(f, row, column, sums[i * self.mine[1] + j])
             for i, row in enumerate(rows)
