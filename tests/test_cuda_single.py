@@ -16,7 +16,9 @@ from hypothesis import strategies as st
 from test_cuda import GPU, RACES, REAL, Launch, attended, drawn, emulator, launch
 
 import jisu
+from jisu.compiler import ops
 from jisu.compiler.errors import TargetError
+from jisu.compiler.schemes import SCHEMES
 from jisu.targets.cuda import device, ptx
 from jisu.targets.cuda.kernels import attention, single, single_attention
 from jisu.targets.cuda.kernels.attention import Form
@@ -51,6 +53,90 @@ def test_layers(m: int, n: int, k: int, late: bool, order: int, launch: Launch) 
     multiplied(launch, m, n, k, late=late, order=order)
 
 
+@st.composite
+def coded(draw: st.DrawFn) -> tuple[Layer, int]:
+    """A layer of codes of any kind, and rows of x."""
+    scheme = SCHEMES[draw(st.sampled_from(sorted(SCHEMES)))]
+    chunk, word = 16 * scheme.per_byte, 4 * scheme.per_byte
+    group = draw(st.sampled_from([0, word, chunk // 2, chunk, 2 * chunk, 4 * chunk]))
+    k = draw(st.sampled_from([1, 3, 64, 70])) * max(chunk, group)
+    gated = draw(st.booleans())
+    layer = Layer(
+        k, (draw(st.sampled_from([1, 5, 37, 70])),), "float32", gated, False, draw(st.sampled_from(["none", "silu"])),
+        not gated and draw(st.booleans()), not gated and draw(st.booleans()), scheme.name, group,
+        draw(st.sampled_from(["float16", "float32"])), scheme.uniform and draw(st.booleans()),
+    )  # fmt: skip
+    return layer, draw(st.sampled_from([1, 3, 8, 9, 70]))
+
+
+def codes_of(layer: Layer) -> list[np.ndarray]:
+    """Codes, scales and zeros as `quantized_linear` takes them, an output per panel, which is as kernels read them."""
+    rng, (n,), kind = np.random.default_rng(layer.k), layer.outputs, SCHEMES[layer.scheme]
+    parts = (n, 2) if layer.gated else (n,)
+    codes = rng.integers(0, 2**kind.bits, (*parts, layer.k)).astype(np.uint8)
+    codes &= np.where(codes & 127 == 127, 254, 255).astype(np.uint8) if layer.scheme == "fp8" else 255  # no NaN
+    held = drawn(3, *parts, layer.row_bytes // 4, 1, 1, dtype="float32").view(np.uint8).reshape(*parts, -1, 1, 1)
+    held[..., 0, 0] = codes[..., ::2] | codes[..., 1::2] << 4 if kind.per_byte == 2 else codes
+    scales = (rng.random((*parts, layer.groups, 1)) / kind.top).astype(layer.scales)
+    zeros = rng.integers(0, 2**kind.bits, scales.shape).astype(np.uint8)
+    return [held, scales, *([zeros] if layer.zeros else [])]
+
+
+def multiplied_codes(launch: Launch, layer: Layer, x: np.ndarray, numbers: tuple[int, ...], **how: Any) -> None:
+    """Run a layer of codes by its kernels of these numbers: sums of products by what the op's meaning makes of the codes, in float64; exactly those if x
+    picks single weights."""
+    m, (n,) = x.shape[0], layer.outputs
+    bias, residual, y = (drawn(i, *shape, dtype="float32") for i, shape in enumerate(((n,), (m, n), (m + 1, n)), 4))
+    matrix = codes_of(layer)
+    more = [*([bias] if layer.bias else []), *([residual] if layer.residual else [])]
+    operands = [
+        *matrix,
+        *([] if layer.zeros else [None]),
+        *(a if there else None for a, there in ((bias, layer.bias), (residual, layer.residual))),
+    ]
+    assert ops.quantized_linear.meaning is not None
+    want = ops.quantized_linear.meaning(
+        x.astype(np.float64), *operands, outputs=n, scheme=layer.scheme, group=layer.group, gated=layer.gated, activation=layer.activation
+    )  # fmt: skip
+    picks = (np.count_nonzero(x, axis=1) == 1).all()
+    for number in numbers:
+        kernel, rows, outputs = kernels(layer)[number]
+        y[...] = 7
+        parts, tiles = -(-m // rows), layer.tiles(outputs)
+        launch(kernel, (tiles, parts) if number < 2 else (parts, tiles), x, *matrix, *more, y, m, **how)
+        bound = 0.0 if picks else 2e-6 * np.sqrt(layer.k) * (1 + np.abs(want).max())
+        np.testing.assert_allclose(y[:m], want, rtol=0 if picks else 1e-5, atol=bound, err_msg=kernel.name)
+        assert (y[-1] == 7).all()
+
+
+@settings(max_examples=15, deadline=None)
+@given(coded(), st.integers(0, 3), st.booleans(), st.sampled_from([1, -1]))
+def test_layers_of_codes(launch: Launch, case: tuple[Layer, int], number: int, late: bool, order: int) -> None:
+    layer, m = case
+    multiplied_codes(launch, layer, drawn(0, m, layer.k, dtype="float32"), (number,), late=late, order=order)
+
+
+@pytest.mark.parametrize("scheme", sorted(SCHEMES))
+@pytest.mark.parametrize("scales", ["float16", "float32"])
+def test_codes_become_float32(scheme: str, scales: str, launch: Launch) -> None:
+    """To the bit what their meaning says: nothing is rounded to 16 bits."""
+    layer = Layer(64, (70,), "float32", scheme=scheme, group=16, scales=scales, zeros=SCHEMES[scheme].uniform)
+    x = drawn(0, 64, 64, dtype="float32")
+    x[...] = np.eye(64)
+    multiplied_codes(launch, layer, x, (0, 1, 2, 3))
+
+
+@pytest.mark.parametrize("missing", ["copies_done", "barrier", "commit_copies"])
+@pytest.mark.parametrize("number", [1, 3])
+def test_what_is_missing_with_codes_shows(
+    missing: str, number: int, launch: Launch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device.Device, missing, lambda self, *_: None)
+    layer = Layer(8192 if number == 1 else 256, (128,), "float32", scheme="int4", group=32)
+    with pytest.raises(RuntimeError if missing != "barrier" else AssertionError):
+        multiplied_codes(launch, layer, drawn(0, 8, layer.k, dtype="float32"), (number,), order=-1)
+
+
 @pytest.mark.parametrize("missing", ["copies_done", "barrier", "commit_copies"])
 @pytest.mark.parametrize("number", [1, 3])
 def test_what_is_missing_shows(missing: str, number: int, launch: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,20 +146,32 @@ def test_what_is_missing_shows(missing: str, number: int, launch: Launch, monkey
 
 
 def test_layers_that_do_not_fit_are_refused() -> None:
-    for layer in (Layer(6, (8,), "float32"), Layer(64, (8,)), Layer(64, (8,), "float32", scheme="int8")):
-        with pytest.raises(TargetError, match="chunks of 4"):
-            single.thin_single(layer, 4, GPU)
+    codes = {"scheme": "int4", "group": 12}
+    for layer, why in (
+        (Layer(6, (8,), "float32"), "chunks of 4"),
+        (Layer(48, (8,), "float32", **codes), "chunks of 32"),  # type: ignore[arg-type]
+        (Layer(96, (8,), "float32", **codes), "chunks of 32"),  # type: ignore[arg-type]
+        (Layer(64, (8,)), "not a layer in float32"),
+        (Layer(64, (8,), "float32", halves=True), "of halves"),
+    ):
+        for build in (
+            lambda one: single.thin_single(one, 4, GPU),
+            lambda one: single.product_single(one, single.SMALL, GPU),
+        ):
+            with pytest.raises(TargetError, match=why):
+                build(layer)
 
 
-def test_a_model(emulated_gpu: Target) -> None:
-    """Every layer has these kernels; logits are the model's, within float32's rounding, for few rows and many."""
+@pytest.mark.parametrize("recipe", [None, "w4a16"])
+def test_a_model(recipe: str | None, emulated_gpu: Target) -> None:
+    """Every layer has these kernels; logits are the model's, within float32's rounding, for few rows and many: of codes those of the same on a CPU."""
     torch.manual_seed(0)
     config = hf.LlamaConfig(
-        vocab_size=96, hidden_size=64, intermediate_size=100, num_hidden_layers=2, num_attention_heads=2, head_dim=32,
+        vocab_size=96, hidden_size=64, intermediate_size=128 if recipe else 100, num_hidden_layers=2, num_attention_heads=2, head_dim=32,
         num_key_value_heads=1, max_position_embeddings=256,
     )  # fmt: skip
     model = hf.LlamaForCausalLM(config).eval()
-    program = jisu.compile(model, target=emulated_gpu)
+    program, on_cpu = (jisu.compile(model, target=target, recipe=recipe) for target in (emulated_gpu, "cpu"))
     layers = [k for k in program.explain()["kernels"] if "linear" in k["op"] or "projections" in k["op"]]
     (attends,) = (k for k in program.explain()["kernels"] if k["op"] == "attention_cached")
     assert attends["choices"] == ["attend_token where sequence <= 1", "attend_single"]
@@ -81,7 +179,7 @@ def test_a_model(emulated_gpu: Target) -> None:
     session = program.session()
     ids = torch.randint(0, 96, (1, 150), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        want = model(ids).logits
+        want = on_cpu(ids).logits if recipe else model(ids).logits
     parts = [np.asarray(session.append(part.numpy())) for part in ids.split([140, 1, 7, 2], 1)]
     assert np.abs(np.concatenate(parts, 1) - want.numpy()).max() <= 2e-5 * want.abs().max()
 
@@ -184,4 +282,41 @@ def test_ptx_has_the_instructions(mcpu: str) -> None:
     assert usage and all(u.spilled_bytes == u.stack_bytes == 0 for u in usage.values())
     found = {name: usage[ptx.entry_name(k)].registers for name, k in made.items()}
     assert all(count <= 128 for name, count in found.items() if name.startswith(("few4", "many64"))), found
+    assert all(k.shared_bytes <= 99 << 10 for k in made.values())  # what consumers' GPUs have
+
+
+@pytest.mark.parametrize("mcpu", ["sm_80", "sm_90a"])
+def test_ptx_of_codes(mcpu: str) -> None:
+    """16 bytes of codes at a time for few rows; for many a weight is decoded once in a block, not by each thread that multiplies it."""
+    target = attrs.evolve(REAL, mcpu=mcpu)
+    hows: tuple[dict[str, Any], ...] = (
+        {"scheme": "int4", "group": 128, "zeros": True}, {"scheme": "int8"}, {"scheme": "fp8"}, {"scheme": "nf4", "group": 64},
+        {"scheme": "nvfp4", "group": 16, "scales": "float32"}, {"scheme": "mxfp4", "group": 32, "gated": True, "activation": "silu"},
+    )  # fmt: skip
+    made: dict[str, device.DeviceKernel] = {}
+    for how in hows:
+        layer = Layer(4096, (4096,), "float32", **how)
+        made |= {f"few{rows} {how}": single.thin_single(layer, rows, target) for rows in single.ROWS}
+        made |= {
+            f"many{tile.rows} {how}": single.product_single(layer, tile, target)
+            for tile in (single.LARGE, single.SMALL)
+        }
+    text = ptx.to_ptx(list(made.values()), target)
+    bodies = {k: text.partition(f".entry {ptx.entry_name(v)}(")[2].partition("\n}")[0] for k, v in made.items()}
+    for kind, body in bodies.items():
+        assert "mma" not in body and "ftz" not in body.replace("ex2.approx.ftz", ""), kind
+        assert "cp.async.cg.shared.global" in body and "ld.shared.v4" in body, kind
+        if kind.startswith("many"):
+            rows = int(re.findall(r"\d+", kind)[0])
+            decoded = rows * 16 // 256  # weights of a step that a thread decodes
+            assert "st.shared.v4" in body and body.count("fma.rn.f32") >= 4 * (rows // 16) ** 2 * 4, kind
+            assert body.count("mul.rn.f32") <= 2 * 2 * decoded + 3 * body.count("div.rn.f32"), kind
+    assert not re.search(r"\.local\b|call\.uni", text)
+    if ptx.find_assembler() is None:
+        pytest.skip("there is no ptxas here")
+    _, usage = ptx.assemble(text, target)
+    assert usage and all(u.spilled_bytes == u.stack_bytes == 0 for u in usage.values())
+    found = {name: usage[ptx.entry_name(k)].registers for name, k in made.items()}
+    most = {"few4": 168, "many64": 128}
+    assert all(count <= most.get(name.partition(" ")[0], 255) for name, count in found.items()), found
     assert all(k.shared_bytes <= 99 << 10 for k in made.values())  # what consumers' GPUs have

@@ -48,6 +48,7 @@ from test_cuda_levels import test_many_rows_on_hopper as test_many_rows_of_level
 from test_cuda_levels import test_records as test_records_of_levels  # noqa: F401
 from test_cuda_single import test_attention_of_a_token as test_float32_attention_of_a_token  # noqa: F401
 from test_cuda_single import test_attention_of_many_tokens as test_float32_attention_of_many_tokens  # noqa: F401
+from test_cuda_single import test_codes_become_float32, test_layers_of_codes  # noqa: F401
 from test_cuda_single import test_layers as test_layers_in_float32  # noqa: F401
 from test_cuda_sparse import test_few_rows as test_few_rows_of_halves  # noqa: F401
 from test_cuda_sparse import test_many_rows as test_many_rows_of_halves  # noqa: F401

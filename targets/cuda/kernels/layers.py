@@ -114,9 +114,13 @@ class Layer:
         return sum(-(-n * self.per_weight_row // rows) for n in self.outputs)
 
     def require(self) -> None:
-        """Raise TargetError unless kernels can read it: rows in whole chunks of 16 bytes, which lie in one group."""
+        """Raise TargetError unless kernels can read it: numbers of `dtypes`, and `require_chunks`."""
         if self.dtype not in self.dtypes:
             raise TargetError(f"layers for GPUs compute in {' and '.join(self.dtypes)}, not in {self.dtype}")
+        self.require_chunks()
+
+    def require_chunks(self) -> None:
+        """Raise TargetError unless rows are whole chunks of 16 bytes, and each chunk lies in one group or words of it do."""
         chunk = self.codes_per_chunk
         shared = self.group and (
             self.group % chunk if self.group > chunk else chunk % self.group or self.group % self.per_word
@@ -236,9 +240,9 @@ def finished(f: Device, layer: Layer, part: Part, row: Val, column: Val, sums: l
     return value
 
 
-# Bits of a number in whose lowest bits a code stands as an integer above it, and that number.
-_ABOVE = {"bfloat16": (0x43004300, 128.0), "float16": (0x64006400, 1024.0)}
-_MANTISSA = {"bfloat16": (7, 127), "float16": (10, 15)}
+# Bits of a number in whose lowest bits a code stands as an integer above it, and that number; of 16 bits twice.
+_ABOVE = {"bfloat16": (0x43004300, 128.0), "float16": (0x64006400, 1024.0), "float32": (0x4B000000, 8388608.0)}
+_MANTISSA = {"bfloat16": (7, 127), "float16": (10, 15), "float32": (23, 127)}
 """Mantissa bits, and the exponent's bias."""
 
 
@@ -270,6 +274,26 @@ def decoded_pair(f: Device, layer: Layer, part: Part, word: Val, scale: Val, zer
     lowest, apart = (0x000F000F, 12) if kind.per_byte == 2 else (0x00FF00FF, 8)
     both = word & ((1 << (16 // kind.per_byte)) - 1)
     return _numbers(f, layer, part, (both | (both << apart)) & lowest, scale, zero)
+
+
+def decoded_single(f: Device, layer: Layer, part: Part, word: Val, scale: Val, zero: Val) -> list[Val]:
+    """The four codes that stand lowest in a word as float32, of layers in float32: the level less the zero, exactly, times the scale, rounded."""
+    bits = 8 // SCHEMES[layer.scheme].per_byte
+    codes = ((word >> (bits * i)) & ((1 << bits) - 1) for i in range(4))
+    return [_level(f, layer, part, code, zero) * scale for code in codes]
+
+
+def _level(f: Device, layer: Layer, part: Part, code: Val, zero: Val) -> Val:
+    """What a code, i32, means before it is scaled, float32."""
+    kind = SCHEMES[layer.scheme]
+    if part.table is not None:
+        return f.load("float", f.at(part.table, f.cast("zext", code, "i64"), "float32"))
+    if not kind.mantissa:
+        return f.as_type(code | _ABOVE["float32"][0], "float") - zero
+    mantissa, bias = _MANTISSA["float32"]
+    sign = 1 << (kind.bits - 1)
+    moved = ((code & sign) << (32 - kind.bits)) | ((code & (sign - 1)) << (mantissa - kind.mantissa))
+    return f.as_type(moved, "float") * 2.0 ** (bias - kind.bias)  # exactly, subnormal numbers included
 
 
 def _scaled(f: Device, layer: Layer, codes: Val, scale: Val, zero: Val) -> Val:
@@ -337,7 +361,7 @@ def inputs(f: Device, layer: Layer, words: list[Val]) -> list[Val]:
 
 def scale_and_zero(f: Device, layer: Layer, part: Part, row: Val, first: Val) -> tuple[Val, Val]:
     """Of the codes from a row's number `first` on, each twice, in the layer's dtype; the zero is that of codes as `decoded` makes numbers of them. For a
-    table the scale is float32."""
+    table the scale is float32, and for layers in float32 both are once."""
     kind = SCHEMES[layer.scheme]
     group = first / layer.group if layer.group else f.i64(0)
     at = row * layer.groups + group
@@ -345,12 +369,14 @@ def scale_and_zero(f: Device, layer: Layer, part: Part, row: Val, first: Val) ->
     scale = f.load_f32(part.s, at, layer.scales, lanes=1)
     if part.table is not None:
         return scale, scale
-    offset = _ABOVE[layer.dtype][1] if kind.per_byte == 2 else -128.0
+    offset = _ABOVE[layer.dtype][1] if kind.per_byte == 2 or layer.dtype == "float32" else -128.0
     if part.z is None:
         zero = f.const(kind.middle + offset, "float")
     else:
         stored = f.load("i8", f.at(part.z, at, "uint8"))
         zero = f.cast("uitofp", stored, "float") + offset
+    if layer.dtype == "float32":
+        return scale, zero
     return f.twice(scale, layer.dtype), f.twice(zero, layer.dtype)
 
 

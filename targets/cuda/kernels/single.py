@@ -1,11 +1,27 @@
-"""Linear layers in float32 on NVIDIA GPUs: every product is one of float32 and added in float32, without tensor cores, which would round."""
+"""Linear layers in float32 on NVIDIA GPUs: every product is one of float32 and added in float32, without tensor cores, which would round.
+
+Codes become float32 as their meaning says, a few rows' in registers, a tile's once for all threads of its block.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from jisu.compiler.errors import TargetError
+from jisu.compiler.schemes import SCHEMES
 from jisu.targets.cpu.isa import Val
 from jisu.targets.cuda.device import WARP, Device, DeviceKernel
-from jisu.targets.cuda.kernels.layers import Layer, Part, Rows, finished, part_of, row_address
+from jisu.targets.cuda.kernels.layers import (
+    Layer,
+    Part,
+    Rows,
+    decoded_single,
+    finished,
+    part_of,
+    row_address,
+    scale_and_zero,
+    scales_of,
+)
 from jisu.targets.cuda.kernels.products import Tile, in_tiles
 from jisu.targets.target import Target
 
@@ -13,8 +29,7 @@ OUTPUTS = 8
 """Rows of W that a block of a thin kernel multiplies."""
 ROWS = (4, 8)
 """Rows of x that thin kernels are made for: up to so many."""
-_WARPS = 8
-_THREADS = _WARPS * WARP
+_WARPS = 8  # of a thin kernel at most
 _FEW_STAGES = 3  # turns of a thin kernel that are under way or being multiplied
 LARGE, SMALL = Tile(128, 128, (4, 2)), Tile(64, 64, (4, 2))
 """Tiles of `product_single`, of whose rows and columns each of 16 by 16 threads has every sixteenth."""
@@ -23,9 +38,15 @@ _STAGES = 4
 
 
 def require(layer: Layer) -> None:
-    """Raise TargetError unless the kernels read the layer: float32, in rows of whole chunks of 16 bytes."""
-    if layer.dtype != "float32" or layer.scheme or layer.halves or layer.k % 4:
-        raise TargetError(f"{layer.name}: not rows of float32 in chunks of 4")
+    """Raise TargetError unless the kernels read the layer: of float32, and `Layer.require_chunks`."""
+    if layer.dtype != "float32" or layer.halves:
+        raise TargetError(f"{layer.name}: not a layer in float32, or of halves")
+    layer.require_chunks()
+
+
+def _warps(layer: Layer) -> int:
+    """Of a thin kernel: threads for no more chunks than a row of W has, and for the results of 8 rows of x."""
+    return max(2, min(_WARPS, layer.k // layer.codes_per_chunk // WARP))
 
 
 def _numbers(f: Device, four: Val) -> list[Val]:
@@ -45,10 +66,10 @@ def thin_single(layer: Layer, rows: int, target: Target) -> DeviceKernel:
     """The layer, `rows` rows of x (one of `ROWS`) at a time. Parameters: `Layer.parameters`. Grid: `layer.tiles(OUTPUTS)`, parts of rows.
 
     Each thread of a block has other inputs, 16 bytes at a time of all the block's rows of W, which it fetches itself; threads' sums meet in an order
-    that depends on k alone. Raises TargetError for a layer that it can't read.
+    that depends on the layer alone. Raises TargetError for a layer that it can't read.
     """
     require(layer)
-    f = Device(f"thin{rows}_{layer.name}", layer.parameters, target, _THREADS)
+    f = Device(f"thin{rows}_{layer.name}", layer.parameters, target, _warps(layer) * WARP)
     given = {name: value for (_, name), value in zip(layer.parameters, f.params(), strict=True)}
     residual = f.memory(given["r"]) if layer.residual else None
     own = Rows(f, f.block("y") * rows, given["m"])
@@ -63,23 +84,25 @@ class _Thin:
     def __init__(self, f: Device, layer: Layer, rows: int, x: Val, part: Part, own: Rows) -> None:
         self.f, self.layer, self.rows, self.x, self.part, self.own = f, layer, rows, x, part, own
         self.thread = f.thread()
-        self.chunks, self.turns = layer.k // 4, layer.k // 4 // _THREADS
+        self.warps, self.chunk = f.threads // WARP, layer.codes_per_chunk
+        self.chunks = layer.k // self.chunk
+        self.turns = self.chunks // f.threads
         self.count = rows * OUTPUTS
-        self.weights = [
-            row_address(f, layer, part, f.minimum(part.first + i, part.rows - 1)) for i in range(OUTPUTS)
-        ]  # fmt: skip
+        self.places = [f.minimum(part.first + i, part.rows - 1) for i in range(OUTPUTS)]
+        self.weights = [row_address(f, layer, part, place) for place in self.places]
         self.lines = [f.at(x, own.source(f.i64(c)) * layer.k, "float32") for c in range(rows)]
-        stages = _FEW_STAGES * OUTPUTS * 16 * _THREADS if self.turns else 0
-        self.held = f.shared(max(_WARPS * self.count * 4, stages))
+        self.turn_bytes = OUTPUTS * 16 * f.threads
+        stages = _FEW_STAGES * self.turn_bytes if self.turns else 0
+        self.held = f.shared(max(self.warps * self.count * 4, stages))
 
     def slot(self, turn: Val, i: int) -> Val:
         """This thread's own place for a chunk of a row of W: nobody else reads it."""
-        at = turn % _FEW_STAGES * (OUTPUTS * 16 * _THREADS) + self.thread * 16 + i * 16 * _THREADS
+        at = turn % _FEW_STAGES * self.turn_bytes + self.thread * 16 + i * 16 * self.f.threads
         return self.f.at(self.held, at, "i8")
 
     def fetch(self, turn: Val) -> None:
         """Begin to copy this thread's chunks of a turn."""
-        at = (turn * _THREADS + self.thread) * 16
+        at = (turn * self.f.threads + self.thread) * 16
         for i, row in enumerate(self.weights):
             self.f.copy16(self.slot(turn, i), self.f.at(row, at, "i8"))
 
@@ -94,34 +117,50 @@ class _Thin:
                 f.commit_copies()
             *sums, _ = f.loop(0, self.turns, 1, sums, self.turn)
             f.barrier()  # shared memory is used anew
-        if self.chunks % _THREADS:
-            *sums, _ = f.loop(self.thread + self.turns * _THREADS, self.chunks, _THREADS, sums, self.single)
+        if self.chunks % f.threads:
+            *sums, _ = f.loop(self.thread + self.turns * f.threads, self.chunks, f.threads, sums, self.single)
         return sums
 
     def turn(self, turn: Val, sums: list[Val]) -> list[Val]:
         """A turn's products, while later chunks are under way."""
         f = self.f
         f.copies_done(_FEW_STAGES - 2)
-        weights = [_numbers(f, f.load_shared16(self.slot(turn, i))) for i in range(OUTPUTS)]
+        weights = [f.load_shared16(self.slot(turn, i)) for i in range(OUTPUTS)]
         later = turn + (_FEW_STAGES - 1)
         f.when(later < self.turns, lambda: self.fetch(later))
         f.commit_copies()
-        return self.multiply(turn * _THREADS + self.thread, weights, sums)
+        return self.multiply(turn * f.threads + self.thread, weights, sums)
 
     def single(self, chunk: Val, sums: list[Val]) -> list[Val]:
         """The products of a chunk behind the last whole turn."""
         f = self.f
-        weights = [_numbers(f, f.load16("<4 x float>", f.at(row, chunk * 16, "i8"))) for row in self.weights]
+        weights = [f.load16("<4 x i32>", f.at(row, chunk * 16, "i8")) for row in self.weights]
         return self.multiply(chunk, weights, sums)
 
-    def multiply(self, chunk: Val, weights: list[list[Val]], sums: list[Val]) -> list[Val]:
+    def multiply(self, chunk: Val, weights: list[Val], sums: list[Val]) -> list[Val]:
         """Add the products of a chunk."""
-        f, result = self.f, []
-        for c, line in enumerate(self.lines):
-            x = _numbers(f, f.load16("<4 x float>", f.at(line, chunk * 4, "float32")))
-            own = sums[c * OUTPUTS : (c + 1) * OUTPUTS]
-            result += [_add_products(f, x, w, total) for w, total in zip(weights, own, strict=True)]
+        f, result = self.f, list(sums)
+        for number, columns in enumerate(self.numbers(chunk, weights)):
+            for c, line in enumerate(self.lines):
+                x = _numbers(f, f.load16("<4 x float>", f.at(line, chunk * self.chunk + 4 * number, "float32")))
+                for at, column in enumerate(columns, c * OUTPUTS):
+                    result[at] = _add_products(f, x, column, result[at])
         return result
+
+    def numbers(self, chunk: Val, weights: list[Val]) -> Iterator[list[list[Val]]]:
+        """The weights in a chunk of each row, four neighbours at a time."""
+        f, layer = self.f, self.layer
+        if not layer.scheme:
+            yield [_numbers(f, four) for four in weights]
+            return
+        words = [f.words(four) for four in weights]
+        scales = [scales_of(f, layer, self.part, place, chunk) for place in self.places]
+        for first in range(0, self.chunk, 4):
+            word, within = divmod(first, layer.per_word)
+            yield [
+                decoded_single(f, layer, self.part, own[word] >> (32 // layer.per_word * within), *how[word])
+                for own, how in zip(words, scales, strict=True)
+            ]
 
     def leave(self, sums: list[Val], residual: Val | None) -> None:
         """Join the threads' sums, finish and store the results."""
@@ -152,7 +191,7 @@ class _Thin:
         """The sum of all warps."""
         f = self.f
         value = f.load("float", f.at(self.held, number, "float32"))
-        for w in range(1, _WARPS):
+        for w in range(1, self.warps):
             value = value + f.load("float", f.at(self.held, number + w * self.count, "float32"))
         return value
 
@@ -180,7 +219,8 @@ def _multiply(f: Device, layer: Layer, tile: Tile, x: Val, part: Part, own: Rows
 
 class _Product:
     """The kernel under construction. Thread (ty, tx) has rows ty + 16 i of x and those of W that lie in shared memory at tx + 16 j; there gates
-    come before ups. Sums: of a row of x those of all rows of W, then those of the next."""
+    come before ups. Sums: of a row of x those of all rows of W, then those of the next. Codes are asked for a step ahead, and become numbers behind
+    the products of that step."""
 
     def __init__(self, f: Device, layer: Layer, tile: Tile, x: Val, part: Part, own: Rows) -> None:
         self.f, self.layer, self.tile, self.x, self.part, self.own = f, layer, tile, x, part, own
@@ -201,18 +241,44 @@ class _Product:
         """Where a row of the tile begins in memory."""
         return self.f.at(self.x, self.own.source(row) * self.layer.k, "float32")
 
-    def row_of_w(self, slot: Val) -> Val:
-        """Where a row of W begins that has this place in shared memory."""
+    def number_of_w(self, slot: Val) -> Val:
+        """Which row of W has this place in shared memory."""
         half = self.tile.outputs // 2
         row = slot % half * 2 + slot / half if self.layer.gated else slot
-        return row_address(self.f, self.layer, self.part, self.f.minimum(self.part.first + row, self.part.rows - 1))
+        return self.f.minimum(self.part.first + row, self.part.rows - 1)
+
+    def row_of_w(self, slot: Val) -> Val:
+        """Where that row begins in memory."""
+        return row_address(self.f, self.layer, self.part, self.number_of_w(slot))
 
     def fetch(self, step: Val) -> None:
-        """Begin to copy a step's inputs."""
+        """Begin to copy a step's inputs, and its weights unless they are codes."""
         f, (rows, weights) = self.f, self.stage(step)
         at, chunks = step * (_INPUTS * 4), _INPUTS // 4
         f.copy_tile(rows, self.tile.rows, chunks, lambda r: f.at(self.row_of_x(r), at, "i8"))
-        f.copy_tile(weights, self.tile.outputs, chunks, lambda r: f.at(self.row_of_w(r), at, "i8"))
+        if not self.layer.scheme:
+            f.copy_tile(weights, self.tile.outputs, chunks, lambda r: f.at(self.row_of_w(r), at, "i8"))
+
+    def codes(self, step: Val) -> list[tuple[Val, Val, Val]]:
+        """This thread's share of a step's codes: four of a row in the lowest bits of an i32, their scale and zero; see `place_codes`."""
+        f, layer, found = self.f, self.layer, []
+        per_byte = SCHEMES[layer.scheme].per_byte
+        for slot, chunk in f.chunks(self.tile.outputs, _INPUTS // 4, f.threads):
+            first = step * _INPUTS + chunk * 4
+            at = f.at(self.row_of_w(slot), first / per_byte, "i8")
+            word = f.load("i32", at) if per_byte == 1 else f.cast("zext", f.load("i16", at), "i32")
+            found.append((word, *scale_and_zero(f, layer, self.part, self.number_of_w(slot), first)))
+        return found
+
+    def place_codes(self, step: Val, codes: list[tuple[Val, Val, Val]]) -> None:
+        """Store the numbers of `codes` to shared memory."""
+        f, (_, weights) = self.f, self.stage(step)
+        slots = f.chunks(self.tile.outputs, _INPUTS // 4, f.threads)
+        for (slot, chunk), own in zip(slots, codes, strict=True):
+            four = Val(f, "poison", "<4 x float>")
+            for i, value in enumerate(decoded_single(f, self.layer, self.part, *own)):
+                four = f.op(f"insertelement <4 x float> {four.name}, float {value.name}, i32 {i}", "<4 x float>")
+            f.store16(f.as_type(four, "<4 x i32>"), f.at(weights, f.place(slot, chunk, _INPUTS // 4), "i8"))
 
     def sums(self) -> list[Val]:
         """This thread's sums."""
@@ -221,6 +287,8 @@ class _Product:
             if early < self.steps:
                 self.fetch(f.i64(early))
             f.commit_copies()
+        if self.layer.scheme:
+            self.place_codes(f.i64(0), self.codes(f.i64(0)))
         sums = [f.const(0.0, "float")] * (self.mine[0] * self.mine[1])
         *sums, _ = f.loop(0, self.steps, 1, sums, self.step)
         for chunk in range(self.steps * _INPUTS // 4, self.layer.k // 4):  # behind the last whole step
@@ -232,7 +300,8 @@ class _Product:
 
     def step(self, step: Val, sums: list[Val]) -> list[Val]:
         """A step's products, while later inputs are under way."""
-        f = self.f
+        f, following = self.f, step + 1
+        codes = self.codes(f.minimum(following, self.steps - 1)) if self.layer.scheme else []
         f.copies_done(_STAGES - 2)
         f.barrier()  # all threads' copies have come, and nobody reads the stage that is filled next
         later = step + (_STAGES - 1)
@@ -250,6 +319,8 @@ class _Product:
                 for base, part in zip((rows, weights), places, strict=True)
             )
             sums = self.multiply(x, w, sums)
+        if codes:  # in the last step once more, where nobody reads them: a branch would cost registers
+            self.place_codes(following, codes)
         return sums
 
     def multiply(self, x: list[Val], w: list[Val], sums: list[Val]) -> list[Val]:
