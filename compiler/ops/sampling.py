@@ -30,14 +30,25 @@ POWERS = tuple(round(math.log(2) ** k / math.factorial(k) * 2**PARTS) for k in r
 """The series of 2^-x for x from 0 to 1, whose terms alternate."""
 
 
+_PIECE = 1 << 14  # distances, whose sums are near the processor while they are worked on
+
+
 def masses(distance: Array) -> Array:
     """2^40 e^-d, int64, of distances float32; NaN has none."""
+    flat = distance.reshape(-1)
+    found = np.empty(flat.size, np.int64)
+    for begin in range(0, flat.size, _PIECE):
+        found[begin : begin + _PIECE] = _masses(flat[begin : begin + _PIECE])
+    return found.reshape(distance.shape)
+
+
+def _masses(distance: Array) -> Array:
     near = np.where(distance < FARTHEST, distance, np.float32(FARTHEST))
     near = np.where(near > 0, near, np.float32(0))
     power = ((near * np.float32(2**FINE)).astype(np.int64) * LOG2_E) >> FINE
     part = power & (2**PARTS - 1)
     total = np.full_like(part, POWERS[-1])
-    for term in POWERS[-2::-1]:  # in place: there may be as many as a vocabulary has tokens
+    for term in POWERS[-2::-1]:
         total *= part
         total >>= PARTS
         np.subtract(term, total, out=total)
