@@ -344,12 +344,14 @@ def test_layers_of_rounded_inputs(
     layers = [k for k in lower(laid_out, target).kernels if "levels_" in k.op]
     assert layers and not any("generic" in k.choices for k in layers), layers
     run = run_all(laid_out, target, tmp_path)
+    # Tensor cores keep 13 bits of the sums of 32 products of fp8.
+    tolerance = 2e-2 if dtype == "bfloat16" else 2e-4 if scheme == "fp8" else 2e-5
     for name, graph in laid_out.items():
         weights = {n: s.numpy() for n, s in stored(graph).items()}
         for m in (1, 12, 40, 130):
             array = rng.standard_normal((m, k)).astype(numpy_dtype(dtype))
             for got, want in zip(run.call(name, [array], weights), interpret(graphs[name], [array]), strict=True):
-                assert relative_error(np.asarray(got), want) < (2e-2 if dtype == "bfloat16" else 2e-5), (name, m)
+                assert relative_error(np.asarray(got), want) < tolerance, (name, m)
 
 
 def test_rounded_inputs_that_tensor_cores_do_not_take() -> None:

@@ -205,26 +205,22 @@ class _Product:
         """Begin to copy what a step multiplies, with the places of a unit if it is the `first` one of that."""
         f, part, (rows, weights) = self.f, self.part, self.stage(step)
         per_row = self.inputs // 4  # pieces of 8 bytes, which are fours: those of two threads lie side by side
-        for begin in range(0, self.tile.rows * per_row, f.threads):
-            number = f.thread() + begin
-            row, four = number / per_row, number % per_row
+        for row, four in f.chunks(self.tile.rows, per_row, f.threads):
             thread, p = four / self.fours, four % self.fours
             to = self.place(row, thread / 2 * self.fours + p) + (thread & 1) * 8
             source = self.own.source(row) * self.layer.k + step * self.inputs + four * 4
             f.copy8(f.at(rows, to, "i8"), f.at(self.x, source, self.layer.dtype))
-        for begin in range(0, self.tile.outputs * 4, f.threads):
-            number = f.thread() + begin
-            row = f.minimum(part.first + number / 4, part.rows - 1)
-            source = f.at(row_address(f, self.layer, part, row), step * 64 + number % 4 * 16, "i8")
-            f.copy16(f.at(weights, number * 16, "i8"), source)
+        for output, piece in f.chunks(self.tile.outputs, 4, f.threads):
+            row = f.minimum(part.first + output, part.rows - 1)
+            source = f.at(row_address(f, self.layer, part, row), step * 64 + piece * 16, "i8")
+            f.copy16(f.at(weights, output * 64 + piece * 16, "i8"), source)
         if first:
             assert part.p is not None
             last, unit = (part.rows + (ROWS - 1)) / ROWS - 1, step / self.per_unit
-            for begin in range(0, self.tile.outputs * 2, f.threads):
-                number = f.thread() + begin
-                tile = f.minimum(part.first / ROWS + number / WARP, last) * self.units + unit
-                source = f.at(part.p, tile * _PLACES + number % WARP * 16, "i8")
-                f.copy16(f.at(self.places_at(unit), number * 16, "i8"), source)
+            for sixteen, lane in f.chunks(self.tile.outputs // ROWS, WARP, f.threads):
+                tile = f.minimum(part.first / ROWS + sixteen, last) * self.units + unit
+                source = f.at(part.p, tile * _PLACES + lane * 16, "i8")
+                f.copy16(f.at(self.places_at(unit), sixteen * _PLACES + lane * 16, "i8"), source)
 
     def place(self, row: Val, piece: Val) -> Val:
         """Where a piece of 16 bytes of a row of x lies in shared memory: the same one of eight rows in different banks."""
