@@ -330,7 +330,7 @@ def test_steps_are_graphs(emulated_gpu: Target, emulated_driver: ctypes.CDLL) ->
     assert emulated_driver.emulated_bytes() <= held * 1.05
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16])
 def test_generate_token_for_token(dtype: torch.dtype, emulated_gpu: Target) -> None:
     """As transformers generates; in bfloat16 another token may stand where rounding lets two change places."""
     model = llama().to(dtype)
@@ -351,7 +351,13 @@ def test_generate_token_for_token(dtype: torch.dtype, emulated_gpu: Target) -> N
 
 
 @pytest.mark.parametrize(
-    "cache", ["page = 16", "ring = true", 'scheme = "fp8"', 'scheme = "int8"', 'page = 16\nscheme = "int4"']
+    "cache",
+    [
+        "page = 16",
+        "ring = true",
+        'scheme = "int8"',
+        *(pytest.param(c, marks=pytest.mark.slow) for c in ('scheme = "fp8"', 'page = 16\nscheme = "int4"')),
+    ],
 )
 def test_caches(cache: str, emulated_gpu: Target) -> None:
     recipe = jisu.Recipe.from_toml(f"[cache]\n{cache}\n")
