@@ -938,7 +938,7 @@ def _calibration_tokens(source: Source, recipe: Recipe, calibration: Any) -> np.
 def _entries(
     source: Source, graph: Graph, recipe: Recipe, report: dict[str, Any], fetched: bool
 ) -> tuple[dict[str, Graph], Any]:
-    """The entry functions: `main` for a module, the derived steps for a causal language model; `fetched`: also a step whose results are few."""
+    """The entry functions: `main` for a module, the derived steps for a causal language model; `fetched`: also a step that draws its token."""
     from jisu.passes.cache import CacheLayout, NotCausal, derive_step, keep_last_token
     from jisu.runtime.session import APPEND, APPEND_DRAWN, APPEND_LAST, LEADING, MAIN, DecoderInfo
 

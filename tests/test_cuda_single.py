@@ -248,14 +248,19 @@ def test_ptx_of_attention(mcpu: str) -> None:
             )
         elif "scheme" not in kind:
             assert re.search(r"ld\.global(\.nc)?\.v4", body), kind
+    found = registers(made, text, target)
+    assert all(count <= 128 for name, count in found.items() if "256" not in name), found
+    assert all(k.shared_bytes <= 99 << 10 for k in made.values())  # what consumers' GPUs have
+
+
+def registers(made: dict[str, device.DeviceKernel], text: str, target: Target) -> dict[str, int]:
+    """Per thread, by ptxas, of kernels whose PTX has nothing in local memory and spills nothing; skips the test where there is no ptxas."""
     assert not re.search(r"\.local\b|call\.uni", text)
     if ptx.find_assembler() is None:
         pytest.skip("there is no ptxas here")
     _, usage = ptx.assemble(text, target)
     assert usage and all(u.spilled_bytes == u.stack_bytes == 0 for u in usage.values())
-    found = {name: usage[ptx.entry_name(k)].registers for name, k in made.items()}
-    assert all(count <= 128 for name, count in found.items() if "256" not in name), found
-    assert all(k.shared_bytes <= 99 << 10 for k in made.values())  # what consumers' GPUs have
+    return {name: usage[ptx.entry_name(k)].registers for name, k in made.items()}
 
 
 @pytest.mark.parametrize("mcpu", ["sm_80", "sm_90a"])
@@ -276,12 +281,7 @@ def test_ptx_has_the_instructions(mcpu: str) -> None:
         rows = int(re.findall(r"\d+", kind)[0])
         products = rows * single.OUTPUTS * 4 if kind.startswith("few") else (rows // 16) ** 2 * 16
         assert body.count("fma.rn.f32") >= products and ("silu" in kind or "mul.rn.f32" not in body), kind
-    assert not re.search(r"\.local\b|call\.uni", text)
-    if ptx.find_assembler() is None:
-        pytest.skip("there is no ptxas here")
-    _, usage = ptx.assemble(text, target)
-    assert usage and all(u.spilled_bytes == u.stack_bytes == 0 for u in usage.values())
-    found = {name: usage[ptx.entry_name(k)].registers for name, k in made.items()}
+    found = registers(made, text, target)
     assert all(count <= 128 for name, count in found.items() if name.startswith(("few4", "many64"))), found
     assert all(k.shared_bytes <= 99 << 10 for k in made.values())  # what consumers' GPUs have
 
@@ -312,12 +312,7 @@ def test_ptx_of_codes(mcpu: str) -> None:
             decoded = rows * 16 // 256  # weights of a step that a thread decodes
             assert "st.shared.v4" in body and body.count("fma.rn.f32") >= 4 * (rows // 16) ** 2 * 4, kind
             assert body.count("mul.rn.f32") <= 2 * 2 * decoded + 3 * body.count("div.rn.f32"), kind
-    assert not re.search(r"\.local\b|call\.uni", text)
-    if ptx.find_assembler() is None:
-        pytest.skip("there is no ptxas here")
-    _, usage = ptx.assemble(text, target)
-    assert usage and all(u.spilled_bytes == u.stack_bytes == 0 for u in usage.values())
-    found = {name: usage[ptx.entry_name(k)].registers for name, k in made.items()}
+    found = registers(made, text, target)
     most = {"few4": 168, "many64": 128}
     assert all(count <= most.get(name.partition(" ")[0], 255) for name, count in found.items()), found
     assert all(k.shared_bytes <= 99 << 10 for k in made.values())  # what consumers' GPUs have
@@ -339,9 +334,5 @@ def test_ptx_of_experts(mcpu: str) -> None:
         body = text.partition(f".entry {ptx.entry_name(kernel)}(")[2].partition("\n}")[0]
         assert "mma" not in body and re.search(r"ld\.global(\.nc)?\.v4|cp\.async\.cg", body), kind
         assert kind == "sums" or "cp.async.cg.shared.global" in body and "ld.shared.v4" in body, kind
-    assert not re.search(r"\.local\b|call\.uni", text)
-    if ptx.find_assembler() is None:
-        pytest.skip("there is no ptxas here")
-    _, usage = ptx.assemble(text, target)
-    assert usage and all(u.spilled_bytes == u.stack_bytes == 0 for u in usage.values())
+    assert registers(made, text, target)
     assert all(k.shared_bytes <= 99 << 10 for k in made.values())  # what consumers' GPUs have

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ml_dtypes import bfloat16
+from test_tpu_product import run_everywhere
 
 from jisu.compiler import ops, schemes
 from jisu.compiler.errors import CompileError
@@ -26,7 +27,7 @@ from jisu.targets.target import Target
 from jisu.targets.tpu import export, grouped, judges, kernels
 from jisu.targets.tpu.chip import Chip
 from jisu.targets.tpu.choose import product_of
-from jisu.targets.tpu.functional import check, run
+from jisu.targets.tpu.functional import run
 from jisu.targets.tpu.kernel_events import events_of
 from jisu.targets.tpu.layout import lay_out
 from jisu.targets.tpu.pallas import source
@@ -96,16 +97,7 @@ def assert_right(lowered: Lowered, seed: int = 0) -> None:
         else:
             assert relative_error(result, want) <= 1e-2, where
 
-    agrees(run(lowered, *arrays), "LLVM")
-    for dma in ("late", "early"):
-        checked = check(lowered, *arrays, dma=dma)
-        assert checked.clean, (dma, checked.races, checked.unfinished)
-        agrees(checked.result, dma)
-    text = source(lowered)
-    for dma in judges.DMA:
-        found = judges.interpret(text, *taken(product, arrays), dma=dma)
-        assert found.clean, (dma, found.raced, found.left)
-        agrees(found.result, dma)
+    run_everywhere(lowered, arrays, taken(product, arrays), agrees)
 
 
 @st.composite
@@ -205,20 +197,13 @@ SIZES = [(4096, 4096), (11008, 4096), (4096, 14336)]
 """n and k of a decoder's layers."""
 
 
-def least_bytes(product: Product) -> int:
-    """Every operand once, as it is stored."""
-    p, groups = product, -(-product.k // product.group)
-    each = p.k * p.n * schemes.SCHEMES[p.weights].bits // 8 + groups * p.n * (2 + p.zeros)
-    return int(p.m * p.k * p.itemsize + p.matrices * each + p.m * p.n * p.result_itemsize + 4 * p.m * p.row_scale)
-
-
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
 @pytest.mark.parametrize("chip", [V5E, V6E], ids=lambda c: c.name)
 def test_decode_reads_codes_as_they_are_stored(chip: Chip, dtype: str) -> None:
     """Half of the bytes of int8, and near what HBM alone takes; smaller products are bound by latencies, and v6e by pushing weights."""
     for (n, k), group, zeros in itertools.product(SIZES, (32, 128), (False, True)):
         product = Product(1, n, k, dtype, row_scale=dtype == "int8", weights="int4", group=group, zeros=zeros)
-        tiles, least = choose_tiles(product, chip), least_bytes(product)
+        tiles, least = choose_tiles(product, chip), product.least_bytes
         assert tiles.hbm_bytes(product) <= 1.05 * least
         bound = least / chip.hbm_bytes_per_cycle
         if chip is V5E and group == 128 and bound > 30000:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import attrs
@@ -64,6 +64,26 @@ def ulps(result: np.ndarray, expected: np.ndarray, floor: float = 0.0) -> float:
     return float((np.abs(a - b) / 2.0 ** (np.floor(np.log2(magnitude)) - 7)).max())
 
 
+def run_everywhere(
+    lowered: Lowered,
+    arrays: Sequence[np.ndarray],
+    taken: Sequence[np.ndarray],
+    agrees: Callable[[np.ndarray, str], None],
+) -> None:
+    """agrees(result, where) of LLVM's run, of emulated copies that come late or early, and of the interpreter in both modes, which takes operands as
+    `taken`; no race, nothing left."""
+    agrees(run(lowered, *arrays), "LLVM")
+    for dma in ("late", "early"):
+        checked = check(lowered, *arrays, dma=dma)
+        assert checked.clean, (dma, checked.races, checked.unfinished)
+        agrees(checked.result, dma)
+    text = source(lowered)
+    for dma in judges.DMA:
+        found = judges.interpret(text, *taken, dma=dma)
+        assert found.clean, (dma, found.raced, found.left)
+        agrees(found.result, dma)
+
+
 def assert_right(lowered: Lowered, seed: int = 0) -> None:
     """LLVM's run, emulated copies that come late or early, and the interpreter in both modes: all equal NumPy, no race, nothing left."""
     product = lowered.product
@@ -78,17 +98,8 @@ def assert_right(lowered: Lowered, seed: int = 0) -> None:
         else:
             assert ulps(result, expected, floor) <= 1, where
 
-    agrees(run(lowered, *arrays), "LLVM")
-    for dma in ("late", "early"):
-        checked = check(lowered, *arrays, dma=dma)
-        assert checked.clean, (dma, checked.races, checked.unfinished)
-        agrees(checked.result, dma)
-    text = source(lowered)
     taken = [arrays[0], np.stack(arrays[1:3]), *arrays[3:]] if product.gated else arrays
-    for dma in judges.DMA:
-        interpreted = judges.interpret(text, *taken, dma=dma)
-        assert interpreted.clean, (dma, interpreted.raced, interpreted.left)
-        agrees(interpreted.result, dma)
+    run_everywhere(lowered, arrays, taken, agrees)
 
 
 @st.composite

@@ -5,7 +5,7 @@
 Needs the compiler (TVM); what it writes, some tens of MB, runs with jisu's sources and NVIDIA's driver alone. It says how long compiling took, and what
 the cost model predicts: the longer of a node's arithmetic at the peak and its bytes at the bandwidth of the target's description, added up; beside it
 stand a decode step's launches (batch 1), how many of them may begin before those before them end, and the gaps that the others make, and that all of
-them would make, at about a microsecond each.
+them would make, at about a microsecond each, with the share of a step that is left for kernels.
 """
 
 from __future__ import annotations
@@ -27,15 +27,14 @@ from common import machine, versions  # noqa: E402
 import jisu  # noqa: E402
 from jisu.compiler import ops  # noqa: E402
 from jisu.compiler.cost import graph_cost  # noqa: E402
+from jisu.compiler.driver import layout  # noqa: E402
 from jisu.compiler.graph import ArrayStorage, Graph, placeholder, weight  # noqa: E402
 from jisu.compiler.launches import GAP_S, PLANS, Plan  # noqa: E402
 from jisu.compiler.pipeline import Pipeline  # noqa: E402
 from jisu.compiler.recipe import CacheRecipe  # noqa: E402
 from jisu.compiler.text import parse  # noqa: E402
 from jisu.compiler.types import TensorType, numpy_dtype, symbol  # noqa: E402
-from jisu.passes import layout_passes  # noqa: E402
 from jisu.runtime.program import Program  # noqa: E402
-from jisu.targets import facts  # noqa: E402
 from jisu.targets.compile import compile_graphs  # noqa: E402
 from jisu.targets.target import Target  # noqa: E402
 
@@ -165,16 +164,17 @@ def pack(shape: str, target: Target, folder: Path, forms: list[str], lengths: di
                 )
                 begin = time.perf_counter()
                 program = jisu.compile(str(source), target=target, recipe=recipe, cache_dir=Path(scratch) / name)
+                seconds, found = predicted(program, target, lengths), launched(program, lengths["context"])
+                shares = {k: seconds["decode_1_s"] / (seconds["decode_1_s"] + found[k]) for k in found if "gaps" in k}
                 told["programs"][name] = {
-                    "compile_s": time.perf_counter() - begin, "weights_bytes": program.weights_bytes,
-                    "predicted": predicted(program, target, lengths), **launched(program, lengths["context"]),
+                    "compile_s": time.perf_counter() - begin, "weights_bytes": program.weights_bytes, "predicted": seconds, **found,
+                    "share_in_kernels": shares["gaps_s"], "share_without_overlap": shares["gaps_without_overlap_s"],
                 }  # fmt: skip
                 Program(attrs.evolve(program.parts, weights={})).save(folder / f"{name}.jisu")
                 print(f"{name:15} {json.dumps(told['programs'][name])}", flush=True)
                 del program
         laid_out = {
-            name: Pipeline(layout_passes(*facts.of(target).packing(target))).run(graph)[0]
-            for name, graph in kernels(shape).items()
+            name: Pipeline(layout(jisu.Recipe(), target)).run(graph)[0] for name, graph in kernels(shape).items()
         }
         info = compile_graphs(laid_out, target, out=folder / "kernels", cache_dir=Path(scratch) / "kernels")
     told["kernels"] = {name: entry.to_json() for name, entry in info.entries.items()}

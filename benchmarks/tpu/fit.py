@@ -35,7 +35,7 @@ NAMES = ("launch", "block", "push bfloat16", "push int8", "accumulate", "epilogu
 START = (2500.0, 200.0, 30.0, 40.0, 0.5, 4.0)
 SOURCE = (
     "launch, block, push, accumulate and epilogue: fitted to cycles that libtpu {libtpu} estimates of 24 products "
-    "(benchmarks/tpu/fit.py); depth: see there; element and exp: assumed"
+    "(benchmarks/tpu/fit.py); depth: see there; element and exp: assumed; alu: benchmarks/tpu/bundles.py (v5e), assumed to be the same (v6e)"
 )
 
 
@@ -50,10 +50,10 @@ def run(chip: Chip, case: dict[str, Any]) -> Timeline:
 
 
 def timing(chip: Chip, values: Any, source: str) -> Timing:
-    """Parameters in the order of NAMES, and the chip's depths."""
+    """Parameters in the order of NAMES, and those of the chip's that aren't fitted."""
     launch, block, bfloat16, int8, accumulate, epilogue = (float(f"{v:.4g}") for v in values)
     push = {"bfloat16": bfloat16, "int8": int8}
-    vector = {"epilogue": epilogue, "element": 1.0, "exp": 4.0, "alu": 0.27}
+    vector = {**chip.timing.vector, "epilogue": epilogue}
     return Timing(launch, block, accumulate, push, chip.timing.depth, vector, source)
 
 

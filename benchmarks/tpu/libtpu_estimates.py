@@ -58,7 +58,7 @@ SHAPES = (
     (1536, 4096, 2048),
     (3072, 2560, 2560),
 )
-# Chosen after the model and its parameters were finished (`--later`), small ones among them.
+# Chosen after the model and its parameters were finished, but with estimates of 2048 x 2048 and of 1024 rows known; small ones among them.
 LATER = (
     (8, 2048, 2048),
     (32, 5120, 5120),

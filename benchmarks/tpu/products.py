@@ -39,15 +39,10 @@ PREFILL = tuple(
     (m, *kn) for kn in ((2048, 2048), (4096, 4096), (4096, 14336), (14336, 4096)) for m in (128, 512, 1024, 2048)
 )
 DECODE = ((2048, 2048), (4096, 4096), (4096, 14336), (14336, 4096))
+GROUPED = ((4096, 4096), (4096, 11008), (14336, 4096))
 WANTED = {("int8", False): 0.65, ("bfloat16", False): 0.75, ("int8", True): 0.85, ("bfloat16", True): 0.90}
 """Least utilisation on v5e by dtype, and whether there are at least 512 rows."""
 MOST_BYTES, MOST_TIME = 1.05, 1.10
-
-
-def least_bytes(p: Product) -> int:
-    """Every operand read once, the result written once."""
-    scales = 4 * p.n * p.channel_scale + 4 * p.m * p.row_scale
-    return (p.m * p.k + p.k * p.n) * p.itemsize + p.m * p.n * p.result_itemsize + scales
 
 
 def most(p: Product, chip: Chip) -> float:
@@ -61,6 +56,22 @@ def most(p: Product, chip: Chip) -> float:
 def product(m: int, k: int, n: int, dtype: str) -> Product:
     scaled = dtype == "int8"
     return Product(m, n, k, dtype, channel_scale=scaled, row_scale=scaled)
+
+
+def grouped() -> list[Product]:
+    """Decode products of 4-bit codes with a scale, and a zero, per group of inputs."""
+    return [
+        Product(1, n, k, dtype, row_scale=dtype == "int8", weights="int4", group=group, zeros=zeros)
+        for k, n in GROUPED
+        for dtype in ("bfloat16", "int8")
+        for group, zeros in ((128, True), (128, False), (32, True))
+    ]
+
+
+def of_weights(found: dict[str, Any]) -> str:
+    """How a decode product's weights are stored."""
+    group = f" by {found['group']}" if found["group"] else ""
+    return found["weights"] + group + (" -zero" if found["zeros"] else "")
 
 
 def prefill(chip: Chip, m: int, k: int, n: int, dtype: str) -> dict[str, Any]:
@@ -81,20 +92,21 @@ def prefill(chip: Chip, m: int, k: int, n: int, dtype: str) -> dict[str, Any]:
         "tiles_prefetched": [ahead.tiles.order, ahead.tiles.m, ahead.tiles.k, ahead.tiles.n],
         "most": round(most(p, chip), 4), "cycles": round(run.cycles), "alone": round(ideal / run.cycles, 4), **used, "wanted": wanted,
         "met": used["prefetched"] >= wanted, "met_inside": used["inside"] >= wanted,
-        "bytes_over_least": round(run.hbm_bytes / least_bytes(p), 4),
+        "bytes_over_least": round(run.hbm_bytes / p.least_bytes, 4),
         "fits": views["prefetched"].vmem_high_water <= chip.vmem_bytes,
         "closed_form_over_simulated": round(alone.tiles.cycles(p, chip) / run.cycles, 4),
     }  # fmt: skip
 
 
-def decode(chip: Chip, k: int, n: int, dtype: str) -> dict[str, Any]:
-    p = product(1, k, n, dtype)
+def decode(chip: Chip, p: Product) -> dict[str, Any]:
+    """A product of one row beside the time of its least bytes."""
     lowered = lower(p, chip)
     run, whole = (simulate(chip, events_of(lowered), launch=launch) for launch in (False, True))
-    bound = least_bytes(p) / chip.hbm_bytes_per_cycle
-    over, times = run.hbm_bytes / least_bytes(p), run.cycles / bound
+    bound = p.least_bytes / chip.hbm_bytes_per_cycle
+    over, times = run.hbm_bytes / p.least_bytes, run.cycles / bound
     return {
-        "k": k, "n": n, "dtype": dtype, "cycles": round(run.cycles), "bytes_over_least": round(over, 4), "time_over_bound": round(times, 4),
+        "k": p.k, "n": p.n, "dtype": p.dtype, "weights": p.weights, "group": p.group, "zeros": p.zeros, "cycles": round(run.cycles),
+        "bytes_over_least": round(over, 4), "time_over_bound": round(times, 4),
         "least": round(1 + 2 * chip.dma_latency * chip.clock / bound, 4), "with_launch": round(whole.cycles / bound, 4),
         "met": over <= MOST_BYTES and times <= MOST_TIME,
     }  # fmt: skip
@@ -169,11 +181,15 @@ def main() -> None:
             f"{r['m']:5} {r['k']:5} {r['n']:5} {r['dtype']:8} {r['alone']:6.1%} {r['prefetched']:11.1%} {r['most']:7.1%} {r['inside']:7.1%} {r['wanted']:7.0%} "
             f"{met:7} {r['bytes_over_least']:10.3f} {r['closed_form_over_simulated']:10.3f}"
         )
-    decodes = [decode(chip, *shape, dtype) for dtype in ("int8", "bfloat16") for shape in DECODE]
-    print("\ndecode products (one row)\n\n    k     n dtype     bytes/least  time/bound  least  with launch")
+    rows = [product(1, *shape, dtype) for dtype in ("int8", "bfloat16") for shape in DECODE]
+    decodes = [decode(chip, p) for p in (*rows, *grouped())]
+    print(
+        "\ndecode products (one row)\n\n    k     n dtype    weights        bytes/least  time/bound  least  with launch"
+    )
     for r in decodes:
         print(
-            f"{r['k']:5} {r['n']:5} {r['dtype']:8} {r['bytes_over_least']:12.3f} {r['time_over_bound']:11.3f} {r['least']:6.3f} {r['with_launch']:12.3f} "
+            f"{r['k']:5} {r['n']:5} {r['dtype']:8} {of_weights(r):14} {r['bytes_over_least']:11.3f} {r['time_over_bound']:11.3f} "
+            f"{r['least']:6.3f} {r['with_launch']:12.3f} "
             f"{'met' if r['met'] else 'missed'}"
         )
     print()

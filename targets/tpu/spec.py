@@ -8,6 +8,8 @@ of a result is unspecified: `crop` drops it.
 
 from __future__ import annotations
 
+import math
+
 import attrs
 import numpy as np
 
@@ -141,6 +143,11 @@ class Product:
     def result_itemsize(self) -> int:
         """Bytes of a number of the result."""
         return numpy_dtype(self.result).itemsize
+
+    @property
+    def least_bytes(self) -> int:
+        """Bytes of all operands, read once as they are stored, and of the result, written once."""
+        return sum(int(math.prod(o.shape) * itemsize(o.dtype)) for o in self.operands(self.m, self.n, self.k))
 
     def operands(self, m: int, n: int, k: int) -> tuple[Operand, ...]:
         """Its operands in the order of parameters, padded to m, n and k; the result comes last."""
