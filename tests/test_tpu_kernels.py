@@ -508,6 +508,13 @@ def test_records_in_programs(page: int, keys: int, length: int, scheme: str) -> 
     )
 
 
+def test_records_of_small_floats_stay_whole() -> None:
+    """Kernels read records of integers; those of fp8 are StableHLO."""
+    graph = over_records(32, 96, "fp8")
+    assert str(lay_out(graph, V5E)) == str(graph)
+    assert "@tpu_custom_call" not in emit(graph, {}, kernels.chooser(V5E, smallest=0))
+
+
 AOT = judges.aot_python()
 
 

@@ -334,10 +334,11 @@ class _Form:
 
 def attends(node: Node) -> bool:
     """Whether our kernel computes an attention, if its cache's rows are whole native tiles: without bias and sinks, over numbers or
-    records."""
+    records of integers."""
     others = node.operands[6:] if node.op is ops.attention_cached else node.operands[3:]
     scheme = node.attributes.get("scheme", "none")
-    return node.dtype in attention.DTYPES and scheme in ("none", *ROW_BITS) and all(o is None for o in others)
+    reads = scheme == "none" or SCHEMES[scheme].uniform
+    return node.dtype in attention.DTYPES and reads and all(o is None for o in others)
 
 
 def _attention(chip: Chip, node: Node, sizes: Mapping[str, int], smallest: int, platform: str) -> Kernel | None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from jisu.compiler import ops
 from jisu.compiler.graph import INPUT, WEIGHT, Graph, Node, placeholder
-from jisu.compiler.rows import ROW_BITS, TAIL, row_length
+from jisu.compiler.rows import TAIL, row_length
 from jisu.compiler.schemes import SCHEMES
 from jisu.compiler.types import TensorType, round_up, substitute
 from jisu.targets.tpu.attention import beside
@@ -140,7 +140,7 @@ def _apart(graph: Graph, chip: Chip, sizes: Mapping[str, int]) -> Graph:
     native = chip.sublane_tile("uint8")
     caches: dict[Node, str] = {}
     for node in graph.nodes:
-        if node.op is ops.attention_cached and node.scheme in ROW_BITS and attends(node):
+        if node.op is ops.attention_cached and node.scheme != "none" and attends(node):
             read = [_appended(o) for o in node.operands[1:3] if o is not None]
             caches |= {cache: node.scheme for cache in read if cache.op is INPUT}
     known = {

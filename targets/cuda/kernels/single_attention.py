@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 
 from jisu.compiler.errors import TargetError
 from jisu.compiler.types import round_up
@@ -86,7 +85,7 @@ class _Attention:
             found = form.numbers(f, form.words(f, base, key(row), eight * EIGHT), eight * EIGHT)
             for i in (0, 1):
                 place = f.at(to, f.place(row, eight * 2 + i, self.pitch), "i8")
-                f.store16(f.as_type(_vector(f, found[4 * i : 4 * i + 4]), "<4 x i32>"), place)
+                f.store16(f.packed(found[4 * i : 4 * i + 4], "float32"), place)
 
     def write(self) -> None:
         """What a block does."""
@@ -189,12 +188,8 @@ class _Attention:
 
     def weighed(self, sums: list[Val]) -> list[Val]:
         """The sums with a tile's values times their weights."""
-        f = self.f
-
-        found, width = list(sums), self.parts * _FOUR
-        for first in range(
-            0, self.parts, 2
-        ):  # two chunks of a row at a time: values of more would take too many registers
+        f, found, width = self.f, list(sums), self.parts * _FOUR
+        for first in range(0, self.parts, 2):  # two chunks of a row at a time: more would take too many registers
             own = range(first, min(first + 2, self.parts))
             places = [i * width + c * _FOUR + n for i in range(_ROWS) for c in own for n in range(_FOUR)]
 
@@ -221,8 +216,7 @@ class _Attention:
     def four(self, held: Val, row: Val, chunk: Val, pitch: int) -> list[Val]:
         """The numbers of a chunk in shared memory."""
         f = self.f
-        found = f.as_type(f.load_shared16(f.at(held, f.place(row, chunk, pitch), "i8")), "<4 x float>")
-        return [f.op(f"extractelement <4 x float> {found.name}, i32 {i}", "float") for i in range(_FOUR)]
+        return f.unpacked(f.load_shared16(f.at(held, f.place(row, chunk, pitch), "i8")), "float32")
 
     def leave(self, state: list[Val]) -> None:
         """Divide by the weights, and store."""
@@ -243,18 +237,8 @@ class _Attention:
                 chunk = self.tx + _ACROSS * c
 
                 def store(own: list[Val] = own, line: Val = line, chunk: Val = chunk) -> None:
-                    f.store16(
-                        f.as_type(_vector(f, own), "<4 x i32>"),
-                        f.at(self.given["out"], line + chunk * _FOUR, "float32"),
-                    )
+                    to = f.at(self.given["out"], line + chunk * _FOUR, "float32")
+                    f.store16(f.packed(own, "float32"), to)
 
                 there = self.row(i) < self.s
                 f.when(f.op(f"and i1 {there.name}, {(chunk < self.chunks).name}", "i1"), store)
-
-
-def _vector(f: Device, values: Sequence[Val]) -> Val:
-    """Four float32 as one vector."""
-    whole = Val(f, "poison", "<4 x float>")
-    for i, value in enumerate(values):
-        whole = f.op(f"insertelement <4 x float> {whole.name}, float {value.name}, i32 {i}", "<4 x float>")
-    return whole
