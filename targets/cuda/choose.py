@@ -73,9 +73,8 @@ def _layer(layer: Layer, rows: Dim, operands: tuple[int, ...], target: Target, t
         made = tuple(range(first + 1, first + 1 + len(then.results)))
         behind = (DeviceCall(tailed(then, target), (rows, 1, 1), (first, *given, *made)),)
         if reader.tailed is not None:
-            call = DeviceCall(
-                reader.tailed(then), (layer.tiles(thin.OUTPUTS), 1, 1), (*arguments, *given, *made, made[-1] + 1)
-            )
+            blocks = layer.tiles(thin.outputs(layer, thin.ROWS[0], target))
+            call = DeviceCall(reader.tailed(then), (blocks, 1, 1), (*arguments, *given, *made, made[-1] + 1))
             variants.append((((rows, 1),), (call,)))
     for most in reader.rows:
         kernel, outputs = reader.few(most)

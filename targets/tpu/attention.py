@@ -436,7 +436,7 @@ _NIBBLES = """
 def _numbers(a: Attention) -> str:
     lines = []
     for name, tile, width, channels in (("k", "keys", "D", a.d), ("v", "values", "E", a.e)):
-        if a.records < 8 and a.records:
+        if a.records == 4:
             heads = a.heads_of(channels)
             again = f" if h % {heads} == 0 else {name}" if heads > 1 else ""
             row = f"h // {heads}" if heads > 1 else "h"
