@@ -34,6 +34,8 @@ from jisu.targets.target import Target
 
 SCHEMES = tuple(rows.ROW_BITS)
 every_scheme = pytest.mark.parametrize("scheme", SCHEMES)
+QUICK = {("llama", "int8"), ("gemma2", "int4"), ("gpt2", "fp8")}
+"""Models and schemes that fast tests compile."""
 
 
 # --- Records -------------------------------------------------------------------------------------------------------------
@@ -186,7 +188,10 @@ def unrounded(graph: Graph) -> Graph:
 
 
 @pytest.mark.parametrize("transform", ["hadamard", "calibrated"])
-@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma2", "gpt2", "phi3", "deepseek_v3"])
+@pytest.mark.parametrize(
+    "name",
+    ["llama", "gemma2", "gpt2", *(pytest.param(n, marks=pytest.mark.slow) for n in ("qwen2", "phi3", "deepseek_v3"))],
+)
 def test_another_basis_is_the_same_function(name: str, transform: str) -> None:
     plain, found = decoder(name), decoder(name, quantized(transform))
     tokens = ids(2, 16, 0)
@@ -284,9 +289,13 @@ def reference(model: Any, tokens: np.ndarray, scheme: str, patch: pytest.MonkeyP
         return np.asarray(model(torch.from_numpy(tokens)).logits, np.float64)
 
 
-@every_scheme
 @pytest.mark.parametrize(
-    "name", ["llama", "qwen3", "gemma2", "gpt2", pytest.param("deepseek_v3", marks=pytest.mark.slow)]
+    ("name", "scheme"),
+    [
+        pytest.param(name, scheme, marks=[] if (name, scheme) in QUICK else pytest.mark.slow)
+        for name in ("llama", "qwen3", "gemma2", "gpt2", "deepseek_v3")
+        for scheme in SCHEMES
+    ],
 )
 def test_programs_attend_to_rounded_keys_and_values(name: str, scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In float64 (generic kernels) to the last bits; in float32 (hot ones) but for a number now and then between two codes."""

@@ -32,6 +32,7 @@ def packed(request: pytest.FixtureRequest, emulated_gpu: Target, tmp_path_factor
     return folder
 
 
+@pytest.mark.slow
 def test_every_part_runs(packed: Path, tmp_path: Path) -> None:
     """In processes of their own; results are compared before they are timed, and everything that is asked for is found."""
     compare, out = script("compare"), tmp_path / "out.json"

@@ -95,7 +95,13 @@ def test_functions_of_a_machine_without_a_c_library(emulated_gpu: Target, tmp_pa
         )
 
 
-@pytest.mark.parametrize(("mcpu", "dtype"), [("sm_90", "bfloat16"), ("sm_90a", "bfloat16"), ("sm_90", "float16")])
+@pytest.mark.parametrize(
+    ("mcpu", "dtype"),
+    [
+        ("sm_90a", "bfloat16"),
+        *(pytest.param("sm_90", d, marks=pytest.mark.slow) for d in ("bfloat16", "float16")),
+    ],
+)
 def test_layers(mcpu: str, dtype: str, emulated_gpu: Target, tmp_path: Path) -> None:
     """Linear layers of floats and of codes, with all that follows them, for few rows and for many."""
     target = attrs.evolve(emulated_gpu, mcpu=mcpu, cores=1)
@@ -185,11 +191,19 @@ def gemma2() -> Any:
 
 
 FAMILIES: dict[str, Callable[[], Any]] = {"llama": llama, "qwen3": qwen3, "gpt2": gpt2, "gemma2": gemma2}
+SLOW = {*((f, torch.float32) for f in ("llama", "qwen3", "gemma2")), *((f, torch.float16) for f in ("llama", "qwen3"))}
 PROMPT = [[3, 14, 15, 92, 65, 35, 89, 79, 32, 38, 46, 26, 43, 38, 32, 79, 50, 28, 84, 19, 71, 69, 39, 93, 75, 10, 58, 20, 9, 74, 94, 45, 9, 23]]  # fmt: skip
 
 
-@pytest.mark.parametrize("family", list(FAMILIES))
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [
+        # Generic kernels of float32 take an emulated GPU the longest.
+        pytest.param(f, d, marks=pytest.mark.slow if (f, d) in SLOW else [])
+        for f in FAMILIES
+        for d in (torch.float32, torch.bfloat16, torch.float16)
+    ],
+)
 def test_decoders_equal_the_model(family: str, dtype: torch.dtype, emulated_gpu: Target) -> None:
     """Logits of the whole prompt, and the tokens that the CPU's program generates."""
     model = FAMILIES[family]().to(dtype)
@@ -216,7 +230,9 @@ def test_decoders_equal_the_model(family: str, dtype: torch.dtype, emulated_gpu:
         assert program.generate(PROMPT, **how).sequences == jisu.compile(model).generate(PROMPT, **how).sequences
 
 
-@pytest.mark.parametrize("recipe", ["w4a16", "w8a16", "int4", "int8"])
+@pytest.mark.parametrize(
+    "recipe", ["w4a16", "int8", *(pytest.param(r, marks=pytest.mark.slow) for r in ("w8a16", "int4"))]
+)
 def test_compressed_decoders(recipe: str, emulated_gpu: Target) -> None:
     model = llama().bfloat16()
     program, on_cpu = (jisu.compile(model, target=t, recipe=recipe) for t in (emulated_gpu, "cpu"))
@@ -354,9 +370,10 @@ def test_generate_token_for_token(dtype: torch.dtype, emulated_gpu: Target) -> N
     "cache",
     [
         "page = 16",
-        "ring = true",
-        'scheme = "int8"',
-        *(pytest.param(c, marks=pytest.mark.slow) for c in ('scheme = "fp8"', 'page = 16\nscheme = "int4"')),
+        *(
+            pytest.param(c, marks=pytest.mark.slow)
+            for c in ("ring = true", 'scheme = "int8"', 'scheme = "fp8"', 'page = 16\nscheme = "int4"')
+        ),
     ],
 )
 def test_caches(cache: str, emulated_gpu: Target) -> None:
@@ -405,7 +422,9 @@ def test_programs_for_machines_that_are_not_here(tmp_path: Path, emulated_driver
         program.generate(PROMPT, max_new_tokens=1)
 
 
-@pytest.mark.parametrize(("target", "early"), [("cuda:sm_80", False), ("cuda:sm_90", True)])
+@pytest.mark.parametrize(
+    ("target", "early"), [pytest.param("cuda:sm_80", False, marks=pytest.mark.slow), ("cuda:sm_90", True)]
+)
 @pytest.mark.parametrize(
     ("family", "recipe"),
     [

@@ -244,7 +244,7 @@ def test_bytes_and_gains() -> None:
 # --- Whole programs on an emulated GPU ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
 def test_layers(dtype: str, emulated_gpu: Target, tmp_path: Path) -> None:
     target = attrs.evolve(emulated_gpu, cores=1)
     plain = {
@@ -266,7 +266,7 @@ def test_layers(dtype: str, emulated_gpu: Target, tmp_path: Path) -> None:
                 assert relative_error(np.asarray(got), want) < TOLERANCE[dtype], (name, m)
 
 
-@pytest.mark.parametrize("recipe", ["2:4", "2:4+int4"])
+@pytest.mark.parametrize("recipe", ["2:4+int4", pytest.param("2:4", marks=pytest.mark.slow)])
 def test_a_pruned_model(recipe: str, emulated_gpu: Target) -> None:
     """Logits as those of the CPU's program, whose matrices are the same ones."""
     torch.manual_seed(0)

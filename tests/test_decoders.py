@@ -55,7 +55,7 @@ def test_unequal_prompts_equal_single_ones() -> None:
     assert together == [program.generate(p, max_new_tokens=12, do_sample=False).sequences[0] for p in prompts]
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral"])
+@pytest.mark.parametrize("name", ["mistral", pytest.param("llama", marks=pytest.mark.slow)])
 def test_paged_cache_equals_contiguous(name: str) -> None:
     model = make(name)
     ids = np.random.default_rng(0).integers(0, VOCABULARY, (3, 37))

@@ -36,6 +36,7 @@ def test_example_runs(name: str, tmp_path: Path) -> None:
     run([str(ROOT / "examples" / name)], tmp_path)
 
 
+@pytest.mark.slow
 def test_case_study_halves_a_network(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     printed = run([str(ROOT / "examples" / "case_study.py"), "--quick", "--weights", "weights.pt"], tmp_path)

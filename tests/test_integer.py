@@ -194,7 +194,7 @@ def test_kernels_round_rows_of_any_size(tmp_path: Path) -> None:
             )
 
 
-@pytest.mark.parametrize("recipe", ["int4", "int8", "w4a16"])
+@pytest.mark.parametrize("recipe", ["int4", *(pytest.param(r, marks=pytest.mark.slow) for r in ("int8", "w4a16"))])
 def test_the_bundled_models_loss_through_kernels_is_the_interpreters(recipe: str, tmp_path: Path) -> None:
     """Text that the model was not trained on, in windows, each token scored; the difference is noise of rounding, not a bias."""
     program = jisu.compile(DEMO, recipe=recipe, cache_dir=tmp_path)

@@ -253,7 +253,13 @@ def test_plain_modules_merge() -> None:
 # --- Ensembles -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("names", [("llama", "llama"), ("llama", "gpt2"), ("gemma3", "mistral", "qwen3")])
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("llama", "gpt2"),
+        *(pytest.param(n, marks=pytest.mark.slow) for n in (("llama", "llama"), ("gemma3", "mistral", "qwen3"))),
+    ],
+)
 def test_ensemble_is_the_weighted_mean(names: tuple[str, ...]) -> None:
     models = [other(name, i) for i, name in enumerate(names)]
     weights = list(range(1, len(names) + 1))
@@ -291,6 +297,7 @@ def test_ensemble_generates_saves_and_comes_back(tmp_path: Path) -> None:
     torch.testing.assert_close(again(prompt).logits, program(prompt).logits)
 
 
+@pytest.mark.slow
 def test_members_are_compressed_by_their_own_recipes() -> None:
     models = [other("llama", 1), other("llama", 2)]
     int8 = {"quantize": [{"scheme": "int8"}]}

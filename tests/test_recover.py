@@ -84,7 +84,7 @@ def test_blocks_come_nearer_to_those_of_the_unchanged_model(name: str) -> None:
     assert str(found) == str(graph)
 
 
-@pytest.mark.parametrize("pruned", [False, True])
+@pytest.mark.parametrize("pruned", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_codes_are_learned_where_the_recipe_says_so(pruned: bool) -> None:
     dense, tokens = trace_decoder(make("llama")).graph, ids(256, 16)
     rules = (

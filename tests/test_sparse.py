@@ -179,7 +179,9 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "dtype", ["float32", *(pytest.param(d, marks=pytest.mark.slow) for d in ("bfloat16", "float16"))]
+)
 def test_every_form_is_read_as_the_interpreter_does(dtype: str, tmp_path: Path) -> None:
     """Sparse, and dense with zeros; one row, and several."""
     entries = {}

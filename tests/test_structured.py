@@ -97,7 +97,7 @@ MIXTURES = ["mixtral", "qwen3_moe"]
 # --- What is coupled, and that removing it removes nothing else ------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fuse", [True, False])
+@pytest.mark.parametrize("fuse", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "name, what", [(n, w) for n in MODELS for w in ("heads", "channels") if (n, w) not in ((m, "channels") for m in MIXTURES)]
 )  # fmt: skip
@@ -392,7 +392,7 @@ def test_layers_by_loss() -> None:
 # --- Through a program -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
+@pytest.mark.parametrize("name", ["mixtral", *(pytest.param(n, marks=pytest.mark.slow) for n in ("llama", "gpt2"))])
 def test_steps_equal_the_whole_after_removal(name: str, tmp_path: Path) -> None:
     """The cache has fewer heads by itself; generation agrees with the whole sequence, before and after saving."""
     rules = [{"what": "heads", "count": 1}, {"what": "layers", "count": 1}]

@@ -136,8 +136,14 @@ def test_many_drawn_products(lowered: Lowered, seed: int) -> None:
 
 
 @needs_jax
-@pytest.mark.parametrize(("dtype", "weights"), KINDS)
-@pytest.mark.parametrize(("m", "group"), [(5, 32), (150, 64)])
+@pytest.mark.parametrize(
+    ("m", "group", "dtype", "weights"),
+    [
+        pytest.param(*rows, *kind, marks=[] if place == n % 2 else pytest.mark.slow)
+        for n, kind in enumerate(KINDS)
+        for place, rows in enumerate(((5, 32), (150, 64)))
+    ],
+)
 def test_both_places_of_scales(m: int, group: int, dtype: str, weights: str) -> None:
     """Few rows: sums are scaled, x being stacked where a group is smaller than the matrix unit; many rows: numbers are, but for x int8."""
     product = Product(m, 100, 200, dtype, weights=weights, group=group, zeros=m == 5, row_scale=dtype == "int8")
@@ -294,7 +300,7 @@ FORMS: list[dict[str, Any]] = [
 
 @needs_jax
 @pytest.mark.parametrize("form", FORMS, ids=lambda f: "-".join(str(v) for v in f.values()))
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.slow)])
 def test_layers_in_programs(form: dict[str, Any], dtype: str) -> None:
     """Codes in a CPU's panels become what the kernel reads at each call."""
     graph, arrays = layer(**form, dtype=dtype)
@@ -306,7 +312,9 @@ def test_layers_in_programs(form: dict[str, Any], dtype: str) -> None:
 
 
 @needs_jax
-@pytest.mark.parametrize("folded", [False, True], ids=["packed here", "stored packed"])
+@pytest.mark.parametrize(
+    "folded", [pytest.param(False, marks=pytest.mark.slow), True], ids=["packed here", "stored packed"]
+)
 @pytest.mark.parametrize("form", FORMS, ids=lambda f: "-".join(str(v) for v in f.values()))
 def test_codes_are_laid_out_once(form: dict[str, Any], folded: bool) -> None:
     """As bytes of two codes, transposed, beside scales and zeros: the program has no step for them, and weights take no more bytes."""

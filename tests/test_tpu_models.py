@@ -28,9 +28,9 @@ FAMILIES = {"llama": llama, "qwen3": qwen3, "gpt2": gpt2}
 @pytest.mark.parametrize(
     ("family", "recipe"),
     [
-        ("llama", None), ("qwen3", None), ("gpt2", None), ("llama", "int8"), ("llama", "w8a16"),
+        ("qwen3", None), ("gpt2", None), ("llama", "int8"),
         *(pytest.param(f, "int8", marks=pytest.mark.slow) for f in ("qwen3", "gpt2")),
-        *(pytest.param("llama", r, marks=pytest.mark.slow) for r in ("int4", "w4a16")),
+        *(pytest.param("llama", r, marks=pytest.mark.slow) for r in (None, "w8a16", "int4", "w4a16")),
     ],
 )  # fmt: skip
 def test_decoders(family: str, recipe: str | None) -> None:
