@@ -30,9 +30,9 @@ from jisu.compiler.errors import (
 )
 from jisu.compiler.gpu import Driver, checked_grid
 from jisu.compiler.interpret import bind_types
-from jisu.compiler.launches import COUNTERS, CUBIN, FAULT, OWN_PTX, PLANS, PTX, Plan, TensorMap, Variant, size_at
+from jisu.compiler.launches import COUNTERS, CUBIN, FAULT, OWN_PTX, PLANS, PTX, Plan, TensorMap, Variant
 from jisu.compiler.storage import aligned
-from jisu.compiler.types import numpy_dtype, substitute
+from jisu.compiler.types import fixed, numpy_dtype, substitute
 from jisu.runtime.executable import Held, check_apart, hold, owner
 
 _STAGING = 16 << 20  # bytes of each of the two pinned buffers through which weights go
@@ -629,14 +629,14 @@ class DeviceExecutable:
         ]
         outputs: list[_Buffer | None] = []
         for alias, kind in zip(called.aliases, called.outputs, strict=True):
-            shape = [int(d) for d in kind.at(env).shape]  # type: ignore[arg-type]
+            shape = [fixed(d) for d in kind.at(env).shape]
             outputs.append(None if alias is not None else self._buffer(shape, numpy_dtype(kind.dtype), "a result"))
         places, total = [], 0
         for sizes in plan.slots:
             places.append(total)
-            largest = max(size_at(s, env) for s in sizes)
+            largest = max(substitute(s, env) for s in sizes)
             total += -(-largest // _ALIGNMENT) * _ALIGNMENT
-        counters = max((size_at(n, env) for n in plan.counters), default=0)
+        counters = max((substitute(n, env) for n in plan.counters), default=0)
         if total > self._arena.nbytes or counters > self._counters.shape[0]:
             self._settle()
             for old in list(self._runs):  # their launches name what was before
@@ -660,15 +660,15 @@ class DeviceExecutable:
         def value(argument: Any) -> bytes:
             """As the kernel's parameter."""
             if isinstance(argument, TensorMap):
-                shape = (size_at(argument.rows, env), argument.columns)
+                shape = (substitute(argument.rows, env), argument.columns)
                 return self._driver.tensor_map(address(*argument.tensor), argument.dtype, shape, argument.box)
-            number = address(*argument) if isinstance(argument, tuple) else size_at(argument, env)
+            number = address(*argument) if isinstance(argument, tuple) else substitute(argument, env)
             return number.to_bytes(8, sys.byteorder, signed=True)
 
         calls: list[_Call] = []
         for step in plan.steps:
             for launch in self._chosen(step, env).launches:
-                grid = checked_grid(tuple(size_at(d, env) for d in launch.grid), launch.kernel)
+                grid = checked_grid(tuple(substitute(d, env) for d in launch.grid), launch.kernel)
                 if 0 in grid:
                     continue
                 function = self._function(launch.kernel)

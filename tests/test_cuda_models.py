@@ -28,7 +28,7 @@ from jisu.compiler.interpret import interpret
 from jisu.compiler.launches import CUBIN, PLANS, PTX, Plan
 from jisu.compiler.pipeline import Pipeline, relative_error
 from jisu.compiler.schemes import SCHEMES
-from jisu.compiler.types import TensorType, numpy_dtype, symbol
+from jisu.compiler.types import TensorType, fixed, numpy_dtype, symbol
 from jisu.passes import layout_passes
 from jisu.runtime import cuda
 from jisu.runtime import program as program_module
@@ -279,7 +279,7 @@ def test_experts(mcpu: str, packed: bool, dtype: str, emulated_gpu: Target, tmp_
     run = run_all(graphs, target, tmp_path)
     for name, graph in graphs.items():
         weights = {n: s.numpy() for n, s in stored(graph).items()}
-        _, chosen, hidden = (int(d) for d in (0, plain[name].inputs[1].shape[1], plain[name].inputs[0].shape[1]))  # type: ignore[call-overload]
+        _, chosen, hidden = (fixed(d) for d in (0, plain[name].inputs[1].shape[1], plain[name].inputs[0].shape[1]))
         count = int(name[1:])
         for tokens in (1, 3, 20, 150, 500):
             given = [
