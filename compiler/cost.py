@@ -61,18 +61,18 @@ def node_cost(node: Node, env: Mapping[str, int], machine: Machine) -> Cost:
     """The cost of one node with every symbol fixed by `env`; nothing for leaves and views."""
     if node.op.leaf or node.op in VIEWS:
         return Cost()
-    flops = int(substitute(axes.flops(node), env))  # type: ignore[call-overload]
+    flops = substitute(axes.flops(node), env)
     types = node.type.items if isinstance(node.type, TupleType) else (node.type,)
-    written = sum(int(substitute(t.nbytes, env)) for t in types)  # type: ignore[call-overload]
+    written = sum(substitute(t.nbytes, env) for t in types)
     if node.op is ops.cache_append:
         new = node.operands[1]
         assert new is not None
-        written = int(substitute(new.tensor.nbytes, env))  # type: ignore[call-overload]
+        written = substitute(new.tensor.nbytes, env)
         moved = 2 * written
     elif node.op in PARTIAL:
         moved = 2 * written
     else:
-        read = [int(substitute(p.tensor.nbytes, env)) for p in node.parents if not isinstance(p.type, TupleType)]  # type: ignore[call-overload]
+        read = [substitute(p.tensor.nbytes, env) for p in node.parents if not isinstance(p.type, TupleType)]
         moved = written + sum(read)
     dtype = ("float8_e4m3fn" if node.records == "fp8" else "int8") if node.op in INTEGER else types[0].dtype
     peak, bandwidth = machine.peak_flops(dtype), machine.memory_bandwidth

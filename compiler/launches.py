@@ -68,7 +68,7 @@ class Variant:
 
     def holds(self, env: Mapping[str, int]) -> bool:
         """Whether it does with these sizes."""
-        return all(size_at(dim, env) <= bound for dim, bound in self.at_most)
+        return all(substitute(dim, env) <= bound for dim, bound in self.at_most)
 
 
 @attrs.frozen
@@ -88,7 +88,7 @@ class Plan:
         """What is launched with these sizes on the GPU that the plan was made for."""
         chosen = (next(v for v in step if v.holds(env)) for step in self.steps)
         return tuple(
-            launch for variant in chosen for launch in variant.launches if all(size_at(n, env) for n in launch.grid)
+            launch for variant in chosen for launch in variant.launches if all(substitute(n, env) for n in launch.grid)
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -147,11 +147,6 @@ class Plan:
         slots = tuple(tuple(_dim(d) for d in sizes) for sizes in data["slots"])
         equal = tuple((_dim(a), _dim(b), str(who)) for a, b, who in data["equal"])
         return cls(slots, tuple(steps), equal, tuple(_dim(d) for d in data["counters"]))
-
-
-def size_at(value: Dim, env: Mapping[str, int]) -> int:
-    """A dimension's size where its symbols have these."""
-    return value if isinstance(value, int) else int(substitute(value, env))  # type: ignore[call-overload]
 
 
 def _argument_text(value: Argument) -> Any:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, overload
 
 import attrs
 import ml_dtypes
@@ -77,6 +77,16 @@ def _normal(value: sympy.Expr) -> Dim:
     return int(expanded) if expanded.is_Integer else expanded
 
 
+def fixed(value: Dim) -> int:
+    """The integer of a dimension that has to be one; raises TypeRuleError naming its symbols otherwise."""
+    found = value if isinstance(value, int) else dim(value)
+    if isinstance(found, int):
+        return found
+    raise TypeRuleError(
+        f"a dimension has to be a fixed number here, and {found} varies with {', '.join(sorted(map(str, found.free_symbols)))}"
+    )
+
+
 def same_dim(a: Dim, b: Dim) -> bool:
     """Whether two dimensions are provably equal."""
     if a == b:
@@ -115,6 +125,10 @@ def _product(dims: tuple[Dim, ...]) -> Dim:
     return dim(result)
 
 
+@overload
+def substitute(value: Dim, env: Mapping[str, int]) -> int: ...
+@overload
+def substitute(value: object, env: Mapping[str, int]) -> object: ...
 def substitute(value: object, env: Mapping[str, int]) -> object:
     """`value` with every symbolic dimension in it (also inside tuples) replaced by its integer in `env`."""
     if isinstance(value, tuple):

@@ -57,4 +57,4 @@ def plan_memory(graph: Graph, env: Mapping[str, int]) -> MemoryPlan:
 
 def _bytes(node: Node, env: Mapping[str, int]) -> int:
     types = node.type.items if isinstance(node.type, TupleType) else (node.type,)
-    return sum(int(substitute(t.nbytes, env)) for t in types if isinstance(t, TensorType))  # type: ignore[call-overload]
+    return sum(substitute(t.nbytes, env) for t in types if isinstance(t, TensorType))

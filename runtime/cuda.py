@@ -30,10 +30,10 @@ from jisu.compiler.errors import (
 )
 from jisu.compiler.gpu import Driver, checked_grid
 from jisu.compiler.interpret import bind_types
-from jisu.compiler.launches import COUNTERS, CUBIN, FAULT, OWN_PTX, PLANS, PTX, Plan, TensorMap, Variant, size_at
+from jisu.compiler.launches import COUNTERS, CUBIN, FAULT, OWN_PTX, PLANS, PTX, Plan, TensorMap, Variant
 from jisu.compiler.storage import aligned
-from jisu.compiler.types import numpy_dtype, substitute
-from jisu.runtime.executable import Held, hold
+from jisu.compiler.types import fixed, numpy_dtype, substitute
+from jisu.runtime.executable import Held, check_apart, hold, owner
 
 _STAGING = 16 << 20  # bytes of each of the two pinned buffers through which weights go
 _NOTHING: Mapping[str, np.ndarray] = {}
@@ -70,10 +70,10 @@ _EARLY = _Attribute(6, 0, 1)  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZ
 class DeviceArray:
     """A tensor in the GPU's memory; `owner` keeps that alive, and may put something else there later, else it is freed with this object."""
 
-    __slots__ = ("__weakref__", "address", "dtype", "owner", "shape", "writeable")
+    __slots__ = ("__weakref__", "address", "dtype", "owner", "shape")
 
     def __init__(self, driver: Driver, address: int, shape: Sequence[int], dtype: np.dtype, owner: Any = None) -> None:
-        self.address, self.shape, self.dtype, self.owner, self.writeable = address, tuple(shape), dtype, owner, True
+        self.address, self.shape, self.dtype, self.owner = address, tuple(shape), dtype, owner
         if owner is None:
             weakref.finalize(self, _free, driver, address)
 
@@ -160,6 +160,17 @@ class _Run:
         return sum(b.array.nbytes for b in (*self.inputs, *self.outputs) if b is not None)
 
 
+@attrs.frozen(eq=False)
+class _Begun:
+    """A launch of an entry: what was given, where in this machine's memory stands what it updates (by the input's number), and the pinned memory
+    that is the call's until it ends."""
+
+    given: list[Any]
+    owned: dict[int, np.ndarray]
+    run: _Run
+    pieces: list[tuple[_Buffer, np.ndarray]]
+
+
 @attrs.define(eq=False)
 class StartedCall:
     """A call that the GPU may still be at.
@@ -172,7 +183,7 @@ class StartedCall:
     _finish: Callable[[StartedCall], None]
     _found: tuple[Any, ...]
     _pieces: list[tuple[_Buffer, np.ndarray]]
-    _copies: list[tuple[np.ndarray, np.ndarray]]  # of results here, and the pinned memory that they come through
+    _copies: list[tuple[np.ndarray, np.ndarray]]  # of results here, and where they come through
     _event: ctypes.c_void_p
 
     def results(self) -> tuple[Any, ...]:
@@ -369,25 +380,28 @@ class DeviceExecutable:
     ) -> StartedCall:
         """Begin to `call`, without waiting for anything: among the inputs may be values of calls that are under way. Results of more than 16
         megabytes, and arrays that are updated in place, are waited for."""
-        called, given, run, pieces = self._started(entry, inputs, weights, self._stream)
+        begun = self._started(entry, inputs, weights, self._stream)
+        run, pieces, owned = begun.run, begun.pieces, begun.owned
         values: list[Any] = []
         found: list[Any] = []
         copies: list[tuple[np.ndarray, np.ndarray]] = []
-        for alias, buffer in zip(called.aliases, run.outputs, strict=True):
+        for alias, buffer in zip(self._called(entry).aliases, run.outputs, strict=True):
             if buffer is None:
                 assert alias is not None
-                source, own = given[alias], run.inputs[alias]
+                source, own = begun.given[alias], run.inputs[alias]
                 if isinstance(source, Held) and own is not None:
                     self._download(source.address, own.array.address, own.array.nbytes)
                 values.append(source)
-                found.append(source.array if isinstance(source, Held) else source)
+                found.append(owned.get(alias, source))
+                if isinstance(source, Held) and owned[alias] is not source.array:
+                    copies.append((owned[alias], source.array))
                 continue
             array = buffer.array
             here, piece = aligned(array.shape, array.dtype), buffer.pinned(self._driver)
             self._download((here if piece is None else piece).ctypes.data, array.address, array.nbytes)
             if piece is not None:
                 pieces.append((buffer, piece))
-                copies.append((here, piece))
+                copies.append((here, piece[: here.nbytes].view(here.dtype).reshape(here.shape)))
             values.append(DeviceArray(self._driver, array.address, array.shape, array.dtype, run))
             found.append(here)
         self._download(self._seen.ctypes.data, self._fault.address, 4)
@@ -415,9 +429,8 @@ class DeviceExecutable:
         """Wait for the oldest call that is under way; its results are here then, and its pinned memory is another one's."""
         call = self._under_way[0]
         self._driver.run("cuEventSynchronize", call._event)
-        for here, piece in call._copies:
-            if here.size:
-                here.reshape(-1).view(np.uint8)[:] = piece[: here.nbytes]
+        for here, source in call._copies:
+            here[...] = source
         self._under_way.popleft()  # before its memory is another's: whoever interrupts this loses some, and nobody shares it
         self._events.append(call._event)
         for buffer, piece in call._pieces:
@@ -429,26 +442,38 @@ class DeviceExecutable:
     def call_tensors(
         self, entry: str, inputs: Sequence[Any], weights: Uploaded | Mapping[str, np.ndarray] = _NOTHING
     ) -> tuple[Any, ...]:
-        """`call` for torch's tensors on the GPU (arrays may stand among them), on torch's current stream, without waiting for it.
+        """`call` for torch's tensors on the GPU (arrays may stand among them, but where the program updates them), on torch's current stream,
+        without waiting for it.
 
-        Returns torch tensors on the GPU. A fault of a kernel is told by the next call.
+        Returns torch tensors on the GPU. What is updated in place and had to be copied (see `_borrowed`) is written back. A fault of a kernel is
+        told by the next call.
         """
         torch: Any = sys.modules["torch"]
         number = self._driver.device
-        for x in inputs:
+        called = self._called(entry)
+        for i, x in enumerate(inputs):
             if is_device_tensor(x) and x.device.index not in (None, number):
                 raise InputError(f"the program runs on cuda:{number} ({self.device}), got a tensor on {x.device}")
+            if i not in called.aliases or isinstance(x, DeviceArray):
+                continue
+            name = called.inputs[i][0]
+            if not is_device_tensor(x):
+                raise InputError(
+                    f"input {name!r} is updated in place: give a tensor on the GPU, as others are, x.cuda({number})"
+                )
+            check_apart(name, x.shape, x.stride(), "x.contiguous()")
         stream = ctypes.c_void_p(torch.cuda.current_stream(number).cuda_stream)
         borrowed = [self._borrowed(x) if is_device_tensor(x) else x for x in inputs]
-        called, given, run, pieces = self._started(entry, borrowed, weights, stream)
+        begun = self._started(entry, borrowed, weights, stream)
         results = []
-        for alias, buffer in zip(called.aliases, run.outputs, strict=True):
-            if buffer is None:
-                assert alias is not None
-                buffer = run.inputs[alias]
-                if buffer is None:  # it was updated where it is
-                    results.append(given[alias] if given[alias].owner is None else given[alias].owner)
-                    continue
+        for alias, buffer in zip(called.aliases, begun.run.outputs, strict=True):
+            if alias is not None:
+                x, used = inputs[alias], borrowed[alias]
+                if is_device_tensor(x) and x.data_ptr() != used.address:
+                    x.detach().copy_(used.owner)
+                results.append(x)
+                continue
+            assert buffer is not None
             kind = buffer.array.dtype.name
             made = torch.empty(buffer.array.shape, dtype=getattr(torch, kind), device=f"cuda:{number}")
             self._copy(made.data_ptr(), buffer.array, stream)
@@ -457,7 +482,7 @@ class DeviceExecutable:
             "cuMemcpyDtoHAsync_v2", ctypes.c_void_p(self._seen.ctypes.data), ctypes.c_void_p(self._fault.address),
             ctypes.c_size_t(4), stream,
         )  # fmt: skip
-        self._followed((), (), pieces, [], stream)
+        self._followed((), (), begun.pieces, [], stream)
         return tuple(results)
 
     @_there
@@ -468,9 +493,9 @@ class DeviceExecutable:
 
         They read copies of these inputs. It copies, checks and waits for nothing; other calls of the program must not come between.
         """
-        _, given, run, pieces = self._started(entry, inputs, weights, self._stream)
-        self._finish(self._followed((), (), pieces, [], self._stream))
-        return functools.partial(self._again, run, given, graph)
+        begun = self._started(entry, inputs, weights, self._stream)
+        self._finish(self._followed((), (), begun.pieces, [], self._stream))
+        return functools.partial(self._again, begun.run, begun.given, graph)
 
     @_there
     def _again(self, run: _Run, given: Sequence[Any], graph: bool, stream: int) -> None:
@@ -496,12 +521,9 @@ class DeviceExecutable:
 
     def _started(
         self, entry: str, inputs: Sequence[Any], weights: Uploaded | Mapping[str, np.ndarray], stream: ctypes.c_void_p
-    ) -> tuple[Entry, list[Any], _Run, list[tuple[_Buffer, np.ndarray]]]:
-        """Check the inputs, bring them to the GPU and launch the entry: what was given, the buffers of the results, and the pinned memory that is
-        the call's until it ends."""
-        called = self._entries.get(entry)
-        if called is None:
-            raise InputError(f"the program has no entry {entry!r}")
+    ) -> _Begun:
+        """Check the inputs, bring them to the GPU and launch the entry."""
+        called = self._called(entry)
         if self._pending is not None and self._pending.value != stream.value:
             self._settle()  # buffers are used again
         while len(self._under_way) >= _AHEAD:
@@ -514,9 +536,11 @@ class DeviceExecutable:
         for held, (name, kind) in zip(given, called.inputs, strict=True):
             if held.dtype != numpy_dtype(kind.dtype):
                 raise InputError(f"input {name!r}: expected {kind.dtype}, got {held.dtype}")
+        owned = {}
         for i in (a for a in called.aliases if a is not None):
-            if not given[i].writeable:
-                raise InputError(f"input {called.inputs[i][0]!r} is updated in place, but its array is read-only")
+            held = given[i]
+            if isinstance(held, Held):
+                owned[i] = owner(called.inputs[i][0], inputs[i], held)
         run = self._run(entry, called, given, env, weights)
         self._pending = stream
         pieces: list[tuple[_Buffer, np.ndarray]] = []
@@ -538,7 +562,12 @@ class DeviceExecutable:
                     ctypes.c_size_t(buffer.array.nbytes), stream,
                 )  # fmt: skip
         self._launch(run, stream)
-        return called, given, run, pieces
+        return _Begun(given, owned, run, pieces)
+
+    def _called(self, entry: str) -> Entry:
+        if entry not in self._entries:
+            raise InputError(f"the program has no entry {entry!r}")
+        return self._entries[entry]
 
     def _settle(self) -> None:
         """Wait for calls that nobody waited for."""
@@ -600,14 +629,14 @@ class DeviceExecutable:
         ]
         outputs: list[_Buffer | None] = []
         for alias, kind in zip(called.aliases, called.outputs, strict=True):
-            shape = [int(d) for d in kind.at(env).shape]  # type: ignore[arg-type]
+            shape = [fixed(d) for d in kind.at(env).shape]
             outputs.append(None if alias is not None else self._buffer(shape, numpy_dtype(kind.dtype), "a result"))
         places, total = [], 0
         for sizes in plan.slots:
             places.append(total)
-            largest = max(size_at(s, env) for s in sizes)
+            largest = max(substitute(s, env) for s in sizes)
             total += -(-largest // _ALIGNMENT) * _ALIGNMENT
-        counters = max((size_at(n, env) for n in plan.counters), default=0)
+        counters = max((substitute(n, env) for n in plan.counters), default=0)
         if total > self._arena.nbytes or counters > self._counters.shape[0]:
             self._settle()
             for old in list(self._runs):  # their launches name what was before
@@ -631,15 +660,15 @@ class DeviceExecutable:
         def value(argument: Any) -> bytes:
             """As the kernel's parameter."""
             if isinstance(argument, TensorMap):
-                shape = (size_at(argument.rows, env), argument.columns)
+                shape = (substitute(argument.rows, env), argument.columns)
                 return self._driver.tensor_map(address(*argument.tensor), argument.dtype, shape, argument.box)
-            number = address(*argument) if isinstance(argument, tuple) else size_at(argument, env)
+            number = address(*argument) if isinstance(argument, tuple) else substitute(argument, env)
             return number.to_bytes(8, sys.byteorder, signed=True)
 
         calls: list[_Call] = []
         for step in plan.steps:
             for launch in self._chosen(step, env).launches:
-                grid = checked_grid(tuple(size_at(d, env) for d in launch.grid), launch.kernel)
+                grid = checked_grid(tuple(substitute(d, env) for d in launch.grid), launch.kernel)
                 if 0 in grid:
                     continue
                 function = self._function(launch.kernel)

@@ -221,7 +221,7 @@ class Executable:
         """Run an entry on `inputs` (`Held` ones, arrays, or anything with DLPack; copied where strided or unaligned).
 
         Returns one array per output, in memory that no later call touches; an output that the program updates in place (a
-        cache) is the input that was given for it. Raises IndexOutOfRangeError for an index outside its table,
+        cache) is the input that was given for it, written back to where that had to be copied. Raises IndexOutOfRangeError for an index outside its table,
         ZeroDivisionError as InputError, InputError for arguments that don't fit, TensorMemoryError where memory is short.
         """
         called = self._callable(entry)
@@ -235,11 +235,11 @@ class Executable:
                 if held.dtype != dtype:
                     name, kind = called.entry.inputs[given.index(held)]
                     raise InputError(f"input {name!r}: expected {kind.dtype}, got {held.dtype}")
-            for i in called.written:
-                if not given[i].writeable:
-                    raise InputError(
-                        f"input {called.entry.inputs[i][0]!r} is updated in place, but its array is read-only"
-                    )
+            owned: dict[int | None, np.ndarray] = {
+                i: owner(called.entry.inputs[i][0], inputs[i], given[i])
+                for i in called.written
+                if inputs[i] is not given[i] or not given[i].writeable
+            }
             if self._arena.array.nbytes < bound.arena:
                 self._arena = Held(zeros((bound.arena,), "uint8", "intermediate values"))
             outputs = [
@@ -256,7 +256,11 @@ class Executable:
                 called.run(*called.tables)
             except Exception as error:
                 raise _translated(error) from None
-        return tuple([a.array for a in outputs])
+            results = [owned.get(i, a.array) for a, i in zip(outputs, called.entry.aliases, strict=True)]
+            for array, a in zip(results, outputs, strict=True):
+                if array is not a.array:
+                    array[...] = a.array
+        return tuple(results)
 
     def start(
         self, entry: str, inputs: Sequence[Any], weights: Prepared | Mapping[str, np.ndarray] = _NOTHING
@@ -304,8 +308,7 @@ def hold(value: Any) -> Held:
     """`value` as an array in native byte order, contiguous and aligned; a copy where it is not."""
     if isinstance(value, Held):
         return value
-    if not isinstance(value, np.ndarray):
-        value = np.from_dlpack(value) if hasattr(value, "__dlpack__") else np.asarray(value)
+    value = _array(value)
     if value.flags.c_contiguous and value.dtype.isnative:
         held = Held(value)
         if held.address % ALIGNMENT == 0:
@@ -313,6 +316,40 @@ def hold(value: Any) -> Held:
     copy = _aligned(value.shape, value.dtype if value.dtype.isnative else value.dtype.newbyteorder("="))
     copy.array[...] = value
     return copy
+
+
+def owner(name: str, value: Any, held: Held) -> np.ndarray:
+    """The array that the caller of an entry gave for the input `name`, which the entry updates in place: that of `held`, or what `held` is a copy of.
+
+    Raises InputError where it can't be written to.
+    """
+    array = held.array if isinstance(value, Held) else _array(value)
+    if array.__array_interface__["data"][0] == held.address:
+        array = held.array
+    if not array.flags.writeable:
+        raise InputError(f"input {name!r} is updated in place, but its array is read-only")
+    if array is not held.array:
+        check_apart(name, array.shape, [s // array.itemsize for s in array.strides], "numpy.ascontiguousarray(x)")
+    return array
+
+
+def check_apart(name: str, shape: Sequence[int], strides: Sequence[int], remedy: str) -> None:
+    """Raise InputError where elements may share memory, so that the input `name` can't be updated; strides: in elements."""
+    reach = 1
+    for stride, size in sorted((abs(stride), size) for stride, size in zip(strides, shape, strict=True) if size > 1):
+        if stride < reach:
+            raise InputError(
+                f"input {name!r} is updated in place, but elements of it share memory (shape {list(shape)}, strides {list(strides)} "
+                f"in elements): give memory of its own, {remedy}"
+            )
+        reach += stride * (size - 1)
+
+
+def _array(value: Any) -> np.ndarray:
+    """`value` as an array, in its own memory where it has DLPack."""
+    if isinstance(value, np.ndarray):
+        return value
+    return np.from_dlpack(value) if hasattr(value, "__dlpack__") else np.asarray(value)
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> Held:

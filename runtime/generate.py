@@ -383,7 +383,7 @@ class TextStream:
     """Text of a growing sequence of tokens, in pieces that never need to be taken back.
 
     A piece never ends inside a UTF-8 character nor in what may become a stop string. Only the last few tokens are
-    decoded again at each step.
+    decoded again at each step; bytes that make no character are held back until one follows, and are looked at again then.
     """
 
     _WINDOW, _CONTEXT = 32, 12
@@ -399,6 +399,9 @@ class TextStream:
     def push(self, token: int) -> str:
         """Add a token and return the text that is now certain; `stopped` is set when a stop string was met."""
         self._tokens.append(token)
+        # No character is longer than the context: where that ends with a broken one, so does all of it.
+        if len(self._tokens) > self._WINDOW and self._decode(self._tokens[-self._CONTEXT :]).endswith(_REPLACEMENT):
+            return ""
         text = self._decode(self._tokens)
         if text.endswith(_REPLACEMENT):
             return ""
@@ -423,10 +426,15 @@ class TextStream:
 
     def _shorten(self, text: str) -> None:
         """Forget the oldest tokens, if the rest alone decodes to the end of the text."""
-        tail = self._tokens[-self._CONTEXT :]
-        rest = self._decode(tail)
-        if rest and self._taken == len(text) and text.endswith(rest) and not rest.startswith(_REPLACEMENT):
-            self._tokens, self._taken = tail, len(rest)
+        for size in range(self._CONTEXT, self._CONTEXT + 4):  # one of them doesn't begin inside a character
+            head, tail = self._tokens[:-size], self._tokens[-size:]
+            rest = self._decode(tail)
+            if not rest or self._taken != len(text) or not text.endswith(rest):
+                continue
+            # Bytes that make no character all look alike: those of the rest are its own if nothing is missing before it.
+            if not rest.startswith(_REPLACEMENT) or self._decode(head) + rest == text:
+                self._tokens, self._taken = tail, len(rest)
+                return
 
     def _emit(self) -> str:
         found = [position for position in map(self._pending.find, self._stops) if position >= 0]

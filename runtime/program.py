@@ -31,7 +31,7 @@ from jisu.compiler.launches import PLANS
 from jisu.compiler.signature import Signature
 from jisu.compiler.storage import TRAVELLING, write_safetensors
 from jisu.compiler.text import parse, parse_type
-from jisu.compiler.types import TensorType, dtype_name, numpy_dtype
+from jisu.compiler.types import TensorType, dtype_name, fixed, numpy_dtype
 from jisu.runtime import artifact
 from jisu.runtime.cuda import DeviceExecutable, is_device_tensor
 from jisu.runtime.executable import Executable, Started
@@ -423,9 +423,9 @@ def load(
 def _largest(graph: Graph, sizes: Mapping[str, int]) -> str:
     """Which value was too much: the largest, with its size."""
     types = [(n, n.tensor.at(sizes)) for n in graph.nodes if isinstance(n.type, TensorType)]
-    node, kind = max(types, key=lambda item: int(item[1].nbytes))  # type: ignore[call-overload]
+    node, kind = max(types, key=lambda item: fixed(item[1].nbytes))
     where = f" at {node.source}" if node.source else ""
-    return f"out of memory: {node.op.name} gives {kind}, {int(kind.nbytes) / 2**30:.1f} GiB{where}"  # type: ignore[call-overload]
+    return f"out of memory: {node.op.name} gives {kind}, {fixed(kind.nbytes) / 2**30:.1f} GiB{where}"
 
 
 def _tables(graph: Graph) -> tuple[tuple[int, int, bool], ...]:

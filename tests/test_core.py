@@ -14,7 +14,7 @@ from jisu.compiler.errors import IndexOutOfRangeError, InputError, VerifyError
 from jisu.compiler.graph import ArrayStorage, Constant, Graph, Node, constant, placeholder, weight
 from jisu.compiler.interpret import bind_symbols, interpret
 from jisu.compiler.text import parse, parse_type, to_text
-from jisu.compiler.types import TensorType, TypeRuleError, broadcast, same_dim, symbol
+from jisu.compiler.types import TensorType, TypeRuleError, broadcast, fixed, same_dim, substitute, symbol
 from jisu.compiler.verify import complaints, verify
 from jisu.testing import Sample, arrays_for, graph_of, graphs, tensors
 
@@ -82,6 +82,14 @@ def test_names_round_trip(name: str) -> None:
 def test_symbolic_types_round_trip(dim: object) -> None:
     type = TensorType((dim, 4), f32)  # type: ignore[arg-type]
     assert parse_type(str(type)) == type
+
+
+def test_a_dimension_that_has_to_be_fixed() -> None:
+    n, m = symbol("n"), symbol("m")
+    assert fixed(3) == 3 and fixed(n - n + 4) == 4 and type(fixed(n / n)) is int
+    with pytest.raises(TypeRuleError, match=r"fixed number here, and .* varies with m, n"):
+        fixed(2 * n + m)
+    assert fixed(substitute(2 * n + m, {"n": 3, "m": 1})) == 7
 
 
 def test_attributes_round_trip() -> None:

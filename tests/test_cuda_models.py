@@ -28,7 +28,7 @@ from jisu.compiler.interpret import interpret
 from jisu.compiler.launches import CUBIN, PLANS, PTX, Plan
 from jisu.compiler.pipeline import Pipeline, relative_error
 from jisu.compiler.schemes import SCHEMES
-from jisu.compiler.types import TensorType, numpy_dtype, symbol
+from jisu.compiler.types import TensorType, fixed, numpy_dtype, symbol
 from jisu.passes import layout_passes
 from jisu.runtime import cuda
 from jisu.runtime import program as program_module
@@ -295,7 +295,7 @@ def test_experts(mcpu: str, packed: bool, dtype: str, emulated_gpu: Target, tmp_
     run = run_all(graphs, target, tmp_path)
     for name, graph in graphs.items():
         weights = {n: s.numpy() for n, s in stored(graph).items()}
-        _, chosen, hidden = (int(d) for d in (0, plain[name].inputs[1].shape[1], plain[name].inputs[0].shape[1]))  # type: ignore[call-overload]
+        _, chosen, hidden = (fixed(d) for d in (0, plain[name].inputs[1].shape[1], plain[name].inputs[0].shape[1]))
         count = int(name[1:])
         for tokens in (1, 3, 20, 150, 500):
             given = [
@@ -465,23 +465,8 @@ def test_the_gpu_that_is_present(emulated_driver: ctypes.CDLL, tmp_path: Path, m
         Target.resolve("cuda")
 
 
-def test_tensors_of_torch_on_the_gpu(
-    emulated_gpu: Target, emulated_driver: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Here the emulated GPU's memory is this machine's, so that any tensor may count as one there. Nothing is done before torch's stream is
-    waited for, and then all of it."""
-    layer = torch.nn.Sequential(torch.nn.Linear(64, 96), torch.nn.GELU())
-    table = torch.nn.Embedding(5, 64)
-    x = torch.randn(7, 64, generator=torch.Generator().manual_seed(0))
-    program = jisu.compile(layer, target=emulated_gpu, example_inputs=(x,))
-    looked_up = jisu.compile(table, target=emulated_gpu, example_inputs=(torch.tensor([1, 2]),))
-    want = program(x)
-
-    def waited(result: Any) -> np.ndarray:
-        with Driver.open().current():
-            assert emulated_driver.cuStreamSynchronize(None) == 0
-        return np.asarray(result.detach().numpy())
-
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The emulated GPU's memory is this machine's: any tensor counts as one there."""
     kept, borrowed = [], DeviceExecutable._borrowed
 
     def borrow(self: DeviceExecutable, tensor: torch.Tensor) -> Any:
@@ -494,6 +479,25 @@ def test_tensors_of_torch_on_the_gpu(
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=0))
     for module in (cuda, program_module):
         monkeypatch.setattr(module, "is_device_tensor", lambda v: isinstance(v, torch.Tensor))
+
+
+def test_tensors_of_torch_on_the_gpu(
+    emulated_gpu: Target, emulated_driver: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is done before torch's stream is waited for, and then all of it."""
+    layer = torch.nn.Sequential(torch.nn.Linear(64, 96), torch.nn.GELU())
+    table = torch.nn.Embedding(5, 64)
+    x = torch.randn(7, 64, generator=torch.Generator().manual_seed(0))
+    program = jisu.compile(layer, target=emulated_gpu, example_inputs=(x,))
+    looked_up = jisu.compile(table, target=emulated_gpu, example_inputs=(torch.tensor([1, 2]),))
+    want = program(x)
+
+    def waited(result: Any) -> np.ndarray:
+        with Driver.open().current():
+            assert emulated_driver.cuStreamSynchronize(None) == 0
+        return np.asarray(result.detach().numpy())
+
+    as_on_a_gpu(monkeypatch)
     for _ in range(3):
         found = program(x)
         assert not found.detach().any()
@@ -505,6 +509,42 @@ def test_tensors_of_torch_on_the_gpu(
         patch.setattr(program_module, "interpret", lambda *_: pytest.fail("nothing here reads a GPU's memory"))
         looked_up(torch.tensor([1, 2]))
     np.testing.assert_array_equal(waited(looked_up(torch.tensor([1, 2]))), table(torch.tensor([1, 2])).detach())
+
+
+def test_tensors_of_torch_that_are_updated(
+    emulated_gpu: Target, emulated_driver: ctypes.CDLL, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cache of the caller's changes also where kernels updated a copy of it: strided, or not aligned; what can't change is refused."""
+    cache = placeholder("cache", TensorType((1, 2, 4, 8), "float32"))
+    new = placeholder("new", TensorType((1, 1, 2, 8), "float32"))
+    at = placeholder("at", TensorType((1,), "int64"))
+    run = run_all(
+        {"main": Graph((cache, new, at), (ops.cache_append(cache, new, at, None, ring=False),))}, emulated_gpu, tmp_path
+    )
+    as_on_a_gpu(monkeypatch)
+    copied = torch.Tensor.copy_
+
+    def copy_behind(self: torch.Tensor, source: torch.Tensor) -> torch.Tensor:  # as on torch's stream
+        with Driver.open().current():
+            assert emulated_driver.cuStreamSynchronize(None) == 0
+        return copied(self, source)
+
+    monkeypatch.setattr(torch.Tensor, "copy_", copy_behind)
+    whole, strided, unaligned = (
+        torch.zeros(1, 2, 4, 8),
+        torch.zeros(1, 4, 2, 8).transpose(1, 2),
+        torch.zeros(68)[1:65].view(1, 2, 4, 8),
+    )
+    step = [torch.ones(1, 1, 2, 8), torch.tensor([2])]
+    for tensor in (whole, strided, unaligned):
+        assert run.call_tensors("main", [tensor, *step])[0] is tensor
+        with Driver.open().current():
+            assert emulated_driver.cuStreamSynchronize(None) == 0
+        assert tensor[0, :, 2].all() and tensor.sum() == 16
+    with pytest.raises(InputError, match=r"'cache' .* share memory .*strides \[32, 0, 8, 1\].*x.contiguous"):
+        run.call_tensors("main", [torch.zeros(1, 1, 4, 8).expand(1, 2, 4, 8), *step])
+    with pytest.raises(InputError, match="'cache' is updated in place: give a tensor on the GPU"):
+        run.call_tensors("main", [np.zeros((1, 2, 4, 8), np.float32), *step])
 
 
 def test_faults_are_told(emulated_gpu: Target, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from jisu.compiler.graph import Graph, Node, Storage, placeholder
 from jisu.compiler.interpret import interpret
 from jisu.compiler.ops.semi_structured import fours
 from jisu.compiler.pipeline import Pipeline, relative_error
-from jisu.compiler.types import TensorType, numpy_dtype, symbol
+from jisu.compiler.types import TensorType, fixed, numpy_dtype, symbol
 from jisu.passes import layout_passes
 from jisu.passes.layout import sparse_matrices
 from jisu.runtime.cuda import DeviceExecutable
@@ -261,7 +261,11 @@ def test_layers(dtype: str, emulated_gpu: Target, tmp_path: Path) -> None:
     for name, graph in graphs.items():
         weights = {n: s.numpy() for n, s in entry.stored(graph).items()}
         for m in (1, 12, 40, 130):
-            x = np.random.default_rng(m).standard_normal((m, int(graph.inputs[0].shape[1]))).astype(numpy_dtype(dtype))  # type: ignore[call-overload]
+            x = (
+                np.random.default_rng(m)
+                .standard_normal((m, fixed(graph.inputs[0].shape[1])))
+                .astype(numpy_dtype(dtype))
+            )
             for got, want in zip(run.call(name, [x], weights), interpret(plain[name], [x]), strict=True):
                 assert relative_error(np.asarray(got), want) < TOLERANCE[dtype], (name, m)
 

@@ -468,6 +468,54 @@ def test_streamed_text_is_the_decoded_text(text: str, kind: str, special: list[i
     assert emitted + stream.finish() == whole
 
 
+BROKEN = [
+    b"\xff",
+    b"\xff\xe4",
+    b"\xff\xe4\xbd",
+    b"\xe4\xbd",
+    b"\xbd",
+    b"\xf0\x9f",
+    "\ufffd".encode(),
+    b"\xffa",
+    b"\xe4\xbda",
+    "a你\ufffd".encode(),
+]
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    parts=st.lists(
+        st.tuples(st.one_of(st.sampled_from(BROKEN), st.binary(max_size=4)), st.integers(1, 60)), max_size=5
+    ),
+    special=st.lists(st.integers(0, 200), max_size=4),
+)
+@example(parts=[(b"\xffa", 40)], special=[])
+@example(parts=[(b"\xff", 80), ("你".encode(), 30)], special=[])
+def test_bytes_that_make_no_character_are_streamed(parts: list[tuple[bytes, int]], special: list[int]) -> None:
+    """Tokens of single bytes, as a model makes them up: the text is what all of it decodes to, and the work grows with its length."""
+    tokenizer, data = make_tokenizer("bytes"), b"".join(part * times for part, times in parts)
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]  # stand for themselves in vocabularies of bytes
+    others = [byte for byte in range(256) if byte not in printable]
+    letters = [chr(256 + others.index(byte)) if byte in others else chr(byte) for byte in data]
+    vocabulary = json.loads(tokenizer.files["tokenizer.json"])["model"]["vocab"]
+    tokens = [vocabulary[letter] for letter in letters]
+    for place in special:
+        tokens.insert(place, 1)
+    decoded = 0
+
+    def decode(some: list[int]) -> str:
+        nonlocal decoded
+        decoded += len(some)
+        return tokenizer.decode(some)
+
+    stream, whole, emitted = TextStream(decode), data.decode(errors="replace"), ""
+    for token in tokens:
+        emitted += stream.push(token)
+        assert whole.startswith(emitted)
+    assert emitted + stream.finish() == whole == tokenizer.decode(tokens)
+    assert decoded <= 100 * len(tokens)
+
+
 @settings(max_examples=150, deadline=None)
 @given(
     text=st.text("abE", max_size=40),

@@ -10,6 +10,7 @@ from typing import Any
 import attrs
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -384,7 +385,8 @@ def test_sizes_that_divide_exactly(place: Place) -> None:
         check(program.call("main", [array])[0], interpret(graph, [array])[0], "float32", f"{n}")
 
 
-def test_what_is_updated_in_place_must_be_writeable(place: Place) -> None:
+def test_what_is_updated_in_place_is_the_callers(place: Place) -> None:
+    """An array that had to be copied (strided, unaligned, in another byte order, behind DLPack) is written back to, or refused."""
     cache = placeholder("cache", TensorType((1, 2, 4, 8), "float32"))
     new = placeholder("new", TensorType((1, 1, 2, 8), "float32"))
     at = placeholder("at", TensorType((1,), "int64"))
@@ -395,6 +397,19 @@ def test_what_is_updated_in_place_must_be_writeable(place: Place) -> None:
         program.call("main", given)
     given[0].flags.writeable = True
     assert program.call("main", given)[0] is given[0] and given[0][0, :, 2].all() and given[0].sum() == 16
+    strided = np.zeros((1, 4, 2, 8), np.float32).transpose(0, 2, 1, 3)
+    unaligned = zeros((65,), "float32", "a cache")[1:].reshape(1, 2, 4, 8)
+    for array in (strided, unaligned, np.zeros((1, 2, 4, 8), ">f4"), strided[..., ::-1]):
+        array[...] = 0
+        assert program.call("main", [array, *given[1:]])[0] is array and array[0, :, 2].all() and array.sum() == 16
+    tensor = torch.zeros(1, 4, 2, 8).transpose(1, 2)
+    program.call("main", [tensor, *given[1:]])
+    assert tensor[0, :, 2].all() and tensor.sum() == 16
+    with pytest.raises(InputError, match=r"'cache' .* share memory .*strides \[32, 0, 8, 1\].*ascontiguousarray"):
+        program.call("main", [torch.zeros(1, 1, 4, 8).expand(1, 2, 4, 8), *given[1:]])
+    unaligned.flags.writeable = False
+    with pytest.raises(InputError, match="'cache' is updated in place.*read-only"):
+        program.call("main", [unaligned, *given[1:]])
 
 
 def test_shapes_may_change_from_call_to_call(place: Place) -> None:

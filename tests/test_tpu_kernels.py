@@ -20,7 +20,7 @@ from jisu.compiler.interpret import interpret
 from jisu.compiler.pipeline import Pipeline, relative_error
 from jisu.compiler.recipe import QuantizeRecipe
 from jisu.compiler.rows import TAIL, decode, encode, record_bytes, row_length
-from jisu.compiler.types import TensorType, numpy_dtype, symbol
+from jisu.compiler.types import TensorType, fixed, numpy_dtype, symbol
 from jisu.passes import default_passes
 from jisu.passes.cache import CacheLayout, Step, derive_step, keep_last_token
 from jisu.passes.compression import Compress
@@ -245,7 +245,7 @@ def draw_inputs(a: Attention, seed: int = 0) -> list[np.ndarray]:
     rng = np.random.default_rng(seed)
     found: list[np.ndarray] = []
     for name, t in a.inputs:
-        shape = tuple(int(n) for n in t.shape)  # type: ignore[call-overload]
+        shape = tuple(fixed(n) for n in t.shape)
         if name == "first":
             most = a.keys - a.queries + (0 if a.page else a.keys // 2)
             found.append(
@@ -576,7 +576,7 @@ def chunk(step: Step, sizes: Mapping[str, int], length: int) -> list[np.ndarray]
         pages = rng.permutation(sizes["pages"])[: 2 * sizes["sequence_pages"]]
         arrays.append(pages.reshape(2, -1).astype(np.int32))
     for name, t in list(named.items())[len(arrays) :]:
-        shape = tuple(int(n) for n in t.shape)  # type: ignore[call-overload]
+        shape = tuple(fixed(n) for n in t.shape)
         if name.endswith(".codes"):
             arrays.append(rng.integers(0, 256, shape).astype(np.uint8))
         elif name.endswith(".tails"):

@@ -21,7 +21,7 @@ from jisu.compiler.errors import CompileError, TargetError
 from jisu.compiler.graph import WEIGHT, ArrayStorage, Graph, Node, Op, Storage, placeholder, weight
 from jisu.compiler.interpret import interpret
 from jisu.compiler.pipeline import Pipeline, relative_error
-from jisu.compiler.types import TensorType, symbol
+from jisu.compiler.types import TensorType, fixed, symbol
 from jisu.passes import default_passes
 from jisu.passes.cache import CacheLayout, Step, derive_step, keep_last_token
 from jisu.targets.tpu import export
@@ -356,7 +356,7 @@ def test_models_compile_for_chips(name: str, chip: str) -> None:
     for graph, sizes in graphs:
         entry = signature(graph, sizes)
         made = export.compile_for(chip, emit(graph, sizes), entry)
-        cache = sum(int(entry.inputs[i][1].nbytes) for i in export.donated(entry))  # type: ignore[call-overload]
+        cache = sum(fixed(entry.inputs[i][1].nbytes) for i in export.donated(entry))
         assert made.memory["aliased"] >= cache and made.memory["code"] > 0
         assert made.cost
 

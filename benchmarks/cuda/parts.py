@@ -27,7 +27,7 @@ from common import paired_ratio, write_json  # noqa: E402
 
 from jisu.compiler.entry import Entry  # noqa: E402
 from jisu.compiler.launches import CUBIN, OWN_PTX, PLANS, PTX  # noqa: E402
-from jisu.compiler.types import TensorType, numpy_dtype  # noqa: E402
+from jisu.compiler.types import TensorType, fixed, numpy_dtype  # noqa: E402
 from jisu.runtime.cuda import DeviceExecutable  # noqa: E402
 from jisu.runtime.program import Program, load  # noqa: E402
 from jisu.runtime.session import Sampling  # noqa: E402
@@ -59,7 +59,7 @@ def _repeated(dtype: str, count: int) -> np.ndarray:
 
 def random_weight(largest: int, rope: float, name: str, kind: TensorType) -> np.ndarray:
     """A weight from its name and type, the same wherever it is asked for; largest: numbers of the largest weight of all."""
-    shape = tuple(int(d) for d in kind.shape)  # type: ignore[call-overload]
+    shape = tuple(fixed(d) for d in kind.shape)
     if "inv_freq" in name:
         return (rope ** -(np.arange(shape[0]) / shape[0])).astype(np.float32)
     if name.endswith("norm.weight"):
@@ -222,7 +222,7 @@ def _product(
     k, n = (int(d) for d in name.removeprefix("product_").split("x"))
     rng = np.random.default_rng(0)
     x, *ws = (rng.standard_normal((rows, k), np.float32).astype(numpy_dtype("bfloat16")) for rows in (m, *[n] * copies))
-    shape = tuple(int(d) for d in kind.shape)  # type: ignore[call-overload]
+    shape = tuple(fixed(d) for d in kind.shape)
     weights = [executable.prepare(name, {label: w.reshape(shape)}) for w in ws]
     mine = [executable.repeated(name, [x], w, graph=False) for w in weights]
     there, *matrices = (_tensor(array) for array in (x, *ws))
@@ -245,7 +245,7 @@ def attention(pack: Pack, found: dict[str, Any], write: Write, rounds: int) -> N
     executable, entries = pack.kernels()
     (name,) = (n for n in entries if n.startswith("attention"))
     s, copies, repeat = int(pack.told["prompt"]), 8 if GPU else 2, 24 if GPU else 2
-    shapes = [tuple(int(d) for d in kind.shape[2:]) for _, kind in entries[name].inputs]  # type: ignore[call-overload]
+    shapes = [tuple(fixed(d) for d in kind.shape[2:]) for _, kind in entries[name].inputs]
     rng = np.random.default_rng(0)
     sets = [
         [rng.standard_normal((1, s, *shape), np.float32).astype(numpy_dtype("bfloat16")) for shape in shapes]

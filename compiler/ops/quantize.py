@@ -12,7 +12,7 @@ from jisu.compiler.graph import defop
 from jisu.compiler.ops.contract import _gated, _linear, layer_result
 from jisu.compiler.parallel import in_parts
 from jisu.compiler.schemes import decode_scales, scheme
-from jisu.compiler.types import TensorType, TupleType, is_float, numpy_dtype, require, same_shape
+from jisu.compiler.types import TensorType, TupleType, fixed, is_float, numpy_dtype, require, same_shape
 
 Samples = Iterator[tuple[tuple[str | None, ...], dict[str, Any]]]
 
@@ -497,7 +497,7 @@ def quantized_linear(
     k = x.shape[-1]
     require(isinstance(k, int) and is_float(x.dtype), f"needs floats with a last axis of fixed size, got {x}")
     result = x.with_shape(*x.shape[:-1], outputs)
-    _check_quantized(codes, scales, zeros, b, r, result, int(k), scheme, group, gated, activation)  # type: ignore[call-overload]
+    _check_quantized(codes, scales, zeros, b, r, result, fixed(k), scheme, group, gated, activation)
     return result
 
 
@@ -633,7 +633,7 @@ def _check_quantized(
     codes: TensorType, scales: TensorType, zeros: TensorType | None, b: TensorType | None, r: TensorType | None,
     result: TensorType, k: int, scheme: str, group: int, gated: bool, activation: str,
 ) -> None:  # fmt: skip
-    kind, outputs = _scheme(scheme), int(result.shape[-1])  # type: ignore[call-overload]
+    kind, outputs = _scheme(scheme), fixed(result.shape[-1])
     panel, word = codes.shape[-2:] if codes.rank >= 4 else (1, 1)
     lead = (-(-outputs // panel), *((2,) if gated else ()))  # type: ignore[operator]
     stored = "int8" if kind.bits == 8 and kind.uniform and codes.dtype == "int8" else "uint8"

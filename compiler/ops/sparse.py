@@ -19,7 +19,7 @@ from jisu.compiler.graph import defop
 from jisu.compiler.ops.contract import _gated, _linear, layer_result
 from jisu.compiler.ops.quantize import _spread, _values
 from jisu.compiler.schemes import scheme as find_scheme
-from jisu.compiler.types import TensorType, is_float, numpy_dtype, require
+from jisu.compiler.types import TensorType, fixed, is_float, numpy_dtype, require
 
 Samples = Iterator[tuple[tuple[str | None, ...], dict[str, Any]]]
 
@@ -299,7 +299,7 @@ def _check_sparse(
     values: TensorType, mask: TensorType, starts: TensorType, scales: TensorType | None, zeros: TensorType | None, n: int, k: int,
     pair: int, scheme: str, group: int, parts: tuple[int, ...],
 ) -> None:  # fmt: skip
-    panel = int(mask.shape[-1]) * 4  # type: ignore[call-overload]
+    panel = fixed(mask.shape[-1]) * 4
     _check_panel(panel, pair)
     panels, words, nbytes = mask_shape(n, k, panel)
     want = TensorType((panels, *parts, words, nbytes), "uint8")

@@ -15,7 +15,7 @@ from jisu.compiler.graph import Node
 from jisu.compiler.launches import TensorMap
 from jisu.compiler.levels import WORD
 from jisu.compiler.ops.quantize import layer_parts
-from jisu.compiler.types import Dim, dim, product
+from jisu.compiler.types import Dim, dim, fixed, product
 from jisu.targets.cpu.isa import FLOATS, require_activation
 from jisu.targets.cuda.device import PAIRS, DeviceKernel
 from jisu.targets.cuda.kernels import (
@@ -307,7 +307,7 @@ _BLOCKS = 4  # of one token's attention, per multiprocessor, so that enough read
 
 def _form(q: Node, kv_heads: int, width: object, **how: object) -> Form | None:
     """How attention works on these heads, or None where no kernel does it."""
-    heads, head_dim = int(q.shape[2]), int(q.shape[3])  # type: ignore[call-overload]
+    heads, head_dim = fixed(q.shape[2]), fixed(q.shape[3])
     if q.dtype not in FLOATS or width != head_dim:
         return None
     return Form(heads, kv_heads, head_dim, dtype=q.dtype, **how)  # type: ignore[arg-type]
@@ -325,9 +325,9 @@ def _attention(node: Node, target: Target) -> Kernel | None:
     q, k, v, bias, sinks = node.operands
     assert q is not None and k is not None and v is not None
     form = _form(
-        q, int(k.shape[2]), v.shape[3], scale=node.scale, layout="plain", causal=node.causal, window=node.window,
+        q, fixed(k.shape[2]), v.shape[3], scale=node.scale, layout="plain", causal=node.causal, window=node.window,
         softcap=node.softcap, sinks=sinks is not None,
-    )  # type: ignore[call-overload]  # fmt: skip
+    )  # fmt: skip
     if form is None or bias is not None:
         return None
     batch, rows = q.shape[:2]
@@ -344,10 +344,10 @@ def _attention_cached(node: Node, target: Target, then: Tail | None = None) -> K
     contiguous = keys.op is ops.cache_append and not keys.attributes["ring"]
     layout = "paged" if table is not None else "contiguous" if contiguous else "ring"
     form = _form(
-        q, int(keys.shape[1]), node.shape[3], scale=node.scale, layout=layout,
-        page=int(keys.shape[2]) if table is not None else 0, window=node.window, softcap=node.softcap, sinks=sinks is not None,
+        q, fixed(keys.shape[1]), node.shape[3], scale=node.scale, layout=layout,
+        page=fixed(keys.shape[2]) if table is not None else 0, window=node.window, softcap=node.softcap, sinks=sinks is not None,
         scheme=node.scheme,
-    )  # type: ignore[call-overload]  # fmt: skip
+    )  # fmt: skip
     if form is None:
         return None
     batch, rows = q.shape[:2]
@@ -402,7 +402,7 @@ def _fake_quantize(node: Node, target: Target) -> Kernel | None:
     assert x is not None
     if scale is not None:
         return None
-    size = int(node.group or x.shape[-1])  # type: ignore[call-overload]
+    size = fixed(node.group or x.shape[-1])
     kernel = rounding.rounded_rows(size, node.dtype, node.scheme, target)
     count = dim(sympy.sympify(x.tensor.size) / size)
     call = DeviceCall(kernel, (_ceiling(count, rounding.WARPS), 1, 1), (0, 1, ("size", count)))
@@ -414,7 +414,7 @@ def _encode_rows(node: Node, target: Target) -> Kernel | None:
     assert x is not None
     if feedback is not None:
         return None
-    kernel = records.encoded_rows(int(x.shape[-1]), x.dtype, node.scheme, target)  # type: ignore[call-overload]
+    kernel = records.encoded_rows(fixed(x.shape[-1]), x.dtype, node.scheme, target)
     count = product(x.shape[:-1])
     call = DeviceCall(kernel, (_ceiling(count, rounding.WARPS), 1, 1), (0, 1, ("size", count)))
     return Kernel(DeviceFunction((((), (call,)),)), (Argument(0),))
@@ -463,7 +463,7 @@ def _experts(node: Node, target: Target) -> Kernel | None:
         return None
     if packed and not (_one_output_per_panel(up, 4) and _one_output_per_panel(down, 3)):
         return None
-    count, chosen, hidden, width = map(int, sizes)  # type: ignore[call-overload]
+    count, chosen, hidden, width = map(fixed, sizes)
     how = experts.Mixture(count, chosen, hidden, width, x.dtype, node.activation, index.dtype, apart=not packed)
     by = how.products
     try:

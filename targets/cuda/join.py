@@ -13,7 +13,7 @@ from jisu.compiler import ops
 from jisu.compiler.errors import TargetError
 from jisu.compiler.graph import Graph, Node
 from jisu.compiler.launches import FAULT
-from jisu.compiler.types import Dim, dim, product, same_dim, same_shape
+from jisu.compiler.types import Dim, dim, fixed, product, same_dim, same_shape
 from jisu.targets.cpu.generic.nn import BEYOND, NEGATIVE, NO_PAGE
 from jisu.targets.cuda.builder import Fault
 from jisu.targets.cuda.choose import TAILED, encoding_of, norm_of, tail_alone, together
@@ -71,7 +71,7 @@ def _chain(last: Node, graph: Graph) -> _Found | None:
         cache = "paged" if append.operands[3] is not None else "ring" if append.ring else "contiguous"
     angles = turned.parents[1:] if turned is not None else ()
     chain = Chain(
-        x.shape[2], how if norm is not None else None, int(angles[0].shape[2]) if angles else 0,  # type: ignore[call-overload]
+        x.shape[2], how if norm is not None else None, fixed(angles[0].shape[2]) if angles else 0,
         bool(turned is not None and turned.interleaved), encoded.scheme if encoded is not None else "none", cache,
     )  # fmt: skip
     leaves = (x, *(norm.parents[1:] if norm is not None else ()), *angles)
@@ -178,7 +178,7 @@ def _joint(found: list[_Found], target: Target) -> Joint | None:
     ):
         return None
     table = None if first is None else first.operands[3]
-    page = int(first.shape[2]) if first is not None and table is not None else 0  # type: ignore[call-overload]
+    page = fixed(first.shape[2]) if first is not None and table is not None else 0
     how = Heads(tuple(f.chain for f in found), width, x.dtype, page)
     try:
         kernel = prepared(how, target)

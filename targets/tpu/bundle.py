@@ -28,7 +28,7 @@ from jisu.compiler.entry import Entry
 from jisu.compiler.errors import CompileError, InputError
 from jisu.compiler.graph import ArrayStorage, Graph, Node, Storage
 from jisu.compiler.storage import check_parent, write_safetensors
-from jisu.compiler.types import TensorType, numpy_dtype, product, substitute
+from jisu.compiler.types import TensorType, fixed, numpy_dtype, product, substitute
 from jisu.targets.tpu import export
 from jisu.targets.tpu.chip import Chip
 from jisu.targets.tpu.choose import product_of
@@ -290,12 +290,12 @@ def _type(kind: TensorType) -> dict[str, Any]:
 
 
 def _rows(node: Node, sizes: Mapping[str, int]) -> int:
-    return int(substitute(product(node.shape[:-1]), sizes))  # type: ignore[call-overload]
+    return substitute(product(node.shape[:-1]), sizes)
 
 
 def _drawn(rng: np.random.Generator, kind: TensorType) -> np.ndarray:
     """Small values of a type: numbers about 0, integers that are indices of any table with 8 rows, all true."""
-    shape, dtype = tuple(map(int, kind.shape)), numpy_dtype(kind.dtype)  # type: ignore[call-overload]
+    shape, dtype = tuple(map(fixed, kind.shape)), numpy_dtype(kind.dtype)
     if dtype == np.bool_:
         return np.ones(shape, bool)
     if dtype.kind in "iu":

@@ -17,7 +17,7 @@ from jisu.compiler import levels, ops
 from jisu.compiler.errors import CompileError
 from jisu.compiler.graph import Node
 from jisu.compiler.schemes import SCHEMES, groups_of
-from jisu.compiler.types import Dim, TensorType, product, symbol
+from jisu.compiler.types import Dim, TensorType, fixed, product, symbol
 from jisu.targets.cpu.generic.build import Builder, Expr, Flat, i64
 from jisu.targets.cpu.generic.scalar import dtype_of
 from jisu.targets.steps import Argument, Choosers, Kernel
@@ -138,7 +138,7 @@ def _linear_product(node: Node) -> Product | None:
     sizes = (w.shape[0], x.shape[-1])
     if node.dtype not in RESULTS or w.dtype != node.dtype or not all(isinstance(n, int) for n in sizes):
         return None
-    n, k = map(int, sizes)  # type: ignore[call-overload]
+    n, k = map(fixed, sizes)
     if node.activation not in ACTIVATIONS:
         return None
     return Product(
@@ -230,7 +230,7 @@ def _coded(node: Node, target: Target) -> Kernel | None:
     if spec is None:
         return None
     assert x is not None and codes is not None and scales is not None
-    word, row = int(codes.shape[-1]), spec.k * SCHEMES[node.scheme].bits // 8  # type: ignore[call-overload]
+    word, row = fixed(codes.shape[-1]), spec.k * SCHEMES[node.scheme].bits // 8
     at = levels.scale_offset(spec.k)
     # Gate and up lie side by side, output by output.
     halves: tuple[Dim, ...] = (2,) if spec.gated else ()

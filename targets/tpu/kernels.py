@@ -20,7 +20,7 @@ from jisu.compiler.graph import Node
 from jisu.compiler.ops.quantize import layer_parts
 from jisu.compiler.rows import ROW_BITS, TAIL, row_length
 from jisu.compiler.schemes import SCHEMES
-from jisu.compiler.types import TensorType, round_up
+from jisu.compiler.types import TensorType, fixed, round_up
 from jisu.targets.tpu import attention, grouped, splice
 from jisu.targets.tpu.attention import Attention
 from jisu.targets.tpu.chip import Chip
@@ -96,11 +96,11 @@ def _single(kind: str, node: Node, outputs: int, bias: int, *grid: int | None) -
 
 
 def _linear(node: Node) -> _Layer:
-    return _single("rows", node, int(node.operands[1].shape[0]), 2)  # type: ignore[union-attr, call-overload]
+    return _single("rows", node, fixed(node.operands[1].shape[0]), 2)  # type: ignore[union-attr]
 
 
 def _gated(node: Node) -> _Layer:
-    n = int(node.operands[1].shape[0])  # type: ignore[union-attr, call-overload]
+    n = fixed(node.operands[1].shape[0])  # type: ignore[union-attr]
     return _Layer("rows", (_Product(n, 1, activation=node.activation), _Product(n, 2)), True)
 
 
@@ -176,7 +176,7 @@ def _layer(chip: Chip, node: Node, sizes: Mapping[str, int], smallest: int, plat
     layer = _LAYERS[node.op](node) if result in FLOATS else None
     if layer is None:
         return None
-    *lead, _ = (int(n) for n in x.tensor.at(sizes).shape)  # type: ignore[call-overload]
+    *lead, _ = (fixed(n) for n in x.tensor.at(sizes).shape)
     rows, coded = math.prod(lead), layer.kind == "codes"
     if rows * k * sum(p.outputs for p in layer.products) < smallest:
         return None
@@ -288,8 +288,8 @@ class _Form:
             return value(index) if spec.half is None else value(index).pick(1, spec.half)
 
         w, wanted = value(spec.weight), part.inputs[1]
-        if self.laid_out(w.shape, w.dtype, product, int(wanted.shape[-1])):  # type: ignore[call-overload]
-            found = [matrix(0), w.reshape(*(int(n) for n in wanted.shape))]  # type: ignore[call-overload]
+        if self.laid_out(w.shape, w.dtype, product, fixed(wanted.shape[-1])):
+            found = [matrix(0), w.reshape(*(fixed(n) for n in wanted.shape))]
         else:
             each = [self.weight(half(s.weight, s), product) for s in specs]
             found = [matrix(0), w.body.stack(each, 0) if product.gated else each[0]]
@@ -346,7 +346,7 @@ def _attention(chip: Chip, node: Node, sizes: Mapping[str, int], smallest: int, 
     if not attends(node):
         return None
     cached = node.op is ops.attention_cached
-    shapes = [None if o is None else tuple(int(n) for n in o.tensor.at(sizes).shape) for o in node.operands]  # type: ignore[call-overload]
+    shapes = [None if o is None else tuple(fixed(n) for n in o.tensor.at(sizes).shape) for o in node.operands]
     q, k, v = shapes[:3]
     records = ROW_BITS.get(node.scheme, 0) if cached else 0
     assert q is not None and k is not None and v is not None

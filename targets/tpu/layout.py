@@ -13,7 +13,7 @@ from jisu.compiler import ops
 from jisu.compiler.graph import INPUT, WEIGHT, Graph, Node, placeholder
 from jisu.compiler.rows import TAIL, row_length
 from jisu.compiler.schemes import SCHEMES
-from jisu.compiler.types import TensorType, round_up, substitute
+from jisu.compiler.types import TensorType, fixed, round_up, substitute
 from jisu.targets.tpu.attention import beside
 from jisu.targets.tpu.chip import Chip
 from jisu.targets.tpu.grouped import inputs_of, reads
@@ -49,7 +49,7 @@ def _packed(graph: Graph, chip: Chip) -> Graph:
         return w is not None and w.op is WEIGHT and w.dtype in FLOATS and w not in shared
 
     def packed(x: Node, w: Node, b: Node | None, r: Node | None, activation: str, where: str) -> Node:
-        panel = round_up(int(w.shape[0]), chip.lanes)  # type: ignore[call-overload]
+        panel = round_up(fixed(w.shape[0]), chip.lanes)
         wide = once((ops.pack, w), lambda: ops.pack(w, panel=panel, pair=1))
         return ops.packed_linear.make((x, wide, b, r), {"outputs": w.shape[0], "activation": activation}, where)
 
@@ -75,7 +75,7 @@ def _packed(graph: Graph, chip: Chip) -> Graph:
 
         def rows_of(values: Node, half: int | None) -> Node:
             whole = ops.reshape(values, shape=(*values.shape, 1))
-            return _out_of_panels(whole, half, n, int(values.shape[-2]))  # type: ignore[call-overload]
+            return _out_of_panels(whole, half, n, fixed(values.shape[-2]))
 
         def scales_of(half: int | None) -> Node:
             return ops.pack_scales(rows_of(scales, half), scheme=new.scheme, panel=panel)
@@ -98,7 +98,7 @@ def _packed(graph: Graph, chip: Chip) -> Graph:
             return packed(x, w, b, r, new.activation, new.source)
         if new.op is ops.gated_linear and all(packs(w) for w in old.operands[1:]):
             x, g, u = new.parents
-            panel = round_up(int(g.shape[0]), chip.lanes)  # type: ignore[call-overload]
+            panel = round_up(fixed(g.shape[0]), chip.lanes)
             wide = once((ops.pack_gated, g, u), lambda: ops.pack_gated(g, u, panel=panel, pair=1))
             attributes = {"outputs": g.shape[0], "activation": new.activation}
             return ops.packed_gated_linear.make((x, wide), attributes, new.source)
@@ -146,12 +146,12 @@ def _apart(graph: Graph, chip: Chip, sizes: Mapping[str, int]) -> Graph:
     known = {
         c for c in caches if isinstance(c.shape[2], int) or {str(n) for n in c.shape[2].free_symbols} <= set(sizes)
     }
-    fits = {c for c in caches if c not in known or int(substitute(c.shape[2], sizes)) % native == 0}  # type: ignore[call-overload]
+    fits = {c for c in caches if c not in known or substitute(c.shape[2], sizes) % native == 0}
     parts: dict[Node, tuple[Node, Node]] = {}
     done: dict[Node, Node] = {}
 
     def heads_of(cache: Node) -> int:
-        g, size = (int(n) for n in cache.shape[1::2])  # type: ignore[call-overload]
+        g, size = (fixed(n) for n in cache.shape[1::2])
         scheme = caches[_appended(cache)]
         return beside(g, row_length(scheme, size)) if scheme == "int4" else 1
 

@@ -201,7 +201,7 @@ class _Program:
     # Sizes
 
     def number(self, value: Any) -> int:
-        return int(substitute(value, self.sizes))  # type: ignore[call-overload]
+        return substitute(value, self.sizes)
 
     def shape(self, t: TensorType) -> tuple[int, ...]:
         return tuple(self.number(d) for d in t.shape)

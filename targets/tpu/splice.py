@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import attrs
 
 from jisu.compiler.errors import CompileError, TargetError
-from jisu.compiler.types import TensorType, numpy_dtype
+from jisu.compiler.types import TensorType, fixed, numpy_dtype
 from jisu.targets.tpu.stablehlo.build import Body, Value, type_text
 from jisu.targets.tpu.stablehlo.emit import Kernel
 
@@ -37,7 +37,7 @@ class Part:
             raise CompileError(
                 f"{name} takes {', '.join(map(str, self.inputs))} and is given {', '.join(map(str, given))}"
             )
-        shape, dtype = tuple(int(n) for n in self.result.shape), self.result.dtype  # type: ignore[call-overload]
+        shape, dtype = tuple(fixed(n) for n in self.result.shape), self.result.dtype
         types = f"({', '.join(v.type for v in values)}) -> {type_text(shape, dtype)}"
         return body.value(f"call @{name}({', '.join(v.name for v in values)}) : {types}", shape, dtype)
 

@@ -10,7 +10,7 @@ from tvm import tirx
 from jisu.compiler import ops
 from jisu.compiler.graph import Node, Op
 from jisu.compiler.ops.contract import packed_take
-from jisu.compiler.types import Dim, is_float
+from jisu.compiler.types import Dim, fixed, is_float
 from jisu.targets.cpu.generic.build import Builder, Expr, Flat, i64
 from jisu.targets.cpu.generic.contract import Scaled
 from jisu.targets.cpu.generic.element import Pull
@@ -146,7 +146,7 @@ def _looked_up(
 def _quantized_take(b: Builder, pull: Pull, node: Node, targets: Sequence[Flat]) -> None:
     codes, indices, scales, zeros = node.operands
     assert codes is not None and indices is not None
-    panel, side = (int(codes.shape[i]) for i in (-2, -1))  # type: ignore[call-overload]
+    panel, side = (fixed(codes.shape[i]) for i in (-2, -1))
     packed, scaled = pull.leaves[codes], Scaled(b, pull, node, scales, zeros, node.width)
     table = Table(node.rows)
     check(b, pull, indices, table)

@@ -9,7 +9,7 @@ from tvm import tirx
 from jisu.compiler import ops, schemes
 from jisu.compiler.graph import Node, Op
 from jisu.compiler.ops.semi_structured import INPUTS, ROWS, fours
-from jisu.compiler.types import product
+from jisu.compiler.types import fixed, product
 from jisu.targets.cpu.generic.build import Builder, Expr, Flat, i64, literal
 from jisu.targets.cpu.generic.contract import Scaled, bit_of, byte, epilogue, gate_up, kept_elements, load, multiply_add
 from jisu.targets.cpu.generic.element import Pull
@@ -23,8 +23,10 @@ def _expand(b: Builder, pull: Pull, node: Node, target: Flat) -> None:
     values, mask = node.parents
     stored = pull.leaves[values]
     n, k = node.shape
-    size = int(values.shape[0])  # type: ignore[call-overload]
-    kept_elements(b, pull.leaves[mask], int(n), int(k), target, size, lambda row, column, at: b.let(stored[at], "v"))  # type: ignore[call-overload]
+    size = fixed(values.shape[0])
+    kept_elements(
+        b, pull.leaves[mask], fixed(n), fixed(k), target, size, lambda row, column, at: b.let(stored[at], "v")
+    )
 
 
 class _Packed:
@@ -36,9 +38,9 @@ class _Packed:
         self.b, self.node, self.k = b, node, k
         self.values, self.mask, self.starts = (pull.leaves[o] for o in (values, mask, starts))
         self.scaled = None if scales is None else Scaled(b, pull, node, scales, zeros, k)
-        self.panel, self.words = int(mask.shape[-1]) * 4, -(-k // 2)  # type: ignore[call-overload]
+        self.panel, self.words = fixed(mask.shape[-1]) * 4, -(-k // 2)
         self.per_byte = 1 if scales is None else schemes.scheme(node.scheme).per_byte
-        self.count = int(values.shape[0]) * self.per_byte  # type: ignore[call-overload]
+        self.count = fixed(values.shape[0]) * self.per_byte
 
     def bits(self, where: Sequence[Expr], word: Expr) -> Expr:
         """Where the bits of a word begin."""
@@ -66,7 +68,7 @@ class _Packed:
 
 def _sparse_linear(b: Builder, pull: Pull, node: Node, target: Flat) -> None:
     x, _, mask = node.parents[:3]
-    dtype, k = compute_dtype(node.dtype), int(x.shape[-1])  # type: ignore[call-overload]
+    dtype, k = compute_dtype(node.dtype), fixed(x.shape[-1])
     scales, zeros = node.operands[4:6]
     left, packed = pull.leaves[x], _Packed(b, pull, node, scales, zeros, k)
     depth, width, m, panel = i64(k), i64(node.outputs), product(node.shape[:-1]), i64(packed.panel)
@@ -107,7 +109,7 @@ def _sparse_linear(b: Builder, pull: Pull, node: Node, target: Flat) -> None:
 def _semi_structured(b: Builder, pull: Pull, node: Node, target: Flat) -> None:
     x, values, places, scales, zeros = node.operands[:5]
     assert x is not None and values is not None and places is not None
-    dtype, k = compute_dtype(node.dtype), int(x.shape[-1])  # type: ignore[call-overload]
+    dtype, k = compute_dtype(node.dtype), fixed(x.shape[-1])
     left, stored, where = (pull.leaves[o] for o in (x, values, places))
     scaled = None if scales is None else Scaled(b, pull, node, scales, zeros, k)
     per, kind = fours(x.dtype, node.scheme), schemes.SCHEMES.get(node.scheme)
