@@ -426,7 +426,11 @@ def test_explain_says_what_is_simulated(program: Program, tmp_path: Path) -> Non
     program.save(tmp_path / "tiny.jisu")
     done = jisu_command("explain", tmp_path / "tiny.jisu")
     assert "simulated on this machine's processor" in done.stdout and "measured (the simulation)" in done.stdout
-    assert json.loads(jisu_command("explain", tmp_path / "tiny.jisu", "--json").stdout)["simulation"]
+    timeline = tmp_path / "timeline.json"
+    told = json.loads(jisu_command("explain", tmp_path / "tiny.jisu", "--timeline", timeline, "--json").stdout)
+    assert told["simulation"] and told["simulated"][-1]["tokens"] == 1
+    spans = [e for e in json.loads(timeline.read_text())["traceEvents"] if e["ph"] == "X"]
+    assert max(e["ts"] + e["dur"] for e in spans) == pytest.approx(told["simulated"][-1]["simulated_s"] * 1e6, rel=1e-3)
     bench = ("bench", tmp_path / "tiny.jisu", "--prompt", "8", "--gen", "2", "--repeat", "1")
     assert "these are no speeds of tpu:v5e" in jisu_command(*bench).stdout
 
