@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from test_sampling import sampling_rows
 
 from jisu.compiler import levels, ops, rows
-from jisu.compiler.errors import TargetError
+from jisu.compiler.errors import CompileError, TargetError
 from jisu.compiler.graph import ArrayStorage, Graph, placeholder, weight
 from jisu.compiler.interpret import interpret
 from jisu.compiler.schemes import SCHEMES
@@ -837,6 +837,17 @@ def test_ptx_has_the_instructions(mcpu: str) -> None:
     for kind, most in MOST_REGISTERS.items():  # so many that blocks enough share a multiprocessor
         assert kind not in made or usage[ptx.entry_name(made[kind])].registers <= most, kind
     assert all(k.shared_bytes <= 227 << 10 for k in made.values())
+
+
+def test_an_assembler_of_yesterday_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = tmp_path / "ptxas"
+    old.write_text(
+        "#!/bin/sh\necho \"ptxas fatal : Unsupported .version 8.4; current version is '7.8'\" >&2; exit 255\n"
+    )
+    old.chmod(0o755)
+    monkeypatch.setattr(ptx, "find_assembler", lambda: str(old))
+    with pytest.raises(CompileError, match=r"too old for sm_90a and PTX of version 8\.4.*pip install nvidia-cuda-nvcc"):
+        ptx.assembled("", attrs.evolve(REAL, mcpu="sm_90a"))
 
 
 # --- Plans --------------------------------------------------------------------------------------------------------------
