@@ -429,6 +429,24 @@ def _rotary(interleaved: bool) -> Any:
     return build
 
 
+def _doubled(m: Match) -> Match:
+    """The match with cos and sin of the whole width where those of half the channels were found: both halves turn by the same."""
+    return attrs.evolve(
+        m, bindings={**m.bindings, **{name: ops.concat(m[name], m[name], axis=3) for name in ("cos", "sin")}}
+    )
+
+
+def _turned_by_half_angles(m: Match) -> Node | None:
+    return _rotary(False)(_doubled(m))  # type: ignore[no-any-return]
+
+
+_half_angles = Guard(
+    "angles of half the channels, shared by the heads",
+    lambda m: _angles(_doubled(m)) if m["cos"].rank == m["sin"].rank == 4 else "cos and sin of rank 4 are needed",
+)
+_turned_halves = ops.concat(
+    ops.sub(ops.mul(_low, cos), ops.mul(_high, sin)), ops.add(ops.mul(_high, cos), ops.mul(_low, sin)), axis=3
+)
 _shared_angles = Guard("angles shared by the heads", _angles)
 _even = ops.slice_(x, starts=bind("ls"), stops=bind("le"), steps=bind("lt"))
 _odd = ops.slice_(x, starts=bind("hs"), stops=bind("he"), steps=bind("ht"))
@@ -482,6 +500,11 @@ ROTARY: tuple[Rule, ...] = (
     Rule("rotary embedding of halves", _turn, _rotary(False),
          (_shared_angles, guard("slices into halves", lambda m: _is_last_slice(m, "h", 1, 1) and _is_last_slice(m, "l", 0, 1))),
          _PAIR_TYPES,
+         {"hs": ((0, 0, 0, 2),), "he": ((2, 3, 2, 4),), "ht": ((1, 1, 1, 1),), "ls": ((0, 0, 0, 0),), "le": ((2, 3, 2, 2),),
+          "lt": ((1, 1, 1, 1),)}),
+    Rule("rotary embedding, each half by itself", _turned_halves, _turned_by_half_angles,
+         (guard("slices into halves", lambda m: _is_last_slice(m, "h", 1, 1) and _is_last_slice(m, "l", 0, 1)), _half_angles),
+         {"x": "float[2 3 2 4]", "cos": "float[1 1 2 2]", "sin": "float[1 1 2 2]"},
          {"hs": ((0, 0, 0, 2),), "he": ((2, 3, 2, 4),), "ht": ((1, 1, 1, 1),), "ls": ((0, 0, 0, 0),), "le": ((2, 3, 2, 2),),
           "lt": ((1, 1, 1, 1),)}),
     Rule("rotary embedding of neighbours", _turn_pairs, _rotary(True),
