@@ -33,6 +33,7 @@ from jisu.targets.cuda.kernels import (
     records,
     rounding,
     sampling,
+    single,
     single_attention,
     tails,
     thin,
@@ -42,7 +43,7 @@ from jisu.targets.cuda.kernels.attention import Form
 from jisu.targets.cuda.kernels.layers import Layer
 from jisu.targets.cuda.kernels.tails import Encoding, Tail
 from jisu.targets.cuda.lowering import lower
-from jisu.targets.target import Target, host
+from jisu.targets.target import Target, host, known_targets
 from jisu.targets.worker import find_linker
 
 REAL = Target.describe("cuda:sm_90")
@@ -837,6 +838,17 @@ def test_ptx_has_the_instructions(mcpu: str) -> None:
     for kind, most in MOST_REGISTERS.items():  # so many that blocks enough share a multiprocessor
         assert kind not in made or usage[ptx.entry_name(made[kind])].registers <= most, kind
     assert all(k.shared_bytes <= 227 << 10 for k in made.values())
+
+
+@pytest.mark.parametrize("name", [n for n in known_targets() if n.startswith("cuda:")])
+def test_blocks_fit_into_shared_memory(name: str) -> None:
+    """Of each architecture: what a multiprocessor has beside 28 KiB of its cache and the KiB that a block takes (CUDA C++ Programming Guide)."""
+    target = Target.describe(name)
+    made = of_hot_kernels(target)
+    made["float32 by codes"] = single.thin_single(Layer(4096, (4096,), "float32", scheme="int8"), 8, target)
+    most = target.caches[0].bytes - (29 << 10)
+    assert most in (99 << 10, 163 << 10, 227 << 10)
+    assert {k: v.shared_bytes for k, v in made.items() if v.shared_bytes > most} == {}
 
 
 def test_an_assembler_of_yesterday_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
