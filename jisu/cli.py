@@ -375,11 +375,21 @@ def search(
 
 
 @_command("explain")
-def explain(shell: Shell, options: Options, path: Either) -> None:
+def explain(
+    shell: Shell,
+    options: Options,
+    path: Either,
+    timeline: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE", help="For TPUs: write the simulated run of one token, for Perfetto and chrome://tracing."
+        ),
+    ] = None,
+) -> None:
     """Tell what each pass did, what layers cost, and which kernels run."""
     from jisu.commands import explain as command
 
-    command.run(shell, path, options)
+    command.run(shell, path, options, timeline)
 
 
 @_command("doctor")

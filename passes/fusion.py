@@ -299,7 +299,13 @@ def _bare_norm(m: Match) -> Node | None:
 
 
 NORMS: tuple[Rule, ...] = (
-    # The gain behind the rounding (in float32 there is none), the gain in float32 before it, and the same with 1 + w.
+    # The gain 1 + w, which comes first, as any sum is a gain for those behind; the gain behind the rounding (in float32 there is none), and the gain
+    # in float32 before it.
+    Rule("RMS norm, gain of 1 + w",
+         either(ops.cast(ops.mul(_normed, ops.add(ops.cast(w, dtype="float32"), 1.0)), dtype=bind("rounded")),
+                ops.mul(_normed, ops.add(w, 1.0))), _gained(1.0, False),
+         (_over_last, _gain, guard("the root in x's dtype", lambda m: m.root.dtype == m["x"].dtype)), _NORM_TYPES,
+         {**_NORM_ATTRIBUTES, "rounded": ("float32",)}),
     Rule("RMS norm, gain on the rounded value", ops.mul(w, either(_rounded, _normed)), _gained(0.0, True),
          (_over_last, _gain, guard("the root in x's dtype", lambda m: m.root.dtype == m["x"].dtype)), _NORM_TYPES,
          {**_NORM_ATTRIBUTES, "rounded": ("float32",)}),
@@ -307,11 +313,6 @@ NORMS: tuple[Rule, ...] = (
          ops.cast(ops.mul(_normed, ops.cast(w, dtype="float32")), dtype=bind("rounded")), _gained(0.0, False),
          (_over_last, _gain, guard("the root in x's dtype", lambda m: m.root.dtype == m["x"].dtype)),
          {"x": "bfloat16[a b 4]", "w": "bfloat16[4]"}, {**_NORM_ATTRIBUTES, "rounded": ("bfloat16",)}),
-    Rule("RMS norm, gain of 1 + w",
-         either(ops.cast(ops.mul(_normed, ops.add(ops.cast(w, dtype="float32"), 1.0)), dtype=bind("rounded")),
-                ops.mul(_normed, ops.add(w, 1.0))), _gained(1.0, False),
-         (_over_last, _gain, guard("the root in x's dtype", lambda m: m.root.dtype == m["x"].dtype)), _NORM_TYPES,
-         {**_NORM_ATTRIBUTES, "rounded": ("float32",)}),
 )  # fmt: skip
 
 _mean = ops.div(ops.sum_(x, axes=bind("axes"), keepdims=True), count)
@@ -344,11 +345,34 @@ LAYER_NORMS: tuple[Rule, ...] = (
          {"x": "bfloat16[a b 4]", "w": "bfloat16[4]"}, {"narrow": ("bfloat16",), "eps": (1e-5,)}),
 )  # fmt: skip
 
+_wide_rms_norm = ops.rms_norm(
+    ops.cast(x, dtype="float32"),
+    variable("w", optional=True),
+    eps=bind("eps"),
+    offset=bind("offset"),
+    round_first=bind("first"),
+)
+
+
+def _narrow_rms_norm(m: Match) -> Node | None:
+    gain, narrow = m["w"], m.root.dtype
+    if gain is not None and gain.op is ops.cast:
+        gain = gain.operands[0]
+    if m["x"].dtype != narrow or (gain is not None and gain.dtype != narrow):
+        return None
+    return ops.rms_norm(m["x"], gain, eps=m["eps"], offset=m["offset"], round_first=False)
+
+
 BARE_NORMS: tuple[Rule, ...] = (
     # Behind the rules with a gain: those would never see the inner product again.
     Rule("RMS norm without gain", either(_rounded, _normed), _bare_norm,
          (_over_last, guard("the root in x's dtype", lambda m: m.root.dtype == m["x"].dtype)), _NORM_TYPES,
          {**_NORM_ATTRIBUTES, "rounded": ("float32",)}),
+    # A gain that is made float32 beforehand lets a product in float32 match before the cast behind it is seen.
+    Rule("RMS norm computed in float32", ops.cast(_wide_rms_norm, dtype=bind("narrow")), _narrow_rms_norm,
+         (used_once(_wide_rms_norm), guard("a cast back to 16 bits", lambda m: m.root.dtype in ("bfloat16", "float16"))),
+         {"x": "bfloat16[a b 4]", "w": "bfloat16[4]"},
+         {"narrow": ("bfloat16",), "eps": (1e-6,), "offset": (0.0, 1.0), "first": (True, False)}),
 )  # fmt: skip
 
 # --- Rotary embedding ----------------------------------------------------------------------------------------------
@@ -405,6 +429,24 @@ def _rotary(interleaved: bool) -> Any:
     return build
 
 
+def _doubled(m: Match) -> Match:
+    """The match with cos and sin of the whole width where those of half the channels were found: both halves turn by the same."""
+    return attrs.evolve(
+        m, bindings={**m.bindings, **{name: ops.concat(m[name], m[name], axis=3) for name in ("cos", "sin")}}
+    )
+
+
+def _turned_by_half_angles(m: Match) -> Node | None:
+    return _rotary(False)(_doubled(m))  # type: ignore[no-any-return]
+
+
+_half_angles = Guard(
+    "angles of half the channels, shared by the heads",
+    lambda m: _angles(_doubled(m)) if m["cos"].rank == m["sin"].rank == 4 else "cos and sin of rank 4 are needed",
+)
+_turned_halves = ops.concat(
+    ops.sub(ops.mul(_low, cos), ops.mul(_high, sin)), ops.add(ops.mul(_high, cos), ops.mul(_low, sin)), axis=3
+)
 _shared_angles = Guard("angles shared by the heads", _angles)
 _even = ops.slice_(x, starts=bind("ls"), stops=bind("le"), steps=bind("lt"))
 _odd = ops.slice_(x, starts=bind("hs"), stops=bind("he"), steps=bind("ht"))
@@ -458,6 +500,11 @@ ROTARY: tuple[Rule, ...] = (
     Rule("rotary embedding of halves", _turn, _rotary(False),
          (_shared_angles, guard("slices into halves", lambda m: _is_last_slice(m, "h", 1, 1) and _is_last_slice(m, "l", 0, 1))),
          _PAIR_TYPES,
+         {"hs": ((0, 0, 0, 2),), "he": ((2, 3, 2, 4),), "ht": ((1, 1, 1, 1),), "ls": ((0, 0, 0, 0),), "le": ((2, 3, 2, 2),),
+          "lt": ((1, 1, 1, 1),)}),
+    Rule("rotary embedding, each half by itself", _turned_halves, _turned_by_half_angles,
+         (guard("slices into halves", lambda m: _is_last_slice(m, "h", 1, 1) and _is_last_slice(m, "l", 0, 1)), _half_angles),
+         {"x": "float[2 3 2 4]", "cos": "float[1 1 2 2]", "sin": "float[1 1 2 2]"},
          {"hs": ((0, 0, 0, 2),), "he": ((2, 3, 2, 4),), "ht": ((1, 1, 1, 1),), "ls": ((0, 0, 0, 0),), "le": ((2, 3, 2, 2),),
           "lt": ((1, 1, 1, 1),)}),
     Rule("rotary embedding of neighbours", _turn_pairs, _rotary(True),

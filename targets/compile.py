@@ -31,6 +31,7 @@ from jisu.compiler.entry import Entry
 from jisu.compiler.errors import CompileError
 from jisu.compiler.graph import Graph
 from jisu.compiler.storage import cache_folder
+from jisu.targets.cuda.assembler import which_assembler
 from jisu.targets.schedule import Schedules
 from jisu.targets.target import Target
 
@@ -141,6 +142,7 @@ def _key(texts: Mapping[str, str], target: Target, schedules: Mapping[str, Any])
         "entries": dict(texts),
         "target": target.fingerprint(),
         "schedules": dict(schedules),
+        **({"assembler": which_assembler()} if target.kind == "cuda" else {}),
         **produced_by(),
     }
     return json.dumps(parts)

@@ -357,7 +357,7 @@ def _caches(hertz: float, vector_bytes: int) -> tuple[Cache, ...]:
 
 
 def _present_gpu() -> Target:
-    """This machine's first GPU: its architecture's description, with its own name and number of multiprocessors."""
+    """This machine's first GPU: its product's description where there is one, else its architecture's, with its own number of multiprocessors."""
     from jisu.compiler.gpu import Driver
 
     try:
@@ -375,7 +375,11 @@ def _present_gpu() -> Target:
         raise TargetError(
             f"there is no description of the GPU here ({driver.name}, sm_{major}{minor}); known: {', '.join(names)}"
         )
-    base = Target.describe(max(fits, key=capability))
+    words = set(re.split(r"[^a-z0-9]+", driver.name.lower()))
+    products = [Target.describe(n) for n in known_targets() if n.startswith("nvidia/")]
+    # Smaller ones are sold under the same name: for laptops, or with fewer multiprocessors.
+    own = [p for p in products if words >= set(p.name.split("/")[1].split("-")) and p.cores == driver.multiprocessors]
+    base = own[0] if own else Target.describe(max(fits, key=capability))
     return attrs.evolve(base, cores=driver.multiprocessors, source=f"detected: {driver.name}; speeds of {base.name}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ import pytest
 from typer.testing import CliRunner
 
 from jisu.cli import app
+from jisu.compiler.launches import CUBIN
 
 
 def jisu(*arguments: str | Path, stdin: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
@@ -185,6 +187,15 @@ def test_compiling_for_a_machine_that_is_elsewhere_says_so(checkpoint: Path, cac
     assert "try:" not in made.stdout
 
 
+def test_compiling_without_an_assembler_says_so(checkpoint: Path, cache: Path, tmp_path: Path) -> None:
+    """What was compiled before, with one, isn't taken for it."""
+    made = jisu("compile", checkpoint, "-o", tmp_path / "x", "--target", "cuda:sm_90", "--cache-dir", cache, PATH="")
+    found = importlib.util.find_spec("nvidia") is not None and (tmp_path / "x" / CUBIN).exists()  # pip's
+    assert made.returncode == 0 and found == (tmp_path / "x" / CUBIN).exists()
+    said = " ".join(made.stdout.split())
+    assert found or "without machine code" in said and "pip install nvidia-cuda-nvcc" in said
+
+
 # --- Errors ---------------------------------------------------------------------------------------------------------
 
 
@@ -200,6 +211,7 @@ def test_compiling_for_a_machine_that_is_elsewhere_says_so(checkpoint: Path, cac
         (("compile", "{model}", "-o", "{tmp}/out", "--target", "gpu"), "TargetError", "known: cpu"),
         (("compile", "{model}", "-o", "{tmp}/out", "--recipe", "pagde"), "RecipeError", "'paged'"),
         (("generate", "some/model", "-p", "x"), "InputError", "nothing is ever downloaded"),
+        (("explain", "{model}", "--timeline", "{tmp}/no/out"), "InputError", "there is no folder"),
         (("generate", "{tmp}/text.txt", "-p", "x"), "InputError", "no saved program"),
         (("recipe", "check", "{tmp}/typo.toml"), "RecipeError", "did you mean 'prefill_chunk'"),
         (("recipe", "check", "{tmp}/none.toml"), "RecipeError", "no recipe file"),

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from test_sampling import sampling_rows
 
 from jisu.compiler import levels, ops, rows
-from jisu.compiler.errors import TargetError
+from jisu.compiler.errors import CompileError, TargetError
 from jisu.compiler.graph import ArrayStorage, Graph, placeholder, weight
 from jisu.compiler.interpret import interpret
 from jisu.compiler.schemes import SCHEMES
@@ -31,7 +31,9 @@ from jisu.targets.cuda.kernels import (
     norm,
     products,
     records,
+    rounding,
     sampling,
+    single,
     single_attention,
     tails,
     thin,
@@ -41,7 +43,7 @@ from jisu.targets.cuda.kernels.attention import Form
 from jisu.targets.cuda.kernels.layers import Layer
 from jisu.targets.cuda.kernels.tails import Encoding, Tail
 from jisu.targets.cuda.lowering import lower
-from jisu.targets.target import Target, host
+from jisu.targets.target import Target, host, known_targets
 from jisu.targets.worker import find_linker
 
 REAL = Target.describe("cuda:sm_90")
@@ -742,6 +744,7 @@ def of_hot_kernels(target: Target) -> dict[str, device.DeviceKernel]:
         "many of experts' last layer": experts.of_groups(MIXTRAL, True, 128, target),
         "sums of experts": experts.summed(MIXTRAL, target),
         "records": records.encoded_rows(128, "bfloat16", "int8", target),
+        "rounded rows": rounding.rounded_rows(4096, "bfloat16", "int8", target),
         "token of records": attention.attend_token(attrs.evolve(form, scheme="int8"), target),
         "small floats": records.encoded_rows(128, "bfloat16", "fp8", target),
         "token of small floats": attention.attend_token(attrs.evolve(form, scheme="fp8"), target),
@@ -835,6 +838,28 @@ def test_ptx_has_the_instructions(mcpu: str) -> None:
     for kind, most in MOST_REGISTERS.items():  # so many that blocks enough share a multiprocessor
         assert kind not in made or usage[ptx.entry_name(made[kind])].registers <= most, kind
     assert all(k.shared_bytes <= 227 << 10 for k in made.values())
+
+
+@pytest.mark.parametrize("name", [n for n in known_targets() if n.startswith("cuda:")])
+def test_blocks_fit_into_shared_memory(name: str) -> None:
+    """Of each architecture: what a multiprocessor has beside 28 KiB of its cache and the KiB that a block takes (CUDA C++ Programming Guide)."""
+    target = Target.describe(name)
+    made = of_hot_kernels(target)
+    made["float32 by codes"] = single.thin_single(Layer(4096, (4096,), "float32", scheme="int8"), 8, target)
+    most = target.caches[0].bytes - (29 << 10)
+    assert most in (99 << 10, 163 << 10, 227 << 10)
+    assert {k: v.shared_bytes for k, v in made.items() if v.shared_bytes > most} == {}
+
+
+def test_an_assembler_of_yesterday_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = tmp_path / "ptxas"
+    old.write_text(
+        "#!/bin/sh\necho \"ptxas fatal : Unsupported .version 8.4; current version is '7.8'\" >&2; exit 255\n"
+    )
+    old.chmod(0o755)
+    monkeypatch.setattr(ptx, "find_assembler", lambda: str(old))
+    with pytest.raises(CompileError, match=r"too old for sm_90a and PTX of version 8\.4.*pip install nvidia-cuda-nvcc"):
+        ptx.assembled("", attrs.evolve(REAL, mcpu="sm_90a"))
 
 
 # --- Plans --------------------------------------------------------------------------------------------------------------

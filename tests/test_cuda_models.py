@@ -465,6 +465,28 @@ def test_the_gpu_that_is_present(emulated_driver: ctypes.CDLL, tmp_path: Path, m
         Target.resolve("cuda")
 
 
+@pytest.mark.parametrize(
+    ("name", "number", "cores", "found"),
+    [
+        ("NVIDIA H200", (9, 0), 132, "nvidia/h200"),
+        ("NVIDIA H100 80GB HBM3", (9, 0), 132, "nvidia/h100"),
+        ("NVIDIA H100 PCIe", (9, 0), 114, "cuda:sm_90"),
+        ("NVIDIA A100-SXM4-80GB", (8, 0), 108, "nvidia/a100"),
+        ("NVIDIA GeForce RTX 4090", (8, 9), 128, "nvidia/rtx-4090"),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", (8, 9), 76, "cuda:sm_89"),
+        ("NVIDIA GeForce RTX 4080", (8, 9), 76, "cuda:sm_89"),
+    ],
+)
+def test_a_gpu_has_the_speeds_of_its_product(
+    name: str, number: tuple[int, int], cores: int, found: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver = SimpleNamespace(name=name, capability=number, multiprocessors=cores)
+    monkeypatch.setattr(Driver, "open", lambda: driver)
+    target = Target.resolve("cuda")
+    assert (target.name, target.cores) == (found, cores) and name in target.source
+    assert target.memory_bandwidth == Target.describe(found).memory_bandwidth
+
+
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """The emulated GPU's memory is this machine's: any tensor counts as one there."""
     kept, borrowed = [], DeviceExecutable._borrowed

@@ -12,7 +12,7 @@ from jisu.compiler.graph import ArrayStorage, Graph, Node, placeholder, weight
 from jisu.compiler.interpret import interpret
 from jisu.compiler.pipeline import Pipeline
 from jisu.compiler.rewrite import Rule
-from jisu.compiler.types import TensorType, symbol
+from jisu.compiler.types import TensorType, numpy_dtype, symbol
 from jisu.compiler.verify import verify
 from jisu.passes import default_passes, layout_passes
 from jisu.passes.cache import CacheLayout, NotCausal, Step, derive_step, keep_last_token
@@ -217,6 +217,23 @@ def test_slices_of_a_projection_are_projections() -> None:
     for changed in (split, laid_out):
         for got, want in zip(interpret(changed, [x]), interpret(graph, [x]), strict=True):
             np.testing.assert_allclose(got, want, rtol=1e-5)
+
+
+@pytest.mark.parametrize("plus_one", [True, False], ids=["Gemma", "GPT-OSS"])
+def test_norms_that_16_bits_leave_and_come_back_to(plus_one: bool) -> None:
+    """The gain is float32 before it is multiplied, the cast back stands behind the product: one norm, which no cast is left beside."""
+    x, w = placeholder("x", TensorType((BATCH, LENGTH, 4), "bfloat16")), weight("w", TensorType((4,), "bfloat16"))
+    wide, gain = ops.cast(x, dtype="float32"), ops.cast(w, dtype="float32")
+    mean = ops.div(ops.sum_(ops.square(wide), axes=(2,), keepdims=True), np.float32(4))
+    normed = ops.mul(wide, ops.rsqrt(ops.add(mean, np.float32(1e-6))))
+    y = ops.cast(ops.mul(normed, ops.add(gain, np.float32(1)) if plus_one else gain), dtype="bfloat16")
+    rng = np.random.default_rng(0)
+    graph = Graph((x,), (y,), {"w": ArrayStorage(rng.standard_normal(4).astype(numpy_dtype("bfloat16")))})
+    fused = verify(Pipeline(default_passes()).run(graph)[0])
+    (norm,) = (n for n in fused.nodes if n.parents)
+    assert norm.op is ops.rms_norm and (norm.offset, norm.round_first) == (float(plus_one), False)
+    given = [rng.standard_normal((2, 3, 4)).astype(numpy_dtype("bfloat16"))]
+    np.testing.assert_array_equal(interpret(fused, given)[0], interpret(graph, given)[0])
 
 
 @pytest.mark.parametrize(

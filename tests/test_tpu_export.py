@@ -103,7 +103,7 @@ def greedy(program: Program, folder: Path) -> list[list[int]]:
 
 def test_the_manifest_is_complete(exported: Path, program: Program) -> None:
     manifest = manifest_of(exported)
-    assert manifest["format"] == "jisu-tpu" and manifest["version"] == 2 and manifest["chip"] == "tpu:v5e"
+    assert manifest["format"] == "jisu-tpu" and manifest["version"] == 3 and manifest["chip"] == "tpu:v5e"
     assert manifest["jisu"] == jisu.__version__ and "nothing of this was run on a TPU" in manifest["note"]
     files = {p.relative_to(exported).as_posix() for p in exported.rglob("*") if p.is_file()} - {"manifest.json"}
     assert set(manifest["sha256"]) == files
@@ -158,7 +158,9 @@ def test_the_script_verifies_and_generates(exported: Path, program: Program) -> 
     tokens = manifest_of(exported)["tokens"]
     assert tokens == greedy(program, exported) and len(tokens) == bundle.TOKENS
     assert f"tokens: {tokens}, as in the simulation" in done.stdout
-    assert "append_last-16.output.0 is off by" in done.stdout and "tokens/s" in done.stdout and " on cpu" in done.stdout
+    assert "append_last-16.output.0 is off by" in done.stdout and " on cpu" in done.stdout
+    for name, times in (("append_last-16", bundle.PROMPTS), ("append_last-1", bundle.STEPS)):
+        assert re.search(rf"^{name}: [\d.]+ ms, median of {times}; [\d.]+ tokens/s$", done.stdout, re.MULTILINE), name
 
 
 MODELS: dict[str, Callable[[], Program]] = {
@@ -424,7 +426,11 @@ def test_explain_says_what_is_simulated(program: Program, tmp_path: Path) -> Non
     program.save(tmp_path / "tiny.jisu")
     done = jisu_command("explain", tmp_path / "tiny.jisu")
     assert "simulated on this machine's processor" in done.stdout and "measured (the simulation)" in done.stdout
-    assert json.loads(jisu_command("explain", tmp_path / "tiny.jisu", "--json").stdout)["simulation"]
+    timeline = tmp_path / "timeline.json"
+    told = json.loads(jisu_command("explain", tmp_path / "tiny.jisu", "--timeline", timeline, "--json").stdout)
+    assert told["simulation"] and told["simulated"][-1]["tokens"] == 1
+    spans = [e for e in json.loads(timeline.read_text())["traceEvents"] if e["ph"] == "X"]
+    assert max(e["ts"] + e["dur"] for e in spans) == pytest.approx(told["simulated"][-1]["simulated_s"] * 1e6, rel=1e-3)
     bench = ("bench", tmp_path / "tiny.jisu", "--prompt", "8", "--gen", "2", "--repeat", "1")
     assert "these are no speeds of tpu:v5e" in jisu_command(*bench).stdout
 

@@ -12,6 +12,7 @@ from jisu.commands import units
 from jisu.commands.shell import Shell, peak_rss_bytes
 from jisu.commands.source import Options, compile_checkpoint, recipe_name, recognise
 from jisu.compiler.errors import InputError
+from jisu.compiler.launches import CUBIN, PTX
 from jisu.compiler.storage import check_parent
 
 
@@ -50,6 +51,11 @@ def run(shell: Shell, model: str, out: str, options: Options) -> None:
         )
         if decoder is not None and decoder.reason:
             console.print(f"without a KV cache: {decoder.reason}")
+        if PTX in program.parts.code and CUBIN not in program.parts.code:
+            console.print(
+                "without machine code, as there is no ptxas here: a GPU's driver compiles the PTX when the program is loaded; "
+                "`pip install nvidia-cuda-nvcc` brings one"
+            )
         console.print(f"not here: {program.lacks}" if program.lacks else f"try: jisu generate {out} --prompt '…'")
 
     shell.finish(result, show)

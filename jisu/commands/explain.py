@@ -12,6 +12,8 @@ import numpy as np
 from jisu.commands import units
 from jisu.commands.shell import Shell, table
 from jisu.commands.source import Options, open_program
+from jisu.compiler.errors import InputError
+from jisu.compiler.storage import check_parent
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -21,10 +23,14 @@ if TYPE_CHECKING:
 _TOKENS, _SLOTS, _REPEAT = 128, 256, 5  # the sizes at which the report states costs
 
 
-def run(shell: Shell, path: str, options: Options) -> None:
-    """Explain the program at `path`, with the measured time of the step where it is a decoder."""
+def run(shell: Shell, path: str, options: Options, timeline: str | None = None) -> None:
+    """Explain the program at `path`, with the measured time of the step where it is a decoder; timeline: where its simulated run is written."""
+    if timeline is not None:
+        check_parent(timeline)
     program = open_program(shell, path, options).program
     report = dict(program.explain())
+    if timeline is not None:
+        _draw(program, report.get("simulated", ()), timeline)
     passes = [dict(entry) for entry in report.get("passes", ())]
     measured = _measure(program)
     if measured is not None and passes:
@@ -41,6 +47,19 @@ def run(shell: Shell, path: str, options: Options) -> None:
         _show(console, path, report, program)
 
     shell.finish(report, show)
+
+
+def _draw(program: Program, simulated: Sequence[Mapping[str, Any]], path: str) -> None:
+    """Write the timeline of the last of the simulated calls: of a decoder, of one token."""
+    if not simulated:
+        raise InputError(f"only programs for TPUs have a simulated timeline; this one is for {program.target['name']}")
+    from jisu.compiler.text import parse
+    from jisu.targets.tpu.chip import Chip
+    from jisu.targets.tpu.program import simulated as simulate
+
+    call = simulated[-1]
+    chip = Chip.named(call["chip"])
+    simulate(parse(program.ir(call["entry"])), call["sizes"], chip, cached=call["cached"]).trace(path)
 
 
 def _measure(program: Program) -> dict[str, Any] | None:

@@ -122,7 +122,7 @@ def assembled(ptx: str, target: Target) -> bytes | None:
 def assemble(ptx: str, target: Target) -> tuple[bytes, dict[str, Usage]]:
     """A cubin for the target's architecture, and what each kernel uses.
 
-    Raises CompileError where there is no assembler (`ptxas`, in CUDA's toolkit and in pip's nvidia-cuda-nvcc) or it fails.
+    Raises CompileError where there is no assembler (`ptxas`, in CUDA's toolkit and in pip's nvidia-cuda-nvcc), it is too old, or it fails.
     """
     program = find_assembler()
     if program is None:
@@ -135,6 +135,11 @@ def assemble(ptx: str, target: Target) -> tuple[bytes, dict[str, Usage]]:
         done = subprocess.run(
             [program, f"-arch={target.mcpu}", "-v", "-o", str(out), str(source)], capture_output=True, text=True
         )
+        if re.search(r"Unsupported \.version|not defined for option 'gpu-name'", done.stderr):
+            raise CompileError(
+                f"{program} is too old for {target.mcpu} and PTX of version {_version(target)[3]}.{_version(target)[4:]}: take it off PATH (a GPU's "
+                "driver compiles PTX, too), update CUDA's toolkit, or `pip install nvidia-cuda-nvcc`, which is looked for first"
+            )
         if done.returncode:
             raise CompileError(f"ptxas: {done.stderr.strip()[-2000:]}")
         return out.read_bytes(), _usage(done.stderr)

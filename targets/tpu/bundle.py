@@ -39,7 +39,7 @@ from jisu.targets.tpu.spec import Product
 from jisu.targets.tpu.stablehlo import emit, signature
 
 FORMAT = "jisu-tpu"
-VERSION = 2
+VERSION = 3
 SCRIPT = "run_tpu.py"
 PLATFORMS = ("tpu", "cpu")
 TOLERANCE = {"bfloat16": 5e-2, "float16": 1e-2, "float32": 1e-3, "float64": 1e-6}
@@ -52,7 +52,10 @@ SHARD = 4 << 30
 """Bytes of weights after which another file begins."""
 
 STEPS = 20
-"""Times that the script runs a program to time it; a decoder writes so many tokens."""
+"""Times that the script runs a program again to time it; a decoder writes so many tokens."""
+
+PROMPTS = 5
+"""Times that it reads a decoder's prompt again, which puts the same keys and values where they are already."""
 
 TOKENS = 8
 """How many of them are compared with the simulation's."""
@@ -212,7 +215,7 @@ def write(folder: Path, given: Source, buckets: Sequence[Bucket], tell: Progress
         manifest["capacity"] = given.decoding.capacity
         steps = min(STEPS, given.decoding.capacity - samples.length)
         if buckets[-1].rows == 1:
-            programs[-1]["steps"] = steps
+            programs[-1] |= {"steps": steps, "writes": True}
             manifest["tokens"] = samples.continued(buckets[-1], min(TOKENS, steps))
     tell("writing kernels", 0.8)
     manifest["kernels"] = list(_kernels(folder, given.chip, kernels))
@@ -281,7 +284,8 @@ def _described(bucket: Bucket, entry: Entry, samples: _Samples) -> dict[str, Any
         ],
         "weights": [name for name, _ in entry.weights],
         "continues": bucket.continues,
-        "steps": 0 if samples.source.decoding is not None else STEPS,
+        "steps": STEPS if samples.source.decoding is None else PROMPTS,
+        "writes": False,
     }
 
 

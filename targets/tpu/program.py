@@ -168,7 +168,10 @@ def simulated_entries(
             if phase:
                 here = {name: sizes.get(name, before + new) for name in graph.symbols} | {str(sequence): new}
             run = simulated(graph, here, chip, cached=before)
-            found.append({"entry": entry, "phase": phase, "tokens": new, "cached": before, **run.to_json()})
+            known = {name: int(size) for name, size in here.items() if name in graph.symbols}
+            found.append(
+                {"entry": entry, "phase": phase, "tokens": new, "cached": before, "sizes": known, **run.to_json()}
+            )
     return found
 
 

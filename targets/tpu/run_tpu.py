@@ -31,16 +31,16 @@ def main() -> None:
         program = jax.export.deserialize(bytearray((HERE / p[form]).read_bytes()))
         step = jax.jit(program.call, donate_argnums=range(len(given), len(given) + len(state)))
         seconds, tokens = [], []
-        for turn in range(1 + p["steps"]):  # the sample; then a decoder's greedy steps, or the sample again
+        for turn in range(1 + p["steps"]):  # the sample; then the sample again, or a decoder's greedy steps
             begin = time.perf_counter()
             found = jax.block_until_ready(step(*given, *state, *(weights[name] for name in p["weights"])))
             seconds.append(time.perf_counter() - begin)
             results, state = found[: len(p["outputs"])], found[len(p["outputs"]) :]
             ok += [close(p, o, r, samples) for o, r in zip(p["outputs"], results, strict=True)] if turn == 0 else []
-            if state and p["steps"]:  # the first two inputs are tokens, and how many there were before
+            if p["writes"]:  # the first two inputs are tokens, and how many there were before
                 given[:2] = np.asarray(results[0])[:, -1:].argmax(-1), given[1] + 1
                 tokens.append(given[0][:, 0].tolist())
-        ok.append(told(p["name"], seconds[1:], tokens, manifest))
+        ok.append(told(p, seconds[1:], tokens, manifest))
     sys.exit(0 if all(ok) else "the results are wrong")
 
 
@@ -79,11 +79,12 @@ def close(program: Any, output: Any, result: Any, samples: dict[str, np.ndarray]
     return error <= output["tolerance"]  # type: ignore[no-any-return]
 
 
-def told(name: str, seconds: list[float], tokens: list[list[int]], manifest: dict[str, Any]) -> bool:
+def told(program: Any, seconds: list[float], tokens: list[list[int]], manifest: dict[str, Any]) -> bool:
     """Says how long a program's steps took, and whether a decoder's tokens are the simulation's."""
     if seconds:
-        speed = f"; {manifest['batch'] / statistics.median(seconds):.1f} tokens/s" if tokens else ""
-        print(f"{name}: {statistics.median(seconds) * 1e3:.3f} ms, median of {len(seconds)}{speed}")
+        middle, read = statistics.median(seconds), np.prod(program["inputs"][0]["shape"])  # a decoder's tokens
+        speed = f"; {read / middle:.1f} tokens/s" if program["state"] else ""
+        print(f"{program['name']}: {middle * 1e3:.3f} ms, median of {len(seconds)}{speed}")
     wanted = manifest.get("tokens", []) if tokens else []
     same = tokens[: len(wanted)] == wanted
     if wanted:
