@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import json
-import math
 import sys
 import threading
 import weakref
@@ -22,70 +21,21 @@ import attrs
 import numpy as np
 
 from jisu.compiler.entry import Entry
-from jisu.compiler.errors import (
-    ArtifactError,
-    IndexOutOfRangeError,
-    InputError,
-    TargetError,
-)
-from jisu.compiler.gpu import Driver, checked_grid
+from jisu.compiler.errors import ArtifactError, IndexOutOfRangeError, InputError
+from jisu.compiler.gpu import Driver
 from jisu.compiler.interpret import bind_types
-from jisu.compiler.launches import COUNTERS, CUBIN, FAULT, OWN_PTX, PLANS, PTX, Plan, TensorMap, Variant
+from jisu.compiler.launches import COUNTERS, FAULT, PLANS, Plan
 from jisu.compiler.storage import aligned
 from jisu.compiler.types import fixed, numpy_dtype, substitute
+from jisu.runtime.cuda_launches import Kernels, Launches, laid_out
+from jisu.runtime.cuda_memory import Buffer, DeviceArray, Staging, allocated, clear, copy, download, pinned, upload
 from jisu.runtime.executable import Held, check_apart, hold, owner
 
-_STAGING = 16 << 20  # bytes of each of the two pinned buffers through which weights go
 _NOTHING: Mapping[str, np.ndarray] = {}
 _KEPT_RUNS = 64  # combinations of shapes and memory that are remembered, as long as
 _KEPT_BYTES = 256 << 20  # their buffers take no more than so much
-_PINNED = 16 << 20  # bytes up to which a buffer has pinned memory beside it
-_ALIGNMENT = 256
 _LOADED = 16  # bytes that kernels load at once, from a multiple of so many
-_PLAIN_SHARED = 48 << 10  # bytes of shared memory that a kernel gets without asking
-_MAX_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-_NOT_FOUND = 500
 _AHEAD = 4  # calls that may be under way at a time
-_RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
-
-
-class _Attribute(ctypes.Structure):
-    """CUlaunchAttribute, with a value that is a number."""
-
-    _fields_ = (("id", ctypes.c_int), ("_", ctypes.c_int), ("value", ctypes.c_int), ("rest", ctypes.c_byte * 60))
-
-
-class _Config(ctypes.Structure):
-    """CUlaunchConfig."""
-
-    _fields_ = (
-        ("grid", ctypes.c_uint * 3), ("block", ctypes.c_uint * 3), ("shared", ctypes.c_uint), ("stream", ctypes.c_void_p),
-        ("attributes", ctypes.POINTER(_Attribute)), ("count", ctypes.c_uint),
-    )  # fmt: skip
-
-
-_EARLY = _Attribute(6, 0, 1)  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION, allowed
-
-
-class DeviceArray:
-    """A tensor in the GPU's memory; `owner` keeps that alive, and may put something else there later, else it is freed with this object."""
-
-    __slots__ = ("__weakref__", "address", "dtype", "owner", "shape")
-
-    def __init__(self, driver: Driver, address: int, shape: Sequence[int], dtype: np.dtype, owner: Any = None) -> None:
-        self.address, self.shape, self.dtype, self.owner = address, tuple(shape), dtype, owner
-        if owner is None:
-            weakref.finalize(self, _free, driver, address)
-
-    @property
-    def nbytes(self) -> int:
-        """Its size."""
-        return math.prod(self.shape) * self.dtype.itemsize
-
-
-def _free(driver: Driver, address: int) -> None:
-    driver.let_go(("cuMemFree_v2", ctypes.c_void_p(address)))
-
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -108,51 +58,18 @@ class Uploaded:
     arrays: tuple[DeviceArray, ...]
 
 
-@attrs.frozen(eq=False)
-class _Call:
-    """A launch with everything settled: what cuLaunchKernel takes, or, where it may begin early, cuLaunchKernelEx. parameters: addresses of the
-    values."""
-
-    function: ctypes.c_void_p
-    grid: tuple[int, int, int]
-    threads: int
-    shared: int
-    values: Sequence[Any]
-    parameters: Any
-    early: bool
-
-
-@attrs.define(eq=False)
-class _Buffer:
-    """Memory on the GPU and, unless it is large, pinned memory here through which its contents come and go: a piece for each call under way.
-
-    free: pieces that no call uses.
-    """
-
-    array: DeviceArray
-    free: list[np.ndarray] = attrs.field(factory=list)
-
-    def pinned(self, driver: Driver) -> np.ndarray | None:
-        """A piece for a call, which gives it back to `free`; None where the memory is large."""
-        if self.array.nbytes > _PINNED:
-            return None
-        return self.free.pop() if self.free else _pinned(driver, max(self.array.nbytes, 1))
-
-
 @attrs.define(eq=False)
 class _Run:
-    """An entry on given shapes and given memory: its launches and, from the second time on, its graph.
+    """An entry on given shapes and given memory: its launches, which name the arena and the counters.
 
     inputs, outputs: buffers of its own, None for what the caller gives.
     """
 
-    inputs: list[_Buffer | None]
-    outputs: list[_Buffer | None]
-    calls: list[_Call]
+    inputs: list[Buffer | None]
+    outputs: list[Buffer | None]
+    launches: Launches
     arena: DeviceArray
     counters: DeviceArray
-    graph: ctypes.c_void_p | None = None
-    used: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -168,7 +85,7 @@ class _Begun:
     given: list[Any]
     owned: dict[int, np.ndarray]
     run: _Run
-    pieces: list[tuple[_Buffer, np.ndarray]]
+    pieces: list[tuple[Buffer, np.ndarray]]
 
 
 @attrs.define(eq=False)
@@ -182,7 +99,7 @@ class StartedCall:
     values: tuple[Any, ...]
     _finish: Callable[[StartedCall], None]
     _found: tuple[Any, ...]
-    _pieces: list[tuple[_Buffer, np.ndarray]]
+    _pieces: list[tuple[Buffer, np.ndarray]]
     _copies: list[tuple[np.ndarray, np.ndarray]]  # of results here, and where they come through
     _event: ctypes.c_void_p
 
@@ -212,70 +129,35 @@ class DeviceExecutable:
 
     @_there
     def _open(self, code: Mapping[str, bytes], built_for: tuple[int, int]) -> None:
-        self._module = self._loaded(code, built_for)
-        self._functions: dict[str, ctypes.c_void_p | None] = {}
+        self._kernels = Kernels(self._driver, code, built_for)
         self._stream = self._driver.stream()
         self._arena = self._array((1,), np.dtype(np.uint8), "intermediate values")
         self._fault = self.hold(np.zeros(1, np.int32))
         self._counters = self.hold(np.zeros(1, np.int32))
-        self._seen = _pinned(self._driver, 4)
+        self._seen = pinned(self._driver, 4)
         self._seen[:] = 0
         self._weights: dict[str, tuple[Any, DeviceArray]] = {}
         self._runs: dict[tuple[Any, ...], _Run] = {}
         self._pending: ctypes.c_void_p | None = None  # the stream of a call that nobody waited for
         self._under_way: deque[StartedCall] = deque()  # calls that have pinned memory, oldest first
         self._events: list[ctypes.c_void_p] = []  # that no call uses
-        self._turn = 0
-        self._staging: list[tuple[Any, ctypes.c_void_p]] = []
-        weakref.finalize(self, _release, self._driver, self._module, (self._stream,), self._runs, self._events)
+        weakref.finalize(self, _release, self._driver, self._kernels.module, (self._stream,), self._runs, self._events)
 
     @property
     def device(self) -> str:
         """The GPU's name."""
         return self._driver.name
 
-    def _loaded(self, code: Mapping[str, bytes], built_for: tuple[int, int]) -> ctypes.c_void_p:
-        """The kernels: machine code where it was made for this GPU, else PTX, which the driver compiles."""
-        here = self._driver.capability
-        if here < built_for:
-            raise TargetError(
-                f"this program was compiled for sm_{built_for[0]}{built_for[1]} and newer, and the GPU here ({self.device}) is "
-                f"sm_{here[0]}{here[1]}; compile it for that"
-            )
-        # Machine code is for later GPUs of one generation, too; what only one GPU has isn't.
-        fits, same = here[0] == built_for[0], here == built_for
-        wanted = (*((CUBIN,) if fits and (same or OWN_PTX not in code) else ()), *((OWN_PTX,) if same else ()), PTX)
-        said = []
-        for name in [n for n in wanted if n in code]:
-            module, error = self._driver.module(code[name])
-            if module is not None:
-                return module
-            said.append(f"{name}: {error}")
-        raise TargetError(
-            f"the GPU here ({self.device}, sm_{here[0]}{here[1]}) can't load this program's kernels, which were compiled for "
-            f"sm_{built_for[0]}{built_for[1]} ({'; '.join(said) or 'there is no PTX'}): compile it for this GPU, or update NVIDIA's driver"
-        )
-
     # Memory
 
     def _array(self, shape: Sequence[int], dtype: np.dtype, what: str) -> DeviceArray:
-        nbytes = math.prod(shape) * dtype.itemsize
-        return DeviceArray(self._driver, self._driver.allocate(nbytes, what), shape, dtype)
-
-    def _buffer(self, shape: Sequence[int], dtype: np.dtype, what: str) -> _Buffer:
-        return _Buffer(self._array(shape, dtype, what))
+        return allocated(self._driver, shape, dtype, what)
 
     @_there
     def zeros(self, shape: Sequence[int], dtype: str, what: str) -> DeviceArray:
         """A tensor of zeros on the GPU; raises TensorMemoryError naming `what` where there is no room."""
         made = self._array(shape, numpy_dtype(dtype), what)
-        self._driver.run(
-            "cuMemsetD8Async",
-            ctypes.c_void_p(made.address),
-            ctypes.c_ubyte(0),
-            ctypes.c_size_t(made.nbytes),
-            self._stream,
-        )
+        clear(self._driver, made, self._stream)
         self._wait()  # calls may be on other streams
         return made
 
@@ -284,7 +166,7 @@ class DeviceExecutable:
         """A copy of an array on the GPU."""
         source = hold(value)
         made = self._array(source.shape, source.dtype, "a tensor")
-        self._upload(made.address, source.address, made.nbytes)
+        upload(self._driver, made.address, source.address, made.nbytes, self._stream)
         self._wait()
         return made
 
@@ -292,29 +174,9 @@ class DeviceExecutable:
     def read(self, array: DeviceArray) -> np.ndarray:
         """A copy of a tensor in this machine's memory."""
         found: np.ndarray = aligned(array.shape, array.dtype)
-        self._download(found.ctypes.data, array.address, array.nbytes)
+        download(self._driver, found.ctypes.data, array.address, array.nbytes, self._stream)
         self._wait()
         return found
-
-    def _upload(self, to: int, source: int, nbytes: int) -> None:
-        if nbytes:
-            self._driver.run(
-                "cuMemcpyHtoDAsync_v2",
-                ctypes.c_void_p(to),
-                ctypes.c_void_p(source),
-                ctypes.c_size_t(nbytes),
-                self._stream,
-            )
-
-    def _download(self, to: int, source: int, nbytes: int) -> None:
-        if nbytes:
-            self._driver.run(
-                "cuMemcpyDtoHAsync_v2",
-                ctypes.c_void_p(to),
-                ctypes.c_void_p(source),
-                ctypes.c_size_t(nbytes),
-                self._stream,
-            )
 
     def _wait(self) -> None:
         self._driver.run("cuStreamSynchronize", self._stream)
@@ -328,38 +190,24 @@ class DeviceExecutable:
         Raises ArtifactError for a weight that is missing or of another type.
         """
         found = []
-        for name, kind in self._entries[entry].weights:
-            if name not in weights:
-                raise ArtifactError(f"weight {name!r} is missing")
-            array = weights[name]
-            if array.shape != kind.shape or array.dtype != numpy_dtype(kind.dtype):
-                raise ArtifactError(f"weight {name!r}: expected {kind}, got {array.dtype}{list(array.shape)}")
-            if name not in self._weights or self._weights[name][0] is not array:
-                self._weights[name] = (array, self._staged(np.ascontiguousarray(array), name))
-            found.append(self._weights[name][1])
-        for _, stream in self._staging:
-            self._driver.run("cuStreamSynchronize", stream)
-            self._driver.run("cuStreamDestroy_v2", stream)
-        self._staging = []
+        staging: Staging | None = None
+        try:
+            for name, kind in self._entries[entry].weights:
+                if name not in weights:
+                    raise ArtifactError(f"weight {name!r} is missing")
+                array = weights[name]
+                if array.shape != kind.shape or array.dtype != numpy_dtype(kind.dtype):
+                    raise ArtifactError(f"weight {name!r}: expected {kind}, got {array.dtype}{list(array.shape)}")
+                if name not in self._weights or self._weights[name][0] is not array:
+                    staging = staging or Staging(self._driver)
+                    made = self._array(array.shape, array.dtype, f"the weight {name!r}")
+                    staging.send(np.ascontiguousarray(array), made)
+                    self._weights[name] = (array, made)
+                found.append(self._weights[name][1])
+        finally:
+            if staging is not None:
+                staging.close()
         return Uploaded(tuple(found))
-
-    def _staged(self, array: np.ndarray, name: str) -> DeviceArray:
-        """A copy on the GPU by way of two pinned buffers in turn: one is filled from the mapped file while the other one is sent."""
-        made = self._array(array.shape, array.dtype, f"the weight {name!r}")
-        raw = array.reshape(-1).view(np.uint8) if array.size else np.empty(0, np.uint8)
-        if not self._staging:
-            self._staging = [(_pinned(self._driver, _STAGING), self._driver.stream()) for _ in range(2)]
-        for begin in range(0, raw.size, _STAGING):
-            piece = raw[begin : begin + _STAGING]
-            buffer, stream = self._staging[self._turn]
-            self._turn = 1 - self._turn
-            self._driver.run("cuStreamSynchronize", stream)
-            buffer[: piece.size] = piece
-            self._driver.run(
-                "cuMemcpyHtoDAsync_v2", ctypes.c_void_p(made.address + begin), ctypes.c_void_p(buffer.ctypes.data),
-                ctypes.c_size_t(piece.size), stream,
-            )  # fmt: skip
-        return made
 
     # Calls
 
@@ -390,7 +238,7 @@ class DeviceExecutable:
                 assert alias is not None
                 source, own = begun.given[alias], run.inputs[alias]
                 if isinstance(source, Held) and own is not None:
-                    self._download(source.address, own.array.address, own.array.nbytes)
+                    download(self._driver, source.address, own.array.address, own.array.nbytes, self._stream)
                 values.append(source)
                 found.append(owned.get(alias, source))
                 if isinstance(source, Held) and owned[alias] is not source.array:
@@ -398,17 +246,18 @@ class DeviceExecutable:
                 continue
             array = buffer.array
             here, piece = aligned(array.shape, array.dtype), buffer.pinned(self._driver)
-            self._download((here if piece is None else piece).ctypes.data, array.address, array.nbytes)
+            to = (here if piece is None else piece).ctypes.data
+            download(self._driver, to, array.address, array.nbytes, self._stream)
             if piece is not None:
                 pieces.append((buffer, piece))
                 copies.append((here, piece[: here.nbytes].view(here.dtype).reshape(here.shape)))
             values.append(DeviceArray(self._driver, array.address, array.shape, array.dtype, run))
             found.append(here)
-        self._download(self._seen.ctypes.data, self._fault.address, 4)
+        download(self._driver, self._seen.ctypes.data, self._fault.address, 4, self._stream)
         return self._followed(tuple(values), tuple(found), pieces, copies, self._stream)
 
     def _followed(
-        self, values: tuple[Any, ...], found: tuple[Any, ...], pieces: list[tuple[_Buffer, np.ndarray]],
+        self, values: tuple[Any, ...], found: tuple[Any, ...], pieces: list[tuple[Buffer, np.ndarray]],
         copies: list[tuple[np.ndarray, np.ndarray]], stream: ctypes.c_void_p,
     ) -> StartedCall:  # fmt: skip
         """The call that everything on the stream up to here belongs to."""
@@ -476,12 +325,9 @@ class DeviceExecutable:
             assert buffer is not None
             kind = buffer.array.dtype.name
             made = torch.empty(buffer.array.shape, dtype=getattr(torch, kind), device=f"cuda:{number}")
-            self._copy(made.data_ptr(), buffer.array, stream)
+            copy(self._driver, made.data_ptr(), buffer.array.address, buffer.array.nbytes, stream)
             results.append(made)
-        self._driver.run(
-            "cuMemcpyDtoHAsync_v2", ctypes.c_void_p(self._seen.ctypes.data), ctypes.c_void_p(self._fault.address),
-            ctypes.c_size_t(4), stream,
-        )  # fmt: skip
+        download(self._driver, self._seen.ctypes.data, self._fault.address, 4, stream)
         self._followed((), (), begun.pieces, [], stream)
         return tuple(results)
 
@@ -500,7 +346,10 @@ class DeviceExecutable:
     @_there
     def _again(self, run: _Run, given: Sequence[Any], graph: bool, stream: int) -> None:
         """given: what is read where it is, which must stay."""
-        (self._launch if graph else self._launch_each)(run, ctypes.c_void_p(stream))
+        if graph:
+            run.launches.again(self._driver, self._stream, ctypes.c_void_p(stream))
+        else:
+            run.launches.each(self._driver, ctypes.c_void_p(stream))
 
     def _borrowed(self, tensor: Any) -> DeviceArray:
         """torch's tensor as one of ours, without a copy where it is contiguous and where kernels may read 16 bytes at a time."""
@@ -508,16 +357,6 @@ class DeviceExecutable:
         whole = whole.clone() if whole.data_ptr() % _LOADED else whole
         kind = numpy_dtype(str(whole.dtype).removeprefix("torch."))
         return DeviceArray(self._driver, whole.data_ptr(), tuple(whole.shape), kind, whole)
-
-    def _copy(self, to: int, source: DeviceArray, stream: ctypes.c_void_p) -> None:
-        if source.nbytes:
-            self._driver.run(
-                "cuMemcpyDtoDAsync_v2",
-                ctypes.c_void_p(to),
-                ctypes.c_void_p(source.address),
-                ctypes.c_size_t(source.nbytes),
-                stream,
-            )
 
     def _started(
         self, entry: str, inputs: Sequence[Any], weights: Uploaded | Mapping[str, np.ndarray], stream: ctypes.c_void_p
@@ -543,12 +382,12 @@ class DeviceExecutable:
                 owned[i] = owner(called.inputs[i][0], inputs[i], held)
         run = self._run(entry, called, given, env, weights)
         self._pending = stream
-        pieces: list[tuple[_Buffer, np.ndarray]] = []
+        pieces: list[tuple[Buffer, np.ndarray]] = []
         for held, buffer in zip(given, run.inputs, strict=True):
             if buffer is None:
                 continue
             if isinstance(held, DeviceArray):
-                self._copy(buffer.array.address, held, stream)
+                copy(self._driver, buffer.array.address, held.address, held.nbytes, stream)
                 continue
             source, piece = held.address, buffer.pinned(self._driver)
             if piece is not None:
@@ -556,12 +395,8 @@ class DeviceExecutable:
                 if held.array.size:
                     piece[: held.nbytes] = held.array.reshape(-1).view(np.uint8)
                 source = piece.ctypes.data
-            if buffer.array.nbytes:
-                self._driver.run(
-                    "cuMemcpyHtoDAsync_v2", ctypes.c_void_p(buffer.array.address), ctypes.c_void_p(source),
-                    ctypes.c_size_t(buffer.array.nbytes), stream,
-                )  # fmt: skip
-        self._launch(run, stream)
+            upload(self._driver, buffer.array.address, source, buffer.array.nbytes, stream)
+        run.launches.again(self._driver, self._stream, stream)
         return _Begun(given, owned, run, pieces)
 
     def _called(self, entry: str) -> Entry:
@@ -583,13 +418,7 @@ class DeviceExecutable:
         if number:
             self._settle()
             self._seen[:] = 0
-            self._driver.run(
-                "cuMemsetD8Async",
-                ctypes.c_void_p(self._fault.address),
-                ctypes.c_ubyte(0),
-                ctypes.c_size_t(4),
-                self._stream,
-            )
+            clear(self._driver, self._fault, self._stream)
             self._wait()
             kind, message = self._faults[number - 1] if number <= len(self._faults) else ("ValueError", "unknown fault")
             raise IndexOutOfRangeError(message) if kind == "IndexError" else InputError(message)
@@ -613,8 +442,8 @@ class DeviceExecutable:
     def _drop(self, key: tuple[Any, ...]) -> None:
         self._settle()
         run = self._runs.pop(key)
-        if run.graph is not None:
-            self._driver.run("cuGraphExecDestroy", run.graph)
+        if run.launches.graph is not None:
+            self._driver.run("cuGraphExecDestroy", run.launches.graph)
 
     def _bound(
         self, entry: str, called: Entry, given: Sequence[Any], env: Mapping[str, int], weights: Uploaded
@@ -625,17 +454,15 @@ class DeviceExecutable:
                 raise InputError(f"{who}: dimensions {one} and {other} must be equal")
         # What is small is copied to where a graph finds it, so that the next call can be the same graph.
         inputs = [
-            None if _in_place(i, x, called) else self._buffer(x.shape, x.dtype, "an input") for i, x in enumerate(given)
+            None if _in_place(i, x, called) else Buffer(self._array(x.shape, x.dtype, "an input"))
+            for i, x in enumerate(given)
         ]
-        outputs: list[_Buffer | None] = []
+        outputs: list[Buffer | None] = []
         for alias, kind in zip(called.aliases, called.outputs, strict=True):
             shape = [fixed(d) for d in kind.at(env).shape]
-            outputs.append(None if alias is not None else self._buffer(shape, numpy_dtype(kind.dtype), "a result"))
-        places, total = [], 0
-        for sizes in plan.slots:
-            places.append(total)
-            largest = max(substitute(s, env) for s in sizes)
-            total += -(-largest // _ALIGNMENT) * _ALIGNMENT
+            made = None if alias is not None else self._array(shape, numpy_dtype(kind.dtype), "a result")
+            outputs.append(None if made is None else Buffer(made))
+        places, total = laid_out(plan, env)
         counters = max((substitute(n, env) for n in plan.counters), default=0)
         if total > self._arena.nbytes or counters > self._counters.shape[0]:
             self._settle()
@@ -657,93 +484,8 @@ class DeviceExecutable:
             own = {FAULT: self._fault, COUNTERS: self._counters}
             return int((own[kind] if kind in own else memory[kind][number]).address)
 
-        def value(argument: Any) -> bytes:
-            """As the kernel's parameter."""
-            if isinstance(argument, TensorMap):
-                shape = (substitute(argument.rows, env), argument.columns)
-                return self._driver.tensor_map(address(*argument.tensor), argument.dtype, shape, argument.box)
-            number = address(*argument) if isinstance(argument, tuple) else substitute(argument, env)
-            return number.to_bytes(8, sys.byteorder, signed=True)
-
-        calls: list[_Call] = []
-        for step in plan.steps:
-            for launch in self._chosen(step, env).launches:
-                grid = checked_grid(tuple(substitute(d, env) for d in launch.grid), launch.kernel)
-                if 0 in grid:
-                    continue
-                function = self._function(launch.kernel)
-                assert function is not None
-                if launch.shared > _PLAIN_SHARED:
-                    self._driver.run("cuFuncSetAttribute", function, _MAX_SHARED, launch.shared)
-                # The first one follows whatever others left on the stream.
-                early = launch.early and self._driver.overlaps and bool(calls)
-                # One by one: only the driver knows where each one lies. Before a tensor map the assembler leaves room that no rule tells.
-                values = [ctypes.create_string_buffer(raw, len(raw)) for raw in map(value, launch.arguments)]
-                parameters = (ctypes.c_void_p * (len(values) + 1))(*map(ctypes.addressof, values), None)
-                calls.append(_Call(function, grid, launch.threads, launch.shared, values, parameters, early))  # type: ignore[arg-type]
-        return _Run(inputs, outputs, calls, self._arena, self._counters)
-
-    def _chosen(self, step: Sequence[Variant], env: Mapping[str, int]) -> Variant:
-        """The first variant whose bounds hold and whose kernels this module has."""
-        for variant in step:
-            if variant.holds(env) and all(self._function(launch.kernel) is not None for launch in variant.launches):
-                return variant
-        raise ArtifactError(f"the program has no kernel for {step[0].launches[0].kernel} on this GPU")
-
-    def _function(self, name: str) -> ctypes.c_void_p | None:
-        if name not in self._functions:
-            found = ctypes.c_void_p()
-            status = self._driver.code_of("cuModuleGetFunction", ctypes.byref(found), self._module, name.encode())
-            if status not in (0, _NOT_FOUND):
-                self._driver.fail("cuModuleGetFunction", status)
-            self._functions[name] = found if status == 0 else None
-        return self._functions[name]
-
-    def _launch(self, run: _Run, stream: ctypes.c_void_p) -> None:
-        run.used += 1
-        if run.graph is None and run.used > 1 and run.calls:
-            self._driver.run("cuStreamBeginCapture_v2", self._stream, _RELAXED)
-            captured, made = ctypes.c_void_p(), ctypes.c_void_p()
-            try:
-                self._launch_each(run, self._stream)
-                self._driver.run("cuStreamEndCapture", self._stream, ctypes.byref(captured))
-                self._driver.run("cuGraphInstantiateWithFlags", ctypes.byref(made), captured, ctypes.c_ulonglong(0))
-            except BaseException:
-                if not captured:  # the stream stays unusable until its capture ends
-                    self._driver.code_of("cuStreamEndCapture", self._stream, ctypes.byref(captured))
-                raise
-            finally:
-                if captured:
-                    self._driver.code_of("cuGraphDestroy", captured)
-            run.graph = made
-        if run.graph is not None:
-            self._driver.run("cuGraphLaunch", run.graph, stream)
-        else:
-            self._launch_each(run, stream)
-
-    def _launch_each(self, run: _Run, stream: ctypes.c_void_p) -> None:
-        for call in run.calls:
-            x, y, z = call.grid
-            if call.early:
-                config = _Config(
-                    call.grid, (call.threads, 1, 1), call.shared, stream, ctypes.pointer(_EARLY), 1
-                )  # fmt: skip
-                self._driver.run("cuLaunchKernelEx", ctypes.byref(config), call.function, call.parameters, None)
-                continue
-            self._driver.run(
-                "cuLaunchKernel",
-                call.function,
-                x,
-                y,
-                z,
-                call.threads,
-                1,
-                1,
-                call.shared,
-                stream,
-                call.parameters,
-                None,
-            )
+        launches = Launches(self._kernels.calls(plan, env, address))
+        return _Run(inputs, outputs, launches, self._arena, self._counters)
 
 
 _READ_IN_PLACE = 64 << 20
@@ -757,25 +499,12 @@ def _in_place(number: int, given: Any, called: Entry) -> bool:
     return own or (isinstance(given, DeviceArray) and number in called.aliases)
 
 
-def _pinned(driver: Driver, nbytes: int) -> np.ndarray:
-    """Bytes of this machine's memory that the GPU reads and writes at full speed."""
-    address = driver.pinned(nbytes)
-    view = (ctypes.c_ubyte * nbytes).from_address(address)
-    array: np.ndarray = np.ctypeslib.as_array(view)
-    weakref.finalize(view, _unpin, driver, address)
-    return array
-
-
-def _unpin(driver: Driver, address: int) -> None:
-    driver.let_go(("cuMemFreeHost", ctypes.c_void_p(address)))
-
-
 def _release(
     driver: Driver, module: ctypes.c_void_p, streams: Sequence[ctypes.c_void_p], runs: Mapping[Any, _Run],
     events: Sequence[ctypes.c_void_p],
 ) -> None:  # fmt: skip
     """Give back what a program had of the driver, once its work is done, on torch's streams, too."""
-    graphs = [("cuGraphExecDestroy", run.graph) for run in runs.values() if run.graph is not None]
+    graphs = [("cuGraphExecDestroy", run.launches.graph) for run in runs.values() if run.launches.graph is not None]
     driver.let_go(
         ("cuCtxSynchronize",),
         *graphs,

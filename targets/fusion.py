@@ -11,10 +11,10 @@ from jisu.compiler import ops
 from jisu.compiler.graph import CONSTANT, INPUT, WEIGHT, Graph, Node
 from jisu.compiler.ops import ELEMENTWISE
 from jisu.compiler.ops.shape import windows
-from jisu.compiler.types import same_shape
+from jisu.compiler.types import Dim, same_shape
 from jisu.targets.cpu import generic
 from jisu.targets.cpu.generic import reduce
-from jisu.targets.cpu.generic.element import always_pulled, is_literal
+from jisu.targets.cpu.generic.element import always_pulled, is_literal, splits_known_axes
 from jisu.targets.cpu.generic.moves import is_checked
 from jisu.targets.cpu.generic.scalar import EXPENSIVE
 
@@ -50,6 +50,7 @@ class Region:
 
 MAX_NODES = 30  # of one kernel: beyond that LLVM's time grows faster than what a saved pass over memory is worth
 _CHEAP_USES = 4
+_CHEAP_NODES = 12  # that are computed again wherever they are used, rather than launched once
 
 _MOVES = frozenset({ops.broadcast_to, ops.transpose, ops.slice_, ops.flip, windows})
 # These read an operand at each index once; every other op that pulls may come back to an element.
@@ -59,19 +60,23 @@ _ONCE = frozenset(
 _PULLING = _ONCE | {ops.broadcast_to, windows, ops.softmax}
 
 
-def regions(graph: Graph, chosen: Container[object], joined: Sequence[Region] = ()) -> tuple[Region, ...]:
+def regions(
+    graph: Graph, chosen: Container[object], joined: Sequence[Region] = (), *, launched: bool = False
+) -> tuple[Region, ...]:
     """The graph's kernels in an order in which every region stands behind those that it reads.
 
-    joined: regions that are settled, which are `separable`.
+    joined: regions that are settled, which are `separable`. launched: each kernel is a launch, which costs more than a few scalar operations and a branch
+    per element; so kernels also pull concatenations, reshapes and what is made of less than it is, and those of one shape that read the same become
+    one.
     """
-    inlined = _inlined(graph, chosen)
+    inlined = _Inlined(graph, chosen, launched).found
     taken = {node for region in joined for node in region.nodes}
     found = list(joined)
     for node in graph.nodes:
         if node.op not in (INPUT, WEIGHT, CONSTANT) and node not in inlined and node not in taken:
             stored = node.op in generic.STORED or node.op in chosen
             found.append(Region((node,), _leaves((node,), inlined, stored), node.op is ops.reshape))
-    return _ordered(graph, _merged(graph, list(_ordered(graph, found)), inlined, chosen))
+    return _ordered(graph, _merged(graph, list(_ordered(graph, found)), inlined, chosen, launched))
 
 
 def separable(graph: Graph, joined: Iterable[Region]) -> bool:
@@ -87,33 +92,78 @@ def separable(graph: Graph, joined: Iterable[Region]) -> bool:
     return nx.is_directed_acyclic_graph(nx.DiGraph((a, b) for a, b in edges if a != b))
 
 
-def _inlined(graph: Graph, chosen: Container[object]) -> dict[Node, int]:
-    """The nodes that are computed inside the kernels of their users, with how many nodes each brings along.
+class _Inlined:
+    """The nodes that are computed inside the kernels of their users (`found`), with how many nodes each brings along.
 
     Moves always are where the users pull; elementwise nodes where that repeats no work, or next to none.
     """
-    outputs = set(graph.outputs)
-    found: dict[Node, int] = {}
-    for node in graph.nodes:
-        users = graph.users[node]
-        if node in outputs or not users:
-            continue
-        pulls = all(u.op in _PULLING and u.op not in chosen for u in users)
+
+    def __init__(self, graph: Graph, chosen: Container[object], launched: bool) -> None:
+        self.graph, self.chosen, self.launched = graph, chosen, launched
+        self.found: dict[Node, int] = {}
+        self.small: set[Node] = set()  # of them those that read less than they are
+        self.outputs = set(graph.outputs)
+        self.moves = _MOVES | {ops.concat, ops.reshape} if launched else _MOVES
+        for node in graph.nodes:
+            self.visit(node)
+
+    def visit(self, node: Node) -> None:
+        """Note a node, all of whose operands are noted."""
+        readers = self.readers(node)
+        if node in self.outputs or not readers:
+            return
+        pulls = all(u.op in _PULLING and u.op not in self.chosen for _, u in readers)
         if always_pulled(node):
-            if all(u.op not in generic.STORED and u.op not in chosen and u.op is not ops.reshape for u in users):
-                found[node] = 0
-            continue
-        if not pulls or (node.op not in ELEMENTWISE and node.op not in _MOVES) or is_checked([node]):
-            continue
-        size = 1 + sum(found.get(p, 0) for p in set(node.parents))
+            if all(
+                u.op not in generic.STORED and u.op not in self.chosen and u.op is not ops.reshape for _, u in readers
+            ):
+                self.found[node] = 0
+            return
+        if not pulls or (node.op not in ELEMENTWISE and node.op not in self.moves) or is_checked([node]):
+            return
+        if node.op is ops.reshape:  # nothing is computed for a view; it goes where its operand goes
+            (x,) = node.parents
+            if x in self.found and self.passes(node):
+                self.found[node] = self.found[x]
+                if x in self.small or always_pulled(x):
+                    self.small.add(node)
+            return
+        size = 1 + sum(self.found.get(p, 0) for p in set(node.parents))
         if size >= MAX_NODES:
-            continue
-        computes = [p for p in node.parents if found.get(p, 0)]
-        once = len(users) == 1 and users[0].op in _ONCE and not _repeats(node, users[0])
-        cheap = node.op not in EXPENSIVE and not computes and len(users) <= _CHEAP_USES
-        if once or cheap:
-            found[node] = size
-    return found
+            return
+        computes = [p for p in node.parents if self.found.get(p, 0)]
+        once = len(readers) == 1 and readers[0][1].op in _ONCE and not _repeats(*readers[0])
+        cheap = node.op not in EXPENSIVE and not computes and len(readers) <= _CHEAP_USES
+        small = self.launched and size <= _CHEAP_NODES and node.op not in EXPENSIVE and self.reads_less(node)
+        if once or cheap or small:
+            self.found[node] = size
+            if small:
+                self.small.add(node)
+
+    def passes(self, node: Node) -> bool:
+        """Whether a reshape's users may pull what it views."""
+        return self.launched and node.op is ops.reshape and node not in self.outputs and splits_known_axes(node)
+
+    def readers(self, node: Node) -> list[tuple[Node, Node]]:
+        """The node's users, with what they see of it: in place of a reshape its users, where they may pull, with the reshape."""
+        found: list[tuple[Node, Node]] = []
+        for user in self.graph.users[node]:
+            behind = self.readers(user) if self.passes(user) else []
+            pulls = behind and all(u.op in _PULLING and u.op not in self.chosen for _, u in behind)
+            found += behind if pulls else [(node, user)]
+        return found
+
+    def reads_less(self, node: Node) -> bool:
+        """Whether computing the node reads less memory than the node takes: each operand lacks one of its axes, or itself reads less."""
+        return all(p in self.small or always_pulled(p) or _lacks(p.shape, node) for p in node.parents)
+
+
+def _lacks(shape: Sequence[Dim], node: Node) -> bool:
+    """Whether a node repeats an operand of a shape."""
+    if node.op not in ELEMENTWISE and node.op is not ops.broadcast_to:
+        return False
+    shift = node.rank - len(shape)
+    return any(n != 1 and (k < shift or shape[k - shift] == 1) for k, n in enumerate(node.shape))
 
 
 def _repeats(node: Node, user: Node) -> bool:
@@ -142,24 +192,35 @@ def _leaves(results: tuple[Node, ...], inlined: Container[Node], stored: bool = 
     return tuple(leaves)
 
 
-def _merged(graph: Graph, found: list[Region], inlined: Container[Node], chosen: Container[object]) -> list[Region]:
-    """Elementwise regions of one shape that read one another become one kernel, as long as no other lies between."""
+def _merged(
+    graph: Graph, found: list[Region], inlined: Container[Node], chosen: Container[object], launched: bool
+) -> list[Region]:
+    """Elementwise regions of one shape that read one another (`launched`: or the same) become one kernel, as long as no other lies between."""
     group: dict[Node, int] = {n: i for i, r in enumerate(found) for n in r.results}
     members: dict[int, list[Region]] = {i: [r] for i, r in enumerate(found)}
     above: dict[int, int] = {}  # per group the set of groups that it depends on, as bits
+    reading: dict[Node, list[Node]] = {}  # per value the results of mergeable regions that read it
     for i, region in enumerate(found):
         above[i] = _bits(group[leaf] for leaf in region.leaves if leaf in group)
         for j in _indices(above[i]):
             above[i] |= above[j]
-        if not _mergeable(region, chosen):
+        if not _mergeable(region, chosen, launched):
             continue
-        for j in {group[leaf] for leaf in region.leaves if leaf in group}:
+        moves = region.results[0].op not in ELEMENTWISE  # which would compute again, elsewhere, what they read
+        near = [leaf for leaf in region.leaves if leaf in group and not moves]
+        if launched:
+            near += [other for leaf in region.leaves for other in reading.get(leaf, ())]
+            for leaf in region.leaves:
+                reading.setdefault(leaf, []).append(region.results[0])
+        for j in dict.fromkeys(group[n] for n in near):
             mine = group[region.results[0]]
-            if j == mine or not _mergeable(members[j][0], chosen):
+            if j == mine or not _mergeable(members[j][0], chosen, launched):
+                continue
+            if moves and above[mine] & (1 << j):
                 continue
             if not same_shape(members[j][0].results[0].shape, region.results[0].shape):
                 continue
-            if sum(len(r.nodes) for r in members[j] + members[mine]) > MAX_NODES:
+            if len({n for r in members[j] + members[mine] for n in r.nodes}) > MAX_NODES:
                 continue
             both = (1 << j) | (1 << mine)
             outside = (above[j] | above[mine]) & ~both
@@ -197,11 +258,10 @@ def _lives_outside(user: Node, inside: Container[Node], inlined: Container[Node]
     return user not in inside
 
 
-def _mergeable(region: Region, chosen: Container[object]) -> bool:
+def _mergeable(region: Region, chosen: Container[object], launched: bool) -> bool:
     node = region.results[0]
-    return (
-        len(region.results) == 1 and node.op in ELEMENTWISE and node.op not in chosen and not is_checked(region.nodes)
-    )
+    by_element = node.op in ELEMENTWISE or (launched and node.op in _MOVES | {ops.concat})
+    return len(region.results) == 1 and by_element and node.op not in chosen and not is_checked(region.nodes)
 
 
 def _bits(indices: Iterable[int]) -> int:

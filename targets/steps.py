@@ -99,7 +99,10 @@ class Callee:
 
 
 class Kernels:
-    """Kernels by content, shared by all entries. A target says how a kernel is kept (`adopt`) and how a generic one is built (`build`)."""
+    """Kernels by content, shared by all entries. A target says how a kernel is kept (`adopt`) and how a generic one is built (`build`), and whether
+    kernels are `launched` (see `targets.fusion.regions`)."""
+
+    launched = False
 
     def __init__(self, target: Target, choosers: Choosers, schedules: Schedules) -> None:
         self.target, self.choosers, self.schedules = target, choosers, schedules
@@ -246,7 +249,7 @@ class Steps:
     def emit(self) -> tuple[Entry, list[tuple[Dim, ...]]]:
         """Note all calls; how the entry is called, and per slot of the arena the sizes of which it takes the largest."""
         joints = self.joints()
-        for region in regions(self.graph, self.module.choosers, tuple(joints)):
+        for region in regions(self.graph, self.module.choosers, tuple(joints), launched=self.module.launched):
             if region in joints:
                 self.joint(joints[region])
             else:

@@ -31,8 +31,9 @@ from jisu.compiler.launches import CUBIN, OWN_PTX, PLANS, PTX, Plan, TensorMap
 from jisu.compiler.pipeline import Pipeline, relative_error
 from jisu.compiler.types import TensorType, numpy_dtype, symbol
 from jisu.passes import layout_passes
-from jisu.runtime import cuda
-from jisu.runtime.cuda import DeviceExecutable, _Attribute, _Config
+from jisu.runtime import cuda, cuda_launches, cuda_memory
+from jisu.runtime.cuda import DeviceExecutable
+from jisu.runtime.cuda_launches import Attribute, Config
 from jisu.runtime.program import _as_array
 from jisu.targets import facts
 from jisu.targets.compile import compile_graphs
@@ -113,10 +114,10 @@ def test_prototypes_and_structures_are_those_of_cuda_h(tmp_path: Path) -> None:
         "CU_TENSOR_MAP_SWIZZLE_128B": 3, "CU_TENSOR_MAP_L2_PROMOTION_L2_256B": 3, "CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE": 0,
         "CUDA_ERROR_OUT_OF_MEMORY": 2, "CUDA_ERROR_ILLEGAL_ADDRESS": 700, "CUDA_ERROR_LAUNCH_FAILED": 719,
         "sizeof(CUtensorMap)": 128, "alignof(CUtensorMap) <= 128": 1, "sizeof(CUdeviceptr)": 8, "sizeof(CUresult)": 4,
-        "sizeof(CUlaunchConfig)": ctypes.sizeof(_Config), "sizeof(CUlaunchAttribute)": ctypes.sizeof(_Attribute),
-        "offsetof(CUlaunchConfig, sharedMemBytes)": _Config.shared.offset, "offsetof(CUlaunchConfig, hStream)": _Config.stream.offset,
-        "offsetof(CUlaunchConfig, attrs)": _Config.attributes.offset, "offsetof(CUlaunchConfig, numAttrs)": _Config.count.offset,
-        "offsetof(CUlaunchAttribute, value)": _Attribute.value.offset,
+        "sizeof(CUlaunchConfig)": ctypes.sizeof(Config), "sizeof(CUlaunchAttribute)": ctypes.sizeof(Attribute),
+        "offsetof(CUlaunchConfig, sharedMemBytes)": Config.shared.offset, "offsetof(CUlaunchConfig, hStream)": Config.stream.offset,
+        "offsetof(CUlaunchConfig, attrs)": Config.attributes.offset, "offsetof(CUlaunchConfig, numAttrs)": Config.count.offset,
+        "offsetof(CUlaunchAttribute, value)": Attribute.value.offset,
         "offsetof(CUlaunchAttributeValue, programmaticStreamSerializationAllowed)": 0,
     }  # fmt: skip
     source = tmp_path / "header.cc"
@@ -170,7 +171,7 @@ class Checked:
 
 
 def test_prototypes_of_all_functions_are_known() -> None:
-    sources = "".join(Path(str(m.__file__)).read_text() for m in (gpu, cuda))
+    sources = "".join(Path(str(m.__file__)).read_text() for m in (gpu, cuda, cuda_launches, cuda_memory))
     assert set(re.findall(r'"(cu[A-Z]\w+)"', sources)) <= set(PROTOTYPES)
 
 

@@ -155,6 +155,41 @@ def test_layers(mcpu: str, dtype: str, emulated_gpu: Target, tmp_path: Path) -> 
                 assert relative_error(np.asarray(got), want) < (2e-2 if dtype == "bfloat16" else 3e-3), (name, m)
 
 
+@pytest.mark.parametrize("codes", [False, True])
+def test_norms_of_some_of_the_rows(codes: bool, emulated_gpu: Target, tmp_path: Path) -> None:
+    """Of a layer's results only the last tokens are normed, by the launch behind it, or, of one token, by the same."""
+    b, s, dtype, n = symbol("b"), symbol("s"), "bfloat16", 72
+    rng, held = np.random.default_rng(0), dict[str, Storage]()
+    x = placeholder("x", TensorType((b, s, 128), dtype))
+    if codes:
+        w = coded("w", SCHEMES["int8"], (n, 128), 0, True, dtype, held)
+    else:
+        held["w"] = ArrayStorage((rng.standard_normal((n, 128)) / 11).astype(numpy_dtype(dtype)))
+        w = weight("w", TensorType((n, 128), dtype))
+    held["g"] = ArrayStorage(rng.standard_normal(n).astype(numpy_dtype(dtype)))
+    gain, found = weight("g", TensorType((n,), dtype)), {}
+    for name, begin, end in (
+        ("last", (0, s - 1), (b, s)),
+        ("two", (0, s - 2), (b, s)),
+        ("sequence", (b - 1, 0), (b, s)),
+    ):
+        part = ops.slice_(ops.linear(x, w), starts=(*begin, 0), stops=(*end, n), steps=(1, 1, 1))
+        found[name] = Graph((x,), (ops.rms_norm(part, gain, eps=1e-5),), held)
+    panel, pair = facts.of(emulated_gpu).packing(emulated_gpu)
+    laid_out = {name: Pipeline(layout_passes(panel, pair)).run(graph)[0] for name, graph in found.items()}
+    run = run_all(laid_out, emulated_gpu, tmp_path)
+    for name, graph in laid_out.items():
+        weights = {n: a.numpy() for n, a in stored(graph).items()}
+        for batch, length in ((1, 1), (1, 5), (3, 7), (2, 100)):
+            if name == "two" and length == 1:
+                continue
+            env = {"b": batch, "s": length}
+            assert len(run._plans[name].launches(env)) == 1 + (batch * length > 1), (name, env)
+            array = rng.standard_normal((batch, length, 128)).astype(numpy_dtype(dtype))
+            (got,), (want,) = run.call(name, [array], weights), interpret(found[name], [array])
+            assert relative_error(np.asarray(got), want) < 2e-2, (name, env)
+
+
 # --- Models -------------------------------------------------------------------------------------------------------------
 
 
@@ -438,6 +473,7 @@ def test_programs_for_machines_that_are_not_here(tmp_path: Path, emulated_driver
 )
 def test_launches_of_a_layer(family: str, recipe: str, target: str, early: bool) -> None:
     """One token takes six of them: queries, keys and values; their heads; attention; its output and a norm; gates and ups; down and a norm.
+    Outside layers it takes four more: its embedding, that one's norm, rotary angles, logits.
     From sm_90 on launches may begin before those before them end."""
     how = jisu.Recipe.from_toml(recipe) if "[" in recipe else recipe or None
     layers, config = 3, FAMILIES[family]().config
@@ -450,6 +486,7 @@ def test_launches_of_a_layer(family: str, recipe: str, target: str, early: bool)
         launches = plan.launches({"batch": batch, "sequence": 1, "capacity": 64, "pages": 8, "sequence_pages": 4})
         heads = [i for i, launch in enumerate(launches) if "_heads_" in launch.kernel]
         assert [b - a for a, b in zip(heads, heads[1:], strict=False)] == [each] * (layers - 1)
+        assert batch > 1 or len(launches) == 6 * layers + 4
         assert {launch.early for launch in launches} == {early}
     (told,) = (e for e in program.explain()["launches"] if e["entry"] == "append_last")
     launches = plan.launches({"batch": 1, "sequence": 1, "capacity": 256, "pages": 256, "sequence_pages": 256})

@@ -19,6 +19,7 @@ from jisu.compiler.entry import Entry, stored
 from jisu.compiler.errors import ArtifactError, CompileError, IndexOutOfRangeError, InputError
 from jisu.compiler.graph import ArrayStorage, Graph, Node, Op, placeholder, weight
 from jisu.compiler.interpret import interpret
+from jisu.compiler.launches import PLANS, Plan
 from jisu.compiler.pipeline import relative_error
 from jisu.compiler.types import TensorType, is_float, numpy_dtype, symbol
 from jisu.runtime.cuda import DeviceExecutable
@@ -213,6 +214,94 @@ def test_fusion_never_makes_a_cycle(place: Place) -> None:
     array = np.random.default_rng(0).standard_normal((4, 4)).astype(np.float32)
     for got, want in zip(program.call("main", [array]), interpret(graph, [array]), strict=True):
         check(got, want, "float32", "cycle")
+
+
+def angles(how: str) -> Graph:
+    """Cosines and sines of tokens' positions as models compute them, with the shapes that tracing gives."""
+    b, s, dtype = symbol("b"), symbol("s"), "bfloat16"
+    start, length = placeholder("start", TensorType((b,), "int64")), placeholder("length", TensorType((1,), "int64"))
+    frequencies, ids = (
+        placeholder("frequencies", TensorType((6,), "float32")),
+        placeholder("ids", TensorType((b, s), "int64")),
+    )
+    token = ops.reshape(ops.add(ops.iota(extent=s, dtype="int64"), length), shape=(1, s))
+    position = ops.maximum(ops.sub(token, ops.reshape(start, shape=(b, 1))), 0)
+    angle = ops.mul(ops.cast(ops.reshape(position, shape=(b, s, 1)), dtype="float32"), frequencies)
+    if how == "neighbours":
+        pairs = ops.broadcast_to(ops.reshape(angle, shape=(b, s, 6, 1)), shape=(b, s, 6, 2))
+        angle = ops.reshape(pairs, shape=(b, s, 12))
+    elif how == "unlike halves":
+        angle = ops.concat(angle, ops.neg(angle), axis=2)
+    elif how != "once":
+        angle = ops.concat(angle, angle, axis=2)
+    found = (ops.cos(angle), ops.sin(angle))
+    if how == "scaled":
+        found = tuple(ops.mul(x, 1.25) for x in found)  # type: ignore[assignment]
+    elif how == "heads":
+        found = tuple(ops.reshape(x, shape=(b, s, 1, 12)) for x in found)  # type: ignore[assignment]
+    elif how == "part":
+        found = tuple(ops.slice_(x, starts=(0, 0, 0), stops=(b, s, 6), steps=(1, 1, 1)) for x in found)  # type: ignore[assignment]
+    return Graph((ids, start, length, frequencies), tuple(ops.cast(x, dtype=dtype) for x in found))
+
+
+def test_angles_are_one_launch(emulated_gpu: Target, tmp_path: Path) -> None:
+    """However models write them."""
+    place = Place(tmp_path, emulated_gpu)
+    entries = {how: angles(how) for how in ("halves", "unlike halves", "neighbours", "once", "scaled", "heads", "part")}
+    info, run = place.compile(entries)
+    plans = json.loads(info.code()[PLANS])["entries"]
+    for how, graph in entries.items():
+        assert len(Plan.from_json(plans[how]).launches({"b": 1, "s": 1})) == 1, how
+        for batch, length in ((1, 1), (3, 7)):
+            ids = np.zeros((batch, length), np.int64)
+            given = [ids, np.arange(batch) % 3, np.array([40]), (10.0 ** -np.arange(6)).astype(np.float32)]
+            for got, want in zip(run.call(how, given), interpret(graph, given), strict=True):
+                check(got, want, "bfloat16", how)
+
+
+def test_what_launches_pull(emulated_gpu: Target, tmp_path: Path) -> None:
+    """Concatenations and reshapes of any dtype; what is made of less than it is, again and again, but nothing costly, nor what reads as much."""
+    n = symbol("n")
+    place, entries, launches = Place(tmp_path, emulated_gpu), {}, {}
+    for dtype in ("float32", "bfloat16", "float64", "int64", "uint8", "bool"):
+        x, y = placeholder("x", TensorType((n, 6), dtype)), placeholder("y", TensorType((n, 9), dtype))
+        both = ops.concat(x, y, x, axis=1)
+        turned = ops.reshape(ops.transpose(ops.reshape(both, shape=(n, 3, 7)), perm=(0, 2, 1)), shape=(n, 7, 1, 3))
+        same = ops.concat(x, x, axis=0)
+        entries[f"joined {dtype}"] = Graph((x, y), (turned, ops.logical_not(ops.ne(same, same))))
+        launches[f"joined {dtype}"] = 2
+    x, y = placeholder("x", TensorType((n, 1), "float32")), placeholder("y", TensorType((n, 9), "float32"))
+    costly, little = ops.exp(x), ops.mul(ops.add(x, 1.0), ops.neg(x))
+    entries["costly"] = Graph((x, y), (ops.add(costly, y),))
+    outer = ops.mul(ops.sub(ops.reshape(little, shape=(n,)), 2.0), 3.0)
+    wide = ops.mul(ops.reshape(ops.sub(x, 2.0), shape=(n, 1)), ops.iota(extent=9, dtype="float32"))
+    rest = (
+        ops.sum_(wide, axes=(1,)),
+        ops.reduce_max(ops.add(wide, y), axes=(0,)),
+        ops.sum_(ops.mul(wide, wide), axes=(0,)),
+    )
+    entries["little"] = Graph((x, y), rest)
+    # A value that is as large as what it is made of is read in memory by its many users.
+    large = ops.mul(ops.add(y, 1.0), ops.neg(y))
+    entries["large"] = Graph((x, y), tuple(ops.sum_(ops.mul(large, float(k)), axes=(k,)) for k in (0, 1)))
+    entries["siblings"] = Graph(
+        (x, y),
+        (
+            ops.tanh(outer),
+            ops.exp(outer),
+            *(ops.slice_(y, starts=(0, k), stops=(n, k + 4), steps=(1, 1)) for k in (0, 5)),
+        ),
+    )
+    launches |= {"costly": 2, "little": 3, "large": 3, "siblings": 2}
+    info, run = place.compile({name.replace(" ", "_"): graph for name, graph in entries.items()})
+    plans = json.loads(info.code()[PLANS])["entries"]
+    rng = np.random.default_rng(0)
+    for name, graph in entries.items():
+        entry = name.replace(" ", "_")
+        assert len(Plan.from_json(plans[entry]).launches({"n": 4})) == launches[name], name
+        given = [rng.integers(0, 2, (4, int(x.shape[1]))).astype(numpy_dtype(x.dtype)) for x in graph.inputs]  # type: ignore[call-overload]
+        for got, want in zip(run.call(entry, given), interpret(graph, given), strict=True):
+            check(got, want, graph.outputs[0].dtype, name)
 
 
 def test_what_is_joined_can_be_computed_one_after_another() -> None:

@@ -68,6 +68,7 @@ class DeviceBuilder(Builder):
     it wrote; what stands beside them every thread does for itself."""
 
     points_fail = True
+    launches = True
 
     def __init__(self, *args: Any, target: Target, faults: list[Fault]) -> None:
         self.faults = faults

@@ -15,7 +15,7 @@ from jisu.compiler.graph import Node
 from jisu.compiler.launches import TensorMap
 from jisu.compiler.levels import WORD
 from jisu.compiler.ops.quantize import layer_parts
-from jisu.compiler.types import Dim, dim, fixed, product
+from jisu.compiler.types import Dim, dim, fixed, product, same_dim
 from jisu.targets.cpu.isa import FLOATS, require_activation
 from jisu.targets.cuda.device import PAIRS, DeviceKernel
 from jisu.targets.cuda.kernels import (
@@ -54,8 +54,22 @@ def _least(a: Dim, b: int) -> Dim:
     return min(a, b) if isinstance(a, int) else sympy.Min(a, b)
 
 
+@attrs.frozen
+class Then:
+    """What is made of a node's results: `tail` of `rows` of them. cut: where these aren't all: `kept` of each `whole` ones, from `first` on."""
+
+    tail: Tail
+    rows: Dim
+    cut: tuple[Dim, Dim, Dim] | None = None
+
+    def call(self, arguments: tuple[int, ...], target: Target) -> DeviceCall:
+        """A launch for that alone. arguments: x, then `Tail.pointers`."""
+        kernel = tailed(self.tail, target, cut=self.cut is not None)
+        return DeviceCall(kernel, (self.rows, 1, 1), (*arguments, *(("size", n) for n in self.cut or ())))
+
+
 @functools.lru_cache(maxsize=256)
-def _layer(layer: Layer, rows: Dim, operands: tuple[int, ...], target: Target, then: Tail | None = None) -> Kernel:
+def _layer(layer: Layer, rows: Dim, operands: tuple[int, ...], target: Target, then: Then | None = None) -> Kernel:
     """A linear layer: few rows by streaming weights, many in tiles. operands: of the node, in the order of the layer's parameters.
 
     then: what is made of the results, whose operands follow the layer's, and whose results the layer's.
@@ -63,18 +77,18 @@ def _layer(layer: Layer, rows: Dim, operands: tuple[int, ...], target: Target, t
     require_activation(layer.activation)
     reader = _reader(layer, target)
     count = len(operands)
-    given = tuple(range(count, count + len(then.operands))) if then is not None else ()
+    given = tuple(range(count, count + len(then.tail.operands))) if then is not None else ()
     first = count + len(given)  # of the results
     results = tuple(range(first, first + len(layer.outputs)))
     arguments: tuple[int | tuple[str, Dim], ...] = (*range(count), *results, ("size", rows))
     behind: tuple[DeviceCall, ...] = ()
     variants: list[tuple[tuple[tuple[Dim, int], ...], tuple[DeviceCall, ...]]] = []
     if then is not None:
-        made = tuple(range(first + 1, first + 1 + len(then.results)))
-        behind = (DeviceCall(tailed(then, target), (rows, 1, 1), (first, *given, *made)),)
+        made = tuple(range(first + 1, first + 1 + len(then.tail.results)))
+        behind = (then.call((first, *given, *made), target),)
         if reader.tailed is not None:
             blocks = layer.tiles(thin.outputs(layer, thin.ROWS[0], target))
-            call = DeviceCall(reader.tailed(then), (blocks, 1, 1), (*arguments, *given, *made, made[-1] + 1))
+            call = DeviceCall(reader.tailed(then.tail), (blocks, 1, 1), (*arguments, *given, *made, made[-1] + 1))
             variants.append((((rows, 1),), (call,)))
     for most in reader.rows:
         kernel, outputs = reader.few(most)
@@ -185,7 +199,7 @@ def _levels_in_rows(codes: Node | None) -> bool:
     return codes is not None and codes.dtype == "uint8" and codes.shape[-2:] == (1, WORD)
 
 
-def _linear(node: Node, target: Target, then: Tail | None = None) -> Kernel | None:
+def _linear(node: Node, target: Target, then: Then | None = None) -> Kernel | None:
     x, w = node.operands[:2]
     assert x is not None
     if not _one_output_per_panel(w, 2):
@@ -231,7 +245,7 @@ def together(nodes: Sequence[Node], target: Target) -> Kernel | None:
     return _layer(layer, product(x.shape[:-1]), tuple(range(1 + given * len(nodes))), target)
 
 
-def _quantized(node: Node, target: Target, then: Tail | None = None) -> Kernel | None:
+def _quantized(node: Node, target: Target, then: Then | None = None) -> Kernel | None:
     x, codes, scales, zeros, bias, residual = node.operands
     assert x is not None and scales is not None
     if not _one_output_per_panel(codes, -2):
@@ -243,7 +257,7 @@ def _quantized(node: Node, target: Target, then: Tail | None = None) -> Kernel |
     return _layer(layer, product(x.shape[:-1]), (0, 1, 2, *_present(node, 3, 4, 5)), target, then)
 
 
-def _levels(node: Node, target: Target, then: Tail | None = None) -> Kernel | None:
+def _levels(node: Node, target: Target, then: Then | None = None) -> Kernel | None:
     x, codes, scales, zeros, bias, residual = node.operands
     assert x is not None and codes is not None and scales is not None
     if not _levels_in_rows(codes):
@@ -278,15 +292,26 @@ def encoding_of(node: Node) -> Encoding | None:
     return Encoding(x.shape[-1], x.dtype, node.scheme, node.group, node.own, scale is not None)
 
 
-def tail_alone(tail: Tail, rows: Dim, target: Target) -> Kernel:
+def cut_of(node: Node) -> tuple[Dim, Dim, Dim] | None:
+    """Which rows a slice takes, see `Then`; None where it isn't of one axis alone, and of whole rows."""
+    (x,) = node.parents
+    sliced = [k for k, (a, b) in enumerate(zip(x.shape, node.shape, strict=True)) if not same_dim(a, b)]
+    if len(sliced) != 1 or sliced[0] == x.rank - 1 or any(step != 1 for step in node.steps):
+        return None
+    (axis,) = sliced
+    inside = product(x.shape[axis + 1 : -1])
+    return node.shape[axis] * inside, x.shape[axis] * inside, node.starts[axis] * inside
+
+
+def tail_alone(then: Then, target: Target) -> Kernel:
     """What is made of rows that are there: of them, the tail's operands and its results."""
-    call = DeviceCall(tailed(tail, target), (rows, 1, 1), tuple(range(1 + len(tail.pointers))))
-    return Kernel(DeviceFunction((((), (call,)),)), tuple(Argument(i) for i in range(1 + len(tail.operands))))
+    call = then.call(tuple(range(1 + len(then.tail.pointers))), target)
+    return Kernel(DeviceFunction((((), (call,)),)), tuple(Argument(i) for i in range(1 + len(then.tail.operands))))
 
 
 def _encode_levels(node: Node, target: Target) -> Kernel | None:
     how = encoding_of(node)
-    return None if how is None else tail_alone(Tail(None, how), product(node.shape[:-1]), target)
+    return None if how is None else tail_alone(Then(Tail(None, how), product(node.shape[:-1])), target)
 
 
 def _semi_structured(node: Node, target: Target) -> Kernel | None:
@@ -337,7 +362,7 @@ def _attention(node: Node, target: Target) -> Kernel | None:
     return Kernel(DeviceFunction((((), (call,)),)), tuple(Argument(i) for i in operands))
 
 
-def _attention_cached(node: Node, target: Target, then: Tail | None = None) -> Kernel | None:
+def _attention_cached(node: Node, target: Target, then: Then | None = None) -> Kernel | None:
     """Attention over a cache. then: what is made of each token's results, all heads side by side; operands and results follow as in `_layer`."""
     q, keys, _, _, _, table, sinks = node.operands
     assert q is not None and keys is not None
@@ -359,16 +384,17 @@ def _attention_cached(node: Node, target: Target, then: Tail | None = None) -> K
     heads, width = form.heads, form.head_dim
     # Operands: q, keys, values, the table, start, length, sinks; behind them the result, then the parts' states and counters.
     operands = (0, 1, 2, *_present(node, 5), 4, 3, *_present(node, 6))
-    count = len(operands) + (0 if then is None else len(then.operands))
+    tail = None if then is None else then.tail
+    count = len(operands) + (0 if tail is None else len(tail.operands))
     given = tuple(range(len(operands), count))
-    made = tuple(range(count + 1, count + 1 + (0 if then is None else len(then.results))))
+    made = tuple(range(count + 1, count + 1 + (0 if tail is None else len(tail.results))))
     sizes = (("size", cap), *((("size", keys.shape[0]),) if table is not None else ()))
     states = count + 1 + len(made)  # and counters
     own_memory = (*range(len(operands)), count, states, states + 1, *given, *made)
-    one = DeviceCall(attend_token(form, target, then), (parts * batch, own, 1), (*own_memory, *sizes, ("size", parts)))
+    one = DeviceCall(attend_token(form, target, tail), (parts * batch, own, 1), (*own_memory, *sizes, ("size", parts)))
     variants: list[tuple[tuple[tuple[Dim, int], ...], tuple[DeviceCall, ...]]] = [(((rows, 1),), (one,))]
     many = _many_tokens(form, batch, rows, (*range(len(operands)), count, ("size", rows), *sizes), target)
-    behind = () if then is None else (DeviceCall(tailed(then, target), (batch * rows, 1, 1), (count, *given, *made)),)
+    behind = () if then is None else (then.call((count, *given, *made), target),)
     variants.append(((), (many, *behind)))
     counters = batch * (own + (then is not None))
     function = DeviceFunction(tuple(variants), (batch * heads * parts * (width + 2) * 4,), counters)
@@ -394,7 +420,7 @@ def _norm(node: Node, target: Target) -> Kernel | None:
     assert x is not None
     if how is None:
         return None
-    return tail_alone(Tail(how), product(x.shape[:-1]), target)
+    return tail_alone(Then(Tail(how), product(x.shape[:-1])), target)
 
 
 def _fake_quantize(node: Node, target: Target) -> Kernel | None:

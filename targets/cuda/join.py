@@ -16,7 +16,7 @@ from jisu.compiler.launches import FAULT
 from jisu.compiler.types import Dim, dim, fixed, product, same_dim, same_shape
 from jisu.targets.cpu.generic.nn import BEYOND, NEGATIVE, NO_PAGE
 from jisu.targets.cuda.builder import Fault
-from jisu.targets.cuda.choose import TAILED, encoding_of, norm_of, tail_alone, together
+from jisu.targets.cuda.choose import CHOOSERS, TAILED, Then, cut_of, encoding_of, norm_of, tail_alone, together
 from jisu.targets.cuda.kernels.heads import WARPS, Chain, Heads, prepared
 from jisu.targets.cuda.kernels.tails import Tail
 from jisu.targets.cuda.lowering import DeviceCall, DeviceFunction
@@ -129,25 +129,40 @@ def tails_of_results(graph: Graph, target: Target) -> Iterator[Joint]:
         if found is None or done & set(found[1]):
             continue
         tail, nodes = found
-        x = nodes[0].parents[0]
-        source = x
-        if source.op is ops.reshape and graph.users[x] == (nodes[0],) and x not in graph.outputs:
+        x = source = nodes[0].parents[0]
+        cut = None
+        # What is computed element by element is better computed for those rows alone.
+        if x.op is ops.slice_ and x.parents[0].op in CHOOSERS and _only_for(nodes[0], x, graph):
+            cut = cut_of(x)
+            x = source = x if cut is None else x.parents[0]
+        if source.op is ops.reshape and _only_for(nodes[0], x, graph):
             source = source.parents[0]
+        then = Then(tail, product(nodes[0].shape[:-1]), cut)
         own = [operand for n in nodes for operand in n.operands[1:] if operand is not None]
         with contextlib.suppress(TargetError):
             kernel = None
-            if source.op in TAILED and (source is x or source.op is ops.attention_cached) and source not in done:
-                kernel = TAILED[source.op](source, target, tail)
+            # Attention's rows are other ones than its tail's, which a cut counts.
+            if (
+                source.op in TAILED
+                and (source is x or (source.op is ops.attention_cached and cut is None))
+                and source not in done
+            ):
+                kernel = TAILED[source.op](source, target, then)
             if kernel is not None:
                 read = [source.operands[argument.operand] for argument in kernel.arguments]
                 joint = _of_operands((source, *nodes), [*read, *own], kernel)
                 done |= {source, *nodes}
                 yield joint
-            elif len(nodes) > 1:
-                kernel = tail_alone(tail, product(x.shape[:-1]), target)
+            elif len(nodes) > 1 or cut is not None:
+                kernel = tail_alone(then, target)
                 joint = _of_operands(nodes, [x, *own], kernel)
                 done |= set(nodes)
                 yield joint
+
+
+def _only_for(user: Node, node: Node, graph: Graph) -> bool:
+    """Whether nobody else wants a node."""
+    return graph.users[node] == (user,) and node not in graph.outputs
 
 
 def _tail(node: Node, graph: Graph) -> tuple[Tail, tuple[Node, ...]] | None:

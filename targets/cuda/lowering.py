@@ -63,6 +63,8 @@ class LoweredDevice:
 
 
 class _Kernels(Kernels):
+    launched = True
+
     def __init__(self, target: Target, choosers: Choosers, joiners: Sequence[Joiner]) -> None:
         super().__init__(target, choosers, {})
         self.joiners = joiners

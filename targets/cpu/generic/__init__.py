@@ -104,7 +104,7 @@ def kernel(
         types = []  # written in place
     b = builder(name, [leaf.tensor for leaf in leaves], types, region_symbols(results, leaves))
     pull = Pull(b, dict(zip(leaves, b.inputs, strict=True)))
-    if results[0].op in BODIES:
+    if len(results) == 1 and results[0].op in BODIES:
         BODIES[results[0].op](b, pull, results[0], b.outputs)
     else:
         moves.elementwise(b, pull, results, b.outputs)

@@ -120,10 +120,12 @@ class Builder:
     """A PrimFunc under construction.
 
     Parameters are the buffers of `inputs`, one int64 per symbol that no input's shape gives alone, the buffers of
-    `outputs`. points_fail: whether what is computed point by point may call `require` (on several cores it can't).
+    `outputs`. points_fail: whether what is computed point by point may call `require` (on several cores it can't). launches: whether each of a
+    function's outermost loops is a launch, which costs more than a branch at each point.
     """
 
     points_fail = False
+    launches = False
 
     def __init__(
         self, name: str, inputs: Sequence[TensorType], outputs: Sequence[TensorType], symbols: Iterable[str]

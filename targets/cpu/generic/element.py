@@ -11,7 +11,7 @@ from jisu.compiler import ops
 from jisu.compiler.graph import CONSTANT, Node, Op
 from jisu.compiler.ops import ELEMENTWISE
 from jisu.compiler.ops.shape import windows
-from jisu.compiler.types import Dim
+from jisu.compiler.types import Dim, same_dim
 from jisu.targets.cpu.generic.build import Builder, Expr, Flat, Index, i64, literal
 from jisu.targets.cpu.generic.scalar import apply, convert, widen
 
@@ -105,13 +105,63 @@ def _windows(pull: Pull, node: Node, index: Index) -> Expr:
     return pull(x, inside)
 
 
+def _axes_of_reshape(node: Node) -> tuple[list[tuple[int, int]], list[int], list[int]]:
+    """How a reshape changes axes: pairs (old, new) of those that stay, and old and new ones of more than one element between them."""
+    (x,) = node.parents
+    old, new = ([k for k, n in enumerate(t.shape) if n != 1] for t in (x, node))
+    kept = []
+    for end in (0, -1):
+        while old and new and same_dim(x.shape[old[end]], node.shape[new[end]]):
+            kept.append((old.pop(end), new.pop(end)))
+    return kept, old, new
+
+
+def splits_known_axes(node: Node) -> bool:
+    """Whether a reshape's index comes from the result's without dividing by sizes that only a call knows."""
+    _, old, _ = _axes_of_reshape(node)
+    return all(isinstance(node.parents[0].shape[k], int) for k in old[1:])
+
+
 def _reshape(pull: Pull, node: Node, index: Index) -> Expr:
     b = pull.b
     (x,) = node.parents
-    position = b.let(Flat(None, [b.dim(d) for d in node.shape], node.dtype).offset(index), "at")
     if x in pull.leaves:
+        position = b.let(Flat(None, [b.dim(d) for d in node.shape], node.dtype).offset(index), "at")
         return b.let(pull.leaves[x][position], "v")
-    return pull(x, b.unravel(position, [b.dim(d) for d in x.shape]))
+    kept, old, new = _axes_of_reshape(node)
+    inside: list[Expr] = [ZERO] * x.rank
+    for before, after in kept:
+        inside[before] = index[after]
+    if old:
+        sizes = [b.dim(node.shape[k]) for k in new]
+        position = b.let(Flat(None, sizes, node.dtype).offset([index[k] for k in new]), "at")
+        for before, i in zip(old, b.unravel(position, [b.dim(x.shape[k]) for k in old]), strict=True):
+            inside[before] = i
+    return pull(x, inside)
+
+
+def _concat(pull: Pull, node: Node, index: Index) -> Expr:
+    """One operand's element; only that is computed."""
+    b, axis = pull.b, node.axis
+    if len(set(node.parents)) == 1:  # the same again and again
+        x = node.parents[0]
+        inside = list(index)
+        inside[axis] = b.let(tirx.floormod(index[axis], b.dim(x.shape[axis])), "s")
+        return pull(x, inside)
+    # TVM's legalisation of bfloat16 loses memory of a kernel's own.
+    kind = "int16" if node.dtype == "bfloat16" else node.dtype
+    cell = b.scratch(1, kind)
+    begin: Expr = ZERO
+    for x in node.parents:
+        end = b.let(begin + b.dim(x.shape[axis]), "end")
+        with b.when(tirx.all(index[axis] >= begin, index[axis] < end)):
+            inside = list(index)
+            inside[axis] = b.let(index[axis] - begin, "s")
+            value = pull.fresh()(x, inside)
+            b.store(cell, ZERO, value if kind == node.dtype else tirx.reinterpret(kind, value))
+        begin = end
+    value = b.let(cell[ZERO], "v")
+    return value if kind == node.dtype else tirx.reinterpret(node.dtype, value)
 
 
 def _unpack_bits(pull: Pull, node: Node, index: Index) -> Expr:
@@ -155,6 +205,7 @@ PULLED: Mapping[Op, Callable[[Pull, Node, Index], Expr]] = {
     ops.flip: _flip,
     windows: _windows,
     ops.reshape: _reshape,
+    ops.concat: _concat,
     ops.unpack_bits: _unpack_bits,
     ops.pack_bits: _pack_bits,
 }

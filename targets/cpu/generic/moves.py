@@ -122,7 +122,10 @@ class _FlatPull(Pull):
 
 
 def concat(b: Builder, pull: Pull, node: Node, target: Flat) -> None:
-    """Each operand is stored by loops of its own."""
+    """Each operand is stored by loops of its own, but where these would be launches."""
+    if b.launches:
+        elementwise(b, pull, [node], [target])
+        return
     begin: Expr = i64(0)
     for x in node.parents:
         first = b.let(begin, "first")

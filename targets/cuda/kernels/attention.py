@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import attrs
 
 from jisu.compiler.errors import TargetError
-from jisu.targets.cpu.isa import ITEMSIZE, STORED, Val
+from jisu.targets.cpu.isa import ITEMSIZE, Val
 from jisu.targets.cuda.device import PAIRS, WARP, Device, DeviceKernel
 from jisu.targets.cuda.kernels.products import EIGHT
 from jisu.targets.cuda.kernels.records import numbers_of_record, words_of_record
@@ -104,7 +104,7 @@ class Form:
         """The channels, float32, of what `words` read."""
         if self.scheme != "none":
             return numbers_of_record(f, words, channel, self.head_dim, self.scheme)
-        return floats(f, words, self.dtype)
+        return [number for four in words for number in f.unpacked(four, self.dtype)]
 
     def copy(self, f: Device, to: Val, base: Val, row: Callable[[Val], Val]) -> None:
         """Begin to copy a tile of `keys` keys or values, key r of which is row(r); records become numbers on their way."""
@@ -137,15 +137,6 @@ class Form:
 def eight_of(f: Device, base: Val, first: Val, dtype: str) -> list[Val]:
     """What is read, <4 x i32>, for eight numbers from number `first` on, at a multiple of 16 bytes."""
     return [f.load16("<4 x i32>", f.at(base, first + i, dtype)) for i in range(0, EIGHT, 16 // ITEMSIZE[dtype])]
-
-
-def floats(f: Device, words: Sequence[Val], dtype: str) -> list[Val]:
-    """The numbers in what `eight_of` read, in order, as float32."""
-    size = 16 // ITEMSIZE[dtype]
-    type_ = f"<{size} x {STORED[dtype]}>"
-    parts = [f.as_type(four, type_) for four in words]
-    stored = [f.op(f"extractelement {type_} {p.name}, i32 {i}", STORED[dtype]) for p in parts for i in range(size)]
-    return [f.widen(number, dtype) for number in stored]
 
 
 # --- Attention of one token ---------------------------------------------------------------------------------------------
@@ -221,7 +212,8 @@ def attend_token(form: Form, target: Target, then: Tail | None = None) -> Device
     head0, row_of = b * heads + own * group, form.row(f, b, kv, cap, given.get("table"), *pages)
     queries = []
     for g in range(group):
-        numbers_of = floats(f, eight_of(f, q, (head0 + g) * head_dim + place, form.dtype), form.dtype)
+        query = eight_of(f, q, (head0 + g) * head_dim + place, form.dtype)
+        numbers_of = [number for four in query for number in f.unpacked(four, form.dtype)]
         queries.append(numbers_of if reads is None else [f.select(reads, x, 0.0) for x in numbers_of])
 
     def fetch(first: Val) -> list[Val]:

@@ -7,15 +7,16 @@ neighbouring sums belong to one result; in memory they may be two matrices. Code
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import ClassVar
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
 
 import attrs
 
 from jisu.compiler.errors import TargetError
 from jisu.compiler.schemes import SCHEMES
 from jisu.targets.cpu.isa import ITEMSIZE, Val
-from jisu.targets.cuda.device import PAIRS, Device
+from jisu.targets.cuda.device import PAIRS, Device, DeviceKernel
+from jisu.targets.target import Target
 
 
 @attrs.frozen
@@ -216,6 +217,35 @@ def part_of(f: Device, layer: Layer, block: Val, rows: int, *, mapped: bool = Fa
         n,
         None if mapped else table_of(f, layer),
     )
+
+
+def in_rows(
+    layer: Layer, rows: int, outputs: int, threads: int, target: Target, work: Callable[..., None]
+) -> DeviceKernel:
+    """A kernel of `Layer.parameters` whose blocks have up to so many rows of x and of W each: grid (`Layer.tiles(outputs)`, parts of rows).
+    work(f, layer, rows, x, part, own rows, residual or None): what a thread of it does."""
+    f = Device(f"thin{rows}_{layer.name}", layer.parameters, target, threads)
+    given = {name: value for (_, name), value in zip(layer.parameters, f.params(), strict=True)}
+    residual = f.memory(given["r"]) if layer.residual else None
+    own = Rows(f, f.block("y") * rows, given["m"])
+    work(f, layer, rows, f.memory(given["x"]), part_of(f, layer, f.block(), outputs), own, residual)
+    return f.built()
+
+
+def multiplied(
+    kind: Callable[..., Any],
+    f: Device,
+    layer: Layer,
+    size: Any,
+    x: Val,
+    part: Part,
+    own: Rows,
+    residual: Val | None = None,
+) -> None:
+    """What a thread of a kernel does that is written as a `kind` of kernel under construction: its sums, then the results of these. size: how many rows
+    of x there are at most, or a tile."""
+    t = kind(f, layer, size, x, part, own)
+    t.leave(t.sums(), residual)
 
 
 def row_address(f: Device, layer: Layer, part: Part, row: Val) -> Val:

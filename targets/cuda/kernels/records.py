@@ -10,7 +10,7 @@ from jisu.compiler.rows import ROW_BITS, record_bytes
 from jisu.compiler.schemes import SCHEMES
 from jisu.targets.cpu.isa import FLOATS, Val
 from jisu.targets.cuda.device import WARP, Device, DeviceKernel
-from jisu.targets.cuda.kernels.rounding import WARPS
+from jisu.targets.cuda.kernels.rounding import by_warps
 from jisu.targets.target import Target, capability
 
 
@@ -80,16 +80,12 @@ def _small_float(f: Device, value: Val) -> Val:
 def encoded_rows(k: int, dtype: str, scheme: str, target: Target) -> DeviceKernel:
     """`encode_rows` without feedback: records of rows of k numbers (a multiple of 32, for 4 bits of 64), one behind the other.
 
-    Parameters: x, the records, the number of rows. Grid: ceil(rows / `WARPS`). A row that holds NaN or an infinity becomes one that
+    Parameters: x, the records, the number of rows. Grid: ceil(rows / `rounding.WARPS`). A row that holds NaN or an infinity becomes one that
     decodes to NaN. Raises TargetError for other rows.
     """
     if k % (WARP * 8 // ROW_BITS[scheme]) or dtype not in FLOATS:
         raise TargetError(f"no kernel for GPUs makes records of {k} numbers of {dtype}")
-    f = Device(f"records_{scheme}_{k}_{dtype}", [("ptr", "x"), ("ptr", "y"), ("i64", "count")], target, WARPS * WARP)
-    x, y, count = f.params()
-    x, y = f.memory(x), f.memory(y)
-    thread = f.thread()
-    lane, wanted = thread % WARP, f.block() * WARPS + thread / WARP
+    f, x, y, count, lane, wanted = by_warps(f"records_{scheme}_{k}_{dtype}", target)
     row = f.minimum(wanted, count - 1)  # all threads of a warp act together
     values = [f.load_f32(x, row * k + (lane + i), dtype, lanes=1) for i in range(0, k, WARP)]
     f.when(wanted < count, lambda: store_record(f, values, y, row * record_bytes(scheme, k), lane, scheme))

@@ -12,6 +12,16 @@ WARPS = 4
 """Groups of a block."""
 
 
+def by_warps(name: str, target: Target) -> tuple[Device, Val, Val, Val, Val, Val]:
+    """A kernel whose warps make one piece each, `WARPS` of a block: it, x, y, how many pieces there are (its third parameter), this thread's number
+    in its warp, and that of the warp's piece, which may be none."""
+    f = Device(name, [("ptr", "x"), ("ptr", "y"), ("i64", "count")], target, WARPS * WARP)
+    x, y, count = f.params()
+    x, y = f.memory(x), f.memory(y)
+    thread = f.thread()
+    return f, x, y, count, thread % WARP, f.block() * WARPS + thread / WARP
+
+
 def rounded_rows(size: int, dtype: str, scheme: str, target: Target) -> DeviceKernel:
     """`fake_quantize` of groups of `size` numbers, one behind the other: level times scale, the scale from each group's largest number.
 
@@ -20,11 +30,7 @@ def rounded_rows(size: int, dtype: str, scheme: str, target: Target) -> DeviceKe
     kind = SCHEMES[scheme]
     if not kind.uniform or kind.scale not in ("float16", "float32") or dtype not in FLOATS:
         raise TargetError(f"no kernel for GPUs rounds {dtype} to {scheme}")
-    f = Device(f"rounded_{scheme}_{size}_{dtype}", [("ptr", "x"), ("ptr", "y"), ("i64", "count")], target, WARPS * WARP)
-    x, y, count = f.params()
-    x, y = f.memory(x), f.memory(y)
-    thread = f.thread()
-    lane, number = thread % WARP, f.block() * WARPS + thread / WARP
+    f, x, y, count, lane, number = by_warps(f"rounded_{scheme}_{size}_{dtype}", target)
     base = f.minimum(number, count - 1) * size  # all threads of a block go on together
 
     def largest(i: Val, carried: list[Val]) -> list[Val]:

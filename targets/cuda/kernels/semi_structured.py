@@ -7,11 +7,23 @@ the first halves (t even) or the second ones of the fours of threads t / 2 and t
 
 from __future__ import annotations
 
+import functools
+
 from jisu.compiler.errors import TargetError
 from jisu.compiler.ops.semi_structured import INPUTS, ROWS
 from jisu.targets.cpu.isa import Val
 from jisu.targets.cuda.device import WARP, Device, DeviceKernel
-from jisu.targets.cuda.kernels.layers import Layer, Part, Rows, decoded, finished, part_of, row_address, scales_of
+from jisu.targets.cuda.kernels.layers import (
+    Layer,
+    Part,
+    Rows,
+    decoded,
+    finished,
+    in_rows,
+    multiplied,
+    row_address,
+    scales_of,
+)
 from jisu.targets.cuda.kernels.products import Tile, in_tiles
 from jisu.targets.cuda.kernels.thin import OUTPUTS, WARPS, Thin
 from jisu.targets.target import Target
@@ -39,13 +51,7 @@ def thin_halves(layer: Layer, rows: int, target: Target) -> DeviceKernel:
     Raises TargetError for a layer that it can't read.
     """
     require(layer)
-    f = Device(f"thin{rows}_{layer.name}", layer.parameters, target, WARPS * WARP)
-    given = {name: value for (_, name), value in zip(layer.parameters, f.params(), strict=True)}
-    residual = f.memory(given["r"]) if layer.residual else None
-    own = Rows(f, f.block("y") * rows, given["m"])
-    t = _ThinHalves(f, layer, rows, f.memory(given["x"]), part_of(f, layer, f.block(), OUTPUTS), own)
-    t.leave(t.sums(), residual)
-    return f.built()
+    return in_rows(layer, rows, OUTPUTS, WARPS * WARP, target, functools.partial(multiplied, _ThinHalves))
 
 
 class _ThinHalves(Thin):
@@ -161,13 +167,7 @@ def product_halves(layer: Layer, tile: Tile, target: Target) -> DeviceKernel:
     Raises TargetError for a layer that it can't read.
     """
     require(layer)
-    return in_tiles(layer, tile, target, _multiply)
-
-
-def _multiply(f: Device, layer: Layer, tile: Tile, x: Val, part: Part, own: Rows, residual: Val | None) -> None:
-    """What a thread does."""
-    p = _Product(f, layer, tile, x, part, own)
-    p.leave(p.sums(), residual)
+    return in_tiles(layer, tile, target, functools.partial(multiplied, _Product))
 
 
 class _Product:

@@ -17,7 +17,8 @@ from jisu.targets.cuda.kernels.layers import (
     Rows,
     decoded_single,
     finished,
-    part_of,
+    in_rows,
+    multiplied,
     row_address,
     scale_and_zero,
     scales_of,
@@ -63,20 +64,14 @@ def thin_single(layer: Layer, rows: int, target: Target) -> DeviceKernel:
     that depends on the layer alone. Raises TargetError for a layer that it can't read.
     """
     require(layer)
-    f = Device(f"thin{rows}_{layer.name}", layer.parameters, target, threads(layer))
-    given = {name: value for (_, name), value in zip(layer.parameters, f.params(), strict=True)}
-    residual = f.memory(given["r"]) if layer.residual else None
-    own = Rows(f, f.block("y") * rows, given["m"])
-    multiply_thin(f, layer, rows, f.memory(given["x"]), part_of(f, layer, f.block(), OUTPUTS), own, residual)
-    return f.built()
+    return in_rows(layer, rows, OUTPUTS, threads(layer), target, multiply_thin)
 
 
 def multiply_thin(
     f: Device, layer: Layer, rows: int, x: Val, part: Part, own: Rows, residual: Val | None = None
 ) -> None:
     """What a thread of `thin_single` does: up to `rows` rows of x times `OUTPUTS` rows of W, with `threads`."""
-    t = _Thin(f, layer, rows, x, part, own)
-    t.leave(t.sums(), residual)
+    multiplied(_Thin, f, layer, rows, x, part, own, residual)
 
 
 class _Thin:
@@ -216,8 +211,7 @@ def multiply_product(
     f: Device, layer: Layer, tile: Tile, x: Val, part: Part, own: Rows, residual: Val | None = None
 ) -> None:
     """What a thread of `product_single` does: up to a tile's rows of x times its rows of W."""
-    p = _Product(f, layer, tile, x, part, own)
-    p.leave(p.sums(), residual)
+    multiplied(_Product, f, layer, tile, x, part, own, residual)
 
 
 class _Product:

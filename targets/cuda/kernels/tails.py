@@ -48,6 +48,13 @@ class Tail:
     encoding: Encoding | None = None
 
     @property
+    def dtype(self) -> str:
+        """Of the rows."""
+        how = self.norm or self.encoding
+        assert how is not None
+        return how.dtype
+
+    @property
     def operands(self) -> list[str]:
         """What is read beside the rows: the norm's gain and bias, a scale."""
         norm = [] if self.norm is None else self.norm.pointers[1:-1]
@@ -69,15 +76,25 @@ class Tail:
         return ("_normed" if self.norm is not None else "") + ("_levels" if self.encoding is not None else "")
 
 
-def tailed(tail: Tail, target: Target) -> DeviceKernel:
-    """A tail alone. Parameters: x, `Tail.pointers`. Grid: rows. Raises TargetError for what no kernel does."""
+def tailed(tail: Tail, target: Target, *, cut: bool = False) -> DeviceKernel:
+    """A tail alone. Parameters: x, `Tail.pointers`. Grid: rows. Raises TargetError for what no kernel does.
+
+    cut: of each `whole` rows of x only `kept` are taken, from the row `first` on; these three numbers follow as parameters.
+    """
     width, each = tail.encoding.k if tail.encoding is not None else 0, 2 * _QUAD
     if tail.norm is not None:
         width, each = tail.norm.width, numbers_at_once(tail.norm)
     threads = min(_MOST, max(WARP, -(-width // each // WARP) * WARP))
-    f = Device(f"rows{tail.name}_{width}", [("ptr", n) for n in ("x", *tail.pointers)], target, threads)
-    names = ("x", *tail.pointers)
-    finish_row(f, tail, f.block(), {n: f.memory(p) for n, p in zip(names, f.params(), strict=True)})
+    names, sizes = ("x", *tail.pointers), ("kept", "whole", "first") if cut else ()
+    kinds = [*(("ptr", n) for n in names), *(("i64", n) for n in sizes)]
+    f = Device(f"rows{tail.name}{'_cut' if cut else ''}_{width}", kinds, target, threads)
+    given, number = f.params(), f.block()
+    found = {n: f.memory(p) for n, p in zip(names, given, strict=False)}
+    if cut:
+        kept, whole, first = given[len(names) :]
+        source = number / kept * whole + (first + number % kept)
+        found["x"] = f.at(found["x"], (source - number) * width, tail.dtype)
+    finish_row(f, tail, number, found)
     return f.built()
 
 

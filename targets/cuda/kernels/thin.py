@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 from jisu.targets.cpu.isa import Val
@@ -13,6 +14,7 @@ from jisu.targets.cuda.kernels.layers import (
     decoded,
     finished,
     inputs,
+    multiplied,
     part_of,
     row_address,
     scales_of,
@@ -68,8 +70,9 @@ def of_rows(
     own = Rows(f, f.block("y") * rows, given["m"])
     count = outputs(layer, rows, target)
     part = part_of(f, layer, f.block(), count)
-    t = kind(f, layer, rows, f.memory(given["x"]), part, own, count // OUTPUTS)
-    t.leave(t.sums(), residual)
+    multiplied(
+        functools.partial(kind, tiles=count // OUTPUTS), f, layer, rows, f.memory(given["x"]), part, own, residual
+    )
     if then is not None:
         found = {"x": part.y, **{n: f.memory(given[f"tail_{n}"]) for n in then.pointers}}
         others = f.const(layer.tiles(count) - 1, "i32")
@@ -82,8 +85,7 @@ def multiply_thin(
     f: Device, layer: Layer, rows: int, x: Val, part: Part, own: Rows, residual: Val | None = None, tiles: int = 1
 ) -> None:
     """What a thread of `thin` does: up to `rows` rows of x times one or two tiles of 16 rows of W, with `WARPS` warps."""
-    t = Thin(f, layer, rows, x, part, own, tiles)
-    t.leave(t.sums(), residual)
+    multiplied(functools.partial(Thin, tiles=tiles), f, layer, rows, x, part, own, residual)
 
 
 class Thin:
