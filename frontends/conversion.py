@@ -97,8 +97,10 @@ def find_parameters(
             value = value if value.dtype == wanted.dtype else ops.cast(value, dtype=wanted.dtype)
             found |= dict.fromkeys(names, value)
     if complaints:
-        if format is None and any(name.endswith((".qweight", ".weight_packed", ".weight_scale")) for name in tensors):
-            complaints.insert(0, "it holds quantised weights, but config.json has no quantization_config")
+        if format is None and any(
+            name.endswith((".qweight", ".weight_packed", ".weight_scale", ".bitmask")) for name in tensors
+        ):
+            complaints.insert(0, "it holds quantised or sparse weights, but config.json has no quantization_config")
         shown = "; ".join(complaints[:8]) + (f"; and {len(complaints) - 8} more" if len(complaints) > 8 else "")
         raise ArtifactError(f"{label}: the weights don't fit config.json: {shown}")
     used = {

@@ -8,12 +8,14 @@ The formats' own definitions:
   zeros less one, "gptq_v2" as they are. `g_idx` says to which group an input belongs.
 - AWQ, as AutoAWQ's "gemm" writes it: codes [k, n] and zeros [groups, n], both packed along n, eight to a word, in an interleaved
   order.
-- compressed-tensors: codes [n, k] packed along k, or a matrix of int8 or e4m3; numbers are signed.
+- compressed-tensors: codes [n, k] packed along k, or a matrix of int8 or e4m3; numbers are signed. A matrix of these or of floats may
+  be sparse ("sparse-24-bitmask", "sparse-bitmask"): what is kept, row by row, and a bit per number of the matrix.
 - FP8 as DeepSeek and Qwen publish it: a matrix of e4m3, scales per block of outputs and inputs.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -31,6 +33,7 @@ PREFIX = "checkpoint."
 """In front of the names of stored tensors that are no parameter by themselves."""
 
 _FLOATS = ("float16", "bfloat16", "float32")
+_SPARSE = frozenset({"bitmask", "compressed", "shape", "row_offsets"})  # tensors of a sparse matrix
 _TABLE = "e4m3"  # the name of the stored values of e4m3's codes
 _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # where in a word the codes of eight consecutive outputs are
 
@@ -49,7 +52,7 @@ def reference(tensor: LazyTensor) -> Node:
 
 @attrs.frozen
 class Coded:
-    """A matrix that a checkpoint holds as codes: the module's name there, and its tensors by the last part of their names."""
+    """A matrix that a checkpoint holds as codes, or sparse: the module's name there, and its tensors by the last part of their names."""
 
     module: str
     parts: Mapping[str, LazyTensor]
@@ -68,7 +71,7 @@ class Place:
 
 @attrs.frozen
 class Matrix:
-    """value: `dequantize` [n, k]. order: int64 [k], which of the model's inputs each of its columns multiplies; None: in order."""
+    """value: `dequantize` or `expand` [n, k]. order: int64 [k], which of the model's inputs each of its columns multiplies; None: in order."""
 
     value: Node
     order: Node | None = None
@@ -93,12 +96,12 @@ class Format:
 
         Layers of one input have equal orders; these become one tensor, so that the input is brought into that order once.
         """
-        marked = {m for m, _, last in (name.rpartition(".") for name in tensors) if last in self.marks}
+        marked = {m for m, last in map(_parted, tensors) if last in self.marks}
         plain: dict[str, LazyTensor] = {}
         parts: dict[str, dict[str, LazyTensor]] = {}
         orders: dict[tuple[str, bytes], LazyTensor] = {}
         for name, tensor in tensors.items():
-            module, _, last = name.rpartition(".")
+            module, last = _parted(name)
             if module in marked and last in self.parts:
                 if last.endswith("g_idx"):
                     tensor = orders.setdefault((tensor.dtype.str, tensor.numpy().tobytes()), tensor)
@@ -106,6 +109,12 @@ class Format:
             else:
                 plain[name] = tensor
         return plain, {f"{module}.weight": Coded(module, found) for module, found in parts.items()}
+
+
+def _parted(name: str) -> tuple[str, str]:
+    """A stored tensor's module, and what it is of it; sparse matrices may name their parts behind the parameter."""
+    module, _, last = name.rpartition(".")
+    return (module.removesuffix(".weight") if last in _SPARSE else module), last
 
 
 def tables() -> dict[str, Storage]:
@@ -201,9 +210,11 @@ def _matrix(
     return Matrix(_dequantized(place, codes, scales, zeros, f"int{bits}", group), order)
 
 
-def _dequantized(place: Place, codes: Node, scales: Node, zeros: Node | None, scheme: str, group: int) -> Node:
+def _dequantized(
+    place: Place, codes: Node, scales: Node, zeros: Node | None, scheme: str, group: int, mask: Node | None = None
+) -> Node:
     attributes = {"scheme": scheme, "k": place.k, "group": 0 if group >= place.k else group, "dtype": place.dtype}
-    return ops.dequantize(codes, scales, zeros, **attributes)
+    return ops.dequantize(codes, scales, zeros, mask, **attributes)
 
 
 def _order(coded: Coded, name: str, k: int, group: int) -> Node | None:
@@ -294,26 +305,35 @@ def _in_order(words: Node) -> Node:
 
 _PACKED = ("pack-quantized", "nvfp4-pack-quantized", "mxfp4-pack-quantized")
 _WHOLE = ("int-quantized", "float-quantized", "naive-quantized")
+_MASKED = ("sparse-24-bitmask", "sparse-bitmask")
 
 
 def _compressed_tensors(fields: Mapping[str, Any]) -> Format:
     groups: Mapping[str, Mapping[str, Any]] = fields.get("config_groups") or {}
-    sparse = (fields.get("sparsity_config") or {}).get("format", "dense") != "dense"
-    turned = bool((fields.get("transform_config") or {}).get("config_groups"))
-    if sparse or turned:
+    if (fields.get("transform_config") or {}).get("config_groups"):
         raise UnsupportedError(
-            f"compressed-tensors: the checkpoint has a {'sparsity_config' if sparse else 'transform_config'}, which jisu doesn't "
-            "read; give one without"
+            "compressed-tensors: the checkpoint has a transform_config, which jisu doesn't read; give one without"
+        )
+    kept = (fields.get("sparsity_config") or {}).get("format") or "dense"
+    if kept not in ("dense", *_MASKED):
+        raise UnsupportedError(
+            f"the checkpoint is sparse (compressed-tensors in the format {kept!r}), which jisu doesn't read; it reads {', '.join(_MASKED)}"
         )
     default = fields.get("format", "dense")
     layouts = {g.get("format") or default for g in groups.values()}
     if strange := sorted(layouts - {*_PACKED, *_WHOLE}):
+        advice = "" if strange[0] != "marlin-24" else (
+            ": its codes stand in the order of one kernel, and are rounded to float16 scales; save the model "
+            'with quantization_format="pack-quantized" (llm-compressor), and its zeros come along as codes'
+        )  # fmt: skip
         raise UnsupportedError(
             f"the checkpoint is quantised (compressed-tensors in the format {strange[0]!r}), which jisu doesn't read; "
-            f"it reads {', '.join((*_PACKED, *_WHOLE))}"
+            f"it reads {', '.join((*_PACKED, *_WHOLE))}{advice}"
         )
 
     def read(coded: Coded, place: Place) -> Matrix:
+        if "bitmask" in coded.parts and "weight_scale" not in coded.parts:
+            return _expanded(coded, place)
         fitting = (g for match in (_named, _of_class) for g in groups.values() if match(g.get("targets"), place))
         chosen = next(fitting, None)  # a name says more than a class
         if chosen is None or not chosen.get("weights"):
@@ -328,8 +348,8 @@ def _compressed_tensors(fields: Mapping[str, Any]) -> Format:
     activations = sorted({_kind(g["input_activations"]) for g in groups.values() if g.get("input_activations")})
     notes = [_stays(f"activations of {', '.join(activations)}")] if activations else []
     notes += [_stays("a quantised KV cache")] if fields.get("kv_cache_scheme") else []
-    marks = frozenset({"weight_packed", "weight_scale"})
-    parts = marks | {"weight", "weight_zero_point", "weight_shape", "weight_g_idx", "weight_global_scale"}
+    marks = frozenset({"weight_packed", "weight_scale", "bitmask"})
+    parts = marks | _SPARSE | {"weight", "weight_zero_point", "weight_shape", "weight_g_idx", "weight_global_scale"}
     return Format("compressed-tensors", marks, parts, read, tuple(notes))
 
 
@@ -427,6 +447,34 @@ def _check_shape(coded: Coded, place: Place) -> None:
         )
 
 
+def _expanded(coded: Coded, place: Place) -> Matrix:
+    """A sparse matrix of floats."""
+    values, mask = _stored(coded, place, *_FLOATS)
+    values = values if values.dtype == place.dtype else ops.cast(values, dtype=place.dtype)
+    return Matrix(ops.expand(values, mask, k=place.k))
+
+
+def _stored(coded: Coded, place: Place, *dtypes: str) -> tuple[Node, Node | None]:
+    """A matrix's numbers [n, k], or of a sparse one those that are kept, [nnz], and its mask (see `jisu.compiler.masks`)."""
+    n, k = place.n, place.k
+    if "bitmask" not in coded.parts:
+        return reference(_part(coded, "weight", (n, k), *dtypes)), None
+    bits = _part(coded, "bitmask", (n, -(-k // 8)), "uint8")
+    mask = bits.numpy()
+    beyond, count = bool(k % 8 and (mask[:, -1] >> k % 8).any()), int(np.bitwise_count(mask).sum(dtype=np.int64))
+    tensor = coded.parts.get("compressed")
+    rows = tensor is not None and tensor.shape == (n, k // 2)  # two of four
+    values = _part(coded, "compressed", (n, k // 2) if rows else (count,), *dtypes)
+    if beyond or count != math.prod(values.shape):
+        raise ArtifactError(
+            f"{coded.module}.bitmask keeps {count} of {n} x {k} numbers, but {coded.module}.compressed has {math.prod(values.shape)}"
+        )
+    shape = coded.parts.get("shape")
+    if shape is not None and shape.numpy().reshape(-1).tolist() != [n, k]:
+        raise ArtifactError(f"{coded.module}.shape is {shape.numpy().reshape(-1).tolist()}, the model has {[n, k]}")
+    return ops.reshape(reference(values), shape=(count,)), reference(bits)
+
+
 def _whole(coded: Coded, place: Place, how: Mapping[str, Any]) -> Matrix:
     """A matrix of int8 or e4m3, with scales for all of it, per output, group, or block."""
     stored = coded.parts.get("weight")
@@ -436,24 +484,30 @@ def _whole(coded: Coded, place: Place, how: Mapping[str, Any]) -> Matrix:
         )
     if how.get("type", "int") == "float":
         return _eights(coded, place, "weight_scale", how)
-    codes = _part(coded, "weight", (place.n, place.k), "int8")
+    codes, mask = _stored(coded, place, "int8")
     group = _steps(how, place, coded)
     scales, zeros = _scales(coded, "weight_scale", place, group), None
+    if mask is not None:
+        if not how.get("symmetric", True) or _order(coded, "weight_g_idx", place.k, group) is not None:
+            raise UnsupportedError(
+                f"{coded.module}: sparse codes with zero points, or in an order of activations, which jisu doesn't read"
+            )
+        return Matrix(_dequantized(place, _signed(codes, 8), scales, None, "int8", group, mask))
     if not how.get("symmetric", True):
         zeros = _signed(_per_group(coded, "weight_zero_point", place, group, "int8"), 8)
-    return _matrix(coded, place, _signed(reference(codes), 8), scales, zeros, 8, group, "weight_g_idx")
+    return _matrix(coded, place, _signed(codes, 8), scales, zeros, 8, group, "weight_g_idx")
 
 
 def _eights(coded: Coded, place: Place, name: str, how: Mapping[str, Any]) -> Matrix:
     """A matrix of e4m3."""
-    codes = _part(coded, "weight", (place.n, place.k), "float8_e4m3fn")
+    codes, mask = _stored(coded, place, "float8_e4m3fn")
     block = how.get("block_structure")
     if block:
         scales, group = _blocks(coded, name, place, tuple(map(int, block))), int(block[1])
     else:
         group = _steps(how, place, coded)
         scales = _scales(coded, name, place, group)
-    return Matrix(_dequantized(place, reference(codes), scales, None, "fp8", group))
+    return Matrix(_dequantized(place, codes, scales, None, "fp8", group, mask))
 
 
 def _blocks(coded: Coded, name: str, place: Place, block: tuple[int, ...]) -> Node:

@@ -206,6 +206,7 @@ def test_compiling_without_an_assembler_says_so(checkpoint: Path, cache: Path, t
         (("compile", "{tmp}", "-o", "{tmp}/out"), "InputError", "neither config.json"),
         (("compile", "{model}", "-o", "{tmp}/no/out"), "InputError", "there is no folder"),
         (("compile", "{model}", "-o", "{model}"), "InputError", "holds a checkpoint"),
+        (("compile", "{model}", "-o", "{tests}"), "InputError", "holds other files, such as"),
         (("compile", "{model}", "-o", "/dev/full"), "InputError", "neither a folder nor a file"),
         (("compile", "{model}", "-o", "{tmp}/out", "--threads", "1"), "InputError", "--threads is for --tune"),
         (("compile", "{model}", "-o", "{tmp}/out", "--target", "gpu"), "TargetError", "known: cpu"),
@@ -222,7 +223,7 @@ def test_errors_are_messages(
 ) -> None:
     (tmp_path / "text.txt").write_text("hello")
     (tmp_path / "typo.toml").write_text("prefil_chunk = 8\n")
-    filled = [a.format(tmp=tmp_path, model=checkpoint) for a in arguments]
+    filled = [a.format(tmp=tmp_path, model=checkpoint, tests=Path(__file__).parent) for a in arguments]
     plain, told = jisu(*filled), jisu(*filled, "--json")
     assert plain.returncode == 1 and plain.stdout == ""
     assert plain.stderr.startswith("error: ") and words in plain.stderr and "Traceback" not in plain.stderr

@@ -26,11 +26,15 @@ import jisu
 from jisu.compiler import ops
 from jisu.compiler.graph import ArrayStorage, Graph, placeholder, weight
 from jisu.compiler.interpret import interpret
+from jisu.compiler.pipeline import Pipeline
 from jisu.compiler.storage import LazyTensor
 from jisu.compiler.types import TensorType
 from jisu.frontends.checkpoint import load_checkpoint
 from jisu.frontends.ready_made import PREFIX, Matrix, Place, as_codes, find_format, tables
+from jisu.passes import layout_passes
 from jisu.passes.layout import Derived, FoldWeights
+from jisu.targets import cuda
+from jisu.targets.target import Target
 
 IDS = np.random.default_rng(0).integers(0, VOCABULARY, (2, 20))
 Tensors = dict[str, np.ndarray]
@@ -150,6 +154,30 @@ def eights(w: np.ndarray, block: tuple[int, int]) -> tuple[np.ndarray, np.ndarra
     return codes, scales, codes.astype(np.float32) * each
 
 
+def kept_two_of_four(w: np.ndarray) -> np.ndarray:
+    """bool [n, k]: the two largest of each four."""
+    place = np.argsort(-np.abs(w.reshape(-1, 4)), 1, kind="stable")[:, :2]
+    keep = np.zeros((w.size // 4, 4), bool)
+    np.put_along_axis(keep, place, True, 1)
+    return keep.reshape(w.shape)
+
+
+def sparse(numbers: np.ndarray, keep: np.ndarray, halves: bool) -> Tensors:
+    """compressed-tensors' "sparse-24-bitmask" (halves), or "sparse-bitmask", whose names go on behind the parameter's."""
+    bits = np.zeros((len(keep), -(-keep.shape[1] // 8)), np.uint8)
+    for i, j in np.argwhere(keep):
+        bits[i, j // 8] |= 1 << j % 8
+    if halves:
+        return {
+            "compressed": numbers[keep].reshape(len(keep), -1),
+            "bitmask": bits,
+            "shape": np.array(keep.shape)[:, None],
+        }
+    starts = np.cumsum(keep.sum(1)) - keep.sum(1)
+    found = {"compressed": numbers[keep], "bitmask": bits, "shape": np.array(keep.shape), "row_offsets": starts}
+    return {f"weight.{last}": a for last, a in found.items()}
+
+
 # --- Codes come over bit for bit -----------------------------------------------------------------------------------------
 
 
@@ -166,7 +194,7 @@ def read(fields: dict[str, Any], parts: Tensors, n: int, k: int) -> np.ndarray:
     plain, coded = format.split(stored)
     assert not plain and list(coded) == ["m.weight"]
     matrix = format.read(coded["m.weight"], Place(("m",), "Linear", n, k, "float32"))
-    assert matrix.value.op is ops.dequantize
+    assert matrix.value.op in (ops.dequantize, ops.expand)
     held = {PREFIX + name: as_codes(t) for name, t in stored.items()} | tables()
     values = Derived(matrix.value, held).numpy()
     return values if matrix.order is None else restored(matrix, held, values)
@@ -262,6 +290,36 @@ def test_fp8_bit_for_bit(n: int, k: int, seed: int, kind: str) -> None:
     scales = scales.reshape(-1)[0] if kind == "tensor" else scales
     fields = compressed("float-quantized", how)
     np.testing.assert_array_equal(read(fields, {"weight": codes, "weight_scale": np.asarray(scales)}, n, k), values)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    n=st.integers(1, 9), k=st.integers(1, 9), seed=st.integers(0, 99), halves=st.booleans(),
+    kind=st.sampled_from(["float32", "bfloat16", "float16", "int8", "fp8"]),
+)  # fmt: skip
+def test_sparse_bit_for_bit(n: int, k: int, seed: int, halves: bool, kind: str) -> None:
+    """What isn't kept is 0, what is kept comes over: floats, and codes with a scale per output."""
+    k, rng = 4 * k if halves else k, np.random.default_rng(seed)
+    w = rng.standard_normal((n, k)).astype(np.float32)
+    keep = kept_two_of_four(w) if halves else rng.random((n, k)) < 0.4
+    scales = rng.uniform(0.5, 2, (n, 1)).astype(np.float32)
+    if kind in ("int8", "fp8"):
+        numbers = (
+            np.rint(40 * w).clip(-128, 127).astype(np.int8) if kind == "int8" else w.astype(ml_dtypes.float8_e4m3fn)
+        )
+        values = numbers.astype(np.float32) * scales
+        how = {"num_bits": 8, "type": "float" if kind == "fp8" else "int", "strategy": "channel"}
+        fields = compressed("float-quantized" if kind == "fp8" else "int-quantized", how)
+        parts: Tensors = {"weight_scale": scales}
+    else:
+        numbers = w.astype(ml_dtypes.bfloat16 if kind == "bfloat16" else kind)
+        values, fields, parts = (
+            numbers.astype(np.float32),
+            {"quant_method": "compressed-tensors", "format": "dense"},
+            {},
+        )
+    fields["sparsity_config"] = {"format": "sparse-24-bitmask" if halves else "sparse-bitmask"}
+    np.testing.assert_array_equal(read(fields, parts | sparse(numbers, keep, halves), n, k), np.where(keep, values, 0))
 
 
 @settings(max_examples=30, deadline=None)
@@ -462,6 +520,42 @@ def test_a_folder_equals_the_model_on_its_dequantised_weights(case: str, tmp_pat
     np.testing.assert_array_equal(logits(jisu.load(tmp_path / "program.jisu")), logits(found))
 
 
+def as_sparse(kind: str) -> tuple[dict[str, Any], Quantiser]:
+    """2:4: of floats, or of codes of eight bits."""
+    fields: dict[str, Any] = {"quant_method": "compressed-tensors", "format": "dense", "config_groups": {}}
+    if kind == "fp8":
+        fields = compressed("float-quantized", {"num_bits": 8, "type": "float", "strategy": "tensor"})
+
+    def quantise(name: str, w: np.ndarray) -> tuple[Tensors, np.ndarray]:
+        keep = kept_two_of_four(w)
+        if kind != "fp8":
+            return sparse(w, keep, True), np.where(keep, w, 0)
+        codes, scales, values = eights(w, w.shape)
+        return sparse(codes, keep, True) | {"weight_scale": scales.reshape(1)}, np.where(keep, values, 0)
+
+    return fields | {"sparsity_config": {"format": "sparse-24-bitmask", "sparsity_structure": "2:4"}}, quantise
+
+
+@pytest.mark.parametrize("kind", ["floats", pytest.param("fp8", marks=pytest.mark.slow)])
+def test_sparse_folders_stay_sparse(kind: str, tmp_path: Path, cache: Path) -> None:
+    want = publish(tmp_path, make("llama", intermediate_size=64), *as_sparse(kind))
+    found = program(tmp_path, cache)
+    assert np.abs(logits(found) - want).max() < 2e-4
+    told = found.explain()["sparse"]
+    assert len(told) == 2 * 7 and {s["form"] for s in told} == {"float32" if kind == "floats" else "fp8"}
+    assert {s["kept"] for s in told} == {0.5}
+
+
+@pytest.mark.parametrize("kind", ["floats", "fp8"])
+def test_sparse_folders_are_what_sparse_tensor_cores_read(kind: str, tmp_path: Path) -> None:
+    model = make("llama", torch.bfloat16, hidden_size=256, intermediate_size=256, head_dim=64, num_hidden_layers=1)
+    publish(tmp_path, model, *as_sparse(kind))
+    target = Target.describe("cuda:sm_90")
+    passes = layout_passes(*cuda.packing(target), levels=cuda.levels(target), halves=cuda.halves(target))
+    packed = Pipeline(passes).run(load_checkpoint(tmp_path).graph)[0]
+    assert packed.count(ops.semi_structured_linear) == 7
+
+
 def test_codes_take_the_room_of_codes(tmp_path: Path, cache: Path) -> None:
     """A wide layer's weights take their bits and their scales, not their floats; nothing of them is held before they are packed."""
     model = make("llama", hidden_size=128, intermediate_size=256, head_dim=32, num_hidden_layers=1)
@@ -583,12 +677,32 @@ def test_folders_that_do_not_fit(
         jisu.compile(tmp_path / "model", cache_dir=cache)
 
 
+def test_sparse_matrices_that_do_not_fit(tmp_path: Path) -> None:
+    fields, quantise = as_sparse("floats")
+
+    def cut(name: str, w: np.ndarray) -> tuple[Tensors, np.ndarray]:
+        parts, values = quantise(name, w)
+        if name.endswith("k_proj"):
+            parts["bitmask"] = parts["bitmask"] & 0xFE
+        if name.endswith("o_proj"):
+            parts["shape"] = parts["shape"][::-1]
+        return parts, values
+
+    publish(tmp_path / "model", make("llama", intermediate_size=64), fields, cut)
+    with pytest.raises(
+        jisu.ArtifactError, match=r"k_proj\.bitmask keeps \d+ of 16 x 32 numbers, but .*k_proj\.compressed has 256"
+    ):
+        jisu.compile(tmp_path / "model", cache_dir=tmp_path / "cache")
+
+
 def test_codes_without_a_configuration(tmp_path: Path, cache: Path) -> None:
     publish(tmp_path, make("llama", intermediate_size=64), *as_gptq())
     config = json.loads((tmp_path / "config.json").read_text())
     del config["quantization_config"]
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(jisu.ArtifactError, match="quantised weights, but config.json has no quantization_config"):
+    with pytest.raises(
+        jisu.ArtifactError, match="quantised or sparse weights, but config.json has no quantization_config"
+    ):
         jisu.compile(tmp_path, cache_dir=cache)
 
 
@@ -599,8 +713,11 @@ def test_codes_without_a_configuration(tmp_path: Path, cache: Path) -> None:
         ({"quant_method": "awq", "version": "gemv"}, r"awq: version is 'gemv'; jisu reads 'gemm' only"),
         ({"quant_method": "awq", "bits": 3}, "awq: codes of 3 bits"),
         ({"quant_method": "fp8", "fmt": "e5m2"}, "fp8: the checkpoint holds e5m2"),
-        (compressed("marlin-24", {}), "compressed-tensors in the format 'marlin-24'"),
-        (compressed("pack-quantized", {}, sparsity_config={"format": "sparse-24-bitmask"}), "has a sparsity_config"),
+        (compressed("marlin-24", {}), "compressed-tensors in the format 'marlin-24'.*pack-quantized"),
+        (
+            compressed("pack-quantized", {}, sparsity_config={"format": "sparse-8-16"}),
+            "sparse .*'sparse-8-16'.*it reads sparse-24-bitmask",
+        ),
     ],
 )
 def test_formats_that_are_not_read(fields: dict[str, Any], words: str, tmp_path: Path, cache: Path) -> None:

@@ -331,3 +331,9 @@ def test_a_trace_is_one_that_perfetto_reads(tmp_path: Path) -> None:
     for unit in names.values():  # a row shows one at a time
         spans = sorted((e for e in drawn if names[e["tid"]] == unit), key=lambda e: float(e["ts"]))
         assert all(a["ts"] + a["dur"] <= b["ts"] + 1e-6 for a, b in zip(spans, spans[1:], strict=False))
+
+
+def test_what_is_taken_over_is_said() -> None:
+    """v4 multiplies int8 no faster than bfloat16: whether its partial sums are as deep as v5e's nobody says."""
+    v4, v5p = (Chip.named(name).timing.source for name in ("v4", "v5p"))
+    assert v4.startswith("assumed: those of tpu:v5e, doubtful for the depth of int8") and "doubtful" not in v5p

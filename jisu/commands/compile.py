@@ -65,7 +65,12 @@ def _check_place(out: str) -> None:
     """Fail before the long work where the program couldn't be saved after it."""
     check_parent(out)
     place = Path(out)
-    empty = place.is_dir() and not any(place.iterdir()) or place.is_file() and not place.stat().st_size
+    names = os.listdir(place) if place.is_dir() else []
+    if names and not {"config.json", "manifest.json"} & set(names):
+        raise InputError(
+            f"{out!r} holds other files, such as {min(names)!r}; choose another place for the compiled program"
+        )
+    empty = place.is_dir() and not names or place.is_file() and not place.stat().st_size
     if place.exists() and not empty and recognise(out) != "artifact":
         raise InputError(f"{out!r} holds a checkpoint; choose another place for the compiled program")
 

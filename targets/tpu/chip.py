@@ -174,5 +174,8 @@ def _load(name: str) -> Chip:
     timing = data["timing"]
     if isinstance(timing, str):  # nobody fitted this chip: another one's, cycle for cycle
         like = _load(timing).timing
-        timing = {**attrs.asdict(like), "source": f"assumed: those of {timing}; {like.source}"}
+        peak = numbers["peak"]
+        equal = peak["int8"] <= peak["bfloat16"]
+        doubt = ", doubtful for the depth of int8, which is no faster than bfloat16 here" if equal else ""
+        timing = {**attrs.asdict(like), "source": f"assumed: those of {timing}{doubt}; {like.source}"}
     return Chip(name=data["name"], **numbers, timing=Timing(**timing), sources=sources)
