@@ -35,18 +35,18 @@ enum { BF16, F16, S8_U8, E4M3 }; /* kinds of products; sums of the third are int
 
 struct Fiber {
     ucontext_t context;
-    bool done;
+    bool done = false;
     std::vector<std::vector<Copy>> groups; /* those not waited for, oldest first */
     std::vector<Copy> open;
-    bool unfenced; /* wrote to shared memory without a fence for the tensor cores that read it themselves */
-    bool ready;    /* its sums may be changed by products */
+    bool unfenced = false; /* wrote to shared memory without a fence for the tensor cores that read it themselves */
+    bool ready = false; /* its sums may be changed by products */
     std::deque<std::vector<Product>> product_groups;
     std::vector<Product> products; /* begun and not committed */
     std::map<uint32_t, std::vector<float>> sums; /* of products not waited for */
-    uint32_t last_sums;
-    float *held;
-    Product product; /* the last one begun */
-    bool waited;     /* for earlier launches */
+    uint32_t last_sums = 0;
+    float *held = nullptr;
+    Product product{}; /* the last one begun */
+    bool waited = false; /* for earlier launches */
 };
 
 /* A matrix as a driver describes it in 128 bytes to those who copy boxes of it. */
@@ -67,6 +67,13 @@ struct Barrier {
     int64_t bytes; /* expected that haven't come */
     int64_t phase;
     std::deque<Box> coming;
+};
+
+/* What threads do together; the named barriers' kinds are the numbers of threads that they count. */
+enum Act {
+    BARRIER, SHUFFLE, LOAD_MATRICES, LOAD_TURNED, STORE_MATRICES, STORE_TURNED, MMA_BF16, MMA_F16, MMA_S8, MMA_E4M3, MMA_SPARSE,
+    GROUP_PRODUCT = MMA_SPARSE + 4, /* of two dtypes and two pairs of threads each */
+    GROUP_PRODUCT_REGISTERS, WAIT_FOR_PRODUCTS, MORE_REGISTERS, FEWER_REGISTERS
 };
 
 struct Meeting {
@@ -226,8 +233,6 @@ void start(int64_t number, int64_t grid_x, int64_t grid_y) {
     free_registers = REGISTERS - registers[0] * threads;
     block = Meeting();
     for (Fiber &f : fibers) {
-        f.done = f.unfenced = f.ready = f.waited = false;
-        f.last_sums = 0;
         getcontext(&f.context);
         f.context.uc_stack.ss_sp = stacks[&f - fibers.data()].get();
         f.context.uc_stack.ss_size = STACK_BYTES;
@@ -284,9 +289,10 @@ const char *emulated_launch(void *function, const int64_t *args, int count, int6
 
 /* Begin a launch that may run before earlier ones have ended; nothing where it failed, see `emulated_failure`. */
 void *emulated_begin(void *function, const int64_t *args, int count, int64_t grid_x, int64_t grid_y, int64_t grid_z, int block_threads) {
-    early = ahead = true;
+    early = true;
     auto launch = std::make_unique<Begun>();
     if (!prepare(function, args, count, grid_x, block_threads, 0)) return nullptr;
+    ahead = true;
     launch->function = function, launch->arguments.assign(args, args + count);
     launch->grid[0] = grid_x, launch->grid[1] = grid_y, launch->grid[2] = grid_z, launch->threads = block_threads;
     int64_t last = grid_x * grid_y * grid_z - 1;
@@ -375,7 +381,7 @@ float emulated_exp2(float x) {
 }
 
 void emulated_barrier() __asm__("emulated.barrier0");
-void emulated_barrier() { meet(block, 1, threads, [] {}); }
+void emulated_barrier() { meet(block, BARRIER, threads, [] {}); }
 
 float emulated_shuffle(int32_t mask, float value, int32_t distance, int32_t clamp) __asm__("emulated.shfl.sync.bfly.f32");
 float emulated_shuffle(int32_t mask, float value, int32_t distance, int32_t clamp) {
@@ -383,7 +389,7 @@ float emulated_shuffle(int32_t mask, float value, int32_t distance, int32_t clam
     Meeting &w = warp();
     w.in[lane()][0] = bits_of(value);
     w.in[lane()][1] = distance;
-    meet(w, 2, 32, [&] {
+    meet(w, SHUFFLE, 32, [&] {
         for (int i = 0; i < 32; i++) w.out[i][0] = w.in[i ^ w.in[i][1]][0];
     });
     return of_bits(w.out[lane()][0]);
@@ -452,6 +458,7 @@ static void come(Barrier &b, Box box) {
 void emulated_make(void *at, int32_t arrivals) __asm__("emulated.mbarrier.init.shared");
 void emulated_make(void *at, int32_t arrivals) {
     if (reinterpret_cast<uintptr_t>(at) % 8) fail("a barrier in shared memory that is not aligned");
+    if (barriers.count(at)) fail("a barrier in shared memory that is made twice");
     barriers[at] = Barrier{arrivals, arrivals, current, false, 0, 0, {}};
 }
 
@@ -526,7 +533,7 @@ void emulated_meet(int32_t number, int32_t count) {
 static void share_registers(int count, bool more) {
     int group = current / 128, before = registers[group];
     if (count % 8 || count < 24 || count > 256 || (more ? count < before : count > before)) fail("a number of registers that can't be");
-    meet(warp_groups[group], more ? 7 : 8, 128, [] {});
+    meet(warp_groups[group], more ? MORE_REGISTERS : FEWER_REGISTERS, 128, [] {});
     if (current % 128 == 0) {
         while (free_registers < (count - before) * 128) yield();
         free_registers -= (count - before) * 128;
@@ -619,7 +626,7 @@ static void add_product(int begin, int count, const std::function<const Product 
     }
 }
 
-/* Which sums of this thread stand here, 0 for numbers. */
+/* The number of this thread's sums that stand here and are to come; 0 where these are numbers already. */
 static uint32_t to_come(const float *sums) {
     uint32_t number = bits_of(sums[0]) - SUMS_TO_COME;
     return fibers[current].sums.count(number) ? number : 0;
@@ -632,14 +639,15 @@ static void begin_product(float *sums, int32_t count, Product p) {
     if (p.outputs % 8 || p.outputs > 256 || count != p.outputs / 2) fail("a product of another form");
     if (!g.arrived) g.tile_a = p.a, g.tile_b = p.b;
     if (p.a != g.tile_a || p.b != g.tile_b) fail("threads of a warp group name different tiles");
-    for (const Product &other : f.products)
-        if (p.own && other.own == p.own) fail("registers are written that products under way read");
-    for (const auto &group : f.product_groups)
-        for (const Product &other : group)
+    auto read = [&](const std::vector<Product> &under_way) {
+        for (const Product &other : under_way)
             if (p.own && other.own == p.own) fail("registers are written that products under way read");
+    };
+    read(f.products);
+    std::for_each(f.product_groups.begin(), f.product_groups.end(), read);
     f.held = sums, f.product = p;
     int begin = current / 128 * 128;
-    meet(g, p.own ? 6 : 5, 128, [&] {
+    meet(g, p.own ? GROUP_PRODUCT_REGISTERS : GROUP_PRODUCT, 128, [&] {
         for (Fiber &other : fibers)
             if (other.unfenced) fail("shared memory is multiplied without a fence behind what was copied to it");
         if (!late_products)
@@ -669,7 +677,13 @@ void emulated_wgmma_wait(float *sums, int32_t count, int32_t but) {
     Fiber &f = fibers[current];
     f.ready = false;
     int begin = current / 32 * 32;
-    meet(warp(), 9, 32, [&] {
+    meet(warp(), WAIT_FOR_PRODUCTS, 32, [&] {
+        for (int i = begin; i < begin + 32; i++) {
+            const auto &other = fibers[i].product_groups;
+            bool alike = other.size() == f.product_groups.size();
+            for (size_t k = 0; alike && k < other.size(); k++) alike = other[k].size() == f.product_groups[k].size();
+            if (!alike) fail("threads of a warp committed different products");
+        }
         while ((int)f.product_groups.size() > but) {
             for (size_t i = 0; i < f.product_groups.front().size(); i++) {
                 auto own = [&](int t) -> const Product & { return fibers[t].product_groups.front()[i]; };
@@ -692,7 +706,7 @@ void emulated_ldmatrix(uint32_t *result, const uint8_t *row) {
     if (reinterpret_cast<uintptr_t>(row) % 16) fail("a matrix row that is not aligned");
     Meeting &w = warp();
     std::memcpy(w.in[lane()], row, 16);
-    meet(w, 3, 32, [&] {
+    meet(w, LOAD_MATRICES, 32, [&] {
         for (int i = 0; i < 32; i++)
             for (int matrix = 0; matrix < 4; matrix++) w.out[i][matrix] = w.in[8 * matrix + i / 4][i % 4];
     });
@@ -703,7 +717,7 @@ void emulated_ldmatrix_trans(uint32_t *result, const uint8_t *row) {
     if (reinterpret_cast<uintptr_t>(row) % 16) fail("a matrix row that is not aligned");
     Meeting &w = warp();
     std::memcpy(w.in[lane()], row, 16);
-    meet(w, 6, 32, [&] {
+    meet(w, LOAD_TURNED, 32, [&] {
         for (int i = 0; i < 32; i++)
             for (int matrix = 0; matrix < 4; matrix++) {
                 w.out[i][matrix] = 0;
@@ -755,7 +769,7 @@ uint32_t emulated_of_e4m3(uint16_t both) { return half_of_e4m3(both & 255) | hal
 static void multiply_bytes(uint32_t *result, const uint32_t *mine, bool integers) {
     Meeting &w = warp();
     std::memcpy(w.in[lane()], mine, 10 * sizeof *mine);
-    meet(w, integers ? 12 : 13, 32, [&] {
+    meet(w, integers ? MMA_S8 : MMA_E4M3, 32, [&] {
         uint32_t a[16][32], b[8][32];
         float x[16][32], y[8][32];
         for (int i = 0; i < 32; i++)
@@ -796,7 +810,7 @@ static void store_fragments(uint8_t *row, const uint32_t *mine, bool turned) {
     Meeting &w = warp();
     std::memcpy(w.in[lane()], mine, 16);
     std::memcpy(w.in[lane()] + 4, &row, sizeof row);
-    meet(w, turned ? 10 : 11, 32, [&] {
+    meet(w, turned ? STORE_TURNED : STORE_MATRICES, 32, [&] {
         for (int i = 0; i < 32; i++) {
             uint8_t *to;
             std::memcpy(&to, w.in[i] + 4, sizeof to);
@@ -823,7 +837,7 @@ void emulated_stmatrix_trans(uint8_t *row, uint32_t a, uint32_t b, uint32_t c, u
 static void multiply(uint32_t *result, const uint32_t *mine, float (*number)(uint32_t)) {
     Meeting &w = warp();
     std::memcpy(w.in[lane()], mine, 10 * sizeof *mine);
-    meet(w, 4, 32, [&] {
+    meet(w, number == of_f16 ? MMA_F16 : MMA_BF16, 32, [&] {
         float a[16][16], b[16][8];
         for (int i = 0; i < 32; i++)
             for (int h = 0; h < 2; h++)
@@ -859,7 +873,7 @@ static void multiply_sparse(uint32_t *result, const uint32_t *mine, int selector
     if (selector != 0 && selector != 1) fail("a selector that names no pair of threads");
     Meeting &w = warp();
     std::memcpy(w.in[lane()], mine, 13 * sizeof *mine);
-    meet(w, 7 + selector, 32, [&] {
+    meet(w, MMA_SPARSE + 2 * (number == of_f16) + selector, 32, [&] {
         float a[16][32] = {}, b[32][8];
         for (int i = 0; i < 32; i++)
             for (int r = 0; r < 4; r++) {

@@ -242,6 +242,19 @@ def test_threads_that_part_are_found(launch: Launch) -> None:
         launch(f.built(), (1, 1), np.zeros(64, np.float32))
 
 
+def test_a_launch_that_can_not_begin_leaves_nothing(emulator: Any, launch: Launch, tmp_path: Path) -> None:
+    """Threads that wait for ever fail as they did before it."""
+    f = device.Device("for_ever", [("ptr", "y")], GPU, 32)
+    f.when(f.thread() < 16, f.barrier)
+    kernel, y = f.built(), np.zeros(64, np.float32)
+    function, _, _, *rest = given(kernel, tmp_path, (1, 1), y)
+    numbers = (ctypes.c_int64 * 49)()
+    assert emulator.emulated_begin(function, numbers, 49, *rest) is None
+    assert emulator.emulated_failure() == b"too many arguments"
+    with pytest.raises(RuntimeError, match="for ever"):
+        launch(kernel, (1, 1), y)
+
+
 def test_powers_of_e(launch: Launch) -> None:
     f = device.Device("exp", [("ptr", "x"), ("ptr", "y")], GPU, 256)
     x, y = (f.memory(p) for p in f.params())

@@ -271,6 +271,7 @@ WRONG: dict[str, Patch] = {
     "stages are never released": without("arrive"),
     "too many arrivals": changed("make_barrier", lambda old, f, b, n: old(f, b, n + 1)),
     "too few arrivals": changed("make_barrier", lambda old, f, b, n: old(f, b, max(1, n // 2))),
+    "barriers are made again": changed("make_barrier", lambda old, f, b, n: (old(f, b, n), old(f, b, n))),
     "too many registers": changed("registers", lambda old, f, n, more: old(f, n, more=more) if more else None),
     "results are taken early": without("meet"),
 }
@@ -332,8 +333,9 @@ def test_what_is_right_does_not(schedule: tuple[bool, int], launch: Launch, mapp
     grouped(launch, mapped, False, False, late=late, order=order)
 
 
-def of_stores(begin: int, fenced: bool) -> DeviceKernel:
-    """The product of two tiles that threads store to shared memory themselves, from byte `begin` on. Parameters: a, b, sums float32 [64, 8]."""
+def of_stores(begin: int, fenced: bool, committing: int = device.GROUP) -> DeviceKernel:
+    """The product of two tiles that threads store to shared memory themselves, from byte `begin` on, of which the first `committing` commit it.
+    Parameters: a, b, sums float32 [64, 8]."""
     f = Device("of_stores", [("ptr", name) for name in "aby"], HOPPER, device.GROUP)
     a, b, y = map(f.memory, f.params())
     held, thread = f.at(f.shared(1024 + 72 * 128, 1024), begin, "i8"), f.thread()
@@ -349,7 +351,7 @@ def of_stores(begin: int, fenced: bool) -> DeviceKernel:
     sums = f.begin_products([f.const(0.0, "float")] * 4)
     for part in range(4):
         sums = f.multiply_group(left + 2 * part, right + 2 * part, sums, 8, "bfloat16")
-    f.commit_products()
+    f.when(thread < committing, f.commit_products)
     for i, value in enumerate(f.products_done(0, sums)):
         row, column = thread / 32 * 16 + thread % 32 / 4 + i // 2 * 8, thread % 4 * 2 + i % 2
         f.store(value, f.at(y, row * 8 + column, "float32"))
@@ -365,6 +367,12 @@ def test_tiles_that_threads_store(late: bool, order: int, launch: Launch) -> Non
     for begin, fenced, why in ((0, False, "without a fence"), (512, True, "multiples of 1024")):
         with pytest.raises(RuntimeError, match=why):
             launch(of_stores(begin, fenced), (1,), a, b, y, late=late, order=order)
+
+
+def test_threads_that_commit_different_products(launch: Launch) -> None:  # noqa: F811
+    values = (drawn(0, 64, 64), drawn(1, 8, 64), np.zeros((64, 8), np.float32))
+    with pytest.raises(RuntimeError, match="committed different products"):
+        launch(of_stores(0, True, 48), (1,), *values, late=False)
 
 
 def test_shared_memory_that_nobody_asked_for(launch: Launch) -> None:  # noqa: F811

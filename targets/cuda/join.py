@@ -16,7 +16,8 @@ from jisu.compiler.launches import FAULT
 from jisu.compiler.types import Dim, dim, fixed, product, same_dim, same_shape
 from jisu.targets.cpu.generic.nn import BEYOND, NEGATIVE, NO_PAGE
 from jisu.targets.cuda.builder import Fault
-from jisu.targets.cuda.choose import CHOOSERS, TAILED, Then, cut_of, encoding_of, norm_of, tail_alone, together
+from jisu.targets.cuda.choose import CHOOSERS, TAILED, cut_of, encoding_of, norm_of, tail_alone
+from jisu.targets.cuda.choose_layers import Then, together
 from jisu.targets.cuda.kernels.heads import WARPS, Chain, Heads, prepared
 from jisu.targets.cuda.kernels.tails import Tail
 from jisu.targets.cuda.lowering import DeviceCall, DeviceFunction

@@ -37,8 +37,8 @@ INPUTS = 64
 THREADS = 3 * GROUP
 _ROW_BYTES = 2 * INPUTS
 _RING_BYTES, _MOST_STAGES = 192 << 10, 8  # of shared memory; through what there is besides, results pass
-_RESULT_BYTES = 64 * 64 * 2  # of a warp group's results that pass at a time
-_SLICE = 64  # results, or rows of them, that pass through shared memory at a time
+_SLICE = 64  # results of each of 64 rows, or rows of 64 results, that pass through shared memory at a time
+_RESULT_BYTES = 64 * _SLICE * 2  # of a warp group's slice
 _FETCHING, _MULTIPLYING = 56, 224  # registers per thread
 _BAND = 2048  # rows whose results are computed together, so that what blocks read at a time stays in the second cache
 _LAG = 2  # stages of gathered rows that are under way when the next one is begun
@@ -356,8 +356,8 @@ def _multiply(ring: _Ring, work: Work, residual: Val | None, scaled: Scaled | No
     group = f.thread() / GROUP - 1
     one = (f.thread() % WARP).cmp("eq", 0)
     other = ring.tile.rows if layer.decodes else ring.tile.outputs
-    # Registers that products read belong to these until they are done: those of a group of codes are written anew one step, four groups, later. That
-    # one more is done keeps it sound where the assembler decodes before it waits.
+    # Registers that products read belong to these until they are done. Those of 16 inputs of codes are written anew four groups of products later, so
+    # three groups might be under way then; two are, as the assembler may begin to decode before the wait that stands in front of it.
     adds = _adds_itself(layer)
     under_way = INPUTS // 16 - 2 if layer.decodes else 0 if adds else 1
     zeros = [f.const(0, "i32") if layer.operand == "int8" else f.const(0.0, "float")] * (other // 2)
@@ -378,7 +378,8 @@ def _multiply(ring: _Ring, work: Work, residual: Val | None, scaled: Scaled | No
             right = f.tile_address(ring.tiles(now.stage)[0 if layer.decodes else 1])
             for number, left in enumerate(groups):
                 registers = [word for own in left if not isinstance(own, Val) for word in own]
-                sums, registers = _split(f.begin_products([*sums, *registers]), len(sums))
+                ready = f.begin_products([*sums, *registers])
+                sums, registers = ready[: len(sums)], ready[len(sums) :]
                 left = [registers] if registers else left
                 for part, own in enumerate(left, number * len(left)):
                     sums = f.multiply_group(own, right + 2 * part, sums, other, layer.operand)
@@ -402,10 +403,6 @@ def _multiply(ring: _Ring, work: Work, residual: Val | None, scaled: Scaled | No
         return after
 
     ring.each(work, tile)
-
-
-def _split(values: list[Val], count: int) -> tuple[list[Val], list[Val]]:
-    return values[:count], values[count:]
 
 
 def _as_they_lie(ring: _Ring, group: Val) -> tuple[list[Val], _Read]:
