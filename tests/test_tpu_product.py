@@ -270,6 +270,22 @@ def test_source_stands_alone_and_holds_no_python_division() -> None:
     assert "//" not in body and "%" not in body
 
 
+def test_sums_begin_with_their_first_product() -> None:
+    """In straight code nothing is zeroed; in front of a loop over k it is."""
+    product = Product(32, 256, 1024, "int8")
+    straight = make_tiles(product, V5E, "resident", 32, 256, 1024)
+    assert straight.turn == 1024 == 2 * straight.inner
+    text = source(lower(product, V5E, straight))
+    assert (
+        "jnp.zeros" not in text and text.count("] = jnp.dot(") == text.count("] += jnp.dot(") == len(straight.tail) == 2
+    )
+    looped = source(lower(product, V5E, attrs.evolve(straight, turn=512)))
+    assert (
+        looped.count("jnp.zeros((32, 128), jnp.int32)") == looped.count("] += jnp.dot(") == 2
+        and "] = jnp.dot(" not in looped
+    )
+
+
 def test_products_walk_as_the_chips_instructions() -> None:
     """The matrix unit's size shows in the TIR, and copies have two slots."""
     for chip in (V5E, V6E):

@@ -32,7 +32,7 @@ from jisu.targets.tpu.product import Lowered, lower
 from jisu.targets.tpu.program import PANEL, ProgramEstimate, simulated, simulated_entries
 from jisu.targets.tpu.spec import ACTIVATIONS, Product
 from jisu.targets.tpu.steps import LOAD, STORE
-from jisu.targets.tpu.tiles import ACTIVATION_WORK, ERROR, choose_tiles, make_tiles
+from jisu.targets.tpu.tiles import ACTIVATION_WORK, ERROR, Tiles, choose_tiles, make_tiles
 from jisu.targets.tpu.timing import Timeline, simulate
 from jisu.targets.tpu.walk import WAIT, parts, rebuild
 
@@ -106,12 +106,12 @@ def test_closed_form_of_the_whole_table() -> None:
 
 
 def test_activations_cost_what_their_tir_computes() -> None:
-    """The closed form's table of activations is what the walk reads off the TIR; both scales belong to the epilogue's rate."""
+    """The closed form's table of activations is what the walk reads off the TIR; both scales belong to the rate of results."""
     for activation in ACTIVATIONS:
         product = Product(64, 256, 256, "int8", channel_scale=True, row_scale=True, activation=activation)
         found: dict[str, int] = dict.fromkeys(("element", "exp"), 0)
         for event in events_of(lower(product, V5E, make_tiles(product, V5E, "resident", 64, 256, 256))):
-            if isinstance(event, Vector) and event.op != "epilogue":
+            if isinstance(event, Vector) and event.op != "result":
                 found[event.op] += event.elements // (64 * 256)
         assert tuple(found.values()) == ACTIVATION_WORK[activation], activation
 
@@ -168,6 +168,29 @@ def test_epilogues_run_beside_the_next_block() -> None:
     found = timed(lowered, launch=False)
     mxu = [s for s in found.spans if s.unit == "mxu"]
     assert any(s.unit == "vector" and s.start < m.end and m.start < s.end for s in found.spans for m in mxu)
+
+
+def test_blocks_fill_the_matrix_units_behind_waits_and_in_turns_alone() -> None:
+    """In straight code one block runs into the next; x's second block of rows is waited for; a loop over k fills in each turn."""
+    product = Product(128, 512, 1024, "int8")
+    tiles = attrs.evolve(
+        make_tiles(product, V5E, "resident", 128, 512, 1024, block=256),
+        rows=128,
+        head=(32, 96),
+        tail=(128, 128),
+        turn=1024,
+    )
+
+    def fills(given: Tiles) -> list[int | None]:
+        return [e.fills for e in events_of(lower(product, V5E, given)) if isinstance(e, Matmul)]
+
+    pieces = tiles.k // tiles.inner  # of a block, each a product
+    per_block = [sum(f or 0 for f in fills(tiles)[at : at + pieces]) for at in range(0, 5 * pieces, pieces)]
+    assert len(fills(tiles)) == 5 * pieces and per_block == [1, 0, 1, 0, 0]
+    looped = attrs.evolve(tiles, turn=512)
+    assert fills(looped) == [2] * 5
+    for each in (tiles, looped):
+        assert each.cycles(product, V5E) == pytest.approx(timed(lower(product, V5E, each)).cycles, rel=0.01)
 
 
 def test_an_unknown_index_is_refused() -> None:
@@ -229,17 +252,16 @@ def prefetched_use(product: Product) -> float:
 
 
 @pytest.mark.parametrize(
-    "m, dtype, least", [(128, "int8", 0.57), (512, "int8", 0.76), (128, "bfloat16", 0.75), (512, "bfloat16", 0.90)]
+    "m, dtype, least", [(128, "int8", 0.65), (512, "int8", 0.85), (128, "bfloat16", 0.75), (512, "bfloat16", 0.90)]
 )
-def test_small_products_come_near_what_latencies_allow(m: int, dtype: str, least: float) -> None:
-    """2048 x 2048: bfloat16 meets its criteria; for int8 two copies' latencies and the vector unit's work take the rest
-    (`benchmarks/tpu/products.py` computes how much)."""
+def test_small_products_meet_their_criteria_too(m: int, dtype: str, least: float) -> None:
+    """2048 x 2048, where two copies' latencies are up to a fifth of the time."""
     assert prefetched_use(Product(m, 2048, 2048, dtype, channel_scale=dtype == "int8")) >= least
 
 
 @pytest.mark.parametrize("dtype", ["int8", "bfloat16"])
 def test_small_products_beside_libtpus_own(dtype: str) -> None:
-    """Google's compiler estimates its own product of 2048 x 2048, weights in VMEM, launch counted: ours, simulated, is faster, by a fifth at most."""
+    """Google's compiler estimates its own product of 2048 x 2048, weights in VMEM, launch counted: ours, simulated, is faster, by three tenths at most."""
     path = Path(__file__).with_name("fixtures") / "tpu_libtpu_later.json"
     for c in json.loads(path.read_text(encoding="utf-8"))["products"]:
         if (c["chip"], c["k"], c["n"], c["dtype"], c["weights"]) == ("v5e", 2048, 2048, dtype, "vmem") and c[
@@ -248,7 +270,7 @@ def test_small_products_beside_libtpus_own(dtype: str) -> None:
             product = Product(c["m"], 2048, 2048, dtype, channel_scale=dtype == "int8")
             lowered = lower(product, V5E, choose_tiles(product, V5E, prefetched=True))
             ours = simulate(V5E, events_of(lowered, prefetched=("w",))).cycles
-            assert 0.8 <= ours / c["cycles"] <= 1.0, c
+            assert 0.7 <= ours / c["cycles"] <= 1.0, c
 
 
 def test_a_single_steps_blocks_need_not_be_of_equal_rows() -> None:

@@ -27,13 +27,14 @@ from jisu.compiler import ops
 from jisu.compiler.graph import Graph, Node, placeholder, weight
 from jisu.compiler.types import TensorType, symbol
 from jisu.targets.tpu.chip import Chip
+from jisu.targets.tpu.events import Event, Matmul
 from jisu.targets.tpu.kernel_events import events_of
 from jisu.targets.tpu.product import lower
 from jisu.targets.tpu.program import simulated
 from jisu.targets.tpu.spec import Product
 from jisu.targets.tpu.systolic import vector_cycles, work
 from jisu.targets.tpu.tiles import choose_tiles
-from jisu.targets.tpu.timing import simulate
+from jisu.targets.tpu.timing import Timeline, simulate
 
 PREFILL = tuple(
     (m, *kn) for kn in ((2048, 2048), (4096, 4096), (4096, 14336), (14336, 4096)) for m in (128, 512, 1024, 2048)
@@ -48,9 +49,24 @@ MOST_BYTES, MOST_TIME = 1.05, 1.10
 def most(p: Product, chip: Chip) -> float:
     """The greatest use: the latencies of the first copy and the last, and between them the busier of the matrix units and the vector unit,
     which adds up partial sums and computes what is behind them; the copies themselves, and all but one block's filling, left out."""
-    one = work(chip, p.m, p.k, p.n, p.dtype)
-    vector = one.vector + vector_cycles(chip, p.m * p.n, "epilogue")
+    one = work(chip, p.m, p.k, p.n, p.dtype, fills=1)
+    vector = one.vector + vector_cycles(chip, p.m * p.n, "result")
     return one.ideal / (2 * chip.dma_latency * chip.clock + max(one.mxu, vector))
+
+
+def shares(chip: Chip, events: list[Event], run: Timeline) -> dict[str, int]:
+    """Where a kernel's cycles go, which is all of them: two latencies, the first copies' bytes, then the matrix units: at the peak, pushing more
+    weights than rows hide, filling and draining, waiting; then the last results, computed and copied."""
+    latency = chip.dma_latency * chip.clock
+    shapes = [((chip, e.m, e.k, e.n, e.dtype), e.fills) for e in events if isinstance(e, Matmul)]
+    fill = sum(work(*shape, fills=fills).mxu - work(*shape, fills=0).mxu for shape, fills in shapes)
+    units = [s for s in run.spans if s.unit == "mxu"]
+    begin, end = units[0].start, units[-1].end
+    found = {
+        "latencies": 2 * latency, "first copies": begin - latency, "peak": run.ideal, "pushes": run.busy["mxu"] - run.ideal - fill, "fills": fill,
+        "waits": end - begin - run.busy["mxu"], "last results": run.cycles - end - latency,
+    }  # fmt: skip
+    return {name: round(cycles) for name, cycles in found.items()}
 
 
 def product(m: int, k: int, n: int, dtype: str) -> Product:
@@ -81,16 +97,18 @@ def prefill(chip: Chip, m: int, k: int, n: int, dtype: str) -> dict[str, Any]:
     alone, ahead = lower(p, chip), lower(p, chip, choose_tiles(p, chip, prefetched=True))
     roomy = attrs.evolve(chip, vmem_bytes=8 * chip.vmem_bytes)
     run = simulate(chip, events_of(alone))
-    views = {
-        name: simulate(roomy, events_of(ahead, prefetched=operands), launch=False)
+    events = {
+        name: list(events_of(ahead, prefetched=operands))
         for name, operands in (("prefetched", ("w",)), ("inside", ("w", "x")))
     }
+    views = {name: simulate(roomy, each, launch=False) for name, each in events.items()}
     used = {name: round(ideal / view.cycles, 4) for name, view in views.items()}
     wanted = WANTED[dtype, m >= 512]
     return {
         "m": m, "k": k, "n": n, "dtype": dtype, "order": alone.tiles.order, "tiles": [alone.tiles.m, alone.tiles.k, alone.tiles.n],
         "tiles_prefetched": [ahead.tiles.order, ahead.tiles.m, ahead.tiles.k, ahead.tiles.n],
         "most": round(most(p, chip), 4), "cycles": round(run.cycles), "alone": round(ideal / run.cycles, 4), **used, "wanted": wanted,
+        "cycles_prefetched": shares(chip, events["prefetched"], views["prefetched"]),
         "met": used["prefetched"] >= wanted, "met_inside": used["inside"] >= wanted,
         "bytes_over_least": round(run.hbm_bytes / p.least_bytes, 4),
         "fits": views["prefetched"].vmem_high_water <= chip.vmem_bytes,
@@ -100,16 +118,31 @@ def prefill(chip: Chip, m: int, k: int, n: int, dtype: str) -> dict[str, Any]:
 
 def decode(chip: Chip, p: Product) -> dict[str, Any]:
     """A product of one row beside the time of its least bytes."""
-    lowered = lower(p, chip)
-    run, whole = (simulate(chip, events_of(lowered), launch=launch) for launch in (False, True))
+    events = list(events_of(lower(p, chip)))
+    run, whole = (simulate(chip, events, launch=launch) for launch in (False, True))
     bound = p.least_bytes / chip.hbm_bytes_per_cycle
     over, times = run.hbm_bytes / p.least_bytes, run.cycles / bound
     return {
         "k": p.k, "n": p.n, "dtype": p.dtype, "weights": p.weights, "group": p.group, "zeros": p.zeros, "cycles": round(run.cycles),
         "bytes_over_least": round(over, 4), "time_over_bound": round(times, 4),
         "least": round(1 + 2 * chip.dma_latency * chip.clock / bound, 4), "with_launch": round(whole.cycles / bound, 4),
+        "shares": decode_shares(chip, run, p),
         "met": over <= MOST_BYTES and times <= MOST_TIME,
     }  # fmt: skip
+
+
+def decode_shares(chip: Chip, run: Timeline, p: Product) -> dict[str, int]:
+    """Where the cycles of a product go that HBM bounds, which is all of them: two latencies, HBM's time for the least bytes and for those that padding
+    adds, and what it isn't busy in: mostly the last panel, which is multiplied when all weights are there."""
+    latencies, moved = 2 * chip.dma_latency * chip.clock, run.hbm_bytes / chip.hbm_bytes_per_cycle
+    least = p.least_bytes / chip.hbm_bytes_per_cycle
+    found = {
+        "latencies": latencies,
+        "least bytes": least,
+        "other bytes": moved - least,
+        "last panel": run.cycles - latencies - moved,
+    }
+    return {name: round(cycles) for name, cycles in found.items()}
 
 
 def llama(layers: int, hidden: int, heads: int, kv_heads: int, inner: int, vocabulary: int) -> Graph:
@@ -181,6 +214,12 @@ def main() -> None:
             f"{r['m']:5} {r['k']:5} {r['n']:5} {r['dtype']:8} {r['alone']:6.1%} {r['prefetched']:11.1%} {r['most']:7.1%} {r['inside']:7.1%} {r['wanted']:7.0%} "
             f"{met:7} {r['bytes_over_least']:10.3f} {r['closed_form_over_simulated']:10.3f}"
         )
+    print("\nwhere the cycles of the smallest go, weights in VMEM beforehand\n")
+    for r in prefills:
+        if r["k"] == r["n"] == PREFILL[0][1]:
+            print(
+                f"{r['m']:5} {r['dtype']:8}", ", ".join(f"{name} {n:,}" for name, n in r["cycles_prefetched"].items())
+            )
     rows = [product(1, *shape, dtype) for dtype in ("int8", "bfloat16") for shape in DECODE]
     decodes = [decode(chip, p) for p in (*rows, *grouped())]
     print(
@@ -192,6 +231,10 @@ def main() -> None:
             f"{r['least']:6.3f} {r['with_launch']:12.3f} "
             f"{'met' if r['met'] else 'missed'}"
         )
+    print("\nwhere the cycles of the smallest go\n")
+    for r in decodes:
+        if r["k"] == r["n"] == DECODE[0][0]:
+            print(f"{r['dtype']:8}", ", ".join(f"{name} {n:,}" for name, n in r["shares"].items()))
     print()
     found = {
         "date": datetime.date.today().isoformat(),

@@ -58,6 +58,25 @@ class Timing:
 
 
 @attrs.frozen
+class KernelTiming:
+    """What straight code of our own kernels takes, in cycles, by the bundles that libtpu makes of it, where `Timing` says what libtpu estimates of
+    products of its own.
+
+    A stretch is what nothing interrupts: from a wait or a loop's turn to the next. fill: pushing its first weights and draining its last sums, with
+    what is behind them, per dtype. push: of one tile of weights, on all matrix units at once; begin: what a stretch takes beyond its pushes, where
+    these take longer than its rows. pop: on each register of partial sums, which span mxu numbers; result: of the vector unit on each register
+    of results: scaled, converted and packed.
+    """
+
+    fill: Table = attrs.field(converter=_table)
+    push: Table = attrs.field(converter=_table)
+    begin: Table = attrs.field(converter=_table)
+    pop: float
+    result: float
+    source: str
+
+
+@attrs.frozen
 class Chip:
     """One TensorCore of a TPU.
 
@@ -84,6 +103,7 @@ class Chip:
     dma_latency: float
     accumulators: int
     timing: Timing
+    code: KernelTiming
     sources: tuple[tuple[str, str], ...] = attrs.field(repr=False, eq=False)
 
     @classmethod
@@ -171,11 +191,13 @@ def _load(name: str) -> Chip:
     data = json.loads((CHIPS / f"{name.removeprefix('tpu:')}.json").read_text(encoding="utf-8"))
     numbers = {field: entry["value"] for field, entry in data["numbers"].items()}
     sources = tuple((field, str(entry["source"])) for field, entry in data["numbers"].items())
-    timing = data["timing"]
-    if isinstance(timing, str):  # nobody fitted this chip: another one's, cycle for cycle
-        like = _load(timing).timing
-        peak = numbers["peak"]
+    if isinstance(data["timing"], str):  # nobody fitted this chip: another one's, cycle for cycle
+        like, peak = _load(data["timing"]), numbers["peak"]
         equal = peak["int8"] <= peak["bfloat16"]
         doubt = ", doubtful for the depth of int8, which is no faster than bfloat16 here" if equal else ""
-        timing = {**attrs.asdict(like), "source": f"assumed: those of {timing}{doubt}; {like.source}"}
-    return Chip(name=data["name"], **numbers, timing=Timing(**timing), sources=sources)
+        said = f"assumed: those of {like.name}{doubt}; "
+        timing = attrs.evolve(like.timing, source=said + like.timing.source)
+        code = attrs.evolve(like.code, source=said + like.code.source)
+    else:
+        timing, code = Timing(**data["timing"]), KernelTiming(**data["code"])
+    return Chip(name=data["name"], **numbers, timing=timing, code=code, sources=sources)

@@ -60,7 +60,11 @@ class Wait:
 
 @attrs.frozen
 class Matmul:
-    """(m, k) by (k, n) on the matrix units, summed into what `writes` names; stack: each row is streamed so often, with the rest as zeros."""
+    """(m, k) by (k, n) on the matrix units, summed into what `writes` names; stack: each row is streamed so often, with the rest as zeros.
+
+    fills: how often the matrix units fill and drain, in a kernel of our own: 0 behind a product that runs into this one; None: as libtpu
+    estimates products of its own.
+    """
 
     m: int = attrs.field(validator=_count)
     k: int = attrs.field(validator=_count)
@@ -69,11 +73,12 @@ class Matmul:
     reads: tuple[str, ...] = attrs.field(default=(), converter=_names)
     writes: tuple[str, ...] = attrs.field(default=(), converter=_names)
     stack: int = 1
+    fills: int | None = None
 
 
 @attrs.frozen
 class Vector:
-    """One `op` ("epilogue": scale, convert and store; "element", "exp") over `elements` of 32 bits on the vector unit.
+    """One `op` ("epilogue", of our own kernels "result": scale, convert and store; "element", "exp") over `elements` of 32 bits on the vector unit.
 
     `dtype` is what they are stored as; registers hold 32-bit elements whatever it is.
     """

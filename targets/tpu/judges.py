@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ import attrs
 import numpy as np
 
 from jisu.compiler.errors import CompileError, InputError, TargetError
+from jisu.targets.tpu.code import Code
 from jisu.targets.tpu.export import CHIPS
 
 DMA = ("on_wait", "eager")
@@ -92,8 +93,35 @@ def aot_python() -> str | None:
     return None
 
 
+def libtpu_version() -> str:
+    """Of the libtpu that compiles; TargetError without one."""
+    if (python := aot_python()) is None:
+        raise TargetError(f'no libtpu: pip install "jisu[tpu-aot]", or let {AOT_PYTHON} name a Python that has it')
+    asked = [python, "-c", "from importlib.metadata import version; print(version('libtpu'))"]
+    return subprocess.run(asked, check=True, capture_output=True, text=True).stdout.strip()
+
+
 def compile_ahead(sources: Sequence[str], chips: Sequence[str]) -> list[list[Accepted]]:
     """Compile kernels' sources with libtpu, each for all chips. CompileError: libtpu refuses one, with its reason; TargetError: no libtpu."""
+    return _compiled(sources, chips, {})
+
+
+def codes(sources: Sequence[str], chip: str) -> list[Code]:
+    """The bundles that libtpu makes of kernels' sources. Raises what `compile_ahead` does, and CompileError where libtpu writes others."""
+    with tempfile.TemporaryDirectory() as folder:
+        flags = (
+            f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=final_bundles"
+        )
+        _compiled(sources, [chip], {"LIBTPU_INIT_ARGS": flags})
+        # Names begin with the time at which the compiler began.
+        found = sorted(p for p in Path(folder).iterdir() if re.search(r"-kernel\.\d+-\d+-final_bundles", p.name))
+        if len(found) != len(sources):
+            raise CompileError(f"libtpu wrote the bundles of {len(found)} kernels instead of {len(sources)}")
+        return [Code.parsed(path.read_text()) for path in found]
+
+
+def _compiled(sources: Sequence[str], chips: Sequence[str], more: Mapping[str, str]) -> list[list[Accepted]]:
+    """more: further environment variables of libtpu's process."""
     python = aot_python()
     if python is None:
         raise TargetError(
@@ -112,6 +140,7 @@ def compile_ahead(sources: Sequence[str], chips: Sequence[str]) -> list[list[Acc
             "TPU_SKIP_MDS_QUERY": "1",
             "JAX_PLATFORMS": "cpu",
             "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+            **more,
         }
         command = [python, "-c", _COMPILE, json.dumps([[chip, CHIPS[chip]] for chip in chips]), *map(str, paths)]
         done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)

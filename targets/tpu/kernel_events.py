@@ -94,6 +94,7 @@ class _Walker:
     prefetched: frozenset[str]
     queue: str | None = None
     open: int = 0
+    interrupted: bool = True  # whether the next product begins behind a wait or a loop
     groups: dict[str, deque[int]] = attrs.Factory(dict)
 
     def part(self, s: Any) -> Part:
@@ -144,7 +145,9 @@ class _Walker:
         def events(env: Env) -> Iterator[Event]:
             begin = first(env)
             for turn in range(begin, begin + count(env)):
+                self.interrupted = True
                 yield from body({**env, variable: turn})
+            self.interrupted = True
 
         return events
 
@@ -174,7 +177,9 @@ class _Walker:
         def events(env: Env) -> Iterator[Event]:
             groups = self.groups.setdefault(queue, deque())
             while len(groups) > inflight:
-                yield from [Wait(queue)] * groups.popleft()
+                count = groups.popleft()
+                self.interrupted = self.interrupted or count > 0
+                yield from [Wait(queue)] * count
             yield from body(env)
 
         return events
@@ -231,6 +236,9 @@ class _Walker:
         first = next((m for m in map(instruction, parts(nest)) if isinstance(m, Multiply)), None)
         if first is None:
             return lambda env: iter(())
+        loops = [p for p in parts(nest) if isinstance(p, tirx.For) and p.kind == tirx.ForKind.SERIAL]
+        # Where scales are applied group by group, all is one stretch.
+        counted = 1 if self.product.group else math.prod(int(loop.extent) for loop in loops)
         x, sums = self._parts(first.x), number(first.sums.offset)
         weights = [self._parts(r) for r in (first.w, *first.grid)]
         known: dict[
@@ -243,12 +251,15 @@ class _Walker:
             reads, begin = (*x(outer), *held), sums(outer)
             if begin not in known:
                 known[begin] = self._blocks(instructions(env))
+            turns = counted // len(known[begin])  # of each block
             for block, m, k, n in known[begin]:
                 stack, operations = self._before(m, k, n)
+                fills = turns if turns > 1 else int(self.interrupted)
+                self.interrupted = counted > 1
                 for op, count in operations.items():
                     if count:
                         yield Vector(count, self.product.dtype, op, held)
-                yield Matmul(m, k, n, self.product.dtype, reads, block(outer), stack)
+                yield Matmul(m, k, n, self.product.dtype, reads, block(outer), stack, fills)
 
         return events
 
@@ -300,7 +311,7 @@ class _Walker:
             for here in _turns(outer, env):
                 here = {**here, **inner}
                 reads, writes = tuple(dict.fromkeys(name for names in sources for name in names(here))), target(here)
-                for turns, op in ((1, "epilogue"), (adds, "element"), (costly, "exp")):
+                for turns, op in ((1, "result"), (adds, "element"), (costly, "exp")):
                     if turns:
                         yield Vector(size * turns, dtype, op, reads, writes)
 

@@ -8,6 +8,7 @@ Source: JAX's Pallas TPU documentation (memory spaces, DMA, semaphores).
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections import Counter
@@ -78,6 +79,7 @@ class _Writer:
     queues: dict[int, dict[str, Copy]] = attrs.Factory(dict)
     pending: dict[int, list[list[str]]] = attrs.Factory(dict)  # groups of copies to tiles without slots
     counts: Counter[str] = attrs.Factory(Counter)
+    assigns: bool = False  # whether a product's sums begin with it
 
     # The module
 
@@ -177,8 +179,11 @@ def kernel(*arrays, interpret=False):
     def _statement(self, s: Any) -> None:
         match s:
             case tirx.SeqStmt():
-                for part in s.seq:
-                    self._statement(part)
+                for part, following in itertools.zip_longest(s.seq, s.seq[1:]):
+                    if self._begins(part, following):
+                        self.assigns = True
+                    else:
+                        self._statement(part)
             case tirx.AllocBuffer():
                 pass
             case tirx.AttrStmt() if s.attr_key == COMMIT:
@@ -330,7 +335,8 @@ def kernel(*arrays, interpret=False):
             given = ", ".join(map(self._ref, (sums, x, w, *grid)))
             self._put(f"add_product({given}, grid)")
             return
-        self._put(f"{self._value(sums, analyzer)} += jnp.dot(")
+        self._put(f"{self._value(sums, analyzer)} {'=' if self.assigns else '+='} jnp.dot(")
+        self.assigns = False
         with self._indented():
             self._put(f"{self._value(x, analyzer)},")
             dtype = str(x.buffer.dtype)
@@ -340,6 +346,16 @@ def kernel(*arrays, interpret=False):
                 self._put("precision=lax.Precision.HIGHEST,")
             self._put(f"preferred_element_type=jnp.{sums.buffer.dtype},")
         self._put(")")
+
+    def _begins(self, zero: Any, following: Any) -> bool:
+        """Whether sums that are zeroed are then added to, once and all of them: that product may be assigned to them."""
+        zeroed, group = instruction(zero), bool(self.lowered.product.group)
+        added, loops = _multiplied(following, group) or (instruction(following), [])
+        if not isinstance(zeroed, Zero) or not isinstance(added, Multiply) or added.grid:
+            return False
+        sums = self._widened(added.sums, loops)
+        same = sums.rows == zeroed.sums.rows and sums.columns == zeroed.sums.columns
+        return same and bound_analyzer(self.loops).can_prove_equal(sums.offset, zeroed.sums.offset)
 
     def _widened(self, region: Region, unrolled: list[Any]) -> Region:
         """All that a nest of loops makes of a region; CompileError where that isn't one region, without a gap."""

@@ -21,6 +21,7 @@ from jisu.targets.tpu.walk import (
     Copy,
     Multiply,
     Region,
+    Zero,
     commit,
     flat,
     instruction,
@@ -60,11 +61,13 @@ def _loads(s: Any) -> bool:
 class _Step:
     """A step of a pipeline, its first block's first instruction and first elements standing for all of them.
 
-    before: statements that nothing is awaited for. awaited: the queue that is waited for in front of its products, and how many groups of copies
-    may be under way. behind: the variables of a row and a column, and what is computed of that element's sums.
+    before: statements that nothing is awaited for. zeroed: whether its sums begin at zero. awaited: the queue that is waited for in front of its
+    products, and how many groups of copies may be under way. behind: the variables of a row and a column, and what is computed of that
+    element's sums.
     """
 
     before: tuple[Any, ...]
+    zeroed: bool
     awaited: tuple[int, int] | None
     products: tuple[Multiply, ...]
     behind: tuple[Any, Any, Any]
@@ -78,7 +81,8 @@ class _Step:
         # The first wait is for all that a step loads.
         waits = [s for s in products if isinstance(s, tirx.AttrStmt) and s.attr_key == WAIT]
         awaited = (int(waits[0].value), int(waits[0].body.value)) if waits else None
-        before = [s for s in computed if _first_product(s) is None]
+        others = [s for s in computed if _first_product(s) is None]
+        before = [s for s in others if not _zeroes(s)]
         multiplies, copy = [m for m in map(_first_product, products) if m is not None], instruction(store)
         assert isinstance(copy, Copy)
         loops = []
@@ -88,12 +92,17 @@ class _Step:
         *outer, i, j = loops
         for loop in outer:
             behind = substitute(behind, loop.loop_var, 0)
-        return cls(tuple(before), awaited, tuple(multiplies), (i.loop_var, j.loop_var, behind), copy)
+        zeroed = len(before) < len(others)
+        return cls(tuple(before), zeroed, awaited, tuple(multiplies), (i.loop_var, j.loop_var, behind), copy)
 
     @property
     def slotted(self) -> bool:
         """Whether results alternate between slots."""
         return len(self.store.source.buffer.shape) > 2
+
+
+def _zeroes(s: Any) -> bool:
+    return any(isinstance(instruction(part), Zero) for part in parts(s))
 
 
 def _first_product(s: Any) -> Multiply | None:
@@ -166,6 +175,7 @@ class _Flow:
             if _stores(s):
                 if not steps:
                     own, size = [h for h in here if not _loads(h)], 2 * self.matrices + 1
+                    size += len(own) > size and _zeroes(own[-size - 1])
                     ahead, here = [h for h in here if _loads(h)] + own[:-size], own[-size:]
                 steps.append((None, _Step.parsed(here)))
                 here = []
@@ -224,18 +234,27 @@ class _Flow:
             grid = tuple(_moved(g, tirx.floordiv(depth, p.group), g.rows, to, n) for g in p.grid)
             return statement(Multiply(sums, x, _moved(p.w, depth, k, to, n), p.group, grid))
 
-        # What is multiplied at once is unrolled: consumers may take these loops as one product.
-        at_once = tirx.ForKind.UNROLLED
-        products = [
-            _loop(
-                "outer", self.tiles.k // self.tiles.inner, tirx.ForKind.SERIAL,
-                lambda o, p=p: _loop(
-                    "across", columns // n, at_once,
-                    lambda a: _loop("inner", self.tiles.inner // k, at_once, lambda i: multiply(p, o, a, i)),
-                ),
-            )
-            for p in step.products
-        ]  # fmt: skip
+        t = self.tiles
+
+        def piece(p: Multiply, outer: Any, number: int) -> Any:
+            # What is multiplied at once is unrolled: consumers may take these loops as one product.
+            at_once, begin = tirx.ForKind.UNROLLED, outer * (t.turn // t.inner) + number
+            return _loop(
+                "across", columns // n, at_once,
+                lambda a: _loop("inner", t.inner // k, at_once, lambda i: multiply(p, begin, a, i)),
+            )  # fmt: skip
+
+        products = []
+        for p in step.products:
+            if step.zeroed:
+                products.append(statement(Zero(_moved(p.sums, row, rows, column, columns))))
+            # Pieces of a turn follow one another: the matrix units run through.
+            products.append(
+                _loop(
+                    "outer", t.k // t.turn, tirx.ForKind.SERIAL,
+                    lambda o, p=p: flat([piece(p, o, number) for number in range(t.turn // t.inner)]),
+                )
+            )  # fmt: skip
         i, j, element = step.behind
         variables = tirx.Var("i", "int32"), tirx.Var("j", "int32")
         for variable, new, first in ((i, variables[0], row), (j, variables[1], column)):

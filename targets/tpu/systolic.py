@@ -36,8 +36,12 @@ class Work:
     ideal: float
 
 
-def work(chip: Chip, m: int, k: int, n: int, dtype: str, *, shadow: bool = True) -> Work:
+def work(
+    chip: Chip, m: int, k: int, n: int, dtype: str, *, fills: int | None = None, shadow: bool = True
+) -> Work:  # fmt: skip
     """Cycles of one uninterrupted product on all MXUs of `chip`: tiles of weights are dealt out evenly.
+
+    fills: how often the MXUs fill and drain, by `chip.code`: that of a kernel of our own; None: a product of libtpu's, as it estimates it.
 
     Rows are padded to sublanes, those of bytes to their native tile: libtpu's estimate of 100 rows of int8 is that of 128. Tiles are padded to the
     MXU's size. Without `shadow`, one array's folds follow one another, nothing else counted.
@@ -50,9 +54,16 @@ def work(chip: Chip, m: int, k: int, n: int, dtype: str, *, shadow: bool = True)
     if not shadow:
         return Work(float(folded(chip.mxu, chip.mxu, m, k, n)), 0.0, ideal)
     timing = chip.timing
+    if fills is not None:
+        rows = ceil_div(m, chip.sublane_tile(dtype)) * chip.sublane_tile(dtype)
+        popped = chip.code.pop * ceil_div(m, chip.sublanes) * ceil_div(n, chip.lanes) * ceil_div(k, chip.mxu)
+        rounds = ceil_div(tiles, chip.mxus)
+        streamed = max(rounds * rows / rate, popped) + fills * filling(chip, dtype)
+        pushed = rounds * pushing(chip, dtype) + fills * of_dtype(chip.code.begin, dtype)
+        return Work(max(streamed, pushed), popped, ideal)
     packed = chip.sublane_tile(dtype) if itemsize(dtype) == 1 else chip.sublanes
     rows = ceil_div(m, packed) * packed
-    stream = max(rows / rate, pushing(chip, dtype))
+    stream = max(rows / rate, of_dtype(timing.push, dtype))
     depth = of_dtype(timing.depth, dtype)
     registers = ceil_div(m, chip.sublanes) * ceil_div(n, chip.lanes) * ceil_div(k, int(depth))
     return Work(ceil_div(tiles, chip.mxus) * stream + timing.block, timing.accumulate * registers, ideal)
@@ -65,11 +76,16 @@ def of_dtype(table: Table, dtype: str) -> float:
 
 
 def pushing(chip: Chip, dtype: str) -> float:
-    """Cycles of pushing a tile of weights."""
-    return of_dtype(chip.timing.push, dtype)
+    """Cycles of pushing a tile of weights, in code of our own kernels."""
+    return of_dtype(chip.code.push, dtype)
+
+
+def filling(chip: Chip, dtype: str) -> float:
+    """Cycles of filling and draining the matrix units around a stretch of straight code."""
+    return of_dtype(chip.code.fill, dtype)
 
 
 def vector_cycles(chip: Chip, elements: int, op: str) -> float:
-    """Cycles of the vector unit for `op` on so many 32-bit elements; an op without a rate of its own counts as "element"."""
-    rates = dict(chip.timing.vector)
+    """Cycles of the vector unit for `op` on so many 32-bit elements, "result" by `chip.code`; an op without a rate counts as "element"."""
+    rates = {**dict(chip.timing.vector), "result": chip.code.result}
     return ceil_div(elements, chip.register_elements) * rates.get(op, rates["element"])

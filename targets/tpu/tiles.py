@@ -30,7 +30,7 @@ from jisu.compiler.types import round_up
 from jisu.targets.tpu import grouped
 from jisu.targets.tpu.chip import Chip, itemsize
 from jisu.targets.tpu.spec import Product
-from jisu.targets.tpu.systolic import pushing, vector_cycles, work
+from jisu.targets.tpu.systolic import filling, pushing, vector_cycles, work
 
 HEADROOM = 8
 """This part (an eighth) of VMEM is left to the compiler, for spilled registers and its own temporaries."""
@@ -41,6 +41,8 @@ SLACK = 0.06
 _MOST_ROWS, _MOST_COLUMNS = 1024, 4096
 _BLOCK = 512
 """Rows, columns and inner size of the largest block: none of them has more multiplications, nor more than twice as many results."""
+_TURN, _TURNS = 4096, 4
+"""Cycles of the matrix units in a turn of a loop, at most; and how many such turns a step may be in straight code."""
 _PARTS, _GRAINS = 5, 16
 """Parts of the last block, at most, and of how many pieces of equal width they are made."""
 _ROUNDS = 8
@@ -73,9 +75,10 @@ class Block:
 class Tiles:
     """Sizes of a product's tiles; m, n and k of one step, `padded` those of the whole product, multiples of them.
 
-    order: see the module. rows, columns, inner: the block of m, n and k that is multiplied at once, from VMEM; it bounds the size of code.
-    unit: columns and inner size of what the matrix unit holds of w. head: the rows of the first step's blocks, few of them first; where it is the
-    only step, `rows` are all. tail: the columns of the parts that the last step's last block is cut into.
+    order: see the module. rows, columns, inner: the block of m, n and k that is multiplied at once, from VMEM. turn: how much of k a turn of
+    a loop goes through, in straight code, block after block: it bounds the size of code. unit: columns and inner size of what the matrix unit
+    holds of w. head: the rows of the first step's blocks, few of them first; where it is the only step, `rows` are all. tail: the columns of
+    the parts that the last step's last block is cut into.
     """
 
     order: str
@@ -86,6 +89,7 @@ class Tiles:
     rows: int
     columns: int
     inner: int
+    turn: int
     unit: tuple[int, int]
     head: tuple[int, ...]
     tail: tuple[int, ...]
@@ -172,7 +176,8 @@ class Tiles:
             ("n", pn, self.n),
             ("k", pk, self.k),
             ("rows", self.m, self.rows),
-            ("inner", self.k, self.inner),
+            ("turn", self.k, self.turn),
+            ("inner", self.turn, self.inner),
             ("columns", self.n, self.columns),
             *(("head", rows, chip.sublanes) for rows in self.head),
             *(("unit n", columns, self.unit[0]) for columns in (self.columns, *self.tail)),
@@ -224,12 +229,13 @@ class Tiles:
         by_rows = self.order == "resident" or steps == 1
         once, load = (x + rows, w + columns) if by_rows else (0, x + w + columns + rows)
         early = self.head[0] * self.k * product.itemsize + rows if by_rows else 0
-        chain = _Chain(latency)
+        chain, row = _Chain(latency), -1
         for block in self.blocks(first=True, last=steps == 1):
             later = (block.row + block.rows) * self.k * product.itemsize + rows - early if by_rows else 0
-            chain.add(_cost(product, chip, self.k, block.rows, block.columns), latency + (early + load + later) / rate)
+            waits, row = row < 0 or (by_rows and block.row != row), block.row
+            chain.add(self._block(product, chip, block), latency + (early + load + later) / rate, waits)
         if steps > 1:
-            costs = [_cost(product, chip, self.k, block.rows, block.columns) for block in self.blocks()]
+            costs = [self._block(product, chip, block) for block in self.blocks()]
             store, multiply = sum(c.store for c in costs), sum(c.multiply for c in costs)
             turnaround = (load / rate + latency + multiply) / 2 if load else 0.0
             step = max(_steady(costs), load / rate + store, turnaround)
@@ -274,7 +280,7 @@ class Tiles:
         """Of a tile of results, whose inner axis is split."""
         rate, latency = chip.hbm_bytes_per_cycle, chip.dma_latency * chip.clock
         x, w, columns, rows = self._copied(product, prefetched)
-        costs = [_cost(product, chip, self.k, block.rows, block.columns) for block in self.blocks()]
+        costs = [self._block(product, chip, block) for block in self.blocks()]
         multiply, copy, steps = sum(c.multiply for c in costs), (x + w) / rate, self._turns[2]
         ready = latency + copy + (columns + rows) / rate
         if steps > 1:
@@ -286,17 +292,23 @@ class Tiles:
 
     def _end(self, chain: _Chain, product: Product, chip: Chip, ready: float) -> None:
         """Add the last step, whose operands are there at a time."""
-        for block in self.blocks(last=True):
-            chain.add(_cost(product, chip, self.k, block.rows, block.columns), ready)
+        for number, block in enumerate(self.blocks(last=True)):
+            chain.add(self._block(product, chip, block), ready, number == 0)
+
+    def _block(self, product: Product, chip: Chip, block: Block) -> _Cost:
+        return _cost(product, chip, self.k, block.rows, block.columns, self.k // self.turn)
 
 
 @attrs.frozen
 class _Cost:
     """Cycles of a block: for each of its matrices those of the matrix units, of the vector unit before them, which widens weights, and beside
-    them; then those of what is computed of the sums, and of the results' copy."""
+    them; then those of what is computed of the sums, and of the results' copy. turns: in how many stretches of straight code a matrix is
+    multiplied; filled: cycles of the matrix units where these begin behind a wait or a loop, mxu: where the block runs on from the one before."""
 
     matrices: int
+    turns: int
     widened: float
+    filled: float
     mxu: float
     vector: float
     behind: float
@@ -304,22 +316,28 @@ class _Cost:
 
     @property
     def multiply(self) -> float:
-        """Of all its matrices, one after the other."""
-        return self.matrices * max(self.mxu, self.widened + self.vector)
+        """Of all its matrices, one after the other, behind a wait."""
+        return sum(max(self.units(number, waits=True), self.widened + self.vector) for number in range(self.matrices))
+
+    def units(self, matrix: int, *, waits: bool) -> float:
+        """Cycles of the matrix units for a matrix; waits: whether the block begins behind a wait or a loop."""
+        return self.filled if self.turns > 1 or (waits and matrix == 0) else self.mxu
 
 
 @functools.lru_cache(4096)
-def _cost(product: Product, chip: Chip, k: int, rows: int, columns: int) -> _Cost:
+def _cost(product: Product, chip: Chip, k: int, rows: int, columns: int, turns: int) -> _Cost:
     stack = grouped.Grouped(product, rows, grouped.depth(chip, k)).stack if product.group else 1
-    one = work(chip, rows * stack, k, columns, product.dtype)
+    turns = 1 if product.group else turns
+    one, filled = (work(chip, rows * stack, k, columns, product.dtype, fills=fills) for fills in (0, turns))
     behind = sum(
-        vector_cycles(chip, rows * columns * turns, op)
-        for turns, op in zip((1, *ACTIVATION_WORK[product.activation]), ("epilogue", "element", "exp"), strict=True)
+        vector_cycles(chip, rows * columns * times, op)
+        for times, op in zip((1, *ACTIVATION_WORK[product.activation]), ("result", "element", "exp"), strict=True)
     )
     more = product.bias + product.residual + product.gated * (1 + product.channel_scale + product.row_scale)
     behind += vector_cycles(chip, rows * columns * more, "element")
     store = rows * columns * product.result_itemsize / chip.hbm_bytes_per_cycle
-    return _Cost(product.matrices, _widened(product, chip, k, rows, columns), one.mxu, one.vector, behind, store)
+    widened = _widened(product, chip, k, rows, columns)
+    return _Cost(product.matrices, turns, widened, filled.mxu, one.mxu, one.vector, behind, store)
 
 
 def _widened(product: Product, chip: Chip, k: int, rows: int, columns: int) -> float:
@@ -339,11 +357,12 @@ class _Chain:
     vector: float = 0.0
     stored: float = 0.0
 
-    def add(self, cost: _Cost, ready: float) -> None:
-        for _ in range(cost.matrices):
+    def add(self, cost: _Cost, ready: float, waits: bool) -> None:
+        for number in range(cost.matrices):
+            filled = cost.units(number, waits=waits)
             start, free = max(self.mxu, ready), max(self.vector, ready)
             self.vector = max(start, free + cost.widened) + cost.vector
-            self.mxu = max(start + cost.mxu, self.vector)
+            self.mxu = max(start + filled, self.vector)
         self.vector = self.mxu + cost.behind
         self.stored = max(self.stored, self.vector + self.latency) + cost.store
 
@@ -355,7 +374,7 @@ def _steady(blocks: Sequence[_Cost]) -> float:
     chain, ends = _Chain(0.0), []
     for _ in range(3):
         for block in blocks:
-            chain.add(block, 0.0)
+            chain.add(block, 0.0, True)
         ends.append(chain.mxu)
     return ends[2] - ends[1]
 
@@ -417,18 +436,36 @@ def make_tiles(
     several, alone = m > rows or n > columns, padded == (m, n, k) and order != "split"
     first = _head(product, chip, rows, columns, k) if alone or order == "resident" else rows
     head = (*((first, rows - first) if first < rows else (rows,)), *(rows,) * (m // rows - 1))
-    tail = _tail(product, chip, k, rows, columns, unit[0], several)
-    equal = Tiles(order, m, n, k, padded, rows, columns, inner, unit, head, tail)
+    turn = _turn(product, chip, rows, columns, m * n, k, inner, alone) if order != "split" else inner
+    tail = _tail(product, chip, k, k // turn, rows, columns, unit[0], several)
+    equal = Tiles(order, m, n, k, padded, rows, columns, inner, turn, unit, head, tail)
     if not alone or first == m:
         return equal
     # A single step's blocks needn't be of equal rows: fewer of them may follow the first one.
     heads = [(first, *_shared(m - first, count, packed)) for count in range(1, _BLOCKS)]
-    cuts = [
-        attrs.evolve(equal, rows=m, head=h, tail=_tail(product, chip, k, h[-1], columns, unit[0], True))
-        for h in heads
-        if max(h) * columns <= 2 * _BLOCK**2 and h[-1]
-    ]
+    cuts = []
+    for h in heads:
+        if max(h) * columns <= 2 * _BLOCK**2 and h[-1]:
+            turn = _turn(product, chip, max(h), columns, m * n, k, inner, alone)
+            end = _tail(product, chip, k, k // turn, h[-1], columns, unit[0], True)
+            cuts.append(attrs.evolve(equal, rows=m, turn=turn, head=h, tail=end))
     return min([equal, *cuts], key=lambda tiles: tiles.cycles(product, chip, prefetched=True))
+
+
+def _turn(product: Product, chip: Chip, rows: int, columns: int, step: int, k: int, inner: int, alone: bool) -> int:
+    """How much of k a turn of a loop goes through, in pieces of `inner`, for blocks of rows x columns; step: all results of a step, each of whose
+    blocks may be written out; alone: whether there is no other step."""
+    if product.group:  # is cut where scales are applied
+        return inner
+    # Of few rows, pushing weights takes longer.
+    row = max(1.0, pushing(chip, product.dtype) * chip.rows_per_cycle(product.dtype) / rows)
+    most = _TURN * round(chip.rows_per_cycle(product.dtype)) * chip.mxus * chip.mxu**2 / (row * product.matrices)
+    if alone and step * k <= _TURNS * most:
+        return k
+    fits = (
+        t for t in range(k, inner, -inner) if k % t == 0 and rows * columns * t <= most and step * t <= _TURNS * most
+    )
+    return next(fits, inner)
 
 
 def _shared(total: int, count: int, step: int) -> list[int]:
@@ -448,12 +485,14 @@ def _head(product: Product, chip: Chip, rows: int, columns: int, k: int) -> int:
         if len({grouped.Grouped(product, m, grouped.depth(chip, k)).place for m in sizes}) > 1:
             return rows
     later = (rows - head) * k * product.itemsize / chip.hbm_bytes_per_cycle
-    another = product.matrices * (chip.timing.block + _widened(product, chip, k, rows - head, columns))
+    another = filling(chip, product.dtype) + product.matrices * _widened(product, chip, k, rows - head, columns)
     return head if later > another else rows
 
 
 @functools.lru_cache(4096)
-def _tail(product: Product, chip: Chip, k: int, rows: int, columns: int, unit: int, several: bool) -> tuple[int, ...]:
+def _tail(
+    product: Product, chip: Chip, k: int, turns: int, rows: int, columns: int, unit: int, several: bool
+) -> tuple[int, ...]:  # fmt: skip
     """How the last block's columns are cut, so that all is done the earliest: a part's results leave while the next one is multiplied."""
     grain = max(unit, round_up(columns // _GRAINS, unit))
     cuts = (
@@ -464,9 +503,9 @@ def _tail(product: Product, chip: Chip, k: int, rows: int, columns: int, unit: i
 
     def time(cut: tuple[int, ...]) -> float:
         latency = chip.dma_latency * chip.clock
-        chain = _Chain(latency, 0.0, _cost(product, chip, k, rows, columns).behind if several else 0.0)
-        for width in cut:
-            chain.add(_cost(product, chip, k, rows, width), 0.0)
+        chain = _Chain(latency, 0.0, _cost(product, chip, k, rows, columns, turns).behind if several else 0.0)
+        for number, width in enumerate(cut):
+            chain.add(_cost(product, chip, k, rows, width, turns), 0.0, number == 0)
         return chain.stored
 
     return min(cuts, key=time)

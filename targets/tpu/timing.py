@@ -198,7 +198,9 @@ class _Core:
 
     def matmul(self, event: Matmul) -> None:
         self.check(event)
-        cost = work(self.chip, event.m * event.stack, event.k, event.n, event.dtype, shadow=self.shadow)
+        cost = work(
+            self.chip, event.m * event.stack, event.k, event.n, event.dtype, fills=event.fills, shadow=self.shadow
+        )
         start = max(self.after(event), self.mxu)
         adding = max(start, self.vector)
         end = start + cost.mxu

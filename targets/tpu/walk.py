@@ -203,7 +203,7 @@ def instruction(statement: Any) -> Copy | Zero | Multiply | None:
     return None
 
 
-def statement(found: Copy | Multiply) -> Any:
+def statement(found: Copy | Zero | Multiply) -> Any:
     """The statement that calls an instruction: the inverse of `instruction`."""
 
     def pointer(region: Region, access: str) -> Any:
@@ -214,6 +214,9 @@ def statement(found: Copy | Multiply) -> Any:
     if isinstance(found, Copy):
         to, source = found.to, found.source
         arguments = [COPY, pointer(to, "w"), pointer(source, "r"), to.rows, to.columns, to.stride, source.stride]
+    elif isinstance(found, Zero):
+        sums = found.sums
+        arguments = [ZERO, pointer(sums, "w"), sums.rows, sums.columns, sums.stride]
     else:
         sums, x, w = found.sums, found.x, found.w
         pointers = [pointer(sums, "rw"), pointer(x, "r"), pointer(w, "r")]
