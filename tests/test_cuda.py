@@ -20,8 +20,9 @@ from jisu.compiler import levels, ops, rows
 from jisu.compiler.errors import TargetError
 from jisu.compiler.graph import ArrayStorage, Graph, placeholder, weight
 from jisu.compiler.interpret import interpret
+from jisu.compiler.launches import size_at
 from jisu.compiler.schemes import SCHEMES
-from jisu.compiler.types import TensorType, numpy_dtype
+from jisu.compiler.types import TensorType, numpy_dtype, symbol
 from jisu.targets.cuda import device, emulated, ptx
 from jisu.targets.cuda.kernels import (
     attention,
@@ -862,6 +863,19 @@ def test_generic_kernels_use_threads_and_take_memory_for_no_others() -> None:
     assert sum(int(max(sizes)) for sizes in plans["softmax"].slots) < 128 << 20  # type: ignore[type-var, call-overload]
     (launch,) = plans["sum"].steps[0][0].launches
     assert launch.grid == (6, 1, 1)
+
+
+@pytest.mark.parametrize(("dtype", "launches"), [("float32", 7), ("bfloat16", 5)])
+def test_launches_of_a_draw(dtype: str, launches: int) -> None:
+    """Blocks spread over a row, and no more launches than it takes."""
+    kinds = ("int64", "float32", "int64", "float32", "float32")
+    options = [placeholder(f"x{i}", TensorType((symbol("b"),), kind)) for i, kind in enumerate(kinds)]
+    logits = placeholder("logits", TensorType((symbol("b"), 128256), dtype))
+    both = ops.draw(logits, *options)
+    graph = Graph((logits, *options), (ops.get(both, index=0), ops.get(both, index=1)))
+    found = lower({"draw": graph}, REAL).plans["draw"].launches({"b": 3})
+    assert [size_at(launch.grid[0], {"b": 3}) for launch in found] == [3 * 63] * launches
+    assert all(launch.early for launch in found)
 
 
 @pytest.mark.parametrize("stored", [True, False])
