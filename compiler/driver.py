@@ -940,7 +940,7 @@ def _entries(
 ) -> tuple[dict[str, Graph], Any]:
     """The entry functions: `main` for a module, the derived steps for a causal language model; `fetched`: also a step that draws its token."""
     from jisu.passes.cache import CacheLayout, NotCausal, derive_step, keep_last_token
-    from jisu.runtime.session import APPEND, APPEND_DRAWN, APPEND_LAST, LEADING, MAIN, DecoderInfo
+    from jisu.runtime.session import APPEND, APPEND_DRAWN, APPEND_LAST, MAIN, DecoderInfo
 
     if source.sequence is None:
         return {MAIN: graph}, None
@@ -960,21 +960,19 @@ def _entries(
     state = tuple((s.name, s.type, s.window, s.ring) for s in step.state)
     entries = {APPEND: step.graph, APPEND_LAST: last.graph}
     if fetched:
-        facts["leading"] = min(LEADING, source.vocabulary or LEADING)
-        entries[APPEND_DRAWN] = _drawing(last.graph, facts["leading"])
+        facts["draws"] = True
+        entries[APPEND_DRAWN] = _drawing(last.graph)
     return entries, DecoderInfo(page=recipe.cache.page, state=state, **facts)
 
 
-def _drawing(graph: Graph, count: int) -> Graph:
-    """A step that draws a token from those with the highest logits instead of giving logits."""
+def _drawing(graph: Graph) -> Graph:
+    """A step that draws a token by the logits instead of giving them."""
     from jisu.compiler import ops
     from jisu.runtime.session import DRAWING
 
     logits, *state = graph.outputs
-    both = ops.sort(logits, axis=logits.tensor.rank - 1, descending=True, first=count)
-    leading = [ops.get(both, index=i) for i in (0, 1)]
-    options = [placeholder(name, TensorType(leading[0].shape[:-1], dtype)) for name, dtype in DRAWING]
-    drawn = ops.draw(*leading, *options)
+    options = [placeholder(name, TensorType(logits.shape[:-1], dtype)) for name, dtype in DRAWING]
+    drawn = ops.draw(logits, *options)
     outputs = (ops.get(drawn, index=0), ops.get(drawn, index=1), *state)
     return graph.replace(inputs=(*graph.inputs, *options), outputs=outputs)
 

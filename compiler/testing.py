@@ -607,7 +607,7 @@ _LITERAL = (
 def _calls(op: Op) -> tuple[_Call, ...]:
     """Ways to call an op: by its notation where that is a plain string, by its samples, and by their literal sizes."""
     if op is ops.get:
-        several = Node(ops.sort, (variable("v0"),), {"axis": 0, "descending": False, "first": 0}, None)
+        several = Node(ops.sort, (variable("v0"),), {"axis": 0, "descending": False}, None)
         return tuple(_Call(Node(op, (several,), {"index": i}, None), {"v0": "float[n m]"}) for i in (0, 1))
     samples = list((op.samples or tuple)())
     found = []

@@ -359,9 +359,7 @@ MEANINGS: Mapping[Op, Meaning] = {
     ops.take: _take,
     ops.gather: _gather,
     ops.scatter: _scatter,
-    ops.sort: lambda x, *, axis, descending, first: tuple(
-        v.narrow(axis, 0, first) if first else v for v in torch.sort(x, dim=axis, descending=descending, stable=True)
-    ),
+    ops.sort: lambda x, *, axis, descending: tuple(torch.sort(x, dim=axis, descending=descending, stable=True)),
     ops.sum_: _along(lambda x, axes, keepdims: x.sum(axes, keepdim=keepdims, dtype=x.dtype)),
     ops.prod: _along(_prod),
     ops.reduce_max: _along(torch.amax),

@@ -44,7 +44,7 @@ from jisu.compiler.errors import ArtifactError, InputError
 from jisu.compiler.launches import CUBIN, OWN_PTX, PLANS, PTX
 from jisu.compiler.storage import TRAVELLING, LazyTensor, cache_folder, map_descriptor, open_safetensors, parse_json
 
-FORMAT = 6
+FORMAT = 7
 TPU_EXPORT = "jisu-tpu"
 """The format of `jisu.targets.tpu.bundle`, which isn't loaded but run by its own script."""
 MAGIC = b"JISU\x00\x01"

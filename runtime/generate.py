@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from jisu.compiler.errors import IndexOutOfRangeError, InputError, InputTypeError
-from jisu.compiler.ops.sampling import ONE, PARTS, masses, share, units
+from jisu.compiler.ops.sampling import PARTS, choose
 from jisu.runtime.session import Drawn, Sampling
 from jisu.runtime.tokenizer import Tokenizer as Tokenizer
 
@@ -304,6 +304,16 @@ class Generation:
 # ---------------------------------------------------------------------------------------------------------- sampling
 
 
+def _options(config: GenerationConfig) -> tuple[np.float32, int, np.float32, np.float32]:
+    """temperature, top_k, top_p and min_p as `jisu.compiler.ops.draw` takes them; the temperature isn't so low that it were none."""
+    heat = max(np.float32(config.temperature), np.finfo(np.float32).tiny)
+    return heat, config.top_k, np.float32(config.top_p), np.float32(config.min_p or 0.0)
+
+
+def _no_distribution() -> InputError:
+    return InputError("can't sample: a sequence's highest logit is infinite or NaN")
+
+
 def penalize(scores: Logits, token_ids: Ids, penalty: float) -> None:
     """Repetition penalty in place: scores [V] of `token_ids` are divided by it where positive, multiplied elsewhere.
 
@@ -312,68 +322,6 @@ def penalize(scores: Logits, token_ids: Ids, penalty: float) -> None:
     chosen = scores[token_ids]
     factor = np.float32(penalty)
     scores[token_ids] = np.where(chosen < 0, chosen * factor, chosen / factor)
-
-
-def candidates(scores: Logits, config: GenerationConfig) -> tuple[Ids, Ids]:
-    """The tokens that sampling may choose, ids [N], with their masses, int64 [N] (see `jisu.compiler.ops.sampling`).
-
-    Top-k, top-p (Holtzman et al., 2019, https://arxiv.org/abs/1904.09751) and min-p (Nguyen et al., 2024,
-    https://arxiv.org/abs/2407.01082) in this order; scores float32 [V]. As `jisu.compiler.ops.draw` of all scores in order, but
-    only as many are put in order as it takes.
-
-    Raises: InputError if the scores have no finite maximum.
-    """
-    kept = scores = scores.astype(np.float32, copy=False)
-    ids = np.arange(scores.size)
-    if 0 < config.top_k < scores.size:
-        # Ties with the last one stay, as does NaN, which is reported below.
-        ids = np.flatnonzero(~(scores < _kth_largest(scores, config.top_k)))
-        kept = scores[ids]
-    highest = kept.max()
-    if not np.isfinite(highest):
-        raise InputError(f"can't sample: the highest logit is {highest}")
-    with np.errstate(over="ignore"):
-        mass = masses((highest - kept) / _heat(config))
-    if config.top_p < 1.0:
-        nucleus = int(share(mass.sum(), units(np.float32(config.top_p), PARTS)))
-        inside = _reaching(kept, mass, max(nucleus, 1))
-        ids, mass = ids[inside], mass[inside]
-    likely = mass >= units(np.float32(config.min_p or 0.0), ONE)
-    return ids[likely], mass[likely]
-
-
-def _heat(config: GenerationConfig) -> np.float32:
-    """The temperature, not so low that it were none."""
-    return max(np.float32(config.temperature), np.finfo(np.float32).tiny)
-
-
-def _kth_largest(scores: Logits, k: int) -> np.float32:
-    """The k-th largest of scores [V]."""
-    groups = scores.size // 128
-    if groups > 4 * k:  # k groups have a maximum that is no less than the k-th largest maximum: all below it is out
-        peaks = scores[: groups * 128].reshape(128, groups).max(axis=0)
-        scores = scores[~(scores < np.partition(peaks, groups - k)[groups - k])]
-    return cast(np.float32, np.partition(scores, scores.size - k)[scores.size - k])
-
-
-def _reaching(scores: Logits, mass: Ids, goal: int) -> Ids:
-    """Indices of the tokens with the highest scores, in order (equal ones as they stand), up to the one with which their mass reaches a goal."""
-    count = 256
-    while True:
-        best = np.arange(scores.size)
-        if count < scores.size:
-            best = np.flatnonzero(scores >= _kth_largest(scores, count))
-        best = best[np.argsort(-scores[best], kind="stable")]
-        reached = np.cumsum(mass[best])
-        if reached[-1] >= goal or best.size == scores.size:
-            return cast(Ids, best[: int(np.searchsorted(reached, goal)) + 1])
-        count *= 16
-
-
-def draw(scores: Logits, ids: Ids, mass: Ids, uniform: int) -> int:
-    """The one of `candidates`, ids [N] with masses [N], in whose part of their sum a number of 31 bits falls, the likeliest coming first."""
-    aim = int(share(mass.sum(), np.int64(uniform)))
-    return int(ids[_reaching(scores[ids], mass, aim + 1)[-1]])
 
 
 # -------------------------------------------------------------------------------------------------------------- text
@@ -597,7 +545,9 @@ class _Row:
             scores[[token for token in muted if token < scores.size]] = -np.inf
         if not config.do_sample:
             return int(scores.argmax())
-        return draw(scores, *candidates(scores, config), self.uniform(len(self.tokens)))
+        if not np.isfinite(scores.max()):
+            raise _no_distribution()
+        return choose(scores, self.uniform(len(self.tokens)), *_options(config))
 
     def push(self, token: int, last: bool) -> Chunk:
         """Take a token, the `last` one that there's room for."""
@@ -759,8 +709,7 @@ def _choices(
 ) -> _Choices:
     """`limit` tokens behind ids [B, C], the last part of the prompts; start: see `Session.append`."""
     plain = config.repetition_penalty == 1.0 and not config.min_new_tokens
-    few = getattr(session, "leading", 0)
-    if plain and few and (not config.do_sample or 0 < config.top_k < few):
+    if plain and getattr(session, "draws", False):
         return _drawn_there(cast(_Drawing, session), config, rows, ids, start, limit)
     return _drawn_here(session, config, rows, ids, start, limit)
 
@@ -779,30 +728,25 @@ def _drawn_there(
     session: _Drawing, config: GenerationConfig, rows: Sequence[_Row], ids: Ids, start: Ids | None, limit: int
 ) -> _Choices:
     """By the session's own machine, which begins with the next step before this one's tokens are known here."""
-    options = (_heat(config) if config.do_sample else 0.0, config.top_k, config.top_p, config.min_p or 0.0)
+    options = _options(config) if config.do_sample else (0.0, 0, 1.0, 0.0)
     sampling = Sampling(*(np.full(len(rows), option) for option in options))
 
     def begin(step: int, tokens: Ids | Drawn) -> Drawn:
         uniform = np.array([row.uniform(step) for row in rows], np.int64) if config.do_sample else None
         return session.draw(tokens, sampling, uniform, start=None if step else start)
 
-    under_way: Drawn | None = begin(0, ids)
+    drawn: Drawn | None = begin(0, ids)
     ahead: Drawn | None = None
+    step = 0
     try:
-        for step in range(limit):
-            drawn = under_way or begin(step, ids)
-            if step + 1 < limit and ids.shape[1] < session.undoable:
-                ahead = begin(step + 1, drawn)
-            tokens, whole = drawn.results()
-            chosen = tokens.tolist()
-            if not all(whole[row.number] for row in rows if row.reason is None):
-                again = ids[:, -session.undoable :]
-                session.undo(again.shape[1] + (ahead is not None))
-                ahead = None
-                scores = session.append(again, start=None if step else start, last_only=True)[:, -1]
-                chosen = [chosen[row.number] if whole[row.number] else _choice(row, scores) for row in rows]
-            yield chosen
-            ids, under_way, ahead = _newest(rows), ahead, None
+        while drawn is not None:
+            step += 1
+            ahead = begin(step, drawn) if step < limit else None
+            tokens, sound = drawn.results()
+            if not all(sound[row.number] for row in rows if row.reason is None):
+                raise _no_distribution()
+            yield tokens.tolist()
+            drawn, ahead = ahead, None
     finally:
         if ahead is not None:  # nobody wants to know what comes next
             session.undo(1)
@@ -820,9 +764,6 @@ def _newest(rows: Sequence[_Row]) -> Ids:
 
 class _Drawing(Session, Protocol):
     """A session whose machine draws tokens by itself: `jisu.runtime.session.Session` for a GPU."""
-
-    @property
-    def undoable(self) -> int: ...
 
     def draw(
         self, tokens: Ids | Drawn, sampling: Sampling, uniform: Ids | None = None, *, start: Ids | None = None

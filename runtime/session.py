@@ -15,9 +15,6 @@ from jisu.runtime.executable import Started
 APPEND, APPEND_LAST, APPEND_DRAWN = "append", "append_last", "append_drawn"
 """Entries of a decoder: logits of every new token, of the chunk's last one only, and instead of these a token that is drawn by them."""
 
-LEADING = 128
-"""Among how many tokens `APPEND_DRAWN` draws, those with the highest logits."""
-
 DRAWING = (("uniform", "int64"), ("temperature", "float32"), ("top_k", "int64"), ("top_p", "float32"), ("min_p", "float32"))  # fmt: skip
 """What `APPEND_DRAWN` takes behind the state, one per sequence: see `jisu.compiler.ops.draw`."""
 
@@ -31,8 +28,8 @@ class DecoderInfo:
 
     vocabulary: size of the logits' last axis. max_positions: the longest sequence. page: slots per page of a paged cache,
     else 0. state: (name, type with symbols, window, ring) per state tensor. batch: the symbol of the batch.
-    prefill_chunk: tokens read at a time. leading: among how many tokens `APPEND_DRAWN` draws, 0 where there is no such
-    entry. inputs: names of the stateless graph's inputs. reason: why there is no cache, where `state` is empty.
+    prefill_chunk: tokens read at a time. draws: whether there is an entry `APPEND_DRAWN`. inputs: names of the stateless
+    graph's inputs. reason: why there is no cache, where `state` is empty.
     """
 
     vocabulary: int
@@ -43,7 +40,7 @@ class DecoderInfo:
     state: tuple[tuple[str, TensorType, int, bool], ...]
     inputs: tuple[str, ...] = attrs.field(default=(), converter=tuple)
     reason: str = ""
-    leading: int = 0
+    draws: bool = False
 
     @property
     def slot_bytes(self) -> int:
@@ -108,10 +105,9 @@ class Drawn:
         return self.started.values[0]
 
     def results(self) -> tuple[np.ndarray, np.ndarray]:
-        """Wait for the step: the tokens int64 [b], and whether no other tokens than the leading ones could be drawn, bool [b]; where they could,
-        a token means nothing."""
-        tokens, whole, *_ = self.started.results()
-        return np.asarray(tokens)[:, 0], np.asarray(whole)[:, 0]
+        """Wait for the step: the tokens int64 [b], and whether their logits are a distribution, bool [b] (see `jisu.compiler.ops.draw`)."""
+        tokens, sound, *_ = self.started.results()
+        return np.asarray(tokens)[:, 0], np.asarray(sound)[:, 0]
 
 
 class Session:
@@ -176,17 +172,17 @@ class Session:
         return logits[0] if len(logits) == 1 else np.concatenate(logits, 1)
 
     @property
-    def leading(self) -> int:
-        """Among how many tokens `draw` draws; 0 where it isn't worth having."""
-        return self._info.leading
+    def draws(self) -> bool:
+        """Whether there is `draw`."""
+        return self._info.draws
 
     def draw(self, tokens: Any, sampling: Sampling, uniform: np.ndarray | None = None, *, start: Any = None) -> Drawn:
-        """As `append`, but what comes is a token of each sequence, drawn from those with the `leading` highest logits.
+        """As `append`, but what comes is a token of each sequence, drawn by its last logits.
 
         tokens: int64 [b, c], or what an earlier step draws: then nothing is waited for. uniform: int64 [b], 31 random bits each, unless all take
-        the likeliest. Raises InputError where `leading` is 0, and as `append`.
+        the likeliest. Raises InputError where there is none, and as `append`.
         """
-        if not self.leading:
+        if not self.draws:
             raise InputError("this program draws no tokens; use append")
         if isinstance(tokens, Drawn):
             self._make_room(1)

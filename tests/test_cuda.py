@@ -20,8 +20,9 @@ from jisu.compiler import levels, ops, rows
 from jisu.compiler.errors import CompileError, TargetError
 from jisu.compiler.graph import ArrayStorage, Graph, placeholder, weight
 from jisu.compiler.interpret import interpret
+from jisu.compiler.launches import size_at
 from jisu.compiler.schemes import SCHEMES
-from jisu.compiler.types import TensorType, numpy_dtype
+from jisu.compiler.types import TensorType, numpy_dtype, symbol
 from jisu.targets.cuda import device, emulated, ptx
 from jisu.targets.cuda.kernels import (
     attention,
@@ -37,7 +38,6 @@ from jisu.targets.cuda.kernels import (
     single_attention,
     tails,
     thin,
-    top,
 )
 from jisu.targets.cuda.kernels.attention import Form
 from jisu.targets.cuda.kernels.layers import Layer
@@ -625,44 +625,52 @@ def test_heads(launch: Launch, drawn_: tuple[heads.Heads, int, int, int]) -> Non
         assert not chain.cache or np.array_equal(a["to"].view(np.uint8), kept.view(np.uint8))
 
 
-@pytest.mark.parametrize(("size", "first"), [(1, 1), (96, 50), (3000, 128)])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("order", [1, -1])
-def test_the_largest_of_a_row(size: int, first: int, dtype: str, order: int, launch: Launch) -> None:
-    """Equal numbers in their order, zeros of both signs among them, NaN in front."""
-    x = drawn(0, 2, size, dtype="bfloat16").astype(numpy_dtype(dtype))
-    if size > 5:
-        x[0, [3, 5]], x[1, 4], x[1, 2:4], x[1, 7] = np.nan, np.inf, (0.0, -0.0), -np.inf
-        x[1, 8] = np.copysign(np.nan, -1)
-    values, positions = np.zeros((2, first), x.dtype), np.zeros((2, first), np.int64)
-    parts = -(-size // top.part_of(size, first))
-    if parts == 1:
-        launch(top.largest(size, first, dtype, False, True, GPU), (2,), x, values, positions, 1, order=order)
-    else:
-        count = parts * top.kept(first)
-        keys = np.zeros((2, count), np.int64)
-        launch(top.largest(size, first, dtype, False, False, GPU), (2 * parts,), x, keys, parts, order=order)
-        launch(top.largest(count, first, dtype, True, True, GPU), (2,), keys, values, positions, 1, order=order)
-    given = placeholder("x", TensorType(x.shape, dtype))
-    both = ops.sort(given, axis=1, descending=True, first=first)
-    want = interpret(Graph((given,), (ops.get(both, index=0), ops.get(both, index=1))), [x])
-    np.testing.assert_array_equal(values.astype(np.float32), want[0].astype(np.float32))
-    np.testing.assert_array_equal(positions, want[1])
+def draws(launch: Launch, operands: list[np.ndarray], dtype: str, order: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    """What a GPU's launches draw, in its memory what was there before."""
+    (rows, size), names = operands[0].shape, ("logits", "uniform", "temperature", "top_k", "top_p", "min_p")
+    parts, shifts = -(-size // sampling.PART), sampling.SHIFTS[dtype]
+    of = dict(zip(names, operands, strict=True))
+    of |= {"token": np.full(rows, 7), "sound": np.zeros(rows, bool), "state": np.full((rows, sampling.STATE), 77)}
+    of |= {"numbers": np.full((rows, parts), 777), "counters": np.zeros((rows, sampling.COUNTERS), np.int32)}
+
+    def run(kernel: device.DeviceKernel, names: str, *shift: int) -> None:
+        launch(kernel, (rows * parts,), *(of[name] for name in names.split()), size, parts, *shift, order=order)
+
+    run(sampling.highest(dtype, GPU), "logits temperature top_k token sound state numbers counters")
+    for shift in shifts[1:]:
+        run(sampling.narrowed_by_count(dtype, GPU), "logits top_k state counters", shift)
+    for shift in shifts:
+        run(sampling.narrowed_by_mass(dtype, GPU), "logits temperature top_p state counters", shift)
+    run(sampling.drawn(dtype, GPU), "logits uniform temperature min_p token state numbers counters")
+    assert not of["counters"].any()
+    return of["token"], of["sound"]
 
 
-@pytest.mark.parametrize("size", [1, 5, 40, 128, 200])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("order", [1, -1])
-def test_tokens_are_drawn_as_their_meaning_says(size: int, dtype: str, order: int, launch: Launch) -> None:
-    """Bit by bit, whatever the logits and the options."""
-    count = 60
-    operands = sampling_rows(count, size, np.random.default_rng(size), dtype)
-    chosen, whole = np.zeros(count, np.int64), np.zeros(count, bool)
-    launch(sampling.drawn(size, dtype, GPU), (count,), *operands, chosen, whole, order=order)
+def same_draws(launch: Launch, operands: list[np.ndarray], dtype: str, order: int = 1) -> None:
     assert ops.draw.meaning is not None
-    want = ops.draw.meaning(*operands)
-    np.testing.assert_array_equal(chosen, want[0])
-    np.testing.assert_array_equal(whole, want[1])
+    for got, want in zip(draws(launch, operands, dtype, order), ops.draw.meaning(*operands), strict=True):
+        np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize(
+    ("size", "dtype", "order"),
+    [(1, "float32", 1), (200, "float32", -1), (200, "bfloat16", 1), (200, "float16", -1), (4099, "float32", 1)],
+)
+def test_tokens_are_drawn_as_their_meaning_says(size: int, dtype: str, order: int, launch: Launch) -> None:
+    """Bit by bit, whatever the logits and the options; of a row that a block reads alone, and of one that three do."""
+    same_draws(launch, sampling_rows(64, size, np.random.default_rng(size), dtype), dtype, order)
+
+
+def test_a_token_of_many(launch: Launch) -> None:
+    """63 blocks read a row; where all logits are equal, all weight goes to one bin."""
+    rng = np.random.default_rng(0)
+    logits = (rng.standard_normal((5, 128256)) * 3).astype(np.float32)
+    logits[-1] = 2.5
+    top_p, min_p = np.array([[0.9, 1, 0.5, 0.99, 0.5], [0.1, 0, 0, 0.001, 0]], np.float32)
+    heat = np.array([1, 2, 0.7, 1, 1], np.float32)
+    same_draws(
+        launch, [logits, rng.integers(0, 1 << 31, 5), heat, np.array([50, 0, 64128, 0, 50]), top_p, min_p], "float32"
+    )
 
 
 @pytest.mark.parametrize("width", [64, 72, 75, 1000, 4096])
@@ -746,8 +754,10 @@ def of_hot_kernels(target: Target) -> dict[str, device.DeviceKernel]:
             ),
             target,
         ),
-        "largest": top.largest(128256, 128, "float32", False, False, target),
-        "draw": sampling.drawn(128, "float32", target),
+        "highest": sampling.highest("float32", target),
+        "counts": sampling.narrowed_by_count("float32", target),
+        "masses": sampling.narrowed_by_mass("float32", target),
+        "draw": sampling.drawn("bfloat16", target),
         "norm": tails.tailed(Tail(norm.Norm(4096, "bfloat16", 1e-5, True, True, False)), target),
         "expert": experts.single(MIXTRAL, False, target),
         "expert's last layer": experts.single(MIXTRAL, True, target),
@@ -790,7 +800,8 @@ WORDS = {
     "token": ("shfl.sync.bfly", "ex2.approx.ftz", "ld.global", "atom", ".inc.u32", "fence.acq_rel.gpu"),
     "tokens": ("ldmatrix.sync.aligned.m8n8.x4.trans", "cvt.rn.bf16x2.f32", "cp.async.cg.shared.global", "mma.sync"),
     "norm": ("sqrt.rn", "ld.global", "st.global"),
-    "draw": ("div.rn.f32", "cvt.rzi.s64.f32", "mul.lo.s64"),
+    "masses": ("div.rn.f32", "cvt.rzi.s64.f32", "atom.shared.add.u32", "atom.global.add.u64", "atom.global.inc.u32"),
+    "draw": ("div.rn.f32", "cvt.rzi.s64.f32"),
     "hopper": ("wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16", "wgmma.fence", "wgmma.commit_group",
                "wgmma.wait_group.sync.aligned 1", "cp.async.bulk.tensor.2d.shared::cluster.global", "mbarrier.try_wait.parity",
                "mbarrier.arrive.expect_tx", "setmaxnreg.inc", "setmaxnreg.dec", "cvta.param", ".minnctapersm 1",
@@ -890,6 +901,19 @@ def test_generic_kernels_use_threads_and_take_memory_for_no_others() -> None:
     assert sum(int(max(sizes)) for sizes in plans["softmax"].slots) < 128 << 20  # type: ignore[type-var, call-overload]
     (launch,) = plans["sum"].steps[0][0].launches
     assert launch.grid == (6, 1, 1)
+
+
+@pytest.mark.parametrize(("dtype", "launches"), [("float32", 7), ("bfloat16", 5)])
+def test_launches_of_a_draw(dtype: str, launches: int) -> None:
+    """Blocks spread over a row, and no more launches than it takes."""
+    kinds = ("int64", "float32", "int64", "float32", "float32")
+    options = [placeholder(f"x{i}", TensorType((symbol("b"),), kind)) for i, kind in enumerate(kinds)]
+    logits = placeholder("logits", TensorType((symbol("b"), 128256), dtype))
+    both = ops.draw(logits, *options)
+    graph = Graph((logits, *options), (ops.get(both, index=0), ops.get(both, index=1)))
+    found = lower({"draw": graph}, REAL).plans["draw"].launches({"b": 3})
+    assert [size_at(launch.grid[0], {"b": 3}) for launch in found] == [3 * 63] * launches
+    assert all(launch.early for launch in found)
 
 
 @pytest.mark.parametrize("stored", [True, False])

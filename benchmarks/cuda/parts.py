@@ -355,7 +355,7 @@ def _decoding(program: Program, context: np.ndarray, slots: int) -> tuple[Any, S
         under_way.clear()
 
     def step(_: int) -> Any:
-        if not session.leading:
+        if not session.draws:
             return session.append(token, last_only=True)
         if not under_way:
             under_way.append(session.draw(token, greedy))

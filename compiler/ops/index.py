@@ -139,7 +139,7 @@ def scatter(x: TensorType, indices: TensorType, updates: TensorType, *, axis: in
     return x
 
 
-def _sort(x: np.ndarray, *, axis: int, descending: bool, first: int) -> tuple[np.ndarray, np.ndarray]:
+def _sort(x: np.ndarray, *, axis: int, descending: bool) -> tuple[np.ndarray, np.ndarray]:
     # NaN counts as the largest, and equal elements keep their order, as in torch.sort(stable=True).
     wide = x.astype(np.float64) if x.dtype.itemsize == 2 and x.dtype.kind not in "iu" else x
     if descending:
@@ -147,26 +147,21 @@ def _sort(x: np.ndarray, *, axis: int, descending: bool, first: int) -> tuple[np
         order = x.shape[axis] - 1 - np.flip(np.argsort(flipped, axis, kind="stable"), axis)
     else:
         order = np.argsort(wide, axis, kind="stable")
-    if first:
-        order = np.take(order, np.arange(first), axis)
     return np.take_along_axis(x, order, axis), order.astype(np.int64)
 
 
-def _sort_axes(x: TensorType, *, axis: int, descending: bool, first: int) -> str:
-    inside, left = _along(x.rank, axis, "s!"), _along(x.rank, axis, "n" if first else "s!")
-    return f"{inside} -> {left}, {left}"
+def _sort_axes(x: TensorType, *, axis: int, descending: bool) -> str:
+    inside = _along(x.rank, axis, "s!")
+    return f"{inside} -> {inside}, {inside}"
 
 
 def _sort_samples() -> Samples:
-    yield ("float32[3, 4]",), {"axis": 1, "descending": True, "first": 0}
-    yield ("int64[5]",), {"axis": 0, "descending": False, "first": 2}
+    yield ("float32[3, 4]",), {"axis": 1, "descending": True}
+    yield ("int64[5]",), {"axis": 0, "descending": False}
 
 
 @defop(meaning=_sort, axes=_sort_axes, samples=_sort_samples)
-def sort(x: TensorType, *, axis: int, descending: bool = False, first: int = 0) -> TupleType:
-    """Sorted values and their int64 indices along one axis, stable; NaN counts as the largest. first: only so many, from the front; 0: all."""
+def sort(x: TensorType, *, axis: int, descending: bool = False) -> TupleType:
+    """Sorted values and their int64 indices along one axis, stable; NaN counts as the largest."""
     require_axis(axis, x.rank)
-    size = x.shape[axis]
-    require(first >= 0 and not (isinstance(size, int) and first > size), f"{x} has no first {first} along axis {axis}")
-    values = x.with_shape(*x.shape[:axis], first, *x.shape[axis + 1 :]) if first else x
-    return TupleType((values, values.with_dtype("int64")))
+    return TupleType((x, x.with_dtype("int64")))

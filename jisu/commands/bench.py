@@ -120,7 +120,7 @@ def measure(program: Program, load: Load, tell: Progress) -> Speeds:
 
 def _written(session: Session, ids: np.ndarray, count: int) -> Iterator[int]:
     """Read ids [b, n], then write `count` tokens, whose numbers come when they are there; where the program draws tokens, as `generate` does."""
-    if not session.leading:
+    if not session.draws:
         for number in range(count):
             ids = session.append(ids, last_only=True)[:, -1:].argmax(-1)
             yield number

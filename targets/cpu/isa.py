@@ -121,10 +121,10 @@ class Val:
     def __xor__(self, other: Val | int) -> Val:
         return self._arith(other, "xor", "xor")
 
-    def __lshift__(self, other: int) -> Val:
+    def __lshift__(self, other: Val | int) -> Val:
         return self._arith(other, "shl", "shl")
 
-    def __rshift__(self, other: int) -> Val:
+    def __rshift__(self, other: Val | int) -> Val:
         return self._arith(other, "lshr", "lshr")
 
     def __neg__(self) -> Val:

@@ -22,7 +22,6 @@ from jisu.targets.cuda.kernels import (
     rounding,
     sampling,
     single_attention,
-    top,
 )  # fmt: skip
 from jisu.targets.cuda.kernels.attention import QUERIES, Form, attend_token, attend_tokens, sharing
 from jisu.targets.cuda.kernels.tails import Encoding, Tail
@@ -182,34 +181,29 @@ def _encode_rows(node: Node, target: Target) -> Kernel | None:
     return Kernel(DeviceFunction((((), (call,)),)), (Argument(0),))
 
 
-def _sort(node: Node, target: Target) -> Kernel | None:
-    (x,) = node.parents
-    size, first = x.shape[-1], int(node.first)
-    if node.axis != x.tensor.rank - 1 or not node.descending or not 0 < first <= top.MOST or not isinstance(size, int):
-        return None
-    rows = product(x.shape[:-1])
-    calls: list[DeviceCall] = []
-    scratch: list[Dim] = []
-    source = 0
-    while True:
-        parts = -(-size // top.part_of(size, first))
-        kernel = top.largest(size, first, x.dtype, bool(calls), parts == 1, target)
-        to = (1, 2) if parts == 1 else (3 + len(scratch),)
-        calls.append(DeviceCall(kernel, (rows * parts, 1, 1), (source, *to, ("size", parts))))
-        if parts == 1:
-            return Kernel(DeviceFunction((((), tuple(calls)),), tuple(scratch)), (Argument(0),))
-        size, source = parts * top.kept(first), to[0]
-        scratch.append(rows * size * 8)
-
-
 def _draw(node: Node, target: Target) -> Kernel | None:
-    values = node.operands[0]
-    assert values is not None
-    size = values.shape[-1]
-    if not isinstance(size, int) or size > sampling.MOST:
+    x = node.operands[0]
+    assert x is not None
+    rows, size = product(x.shape[:-1]), x.shape[-1]
+    if not isinstance(size, int):
         return None
-    call = DeviceCall(sampling.drawn(size, values.dtype, target), (product(values.shape[:-1]), 1, 1), tuple(range(9)))
-    return Kernel(DeviceFunction((((), (call,)),)), tuple(Argument(i) for i in range(7)))
+    parts, shifts = -(-size // sampling.PART), sampling.SHIFTS[x.dtype]
+    logits, uniform, temperature, top_k, top_p, min_p, token, sound, state, numbers, counters = range(11)
+
+    def call(kernel: DeviceKernel, *tensors: int, shift: int | None = None) -> DeviceCall:
+        sizes = (size, parts) if shift is None else (size, parts, shift)
+        return DeviceCall(kernel, (rows * parts, 1, 1), (logits, *tensors, *(("size", s) for s in sizes)))
+
+    by_count, by_mass = (f(x.dtype, target) for f in (sampling.narrowed_by_count, sampling.narrowed_by_mass))
+    calls = (
+        call(sampling.highest(x.dtype, target), temperature, top_k, token, sound, state, numbers, counters),
+        *(call(by_count, top_k, state, counters, shift=shift) for shift in shifts[1:]),
+        *(call(by_mass, temperature, top_p, state, counters, shift=shift) for shift in shifts),
+        call(sampling.drawn(x.dtype, target), uniform, temperature, min_p, token, state, numbers, counters),
+    )
+    scratch = (rows * sampling.STATE * 8, rows * parts * 8)
+    function = DeviceFunction((((), calls),), scratch, counters=rows * sampling.COUNTERS)
+    return Kernel(function, tuple(Argument(i) for i in range(6)))
 
 
 def _experts(node: Node, target: Target) -> Kernel | None:
@@ -302,7 +296,6 @@ TAILED = {**choose_layers.TAILED, ops.attention_cached: _attention_cached}
 
 CHOOSERS: Choosers = {
     **choose_layers.LAYERS,
-    ops.sort: _sort,
     ops.draw: _draw,
     ops.experts: _experts,
     ops.packed_experts: _experts,

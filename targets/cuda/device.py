@@ -248,6 +248,14 @@ class Device(Function):
             f'atomicrmw uinc_wrap {address.type} {address.name}, i32 {most.name} syncscope("device") monotonic', "i32"
         )
 
+    def increase(self, value: Val, address: Val) -> None:
+        """Add an integer to one in memory, of the block or of the GPU, to which others add, too."""
+        scope = "block" if address.type == SHARED else "device"
+        self.op(
+            f'atomicrmw add {address.type} {address.name}, {value.type} {value.name} syncscope("{scope}") monotonic',
+            value.type,
+        )
+
     def is_last(self, counter: Val, others: Val) -> Val:
         """Whether this block is the last of others + 1 (i32) that come here, for which what all of them wrote before is there; see `counted`."""
         word = self.shared(4, 4)
@@ -277,6 +285,12 @@ class Device(Function):
         """The float32 of the thread whose number in the warp differs in the bit `distance`."""
         every, clamp = self.const(-1, "i32"), self.const(31, "i32")
         return self.call("float", f"{self.prefix}shfl.sync.bfly.f32", every, value, self.const(distance, "i32"), clamp)
+
+    def other_integer(self, value: Val, distance: int) -> Val:
+        """`other` of an i64."""
+        halves = [self.as_type(self.cast("trunc", part, "i32"), "float") for part in (value, value >> 32)]
+        low, high = (self.cast("zext", self.as_type(self.other(half, distance), "i32"), "i64") for half in halves)
+        return low | (high << 32)
 
     def exp2(self, x: Val) -> Val:
         """2^x of float32 to 2 ulp, subnormal results being 0."""

@@ -16,7 +16,6 @@ from test_cuda_chain import (  # noqa: F401
     test_a_step_reads_what_another_draws,
     test_a_token_is_one_launch_and_no_wait,
     test_calls_under_way,
-    test_no_more_may_be_taken_back_of_a_ring,
     test_tokens_are_the_cpus,
     test_what_is_taken_back_of_a_ring,
     test_who_stops_in_the_middle_leaves_a_session_that_goes_on,

@@ -22,6 +22,7 @@ import test_hopper
 from test_cuda import (  # noqa: F401
     Launch,
     test_a_row_and_its_norm,
+    test_a_token_of_many,
     test_attention_of_a_token,
     test_attention_of_a_token_and_its_levels,
     test_attention_of_many_tokens,
@@ -34,7 +35,6 @@ from test_cuda import (  # noqa: F401
     test_norms,
     test_powers_of_e,
     test_records,
-    test_the_largest_of_a_row,
     test_tokens_are_drawn_as_their_meaning_says,
 )
 from test_cuda_levels import (  # noqa: F401

@@ -234,7 +234,7 @@ def _sort(b: Builder, pull: Pull, node: Node, targets: Sequence[Flat]) -> None:
                 b.store(order, i, other[i])
             b.store(width, zero, run * i64(2))
         b.emit(tirx.While(width[zero] < size, tirx.SeqStmt(body)))
-        with b.loop(i64(node.first) if node.first else size) as i:
+        with b.loop(size) as i:
             at = b.let(order[i], "at")
             b.store(positions, place(i), at)
             value = tirx.NE(keys[at], tirx.IntImm("int8", 0)) if x.dtype == "bool" else narrow(b, keys[at], x.dtype)

@@ -36,60 +36,91 @@ def _units(b: Builder, value: Expr, bits: int) -> Expr:
     return b.let(tirx.Cast("int64", inside * f32(2.0**bits)), "units")
 
 
+def _key(value: Expr) -> Expr:
+    """A float32's bits in the order of numbers, NaN being the greatest, int64 from 0 to 2^32 - 1; both zeros are one."""
+    bits = tirx.Cast("int64", tirx.reinterpret("int32", select(tirx.EQ(value, f32(0)), f32(0), value)))
+    key = select(bits < i64(0), i64(-1) - bits, bits + i64(1 << 31))
+    return select(tirx.EQ(value, value), key, i64((1 << 32) - 1))
+
+
 def _draw(b: Builder, pull: Pull, node: Node, targets: Sequence[Flat]) -> None:
-    values, tokens, uniform, temperature, top_k, top_p, min_p = node.parents
-    chosen, whole = targets
-    size, zero = b.dim(values.shape[-1]), i64(0)
+    logits, uniform, temperature, top_k, top_p, min_p = node.parents
+    token, sound = targets
+    size, zero, one = b.dim(logits.shape[-1]), i64(0), i64(1)
 
     def row(at: list[Expr]) -> None:
         here = pull.fresh()
-        kept, sums = b.scratch(values.shape[-1], "int64"), b.scratch(2, "int64")
-        first = b.let(here.wide(values, [*at, zero]), "first")
-        heat = b.let(here.wide(temperature, at), "heat")
-        limit = b.let(here.wide(top_k, at), "limit")
-        limited = b.let(tirx.all(limit > zero, limit <= size), "limited")
-        least = b.let(here.wide(values, [*at, b.let(select(limited, limit - i64(1), size - i64(1)), "k")]), "least")
-        share, smallest = _units(b, here.wide(top_p, at), PARTS), _units(b, here.wide(min_p, at), ONE)
+        keys, mass = (b.scratch(logits.shape[-1], "int64") for _ in range(2))
+        best, least, sums, top = (
+            b.scratch(1, "int64"),
+            b.scratch(1, "int64"),
+            b.scratch(1, "int64"),
+            b.scratch(1, "float32"),
+        )
 
-        def total(into: Expr, weight: Callable[[Expr], Expr]) -> Expr:
-            b.store(sums, into, zero)
-            with b.loop(size) as i:
-                found = b.let(weight(i), "weight")
-                b.store(sums, into, sums[into] + found)
-                b.store(kept, i, found)
-            return b.let(sums[into], "sum")
+        def logit(i: Expr) -> Expr:
+            return b.let(pull.fresh().wide(logits, [*at, i]), "value")
 
-        def of_top(i: Expr) -> Expr:
-            value = b.let(pull.fresh().wide(values, [*at, i]), "value")
-            mass = b.let(select(tirx.EQ(i, zero), i64(1 << ONE), _mass(b, b.let((first - value) / heat))), "mass")
-            out = b.let(tirx.all(limited, i > zero, value < least), "out")
-            # The last one is the last to say.
-            b.store(whole, at, tirx.any(out, tirx.EQ(mass, zero)))
-            return select(out, zero, mass)
-
-        nucleus = _share(b, total(zero, of_top), share)
-        b.store(sums, i64(1), zero)
-
-        def of_nucleus(i: Expr) -> Expr:
-            mass, before = b.let(kept[i], "mass"), b.let(sums[i64(1)], "before")
-            b.store(sums, i64(1), before + mass)
-            inside = tirx.all(tirx.any(tirx.EQ(i, zero), before < nucleus), mass >= smallest)
-            return select(inside, mass, zero)
-
-        aim = _share(b, total(zero, of_nucleus), b.let(here.wide(uniform, at) & i64(2**PARTS - 1), "uniform"))
-        greedy = b.let(tirx.EQ(heat, f32(0)), "greedy")
-        finite = b.let(tirx.EQ(first - first, f32(0)), "finite")
-        b.store(whole, at, tirx.any(greedy, tirx.all(finite, whole[at])))
-        b.store(chosen, at, here.wide(tokens, [*at, zero]))
-        b.store(sums, zero, zero)
+        b.store(best, zero, i64(-1))
         with b.loop(size) as i:
-            before = b.let(sums[zero], "before")
-            after = b.let(before + kept[i], "after")
-            b.store(sums, zero, after)
-            with b.when(tirx.all(tirx.Not(greedy), before <= aim, after > aim)):
-                b.store(chosen, at, pull.fresh().wide(tokens, [*at, i]))
+            value = logit(i)
+            key = b.let(_key(value), "key")
+            b.store(keys, i, key)
+            with b.when(key > best[zero]):
+                b.store(best, zero, key)
+                b.store(top, zero, value)
+                b.store(token, at, i)
+        highest, heat = b.let(top[zero], "highest"), b.let(here.wide(temperature, at), "heat")
+        greedy, finite = tirx.EQ(heat, f32(0)), tirx.EQ(highest - highest, f32(0))
+        b.store(sound, at, tirx.any(greedy, finite))
 
-    b.spread(values.shape[:-1], values.tensor.size * 64, row)
+        def total(counts: Callable[[Expr], Expr], weight: Callable[[Expr], Expr]) -> Expr:
+            b.store(sums, zero, zero)
+            with b.loop(size) as i:
+                b.store(sums, zero, sums[zero] + select(counts(i), weight(i), zero))
+            return b.let(sums[zero], "sum")
+
+        def narrow(goal: Expr, weight: Callable[[Expr], Expr]) -> None:
+            """To the greatest key such that the weight of all that aren't less reaches a goal, bit by bit."""
+            found = b.scratch(1, "int64")
+            b.store(found, zero, zero)
+            with b.loop(i64(32)) as bit:
+                candidate = b.let(found[zero] + (one << (i64(31) - bit)), "candidate")
+                reached = total(lambda i: keys[i] >= candidate, weight)
+                with b.when(reached >= goal):
+                    b.store(found, zero, candidate)
+            b.store(least, zero, found[zero])
+
+        with b.when(tirx.all(tirx.Not(greedy), finite)):
+            b.store(least, zero, zero)
+            limit = b.let(here.wide(top_k, at), "limit")
+            with b.when(tirx.all(limit > zero, limit < size)):
+                narrow(limit, lambda i: one)
+            with b.loop(size) as i:
+                value = logit(i)
+                found = _mass(b, b.let((highest - value) / heat))
+                found = select(tirx.EQ(value, highest), i64(1 << ONE), found)
+                b.store(mass, i, select(keys[i] >= least[zero], found, zero))
+            nucleus = _units(b, here.wide(top_p, at), PARTS)
+            with b.when(nucleus < i64(1 << PARTS)):
+                share = _share(b, total(lambda i: tirx.IntImm("bool", 1), lambda i: mass[i]), nucleus)
+                narrow(b.let(tirx.max(share, one), "goal"), lambda i: mass[i])
+            smallest = _units(b, here.wide(min_p, at), ONE)
+
+            def counts(i: Expr) -> Expr:
+                return tirx.all(keys[i] >= least[zero], mass[i] >= smallest)
+
+            parts = b.let(here.wide(uniform, at) & i64(2**PARTS - 1), "uniform")
+            aim = _share(b, total(counts, lambda i: mass[i]), parts)
+            b.store(sums, zero, zero)
+            with b.loop(size) as i, b.when(counts(i)):
+                before = b.let(sums[zero], "before")
+                after = b.let(before + mass[i], "after")
+                b.store(sums, zero, after)
+                with b.when(tirx.all(before <= aim, after > aim)):
+                    b.store(token, at, i)
+
+    b.spread(logits.shape[:-1], logits.tensor.size * 64, row)
 
 
 BODIES: Mapping[Op, Callable[[Builder, Pull, Node, Sequence[Flat]], None]] = {ops.draw: _draw}

@@ -56,7 +56,7 @@ def _scatter(x: Value, indices: Value, updates: Value, *, axis: int, mode: str) 
     return x.scatter(_places(x, indices, axis), updates, range(x.rank), kind)
 
 
-def _sort(body: Body, x: Value, *, axis: int, descending: bool, first: int) -> tuple[Value, Value]:
+def sort(body: Body, x: Value, *, axis: int, descending: bool) -> tuple[Value, Value]:
     def before(a: Value, b: Value, i: Value, j: Value) -> list[Value]:
         first, second = (b, a) if descending else (a, b)
         found = first < second
@@ -70,8 +70,6 @@ def _sort(body: Body, x: Value, *, axis: int, descending: bool, first: int) -> t
         f"{body.indent}}}) : ({x.type}, {order.type}) -> ({x.type}, {order.type})"
     )
     values, places = body.several(text, [TensorType(x.shape, x.dtype), TensorType(x.shape, "int32")])
-    if first:
-        values, places = (v.part(axis, 0, first) for v in (values, places))
     return values, places.astype("int64")
 
 
@@ -118,7 +116,7 @@ EMITTERS: Mapping[Op, Callable[..., Any]] = {
     ops.take: plain(take),
     ops.gather: plain(lambda x, indices, *, axis: x.at(_places(x, indices, axis))),
     ops.scatter: widened(_scatter),
-    ops.sort: _sort,
+    ops.sort: sort,
     ops.sum_: widened(_reduction("add")),
     ops.prod: widened(_reduction("multiply")),
     ops.reduce_max: plain(_reduction("maximum")),

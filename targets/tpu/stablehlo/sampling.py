@@ -9,6 +9,7 @@ from jisu.compiler import ops
 from jisu.compiler.graph import Op
 from jisu.compiler.ops.sampling import FARTHEST, FINE, LOG2_E, ONE, PARTS, POWERS
 from jisu.targets.tpu.stablehlo.build import Body, Value
+from jisu.targets.tpu.stablehlo.moves import sort
 
 _MASK = (1 << PARTS) - 1
 
@@ -34,44 +35,38 @@ def _units(value: Value, bits: int) -> Value:
 
 
 def _draw(
-    body: Body,
-    values: Value,
-    tokens: Value,
-    uniform: Value,
-    temperature: Value,
-    top_k: Value,
-    top_p: Value,
-    min_p: Value,
+    body: Body, logits: Value, uniform: Value, temperature: Value, top_k: Value, top_p: Value, min_p: Value
 ) -> tuple[Value, Value]:
-    shape, last = values.shape, values.rank - 1
+    shape, last = logits.shape, logits.rank - 1
     size = shape[last]
 
     def along(x: Value) -> Value:
         return x.expand(last).broadcast(shape)
 
-    values = values.astype("float32")
+    logits = logits.astype("float32")
     place = body.iota(shape, last, "int64")
-    highest = values.part(last, 0, 1)
-    mass = _masses((highest.broadcast(shape) - values) / along(temperature))
-    first = place.equals(0)
-    mass = first.select(1 << ONE, mass)
-    limited = (top_k > 0) & (top_k <= size)
-    at_limit = place.equals(along(limited.select(top_k, size) - 1))
-    # The one number at the limit, of which no sum changes a bit.
-    least = at_limit.select(values, 0.0).sum(last)
-    out = along(limited) & ~first & (values < along(least))
-    ends = (out | mass.equals(0)).pick(last, size - 1)
-    whole = highest.pick(last, 0).isfinite() & ends
-    kept = out.select(0, mass)
-    nucleus = _share(kept.sum(last), _units(top_p, PARTS))
-    inside = first | ((kept.scan("add", last) - kept) < along(nucleus))
-    kept = (inside & (kept >= along(_units(min_p, ONE)))).select(kept, 0)
-    reached = kept.scan("add", last)
-    aim = _share(kept.sum(last), uniform & _MASK)
-    greedy = temperature.equals(0)
-    passed = (reached <= along(aim)).astype("int64").sum(last)
-    chosen = place.equals(along(greedy.select(0, passed))).select(tokens, 0).sum(last)
-    return chosen, whole | greedy
+    ordered, order = sort(body, logits, axis=last, descending=True)
+    highest = ordered.pick(last, 0)
+
+    def weights(x: Value) -> Value:
+        return x.equals(along(highest)).select(1 << ONE, _masses((along(highest) - x) / along(temperature)))
+
+    def at(where: Value) -> Value:
+        """The ordered logit at a place of each row: one number, of which no sum changes a bit."""
+        return along(place.equals(along(where)).select(ordered, 0.0).sum(last))
+
+    limited = (top_k > 0) & (top_k < size)
+    least = at(limited.select(top_k, size) - 1)
+    mass = (ordered >= least).select(weights(ordered), 0)
+    nucleus = _share(mass.sum(last), _units(top_p, PARTS)).maximum(1)
+    least_likely = at((mass.scan("add", last) < along(nucleus)).astype("int64").sum(last))
+    mass = weights(logits)
+    counts = (logits >= least) & (logits >= least_likely) & (mass >= along(_units(min_p, ONE)))
+    mass = counts.select(mass, 0)
+    aim = _share(mass.sum(last), uniform & _MASK)
+    passed = (mass.scan("add", last) <= along(aim)).astype("int64").sum(last)
+    greedy, finite = temperature.equals(0), highest.isfinite()
+    return (finite & ~greedy).select(passed, order.pick(last, 0)), finite | greedy
 
 
 EMITTERS: Mapping[Op, Callable[..., Any]] = {ops.draw: _draw}
