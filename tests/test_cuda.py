@@ -20,9 +20,8 @@ from jisu.compiler import levels, ops, rows
 from jisu.compiler.errors import CompileError, TargetError
 from jisu.compiler.graph import ArrayStorage, Graph, placeholder, weight
 from jisu.compiler.interpret import interpret
-from jisu.compiler.launches import size_at
 from jisu.compiler.schemes import SCHEMES
-from jisu.compiler.types import TensorType, numpy_dtype, symbol
+from jisu.compiler.types import TensorType, numpy_dtype, substitute, symbol
 from jisu.targets.cuda import device, emulated, ptx
 from jisu.targets.cuda.kernels import (
     attention,
@@ -912,7 +911,7 @@ def test_launches_of_a_draw(dtype: str, launches: int) -> None:
     both = ops.draw(logits, *options)
     graph = Graph((logits, *options), (ops.get(both, index=0), ops.get(both, index=1)))
     found = lower({"draw": graph}, REAL).plans["draw"].launches({"b": 3})
-    assert [size_at(launch.grid[0], {"b": 3}) for launch in found] == [3 * 63] * launches
+    assert [substitute(launch.grid[0], {"b": 3}) for launch in found] == [3 * 63] * launches
     assert all(launch.early for launch in found)
 
 

@@ -14,6 +14,7 @@ from jisu.compiler.types import Dim, dim, fixed, product, same_dim
 from jisu.targets.cpu.isa import FLOATS, require_activation
 from jisu.targets.cuda import choose_layers
 from jisu.targets.cuda.choose_layers import Arguments, Then, ceiling, least, one_output_per_panel, present
+from jisu.targets.cuda.device import DeviceKernel
 from jisu.targets.cuda.kernels import (
     experts,
     hopper,
