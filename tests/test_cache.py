@@ -369,6 +369,7 @@ def test_a_basis_for_outliers() -> None:
     assert lost["calibrated"] < 0.3 * lost["none"], lost
 
 
+@pytest.mark.slow
 def test_what_records_lose() -> None:
     """The divergence from the model with a cache in floats, on text: records of fp8 lie between those of 8 and of 4 bits."""
     from importlib.resources import files

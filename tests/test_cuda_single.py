@@ -162,7 +162,7 @@ def test_layers_that_do_not_fit_are_refused() -> None:
                 build(layer)
 
 
-@pytest.mark.parametrize("recipe", [None, "w4a16"])
+@pytest.mark.parametrize("recipe", [pytest.param(None, marks=pytest.mark.slow), "w4a16"])
 def test_a_model(recipe: str | None, emulated_gpu: Target) -> None:
     """Every layer has these kernels; logits are the model's, within float32's rounding, for few rows and many: of codes those of the same on a CPU."""
     torch.manual_seed(0)

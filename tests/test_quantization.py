@@ -391,6 +391,7 @@ def test_planted_faults_are_caught() -> None:
         assert np.abs(fault() - w).max() > 2 * grid.scales.max()
 
 
+@pytest.mark.slow
 def test_command_line(tmp_path: Path) -> None:
     from importlib.resources import files
 

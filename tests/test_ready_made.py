@@ -626,6 +626,7 @@ def test_what_stays_float_is_said(tmp_path: Path, cache: Path) -> None:
     assert "activations of int8" in found.explain()["notes"][0]
 
 
+@pytest.mark.slow
 def test_from_the_command_line(tmp_path: Path) -> None:
     model = make("llama", intermediate_size=64)
     want = publish(tmp_path / "model", model, *as_packed())

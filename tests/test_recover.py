@@ -114,7 +114,7 @@ def test_a_block_that_training_only_worsens_stays() -> None:
     assert stored(graph, ops.expand, 0) == stored(found, ops.expand, 0)
 
 
-@pytest.mark.parametrize("coded", [False, True])
+@pytest.mark.parametrize("coded", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_recipe_recovers(coded: bool) -> None:
     """Codes of pruned matrices are found behind the training, on the masks that were trained."""
     recipe: dict[str, Any] = {
@@ -146,6 +146,7 @@ def test_a_recipe_recovers(coded: bool) -> None:
             assert (keep.reshape(len(keep), -1, 4).sum(-1) == 2).all()
 
 
+@pytest.mark.slow
 def test_recipes_that_train_blocks() -> None:
     model, tokens, probe = make("llama"), ids(16, 16), ids(4, 16, 1)
     want = np.asarray(jisu.compile(model)(probe).logits)

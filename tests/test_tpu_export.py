@@ -184,7 +184,8 @@ def test_other_models(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("compressed", "layouts"), [("", 13), ("int8", 26), pytest.param("int4", 37, marks=pytest.mark.slow)]
+    ("compressed", "layouts"),
+    [("int8", 26), *(pytest.param(*c, marks=pytest.mark.slow) for c in (("", 13), ("int4", 37)))],
 )
 def test_kernels_read_weights_as_they_are_stored(
     compressed: str, layouts: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -98,6 +98,7 @@ def assert_moves(lowered: Lowered) -> None:
     assert tiles.cycles(product, lowered.chip) == pytest.approx(found.cycles, rel=ERROR)
 
 
+@pytest.mark.slow
 def test_closed_form_of_the_whole_table() -> None:
     for m, (k, n), kind in itertools.product((1, 128, 512, 2048), ((2048, 2048), (4096, 4096)), (*PLAIN, *OTHERS)):
         product = Product(m, n, k, kind[0], channel_scale=kind[1] == "int8", weights=kind[1])

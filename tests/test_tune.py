@@ -66,7 +66,13 @@ def test_schedules_come_back_from_json(schedule: Schedule) -> None:
 
 @pytest.mark.parametrize(
     "schedule",
-    [Schedule(rows=8, chunk=16, depth=50), Schedule(rows=14, depth=16, shares=1), Schedule(rows=3, ahead=64)],
+    [
+        Schedule(rows=14, depth=16, shares=1),
+        *(
+            pytest.param(s, marks=pytest.mark.slow)
+            for s in (Schedule(rows=8, chunk=16, depth=50), Schedule(rows=3, ahead=64))
+        ),
+    ],
 )
 def test_a_schedule_changes_no_result(schedule: Schedule, tmp_path: Path) -> None:
     """Floats up to the order of sums, integers exactly; and with any schedule a row's result doesn't depend on those beside it."""
