@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -318,6 +319,44 @@ def test_what_is_joined_can_be_computed_one_after_another() -> None:
     assert not separable(graph, [one, Region((a, d), (x,))])
     (first, second) = (r for r in regions(graph, {}, [one]) if r is one or d in r.results)
     assert first is one and second.leaves == (a, x)
+
+
+def halves_swapped(a: Node) -> Node:
+    left, right = (ops.slice_(a, starts=(0, k), stops=(4, k + 2), steps=(1, 1)) for k in (0, 2))
+    return ops.concat(right, left, axis=1)
+
+
+GROWN: tuple[Callable[[Node, Node], Node], ...] = (
+    lambda a, b: ops.add(a, b), lambda a, b: ops.mul(a, b), lambda a, b: ops.exp(a), lambda a, b: ops.neg(a),
+    lambda a, b: ops.reduce_max(a, axes=(1,), keepdims=True), lambda a, b: ops.transpose(a, perm=(1, 0)),
+    lambda a, b: halves_swapped(a), lambda a, b: ops.flip(a, axes=(0,)), lambda a, b: ops.matmul(a, a),
+    lambda a, b: ops.reshape(ops.reshape(a, shape=(4, 2, 2)), shape=(4, 4)),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("launched", [False, True])
+@pytest.mark.parametrize("seed", range(4))
+def test_regions_read_what_stands_before_them(seed: int, launched: bool) -> None:
+    """Of random graphs: every region behind those that it reads, every result once, results of one kernel of one shape."""
+    rng = random.Random(seed)
+    joined = 0
+    for _ in range(100):
+        values = [
+            placeholder(n, TensorType(shape, "float32")) for n, shape in (("x", (4, 4)), ("y", (4, 1)), ("z", (4, 4)))
+        ]
+        inputs = tuple(values)
+        for _ in range(rng.randint(5, 30)):
+            a, b = rng.choice([v for v in values[-6:] if v.shape == (4, 4)] or inputs[:1]), rng.choice(values)
+            values.append(rng.choice(GROWN)(a, b))
+        graph = Graph(inputs, tuple(dict.fromkeys([values[-1], *rng.sample(values[3:], 3)])))
+        known = set(inputs)
+        for region in regions(graph, {}, launched=launched):
+            assert known >= set(region.leaves) and not known & set(region.results), graph
+            assert len({r.shape for r in region.results}) == 1
+            known |= set(region.results)
+            joined += len(region.results) > 1
+        assert known >= set(graph.outputs), graph
+    assert joined > 10
 
 
 SYMBOL = symbol("n")
