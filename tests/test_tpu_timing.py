@@ -214,8 +214,8 @@ def test_code_of_our_own_kernels_takes_what_the_model_says(chip: Chip) -> None:
         if c["kind"] == "kernel":
             scaled = c["dtype"] == "int8"
             product = Product(c["m"], c["n"], c["k"], c["dtype"], channel_scale=scaled, row_scale=scaled)
-            numbers: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in c["tiles"].items()}
-            tiles = Tiles(**numbers)
+            stored: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in c["tiles"].items()}
+            tiles = Tiles(**stored)
             at_once = attrs.evolve(chip, dma_latency=0.0, hbm_bandwidth=1e18)
             cycles = simulate(at_once, events_of(lower(product, chip, tiles)), launch=False).cycles
         errors_[kind].append(cycles / c["cycles"] - 1)

@@ -437,6 +437,8 @@ def make_tiles(
     first = _head(product, chip, rows, columns, k) if alone or order == "resident" else rows
     head = (*((first, rows - first) if first < rows else (rows,)), *(rows,) * (m // rows - 1))
     turn = _turn(product, chip, rows, columns, m * n, k, inner, alone) if order != "split" else inner
+    if inner < _BLOCK // 2 and not product.group:  # pieces that leave matrix units without a tile
+        inner, unit = turn, (unit[0], _divisor(turn, chip.mxu, chip.lanes))
     tail = _tail(product, chip, k, k // turn, rows, columns, unit[0], several)
     equal = Tiles(order, m, n, k, padded, rows, columns, inner, turn, unit, head, tail)
     if not alone or first == m:
@@ -446,7 +448,7 @@ def make_tiles(
     cuts = []
     for h in heads:
         if max(h) * columns <= 2 * _BLOCK**2 and h[-1]:
-            turn = _turn(product, chip, max(h), columns, m * n, k, inner, alone)
+            turn = _turn(product, chip, max(h), columns, m * n, k, equal.inner, alone)
             end = _tail(product, chip, k, k // turn, h[-1], columns, unit[0], True)
             cuts.append(attrs.evolve(equal, rows=m, turn=turn, head=h, tail=end))
     return min([equal, *cuts], key=lambda tiles: tiles.cycles(product, chip, prefetched=True))
@@ -459,7 +461,8 @@ def _turn(product: Product, chip: Chip, rows: int, columns: int, step: int, k: i
         return inner
     # Of few rows, pushing weights takes longer.
     row = max(1.0, pushing(chip, product.dtype) * chip.rows_per_cycle(product.dtype) / rows)
-    most = _TURN * round(chip.rows_per_cycle(product.dtype)) * chip.mxus * chip.mxu**2 / (row * product.matrices)
+    rate = 1.01 * chip.rows_per_cycle(product.dtype)  # published peaks are a little off the clock
+    most = _TURN * rate * chip.mxus * chip.mxu**2 / (row * product.matrices)
     if alone and step * k <= _TURNS * most:
         return k
     fits = (
