@@ -1,7 +1,7 @@
 """Cycles of kernels by the code that libtpu makes of them, and the timing model's parameters of such code.
 
-    python benchmarks/tpu/code.py --json tests/fixtures/tpu_code.json           # needs libtpu, see jisu.targets.tpu.judges
-    python benchmarks/tpu/code.py --json … --write                              # and stores the parameters with the chips
+    python benchmarks/tpu/fit_code.py --json tests/fixtures/tpu_code.json           # needs libtpu, see jisu.targets.tpu.judges
+    python benchmarks/tpu/fit_code.py --json … --write                              # and stores the parameters with the chips
 
 libtpu's bundles are replayed (`jisu.targets.tpu.code`): a compiler's static schedule, no measurement. `blocks` are single products of operands in
 VMEM, with what is behind their sums; parameters follow from them: `fill`, what the products with most rows take beyond the time in which these pass at the
@@ -39,7 +39,7 @@ KERNELS = (
     (1, 2048, 2048), (1, 4096, 1024), (64, 4096, 1024), (128, 2048, 2048), (256, 2048, 1024), (512, 1024, 1024),
 )  # fmt: skip
 SOURCE = (
-    "fill, push and begin: of {count} single products in the code of libtpu {libtpu} (benchmarks/tpu/code.py); pop and result: a bundle has two slots that "
+    "fill, push and begin: of {count} single products in the code of libtpu {libtpu} (benchmarks/tpu/fit_code.py); pop and result: a bundle has two slots that "
     "pop partial sums, and four simple operations, of which scaling by column and row, converting and packing take 3.5 per register"
 )
 
