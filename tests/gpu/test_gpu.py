@@ -35,6 +35,7 @@ from test_cuda_models import (  # noqa: F401
     test_generate_token_for_token,
     test_layers,
     test_mixtral,
+    test_norms_of_some_of_the_rows,
 )
 from test_cuda_single import test_a_model as test_a_model_in_float32  # noqa: F401
 from test_cuda_sparse import test_a_pruned_model  # noqa: F401
