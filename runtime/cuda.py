@@ -27,14 +27,27 @@ from jisu.compiler.interpret import bind_types
 from jisu.compiler.launches import COUNTERS, FAULT, PLANS, Plan
 from jisu.compiler.storage import aligned
 from jisu.compiler.types import fixed, numpy_dtype, substitute
+from jisu.runtime import dlpack
 from jisu.runtime.cuda_launches import Kernels, Launches, laid_out
-from jisu.runtime.cuda_memory import Buffer, DeviceArray, Staging, allocated, clear, copy, download, pinned, upload
+from jisu.runtime.cuda_memory import (
+    Buffer,
+    DeviceArray,
+    Order,
+    Staging,
+    allocated,
+    clear,
+    copy,
+    download,
+    pinned,
+    upload,
+)
 from jisu.runtime.executable import Held, check_apart, hold, owner
 
 _NOTHING: Mapping[str, np.ndarray] = {}
 _KEPT_RUNS = 64  # combinations of shapes and memory that are remembered, as long as
 _KEPT_BYTES = 256 << 20  # their buffers take no more than so much
 _LOADED = 16  # bytes that kernels load at once, from a multiple of so many
+_DEFAULT_STREAM = 1  # as DLPack calls it
 _AHEAD = 4  # calls that may be under way at a time
 
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -62,7 +75,7 @@ class Uploaded:
 class _Run:
     """An entry on given shapes and given memory: its launches, which name the arena and the counters.
 
-    inputs, outputs: buffers of its own, None for what the caller gives.
+    inputs, outputs: buffers of its own, None for what is read or written where it is wanted.
     """
 
     inputs: list[Buffer | None]
@@ -79,10 +92,11 @@ class _Run:
 
 @attrs.frozen(eq=False)
 class _Begun:
-    """A launch of an entry: what was given, where in this machine's memory stands what it updates (by the input's number), and the pinned memory
-    that is the call's until it ends."""
+    """A launch of an entry: what was given, where in this machine's memory stands what it updates (by the input's number), where its results are
+    wanted on the GPU, and the pinned memory that is the call's until it ends."""
 
     given: list[Any]
+    results: list[DeviceArray]
     owned: dict[int, np.ndarray]
     run: _Run
     pieces: list[tuple[Buffer, np.ndarray]]
@@ -102,6 +116,7 @@ class StartedCall:
     _pieces: list[tuple[Buffer, np.ndarray]]
     _copies: list[tuple[np.ndarray, np.ndarray]]  # of results here, and where they come through
     _event: ctypes.c_void_p
+    _lent: list[DeviceArray]
 
     def results(self) -> tuple[Any, ...]:
         """Wait, and return what `DeviceExecutable.call` does. Raises IndexOutOfRangeError or InputError for a fault that a kernel met until now."""
@@ -131,6 +146,7 @@ class DeviceExecutable:
     def _open(self, code: Mapping[str, bytes], built_for: tuple[int, int]) -> None:
         self._kernels = Kernels(self._driver, code, built_for)
         self._stream = self._driver.stream()
+        self._order = Order(self._lock, self._stream)
         self._arena = self._array((1,), np.dtype(np.uint8), "intermediate values")
         self._fault = self.hold(np.zeros(1, np.int32))
         self._counters = self.hold(np.zeros(1, np.int32))
@@ -141,7 +157,7 @@ class DeviceExecutable:
         self._pending: ctypes.c_void_p | None = None  # the stream of a call that nobody waited for
         self._under_way: deque[StartedCall] = deque()  # calls that have pinned memory, oldest first
         self._events: list[ctypes.c_void_p] = []  # that no call uses
-        weakref.finalize(self, _release, self._driver, self._kernels.module, (self._stream,), self._runs, self._events)
+        weakref.finalize(self, _release, self._driver, self._kernels.module, self._order, self._runs, self._events)
 
     @property
     def device(self) -> str:
@@ -151,7 +167,7 @@ class DeviceExecutable:
     # Memory
 
     def _array(self, shape: Sequence[int], dtype: np.dtype, what: str) -> DeviceArray:
-        return allocated(self._driver, shape, dtype, what)
+        return allocated(self._driver, self._order, shape, dtype, what)
 
     @_there
     def zeros(self, shape: Sequence[int], dtype: str, what: str) -> DeviceArray:
@@ -251,19 +267,19 @@ class DeviceExecutable:
             if piece is not None:
                 pieces.append((buffer, piece))
                 copies.append((here, piece[: here.nbytes].view(here.dtype).reshape(here.shape)))
-            values.append(DeviceArray(self._driver, array.address, array.shape, array.dtype, run))
+            values.append(DeviceArray(self._driver, self._order, array.address, array.shape, array.dtype, run))
             found.append(here)
         download(self._driver, self._seen.ctypes.data, self._fault.address, 4, self._stream)
         return self._followed(tuple(values), tuple(found), pieces, copies, self._stream)
 
     def _followed(
         self, values: tuple[Any, ...], found: tuple[Any, ...], pieces: list[tuple[Buffer, np.ndarray]],
-        copies: list[tuple[np.ndarray, np.ndarray]], stream: ctypes.c_void_p,
+        copies: list[tuple[np.ndarray, np.ndarray]], stream: ctypes.c_void_p, lent: Sequence[DeviceArray] = (),
     ) -> StartedCall:  # fmt: skip
-        """The call that everything on the stream up to here belongs to."""
+        """The call that everything on the stream up to here belongs to. lent: others' memory, which is given back when the call has ended."""
         event = self._events.pop() if self._events else self._driver.event()
         self._driver.run("cuEventRecord", event, stream)
-        made = StartedCall(values, self._finish, found, pieces, copies, event)
+        made = StartedCall(values, self._finish, found, pieces, copies, event, list(lent))
         self._under_way.append(made)
         return made
 
@@ -284,52 +300,123 @@ class DeviceExecutable:
         self._events.append(call._event)
         for buffer, piece in call._pieces:
             buffer.free.append(piece)
+        call._lent.clear()
         if not self._under_way:
             self._pending = None
 
+    def borrowed(self, inputs: Sequence[Any]) -> list[Any]:
+        """Arrays of others on this GPU (whatever has DLPack, other programs' tensors among them) as ours, without a copy, behind what their
+        owners have begun.
+
+        Raises InputError for another GPU's, and for memory or elements that kernels can't read.
+        """
+        stream = self._stream_of(inputs).value or _DEFAULT_STREAM
+        found = []
+        for x in inputs:
+            own = is_device_tensor(x) or (isinstance(x, DeviceArray) and x.order is self._order)
+            where = None if own else dlpack.device_of(x)
+            if where is None or where[0] != dlpack.CUDA:
+                found.append(x)
+                continue
+            self._check_device(where[1], "an array")
+            try:
+                with self._driver.current():  # and without the lock: their owners have locks, too
+                    lent = dlpack.borrow(x, stream)
+            except BufferError as error:
+                raise InputError(f"an array on the GPU can't be taken: {error}") from None
+            if not lent.contiguous:
+                raise InputError(
+                    f"an array on the GPU has the shape {list(lent.shape)} and the strides {list(lent.strides)} in elements: give one whose "
+                    "elements lie one after another, such as cupy.ascontiguousarray(x)"
+                )
+            found.append(DeviceArray(self._driver, self._order, lent.address, lent.shape, lent.dtype, lent.owner))
+        return found
+
     @_there
-    def call_tensors(
+    def write(self, to: DeviceArray, value: Any) -> None:
+        """Copy a result to an array on the GPU, and wait."""
+        copy(self._driver, to.address, _address(value), to.nbytes, self._stream)
+        self._wait()
+
+    def call_there(
         self, entry: str, inputs: Sequence[Any], weights: Uploaded | Mapping[str, np.ndarray] = _NOTHING
     ) -> tuple[Any, ...]:
-        """`call` for torch's tensors on the GPU (arrays may stand among them, but where the program updates them), on torch's current stream,
-        without waiting for it.
+        """`call` for tensors on the GPU, torch's, `DeviceArray`s and whatever else has DLPack (arrays may stand among them, but where the program
+        updates them), without waiting for it.
 
-        Returns torch tensors on the GPU. What is updated in place and had to be copied (see `_borrowed`) is written back. A fault of a kernel is
-        told by the next call.
+        With torch's tensors among them it runs on torch's current stream and returns torch's tensors on the GPU, else on the program's own stream
+        and returns `DeviceArray`s. Small tensors are copied to where a graph finds them, and their results from there; those of
+        `_IN_PLACE_BYTES` bytes and more are read, and written, where they are. What is updated in place and had to be copied (see `_torchs`) is
+        written back; other libraries' arrays that are updated are waited for, since they don't say who reads them next. A fault of a kernel
+        is told by the next call.
         """
-        torch: Any = sys.modules["torch"]
-        number = self._driver.device
+        return cast("tuple[Any, ...]", self._call_there(entry, self.borrowed(inputs), weights))
+
+    @_there
+    def _call_there(
+        self, entry: str, inputs: Sequence[Any], weights: Uploaded | Mapping[str, np.ndarray]
+    ) -> tuple[Any, ...]:
         called = self._called(entry)
+        stream, torch = self._stream_of(inputs), any(map(is_device_tensor, inputs))
         for i, x in enumerate(inputs):
-            if is_device_tensor(x) and x.device.index not in (None, number):
-                raise InputError(f"the program runs on cuda:{number} ({self.device}), got a tensor on {x.device}")
-            if i not in called.aliases or isinstance(x, DeviceArray):
+            name = called.inputs[i][0] if i < len(called.inputs) else ""
+            if is_device_tensor(x) and x.device.index is not None:
+                self._check_device(x.device.index, "a tensor")
+            if i not in called.aliases:
                 continue
-            name = called.inputs[i][0]
-            if not is_device_tensor(x):
+            if is_device_tensor(x):
+                check_apart(name, x.shape, x.stride(), "x.contiguous()")
+            elif isinstance(x, DeviceArray):
+                check_writable(name, x)
+            else:
                 raise InputError(
-                    f"input {name!r} is updated in place: give a tensor on the GPU, as others are, x.cuda({number})"
+                    f"input {name!r} is updated in place: give a tensor on the GPU, as others are, x.cuda({self._driver.device})"
                 )
-            check_apart(name, x.shape, x.stride(), "x.contiguous()")
-        stream = ctypes.c_void_p(torch.cuda.current_stream(number).cuda_stream)
-        borrowed = [self._borrowed(x) if is_device_tensor(x) else x for x in inputs]
-        begun = self._started(entry, borrowed, weights, stream)
+        given = [self._torchs(x) if is_device_tensor(x) else x for x in inputs]
+        begun = self._started(entry, given, weights, stream, self._for_torch if torch else self._for_others)
         results = []
+        made = iter(begun.results)
         for alias, buffer in zip(called.aliases, begun.run.outputs, strict=True):
             if alias is not None:
-                x, used = inputs[alias], borrowed[alias]
+                x, used = inputs[alias], given[alias]
                 if is_device_tensor(x) and x.data_ptr() != used.address:
                     x.detach().copy_(used.owner)
                 results.append(x)
                 continue
-            assert buffer is not None
-            kind = buffer.array.dtype.name
-            made = torch.empty(buffer.array.shape, dtype=getattr(torch, kind), device=f"cuda:{number}")
-            copy(self._driver, made.data_ptr(), buffer.array.address, buffer.array.nbytes, stream)
-            results.append(made)
+            result = next(made)
+            if buffer is not None:
+                copy(self._driver, result.address, buffer.array.address, result.nbytes, stream)
+            results.append(result.owner if torch else result)
         download(self._driver, self._seen.ctypes.data, self._fault.address, 4, stream)
-        self._followed((), (), begun.pieces, [], stream)
+        lent = [x for x in given if is_lent(x)]
+        ended = self._followed((), (), begun.pieces, [], stream, lent)
+        if stream is not self._stream:  # what reads our tensors next looks there
+            self._driver.run("cuStreamWaitEvent", self._stream, ended._event, ctypes.c_uint(0))
+        if any(alias is not None and is_lent(given[alias]) for alias in called.aliases):
+            self._finish(ended)
         return tuple(results)
+
+    def _stream_of(self, inputs: Sequence[Any]) -> ctypes.c_void_p:
+        """Where a call on these runs: torch's current stream, if some are torch's."""
+        if not any(map(is_device_tensor, inputs)):
+            return self._stream
+        return ctypes.c_void_p(sys.modules["torch"].cuda.current_stream(self._driver.device).cuda_stream)
+
+    def _check_device(self, number: int, what: str) -> None:
+        own = self._driver.device
+        if number != own:
+            raise InputError(f"the program runs on cuda:{own} ({self.device}), got {what} on cuda:{number}")
+
+    def _for_torch(self, shape: Sequence[int], dtype: np.dtype) -> DeviceArray:
+        """Memory for a result: a torch tensor's, which `owner` is."""
+        torch: Any = sys.modules["torch"]
+        made = torch.empty(tuple(shape), dtype=getattr(torch, dtype.name), device=f"cuda:{self._driver.device}")
+        return DeviceArray(self._driver, self._order, made.data_ptr(), shape, dtype, made)
+
+    def _for_others(self, shape: Sequence[int], dtype: np.dtype) -> DeviceArray:
+        """Memory for a result, of its own."""
+        made = self._array(shape, dtype, "a result")
+        return DeviceArray(self._driver, self._order, made.address, shape, dtype, made)  # not there from call to call
 
     @_there
     def repeated(
@@ -351,17 +438,18 @@ class DeviceExecutable:
         else:
             run.launches.each(self._driver, ctypes.c_void_p(stream))
 
-    def _borrowed(self, tensor: Any) -> DeviceArray:
+    def _torchs(self, tensor: Any) -> DeviceArray:
         """torch's tensor as one of ours, without a copy where it is contiguous and where kernels may read 16 bytes at a time."""
         whole = tensor.detach().contiguous()
         whole = whole.clone() if whole.data_ptr() % _LOADED else whole
         kind = numpy_dtype(str(whole.dtype).removeprefix("torch."))
-        return DeviceArray(self._driver, whole.data_ptr(), tuple(whole.shape), kind, whole)
+        return DeviceArray(self._driver, self._order, whole.data_ptr(), tuple(whole.shape), kind, whole)
 
     def _started(
-        self, entry: str, inputs: Sequence[Any], weights: Uploaded | Mapping[str, np.ndarray], stream: ctypes.c_void_p
-    ) -> _Begun:
-        """Check the inputs, bring them to the GPU and launch the entry."""
+        self, entry: str, inputs: Sequence[Any], weights: Uploaded | Mapping[str, np.ndarray], stream: ctypes.c_void_p,
+        memory: Callable[[Sequence[int], np.dtype], DeviceArray] | None = None,
+    ) -> _Begun:  # fmt: skip
+        """Check the inputs, bring them to the GPU and launch the entry. memory: gives it for results; None where they stay in the run's buffers."""
         called = self._called(entry)
         if self._pending is not None and self._pending.value != stream.value:
             self._settle()  # buffers are used again
@@ -380,7 +468,12 @@ class DeviceExecutable:
             held = given[i]
             if isinstance(held, Held):
                 owned[i] = owner(called.inputs[i][0], inputs[i], held)
-        run = self._run(entry, called, given, env, weights)
+        results = [
+            memory([substitute(d, env) for d in kind.shape], numpy_dtype(kind.dtype))
+            for alias, kind in zip(called.aliases, called.outputs, strict=True)
+            if alias is None and memory is not None
+        ]
+        run = self._run(entry, called, given, env, weights, results)
         self._pending = stream
         pieces: list[tuple[Buffer, np.ndarray]] = []
         for held, buffer in zip(given, run.inputs, strict=True):
@@ -397,7 +490,7 @@ class DeviceExecutable:
                 source = piece.ctypes.data
             upload(self._driver, buffer.array.address, source, buffer.array.nbytes, stream)
         run.launches.again(self._driver, self._stream, stream)
-        return _Begun(given, owned, run, pieces)
+        return _Begun(given, results, owned, run, pieces)
 
     def _called(self, entry: str) -> Entry:
         if entry not in self._entries:
@@ -423,13 +516,15 @@ class DeviceExecutable:
             kind, message = self._faults[number - 1] if number <= len(self._faults) else ("ValueError", "unknown fault")
             raise IndexOutOfRangeError(message) if kind == "IndexError" else InputError(message)
 
-    def _run(self, entry: str, called: Entry, given: Sequence[Any], env: Mapping[str, int], weights: Uploaded) -> _Run:
+    def _run(
+        self, entry: str, called: Entry, given: Sequence[Any], env: Mapping[str, int], weights: Uploaded, results: Sequence[DeviceArray]
+    ) -> _Run:  # fmt: skip
         """The buffers and launches for these shapes and this memory, kept for the next call."""
         places = tuple((x.shape, x.address if _in_place(i, x, called) else 0) for i, x in enumerate(given))
-        key = (entry, weights, places)
+        key = (entry, weights, places, tuple(_is_large(x) and x.address for x in results))
         found = self._runs.pop(key, None)
         if found is None:
-            found = self._bound(entry, called, given, env, weights)
+            found = self._bound(entry, called, given, env, weights, results)
             # What was used last stands last; a run with large buffers pushes others out, and goes with the next one.
             while self._runs and (len(self._runs) >= _KEPT_RUNS or self._kept_bytes() + found.nbytes > _KEPT_BYTES):
                 self._drop(next(iter(self._runs)))
@@ -446,8 +541,8 @@ class DeviceExecutable:
             self._driver.run("cuGraphExecDestroy", run.launches.graph)
 
     def _bound(
-        self, entry: str, called: Entry, given: Sequence[Any], env: Mapping[str, int], weights: Uploaded
-    ) -> _Run:
+        self, entry: str, called: Entry, given: Sequence[Any], env: Mapping[str, int], weights: Uploaded, results: Sequence[DeviceArray]
+    ) -> _Run:  # fmt: skip
         plan = self._plans[entry]
         for one, other, who in plan.equal:
             if substitute(one, env) != substitute(other, env):
@@ -457,11 +552,17 @@ class DeviceExecutable:
             None if _in_place(i, x, called) else Buffer(self._array(x.shape, x.dtype, "an input"))
             for i, x in enumerate(given)
         ]
-        outputs: list[Buffer | None] = []
+        wanted, outputs, written = iter(results), list[Buffer | None](), list[DeviceArray | None]()
         for alias, kind in zip(called.aliases, called.outputs, strict=True):
             shape = [fixed(d) for d in kind.at(env).shape]
-            made = None if alias is not None else self._array(shape, numpy_dtype(kind.dtype), "a result")
-            outputs.append(None if made is None else Buffer(made))
+            there = next(wanted, None) if alias is None else None
+            own = (
+                None
+                if alias is not None or (there is not None and _is_large(there))
+                else self._array(shape, numpy_dtype(kind.dtype), "a result")
+            )
+            outputs.append(None if own is None else Buffer(own))
+            written.append(there if own is None else own)
         places, total = laid_out(plan, env)
         counters = max((substitute(n, env) for n in plan.counters), default=0)
         if total > self._arena.nbytes or counters > self._counters.shape[0]:
@@ -475,7 +576,7 @@ class DeviceExecutable:
         base = self._arena.address
         memory: dict[str, Sequence[Any]] = {
             "input": [x if own is None else own.array for own, x in zip(inputs, given, strict=True)],
-            "output": [None if own is None else own.array for own in outputs], "weight": weights.arrays,
+            "output": written, "weight": weights.arrays,
         }  # fmt: skip
 
         def address(kind: str, number: int) -> int:
@@ -488,30 +589,69 @@ class DeviceExecutable:
         return _Run(inputs, outputs, launches, self._arena, self._counters)
 
 
-_READ_IN_PLACE = 64 << 20
-"""Bytes from which on an input that is on the GPU already is read where it is: below, a copy costs less than another graph for each address."""
+_IN_PLACE_BYTES = 16 << 20
+"""Bytes from which on a caller's tensor on the GPU is read, or written, where it is; smaller ones are copied to and from where a graph finds them.
+
+Reasoned, not measured. To copy n bytes takes 2 n / bandwidth: for 16 MiB 7 microseconds at the 4.8 TB/s of an H200, 34 at 1 TB/s. A call at an
+address that no graph knows launches its kernels one by one: at 5 microseconds each (by ctypes) 200 of them take the host a millisecond. So a
+copy of 16 MiB pays only where more than one call in 140 (or in 30, at 1 TB/s) brings a new address, and torch's allocator gives a loop the
+same ones again; without it there is no buffer of that size either."""
+
+
+def _is_large(array: DeviceArray) -> bool:
+    return array.nbytes >= _IN_PLACE_BYTES
 
 
 def _in_place(number: int, given: Any, called: Entry) -> bool:
     """Whether an input on the GPU is used where it is: what stays there (which `hold` and `zeros` made), what the entry updates, and what is
-    large."""
-    own = isinstance(given, DeviceArray) and (given.owner is None or given.nbytes >= _READ_IN_PLACE)
-    return own or (isinstance(given, DeviceArray) and number in called.aliases)
+    large, if kernels may load it."""
+    if not isinstance(given, DeviceArray):
+        return False
+    return given.owner is None or number in called.aliases or (_is_large(given) and given.address % _LOADED == 0)
+
+
+def is_lent(value: Any) -> bool:
+    """Whether a tensor is another library's, by DLPack."""
+    return isinstance(value, DeviceArray) and isinstance(value.owner, dlpack.Lent)
+
+
+def check_writable(name: str, array: Any) -> None:
+    """Raise InputError where the input `name` is a tensor on the GPU that can't be updated where it is."""
+    if not isinstance(array, DeviceArray):
+        return
+    if is_lent(array) and array.owner.read_only:
+        raise InputError(f"input {name!r} is updated in place, but its array is read-only")
+    if array.address % _LOADED:
+        raise InputError(
+            f"input {name!r} is updated in place, but its memory begins at no multiple of {_LOADED} bytes: give memory of its own, x.copy()"
+        )
+
+
+def _address(tensor: Any) -> int:
+    return int(tensor.address if isinstance(tensor, DeviceArray) else tensor.data_ptr())
 
 
 def _release(
-    driver: Driver, module: ctypes.c_void_p, streams: Sequence[ctypes.c_void_p], runs: Mapping[Any, _Run],
+    driver: Driver, module: ctypes.c_void_p, order: Order, runs: Mapping[Any, _Run],
     events: Sequence[ctypes.c_void_p],
 ) -> None:  # fmt: skip
     """Give back what a program had of the driver, once its work is done, on torch's streams, too."""
+    stream, order.stream = order.stream, ctypes.c_void_p()
     graphs = [("cuGraphExecDestroy", run.launches.graph) for run in runs.values() if run.launches.graph is not None]
     driver.let_go(
         ("cuCtxSynchronize",),
         *graphs,
         *(("cuEventDestroy_v2", event) for event in events),
-        *(("cuStreamDestroy_v2", stream) for stream in streams),
+        ("cuStreamDestroy_v2", stream),
         ("cuModuleUnload", module),
     )
+
+
+def is_there(value: Any) -> bool:
+    """Whether a value is in a GPU's memory, whoever's it is."""
+    if isinstance(value, np.ndarray):
+        return False
+    return is_device_tensor(value) or (dlpack.device_of(value) or (None,))[0] == dlpack.CUDA
 
 
 def is_device_tensor(value: Any) -> bool:

@@ -33,7 +33,8 @@ from jisu.compiler.storage import TRAVELLING, write_safetensors
 from jisu.compiler.text import parse, parse_type
 from jisu.compiler.types import TensorType, dtype_name, fixed, numpy_dtype
 from jisu.runtime import artifact
-from jisu.runtime.cuda import DeviceExecutable, is_device_tensor
+from jisu.runtime.cuda import DeviceExecutable, check_writable, is_there
+from jisu.runtime.cuda_memory import DeviceArray
 from jisu.runtime.executable import Executable, Started
 from jisu.runtime.generate import Chunk, Generation, GenerationConfig, Tokenizer, generate
 from jisu.runtime.session import MAIN, DecoderInfo, Session
@@ -97,11 +98,15 @@ class Program:
         signature = self._parts.signature
         leaves = signature.flatten_call(args, kwargs)
         assert self._checker is not None
-        on_device = isinstance(self._executable, DeviceExecutable)
+        gpu = self._executable if isinstance(self._executable, DeviceExecutable) else None
         arrays = [
-            leaf if on_device and is_device_tensor(leaf) else _as_array(leaf, node.name, node.tensor)
+            leaf if gpu is not None and is_there(leaf) else _as_array(leaf, node.name, node.tensor)
             for leaf, node in zip(leaves, self._checker.inputs, strict=True)
         ]
+        if gpu is not None:
+            arrays = gpu.borrowed(arrays)
+            for _, index in signature.mutations:
+                check_writable(self._checker.inputs[index].name, arrays[index])
         sizes = bind_symbols(self._checker, [tuple(a.shape) for a in arrays])
         for position, size, wraps in self._looked_up:
             if isinstance(arrays[position], np.ndarray):
@@ -114,9 +119,19 @@ class Program:
             here = all(isinstance(array, np.ndarray) for array in arrays)  # the interpreter reads no GPU's memory
             raise IndexOutOfRangeError((self._index_at_fault(arrays) if here else "") or str(error)) from None
         as_torch = any(_is_torch(leaf) for leaf in leaves) or (not leaves and "torch" in sys.modules)
-        values = [o if _is_torch(o) else _to_torch(o) if as_torch else np.asarray(o) for o in outputs]
+        values = [
+            o if _is_torch(o) or isinstance(o, DeviceArray) else _to_torch(o) if as_torch else np.asarray(o)
+            for o in outputs
+        ]
         for position, index in signature.mutations:
-            _write_back(leaves[index], values[position])
+            to: Any = arrays[index]
+            if gpu is not None and isinstance(to, DeviceArray):
+                gpu.write(to, values[position])
+            else:
+                value = values[position]
+                _write_back(
+                    leaves[index], gpu.read(value) if gpu is not None and isinstance(value, DeviceArray) else value
+                )
         return signature.unflatten(values)
 
     def _index_at_fault(self, arrays: Sequence[np.ndarray]) -> str:
@@ -141,9 +156,10 @@ class Program:
         return self._parts
 
     def _run(self, entry: str, arrays: Sequence[Any]) -> tuple[Any, ...]:
-        if any(map(is_device_tensor, arrays)):
+        if isinstance(self._executable, DeviceExecutable) and any(map(is_there, arrays)):
             with self._lock:
-                return cast("tuple[Any, ...]", self._runs_here().call_tensors(entry, arrays, self._prepared(entry)))
+                weights = self._prepared(entry)
+            return self._executable.call_there(entry, arrays, weights)
         return self._start(entry, arrays).results()
 
     def _start(self, entry: str, arrays: Sequence[Any]) -> Started:
@@ -470,7 +486,8 @@ def _as_array(value: Any, name: str, kind: TensorType, any_shape: bool = False) 
             array = np.from_dlpack(value)
         except (BufferError, RuntimeError) as error:
             raise InputError(
-                f"input {name!r}: its memory can't be read here ({error}); of a GPU's array give torch's tensor, torch.from_dlpack(…)"
+                f"input {name!r}: its memory can't be read here ({error}); this program runs on the CPU: of an array on a GPU give it a copy "
+                "in this machine's memory"
             ) from None
     elif isinstance(value, (bool, int, float, list, tuple)):
         array = np.asarray(value, None if not isinstance(value, float) else np.float32)
@@ -517,7 +534,7 @@ def _write_back(leaf: Any, value: Any) -> None:
         import torch
 
         with torch.no_grad():
-            leaf.copy_(value if _is_torch(value) else torch.from_numpy(np.asarray(value)))
+            leaf.copy_(value if _is_torch(value) else _to_torch(value))
     else:
         leaf[...] = np.asarray(value)
 

@@ -48,7 +48,7 @@ int refusal;
 Graph *captured;
 void *capturing;
 std::string last_failure;
-long launches_run, graphs_run, allocated_bytes, early_run;
+long launches_run, graphs_run, allocated_bytes, early_run, copied_bytes;
 
 int failed(const char *why) {
     if (!why) return 0;
@@ -99,10 +99,10 @@ int run_all(const std::vector<Launch> &launches) {
 }
 
 /* Do what a stream was told, up to an event if one is named. */
-struct Event { void *stream; bool reached; };
-int wait(void *stream, const Event *event = nullptr) {
+struct Event { void *stream; std::shared_ptr<bool> reached; };
+int wait(void *stream, std::shared_ptr<bool> reached = nullptr) {
     auto &queue = streams[stream];
-    while (!queue.empty() && !(event && event->reached)) {
+    while (!queue.empty() && !(reached && *reached)) {
         auto next = queue.front();
         queue.pop_front();
         if (int error = next()) return error;
@@ -157,6 +157,7 @@ long emulated_launches() { return launches_run; }
 long emulated_graphs() { return graphs_run; }
 long emulated_bytes() { return allocated_bytes; }
 long emulated_early() { return early_run; }
+long emulated_copied() { return copied_bytes; } /* from one place of the GPU's memory to another */
 /* The next call of a function fails with a code. */
 void emulated_refuse(const char *function, int code) { refused = function, refusal = code; }
 
@@ -302,6 +303,7 @@ int cuMemcpyDtoHAsync_v2(void *to, const void *from, size_t bytes, void *stream)
 int cuMemcpyDtoDAsync_v2(void *to, const void *from, size_t bytes, void *stream) {
     CALLED(true);
     if (!fits(to, bytes) || !fits(from, bytes)) return 1;
+    copied_bytes += bytes;
     return later(stream, [=] { std::memmove(to, from, bytes); return 0; });
 }
 int cuMemsetD8Async(void *to, unsigned char value, size_t bytes, void *stream) {
@@ -332,28 +334,35 @@ int cuStreamSynchronize(void *stream) {
 int cuEventCreate(void **event, unsigned flags) {
     CALLED(true);
     if (flags != 2) return 1; /* one that takes time would be slower */
-    events.insert(*event = new Event{nullptr, true});
+    events.insert(*event = new Event{nullptr, std::make_shared<bool>(true)});
     return 0;
 }
 int cuEventDestroy_v2(void *event) {
     CALLED(true);
     if (!events.erase(event)) return 400;
-    int error = wait_for_all();
-    delete (Event *)event;
-    return error;
+    delete (Event *)event; /* whoever waits for it goes on to */
+    return 0;
 }
 int cuEventRecord(void *event, void *stream) {
     CALLED(true);
     if (!events.count(event)) return 400;
-    *(Event *)event = {stream, false};
-    return later(stream, [=] { ((Event *)event)->reached = true; return 0; });
+    auto reached = std::make_shared<bool>(false);
+    *(Event *)event = {stream, reached};
+    return later(stream, [=] { *reached = true; return 0; });
 }
 int cuEventSynchronize(void *event) {
     CALLED(true);
     if (!events.count(event)) return 400;
     if (captured) return 900;
     Event *e = (Event *)event;
-    return e->reached ? 0 : wait(e->stream, e);
+    return *e->reached ? 0 : wait(e->stream, e->reached);
+}
+int cuStreamWaitEvent(void *stream, void *event, unsigned flags) {
+    CALLED(true);
+    if (!events.count(event)) return 400;
+    if (flags) return 1;
+    Event e = *(Event *)event; /* as it was recorded last; what is recorded later is another wait's */
+    return later(stream, [=] { return *e.reached ? 0 : wait(e.stream, e.reached); });
 }
 int cuStreamBeginCapture_v2(void *stream, int mode) {
     CALLED(true);

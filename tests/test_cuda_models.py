@@ -526,18 +526,20 @@ def test_a_gpu_has_the_speeds_of_its_product(
 
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """The emulated GPU's memory is this machine's: any tensor counts as one there."""
-    kept, borrowed = [], DeviceExecutable._borrowed
+    kept, zeros = [], torch.zeros
 
-    def borrow(self: DeviceExecutable, tensor: torch.Tensor) -> Any:
-        kept.append(borrowed(self, tensor))  # a GPU's allocator gives memory to later work of the same stream only
-        return kept[-1]
+    def keeping(make: Callable[..., Any]) -> Callable[..., Any]:
+        def made(*args: Any) -> Any:
+            kept.append(make(*args))  # a GPU's allocator gives memory to later work of the same stream only
+            return kept[-1]
 
-    monkeypatch.setattr(DeviceExecutable, "_borrowed", borrow)
-    zeros = torch.zeros
+        return made
+
+    for name in ("_torchs", "_for_torch"):
+        monkeypatch.setattr(DeviceExecutable, name, keeping(getattr(DeviceExecutable, name)))
     monkeypatch.setattr(torch, "empty", lambda *a, device=None, **k: zeros(*a, **k))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=0))
-    for module in (cuda, program_module):
-        monkeypatch.setattr(module, "is_device_tensor", lambda v: isinstance(v, torch.Tensor))
+    monkeypatch.setattr(cuda, "is_device_tensor", lambda v: isinstance(v, torch.Tensor))
 
 
 def test_tensors_of_torch_on_the_gpu(
@@ -596,14 +598,14 @@ def test_tensors_of_torch_that_are_updated(
     )
     step = [torch.ones(1, 1, 2, 8), torch.tensor([2])]
     for tensor in (whole, strided, unaligned):
-        assert run.call_tensors("main", [tensor, *step])[0] is tensor
+        assert run.call_there("main", [tensor, *step])[0] is tensor
         with Driver.open().current():
             assert emulated_driver.cuStreamSynchronize(None) == 0
         assert tensor[0, :, 2].all() and tensor.sum() == 16
     with pytest.raises(InputError, match=r"'cache' .* share memory .*strides \[32, 0, 8, 1\].*x.contiguous"):
-        run.call_tensors("main", [torch.zeros(1, 1, 4, 8).expand(1, 2, 4, 8), *step])
+        run.call_there("main", [torch.zeros(1, 1, 4, 8).expand(1, 2, 4, 8), *step])
     with pytest.raises(InputError, match="'cache' is updated in place: give a tensor on the GPU"):
-        run.call_tensors("main", [np.zeros((1, 2, 4, 8), np.float32), *step])
+        run.call_there("main", [np.zeros((1, 2, 4, 8), np.float32), *step])
 
 
 def test_faults_are_told(emulated_gpu: Target, tmp_path: Path) -> None:
