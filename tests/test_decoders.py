@@ -59,7 +59,7 @@ class _Experts(torch.nn.Module):
     def __init__(self, gate: bool, bias: bool, transposed: bool, normed: bool) -> None:
         super().__init__()
         self.has_gate, self.has_bias, self.is_transposed, self.has_post_expert_norm = gate, bias, transposed, normed
-        self.num_experts, self._is_expert_parallel = 5, False
+        self.num_experts, self._is_expert_parallel, self.is_concatenated = 5, False, False
         self.post_expert_norm = torch.nn.LayerNorm(6)
         self.act_fn = torch.nn.Tanh()
         for name, rows, columns in (("gate_up_proj" if gate else "up_proj", 8, 6), ("down_proj", 6, 4 if gate else 8)):

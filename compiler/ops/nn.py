@@ -308,10 +308,10 @@ def experts(
 def _expert_linear(x: np.ndarray, index: np.ndarray, w: np.ndarray, b: np.ndarray | None) -> np.ndarray:
     result = np.zeros((*index.shape, w.shape[1]), x.dtype)
     rows = np.broadcast_to(x, (*index.shape, x.shape[-1]))
-    for e in range(w.shape[0]):
-        chosen = index == e
-        if chosen.any():
-            result[chosen] = _linear(rows[chosen], w[e], None if b is None else b[e], None, activation="none")
+    for place in np.ndindex(index.shape):  # one by one: what a row gives depends on no other
+        e = index[place]
+        if 0 <= e < w.shape[0]:
+            result[place] = _linear(rows[place], w[e], None if b is None else b[e], None, activation="none")
     return result
 
 
