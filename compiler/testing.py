@@ -116,7 +116,7 @@ class PassReport:
 CONTRACTIONS: frozenset[Op] = frozenset(
     (
         ops.matmul, ops.linear, ops.packed_linear, ops.gated_linear, ops.packed_gated_linear, ops.conv, ops.attention,
-        ops.attention_cached, ops.experts, ops.packed_experts,
+        ops.attention_cached, ops.experts, ops.packed_experts, ops.expert_linear,
     )
 )  # fmt: skip
 """The ops whose work dominates."""
@@ -275,6 +275,8 @@ def _index_bounds(graph: Graph, sizes: Mapping[str, int]) -> dict[Node, Bounds]:
             narrow(o[1], -size if node.attributes.get("wrap", True) else 0, size - 1)
         elif node.op in (ops.experts, ops.packed_experts):
             narrow(o[1], 0, at(o[3], 0) - 1)
+        elif node.op is ops.expert_linear:
+            narrow(o[1], 0, at(o[2], 0) - 1)
         elif node.op in ops.LOOKUPS:
             narrow(o[ops.LOOKUPS[node.op]], 0, node.rows - 1)
         elif node.op is ops.cache_append:

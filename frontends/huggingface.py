@@ -86,6 +86,17 @@ def _(x, index, scores, gate_up, down, activation):  # type: ignore[no-untyped-d
     return torch.empty_like(x)
 
 
+@torch.library.custom_op("jisu::expert_linear", mutates_args=())
+def _expert_linear_op(x: torch.Tensor, index: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None) -> torch.Tensor:
+    """A layer of chosen experts (see `jisu.compiler.ops.expert_linear`); it is traced, never run."""
+    raise RuntimeError("jisu::expert_linear exists in traces only")
+
+
+@_expert_linear_op.register_fake
+def _(x, index, w, b):  # type: ignore[no-untyped-def]
+    return x.new_empty((*index.shape, w.shape[1]))
+
+
 _HARMLESS = {"position_ids", "cache_position", "position_embeddings", "attention_mask"}
 
 
@@ -179,8 +190,8 @@ _ACTIVATIONS: dict[str, str] = {
 def _experts(
     module: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
-    """Our experts function: one op for plain gated experts, transformers' own batched products for all others."""
-    from transformers.integrations.moe import _default_apply_gate, batched_mm_experts_forward
+    """Our experts function: one op for plain gated experts; of all others two layers, with what the module does between and behind them."""
+    from transformers.integrations.moe import _default_apply_gate
 
     activation = _ACTIVATIONS.get(type(getattr(module, "act_fn", None)).__name__)
     plain = (
@@ -193,9 +204,30 @@ def _experts(
         and activation is not None
     )
     if not plain:
-        return batched_mm_experts_forward(module, hidden_states, top_k_index, top_k_weights)  # type: ignore[no-any-return]
+        return _layer_by_layer(module, hidden_states, top_k_index, top_k_weights)
     scores = top_k_weights.to(hidden_states.dtype)
     return _experts_op(hidden_states, top_k_index, scores, module.gate_up_proj, module.down_proj, activation)
+
+
+def _layer_by_layer(
+    module: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """As transformers' `batched_mm_experts_forward`, without copies of the chosen matrices."""
+
+    def layer(x: torch.Tensor, name: str) -> torch.Tensor:
+        """x [tokens, k or 1, inputs] -> [tokens * k, outputs], as modules expect it."""
+        w = getattr(module, name)
+        w = w.transpose(1, 2) if module.is_transposed else w
+        bias = getattr(module, f"{name}_bias") if module.has_bias else None
+        return _expert_linear_op(x, top_k_index, w, bias).flatten(0, 1)
+
+    inner = layer(hidden_states.unsqueeze(1), "gate_up_proj" if module.has_gate else "up_proj")
+    inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
+    out = layer(inner.unflatten(0, top_k_index.shape), "down_proj")
+    if module.has_post_expert_norm:
+        out = module.post_expert_norm(out)
+    weighed = out.unflatten(0, top_k_index.shape) * top_k_weights.unsqueeze(-1)
+    return weighed.sum(1).to(hidden_states.dtype)
 
 
 def register() -> None:
@@ -205,6 +237,7 @@ def register() -> None:
     ALL_EXPERTS_FUNCTIONS.register(NAME, _experts)
     LOWERINGS[torch.ops.jisu.attention.default] = _lower_attention
     LOWERINGS[torch.ops.jisu.experts.default] = _lower_experts
+    LOWERINGS[torch.ops.jisu.expert_linear.default] = lambda call, x, index, w, b: ops.expert_linear(x, index, w, b)
 
 
 def _lower_attention(

@@ -235,6 +235,16 @@ def _experts(x: Tensor, index: Tensor, scores: Tensor, gate_up: Tensor, down: Te
     return result.to(x.dtype)
 
 
+def _expert_linear(x: Tensor, index: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+    rows = x.expand(*index.shape, x.shape[-1])
+    result = x.new_zeros((*index.shape, w.shape[1]))
+    for e in range(w.shape[0]):
+        chosen = torch.where(index == e)
+        if chosen[0].numel():
+            result = result.index_put(chosen, F.linear(rows[chosen], w[e], None if b is None else b[e]))
+    return result
+
+
 def _places(count: int, x: Tensor) -> Tensor:
     return torch.arange(count, dtype=torch.uint8, device=x.device)
 
@@ -378,6 +388,7 @@ MEANINGS: Mapping[Op, Meaning] = {
     ops.rotary: _rotary,
     ops.attention: _attention,
     ops.experts: _experts,
+    ops.expert_linear: _expert_linear,
     ops.dequantize: _dequantize,
     ops.expand: _expand,
     ops.fake_quantize: _fake_quantize,

@@ -45,6 +45,16 @@ DECODERS: dict[str, Callable[[], hf.PreTrainedConfig]] = {
     ),
     "mixtral": lambda: hf.MixtralConfig(**_BASE, num_local_experts=4),
     "qwen3_moe": lambda: hf.Qwen3MoeConfig(**_QWEN3_MOE),
+    "gpt_oss": lambda: hf.GptOssConfig(
+        **_BASE,
+        head_dim=8,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        pad_token_id=0,
+        sliding_window=WINDOW,
+        layer_types=["sliding_attention", "full_attention"],
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+    ),
     "deepseek_v3": lambda: hf.DeepseekV3Config(
         **{**_BASE, "num_key_value_heads": 4},
         **_MOE,

@@ -316,7 +316,17 @@ def test_groups_of_experts(
     numbers = np.random.default_rng(pairs).integers(-1, count + 1, pairs).astype(index)
     groups = -(-pairs // rows) + count
     slots, names = np.zeros((groups + 1, rows), np.int32), np.full(groups + 1, 77, np.int32)
-    launch(experts.grouped(how, rows, GPU), (1,), numbers, slots, names, pairs, groups, late=late, order=order)
+    launch(
+        experts.grouped(how.choice(False), rows, GPU),
+        (1,),
+        numbers,
+        slots,
+        names,
+        pairs,
+        groups,
+        late=late,
+        order=order,
+    )
     assert names[-1] == 77 and not slots[-1].any()
     for expert in range(count):
         held = slots[:-1][names[:-1] == expert].ravel()
@@ -758,12 +768,12 @@ def of_hot_kernels(target: Target) -> dict[str, device.DeviceKernel]:
         "masses": sampling.narrowed_by_mass("float32", target),
         "draw": sampling.drawn("bfloat16", target),
         "norm": tails.tailed(Tail(norm.Norm(4096, "bfloat16", 1e-5, True, True, False)), target),
-        "expert": experts.single(MIXTRAL, False, target),
-        "expert's last layer": experts.single(MIXTRAL, True, target),
-        "groups": experts.grouped(MIXTRAL, 8, target),
-        "few of experts": experts.of_groups(MIXTRAL, False, 8, target),
-        "many of experts": experts.of_groups(MIXTRAL, False, 128, target),
-        "many of experts' last layer": experts.of_groups(MIXTRAL, True, 128, target),
+        "expert": experts.single(MIXTRAL.choice(False), target),
+        "expert's last layer": experts.single(MIXTRAL.choice(True), target),
+        "groups": experts.grouped(MIXTRAL.choice(False), 8, target),
+        "few of experts": experts.of_groups(MIXTRAL.choice(False), 8, target),
+        "many of experts": experts.of_groups(MIXTRAL.choice(False), 128, target),
+        "many of experts' last layer": experts.of_groups(MIXTRAL.choice(True), 128, target),
         "sums of experts": experts.summed(MIXTRAL, target),
         "records": records.encoded_rows(128, "bfloat16", "int8", target),
         "rounded rows": rounding.rounded_rows(4096, "bfloat16", "int8", target),
@@ -785,8 +795,8 @@ def of_hot_kernels(target: Target) -> dict[str, device.DeviceKernel]:
         made["projections on hopper"] = hopper.product_hopper(projections, hopper.WIDE, target)
         made["residual on hopper"] = hopper.product_hopper(Layer(4096, (4099,), residual=True), hopper.WIDE, target)
         made["codes on hopper"] = hopper.product_hopper(Layer(4096, (4096,), **CODES), hopper.HIGH, target)
-        made["hopper of experts"] = experts.of_groups_hopper(MIXTRAL, False, target)
-        made["hopper of experts' last layer"] = experts.of_groups_hopper(MIXTRAL, True, target)
+        made["hopper of experts"] = experts.of_groups_hopper(MIXTRAL.choice(False), target)
+        made["hopper of experts' last layer"] = experts.of_groups_hopper(MIXTRAL.choice(True), target)
     return made
 
 

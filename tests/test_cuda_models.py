@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
-from decoders import DECODERS
+from decoders import DECODERS, make
 from test_quantization import coded
 
 import jisu
@@ -292,6 +292,59 @@ def test_mixtral(dtype: torch.dtype, emulated_gpu: Target) -> None:
     if dtype is torch.float32:
         on_cpu = jisu.compile(model).generate(ids.tolist(), max_new_tokens=8)
         assert program.generate(ids.tolist(), max_new_tokens=8).sequences == on_cpu.sequences
+
+
+def test_gpt_oss(emulated_gpu: Target) -> None:
+    """Experts with biases and a gate of their own: both products are kernels, of a prompt and of single tokens."""
+    model = make("gpt_oss")
+    program = jisu.compile(model, target=emulated_gpu)
+    layers = [k for k in program.explain()["kernels"] if "expert_linear" in k["op"]]
+    assert layers and all("expert" in k["choices"][0] for k in layers), layers
+    ids = torch.tensor([[1, 5, 7, 2, 9, 11, 3, 8, 4, 13, 2]])
+    with torch.no_grad():
+        want = model(ids).logits
+    assert (program(ids).logits - want).abs().max() <= 1e-4 * want.abs().max()
+    session = program.session()
+    steps = np.concatenate([session.append(ids[:, i : i + 1].numpy()) for i in range(ids.shape[1])], 1)
+    assert np.abs(steps - want.numpy()).max() <= 1e-4 * float(want.abs().max())
+
+
+@pytest.mark.parametrize(("mcpu", "dtype"), [("sm_90a", "bfloat16"), ("sm_90", "bfloat16"), ("sm_90", "float32")])
+def test_expert_linear(mcpu: str, dtype: str, emulated_gpu: Target, tmp_path: Path) -> None:
+    """As `test_experts`, layer by layer: inputs of a token for all its choices and of each, with biases and without."""
+    rng = np.random.default_rng(1)
+    graphs: dict[str, Graph] = {}
+    for count, chosen, rows, inputs, outputs, index, biased in (
+        (4, 2, 1, 64, 136, "int64", True),
+        (9, 3, 3, 72, 64, "int32", False),
+        (2, 1, 1, 24, 20, "int64", True),
+    ):
+        placed = [
+            placeholder(n, TensorType((symbol("t"), *shape), kind))
+            for n, shape, kind in (("x", (rows, inputs), dtype), ("index", (chosen,), index))
+        ]
+        held = {"w": rng.standard_normal((count, outputs, inputs)), "b": rng.standard_normal((count, outputs))}
+        weights = {
+            n: ArrayStorage((v * inputs**-0.5).astype(numpy_dtype(dtype)))
+            for n, v in held.items()
+            if n == "w" or biased
+        }
+        made = [weight(n, TensorType(s.shape, dtype)) for n, s in weights.items()]
+        graphs[f"e{count}"] = Graph(tuple(placed), (ops.expert_linear(*placed, *made),), weights)
+    run = run_all(graphs, attrs.evolve(emulated_gpu, mcpu=mcpu), tmp_path)
+    for name, graph in graphs.items():
+        x, numbers = (n.tensor for n in graph.inputs)
+        count = graph.weights["w"].shape[0]
+        arrays = {n: w.numpy() for n, w in graph.weights.items()}
+        for tokens in (1, 9, 50, 100, 300) if name == "e4" else (1, 50):
+            given = [
+                rng.standard_normal((tokens, *map(fixed, x.shape[1:]))).astype(numpy_dtype(dtype)),
+                rng.integers(-1, count + 1, (tokens, fixed(numbers.shape[1]))).astype(numbers.dtype),
+            ]
+            (got,), (want,) = run.call(name, given, arrays), interpret(graph, given)
+            assert relative_error(np.asarray(got), want) < (1e-5 if dtype == "float32" else 2e-2), (name, tokens)
+            outside = (given[1] < 0) | (given[1] >= count)
+            assert not np.asarray(got, np.float32)[outside].any()
 
 
 @pytest.mark.parametrize("packed", [True, False])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,14 @@ import pytest
 import torch
 import transformers
 from decoders import DECODERS, VOCABULARY, make
+from transformers.integrations.moe import batched_mm_experts_forward
 
 import jisu
+from jisu.compiler import ops
+from jisu.frontends import huggingface
+from jisu.frontends.to_torch import MEANINGS
 
-FAST = ("llama_tied", "mistral", "mixtral")
+FAST = ("llama_tied", "mistral", "mixtral", "gpt_oss")
 
 
 def parameters() -> list[object]:
@@ -46,6 +51,35 @@ def test_equals_transformers(name: str) -> None:
     with torch.no_grad():
         tokens = model.generate(prompt, max_new_tokens=64, do_sample=False)[0, 20:].tolist()  # type: ignore[operator]
     assert program.generate(prompt.numpy(), max_new_tokens=64, do_sample=False).sequences[0] == tokens
+
+
+class _Experts(torch.nn.Module):
+    """What transformers' `use_experts_implementation` says of experts, of any form."""
+
+    def __init__(self, gate: bool, bias: bool, transposed: bool, normed: bool) -> None:
+        super().__init__()
+        self.has_gate, self.has_bias, self.is_transposed, self.has_post_expert_norm = gate, bias, transposed, normed
+        self.num_experts, self._is_expert_parallel, self.is_concatenated = 5, False, False
+        self.post_expert_norm = torch.nn.LayerNorm(6)
+        self.act_fn = torch.nn.Tanh()
+        for name, rows, columns in (("gate_up_proj" if gate else "up_proj", 8, 6), ("down_proj", 6, 4 if gate else 8)):
+            shape = (5, columns, rows) if transposed else (5, rows, columns)
+            self.register_parameter(name, torch.nn.Parameter(torch.randn(shape)))
+            self.register_parameter(f"{name}_bias", torch.nn.Parameter(torch.randn(5, rows)))
+
+    def _apply_gate(self, both: torch.Tensor) -> torch.Tensor:
+        return both[:, ::2].clamp(max=1) * (both[:, 1::2] + 1)
+
+
+@pytest.mark.parametrize("form", list(itertools.product((False, True), repeat=4)))
+def test_experts_layer_by_layer(form: tuple[bool, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """With gates and without, biases, matrices either way round, norms behind: what transformers computes of them."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(huggingface, "_expert_linear_op", MEANINGS[ops.expert_linear])
+    module, x = _Experts(*form), torch.randn(7, 6)
+    index, scores = torch.randint(0, 5, (7, 3)), torch.rand(7, 3)
+    got = huggingface._experts(module, x, index, scores)
+    torch.testing.assert_close(got, batched_mm_experts_forward(module, x, index, scores))
 
 
 def test_unequal_prompts_equal_single_ones() -> None:
@@ -187,6 +221,7 @@ _INTEGERS = [{"scheme": "int4", "group": 16, "activations": "int8"}, {"layers": 
         ("gpt2", "float32", None, "packed_linear"),
         ("gemma2", "bfloat16", None, "packed_gated_linear"),
         ("mixtral", "float32", None, "packed_experts"),
+        ("gpt_oss", "float32", None, "expert_linear"),
         ("qwen3", "float32", {"quantize": {"scheme": "int4", "group": 16}}, "quantized_linear"),
         ("llama", "bfloat16", {"quantize": {"scheme": "nf4", "group": 16}}, "quantized_linear"),
         ("llama", "float32", {"prune": {"pattern": "2:4"}}, "sparse_linear"),

@@ -178,7 +178,7 @@ def test_codes(scheme: str, group: int, symmetric: bool, launch: Launch, mapped:
 def grouped(launch: Launch, mapped: Map, last: bool, apart: bool, **how: Any) -> None:  # noqa: F811
     """Run a layer of experts; groups of no expert stand between others, and not all are full."""
     mixture = experts.Mixture(3, 2, 128, 192, "bfloat16", "silu", apart=apart)
-    layer, groups, tokens = mixture.layer(last), 5, 150
+    layer, groups, tokens = mixture.choice(last).layer, 5, 150
     rng = np.random.default_rng(0)
     order = np.full((groups, hopper.WIDE.rows), -1, np.int32)
     names = np.array([2, 0, -1, 0, 1], np.int32)
@@ -190,7 +190,7 @@ def grouped(launch: Launch, mapped: Map, last: bool, apart: bool, **how: Any) ->
     w, scores = drawn(1, mixture.count * height, layer.k), drawn(2, tokens * mixture.chosen)
     y = drawn(3, tokens * mixture.chosen, layer.outputs[0])
     want = y.astype(np.float64)
-    kernel = experts.of_groups_hopper(mixture, last, HOPPER)
+    kernel = experts.of_groups_hopper(mixture.choice(last), HOPPER)
     box = mapped(w, hopper.map_of_w(layer, hopper.WIDE, ("step", 0), len(w)))
     launch(kernel, (4,), box, x, order, names, *([scores] if last else []), y, groups, **how)
     for name, pairs in zip(names, order, strict=True):
@@ -491,7 +491,9 @@ def test_the_assembler_serialises_nothing(wide: bool, tmp_path: Path) -> None:
         for gated in (False, True):
             layer = Layer(4096, (4096,), gated=gated, bias=not gated, **form)
             kernels.append(hopper.product_hopper(layer, hopper.tiles_of(layer)[wide], target))
-    kernels.append(experts.of_groups_hopper(experts.Mixture(8, 2, 4096, 14336, "bfloat16", "silu"), wide, target))
+    kernels.append(
+        experts.of_groups_hopper(experts.Mixture(8, 2, 4096, 14336, "bfloat16", "silu").choice(wide), target)
+    )
     for scheme, zeros in LEVELS:
         layer = Levels(4096, (4096,), scheme=scheme, levels=scheme, zeros=zeros)
         kernels.append(levels.many_hopper(layer, hopper.tiles_of(layer)[wide], target))

@@ -109,7 +109,7 @@ def sampled(op: Op) -> list[tuple[list[torch.Tensor | None], dict[str, Any]]]:
 
 
 DIFFERENTIABLE = (
-    ops.linear, ops.gated_linear, ops.conv, ops.rms_norm, ops.layer_norm, ops.rotary, ops.attention, ops.experts, ops.softmax,
+    ops.linear, ops.gated_linear, ops.conv, ops.rms_norm, ops.layer_norm, ops.rotary, ops.attention, ops.experts, ops.expert_linear, ops.softmax,
     ops.take, ops.gather, ops.scatter, ops.expand, ops.sum_, ops.prod, ops.scan, ops.slice_, ops.concat, ops.pad, ops.windows,
 )  # fmt: skip
 

@@ -100,7 +100,16 @@ from jisu.compiler.ops.elementwise import (
     where,
 )
 from jisu.compiler.ops.index import gather, scatter, sort, take
-from jisu.compiler.ops.nn import attention, attention_cached, cache_append, experts, layer_norm, rms_norm, rotary
+from jisu.compiler.ops.nn import (
+    attention,
+    attention_cached,
+    cache_append,
+    expert_linear,
+    experts,
+    layer_norm,
+    rms_norm,
+    rotary,
+)
 from jisu.compiler.ops.quantize import (
     decode_rows,
     dequantize,
@@ -153,7 +162,7 @@ __all__ = [
     "ACTIVATIONS", "ELEMENTWISE", "LOOKUPS", "OPS", "abs_", "acos", "acosh", "add", "all_", "any_", "argmax", "argmin", "asin",
     "asinh", "atan", "atan2", "atanh", "attention", "attention_cached", "bit_and", "bit_not", "bit_or", "bit_xor",
     "broadcast_to", "cache_append", "cast", "ceil", "concat", "conv", "copysign", "cos", "cosh", "decode_rows",
-    "dequantize", "dim_value", "div", "draw", "encode_levels", "encode_rows", "eq", "erf", "exp", "exp2", "expand", "experts",
+    "dequantize", "dim_value", "div", "draw", "encode_levels", "encode_rows", "eq", "erf", "exp", "exp2", "expand", "expert_linear", "experts",
     "expm1", "fake_quantize", "fill_codes", "flip", "floor", "floor_div", "fmod", "gated_linear", "gather", "ge",
     "gelu", "get", "gt", "iota", "isnan", "layer_norm", "le", "levels_linear", "levels_projections", "linear", "log", "log10", "log1p",
     "log2", "logical_and", "logical_not", "logical_or", "logical_xor", "lt", "matmul", "maximum", "minimum", "mul",

@@ -10,7 +10,7 @@ import numpy as np
 from jisu.compiler import rows
 from jisu.compiler.errors import InputError
 from jisu.compiler.graph import defop
-from jisu.compiler.ops.contract import ACTIVATIONS, _activate, _round, _wide
+from jisu.compiler.ops.contract import ACTIVATIONS, _activate, _linear, _round, _wide
 from jisu.compiler.types import TensorType, dim, is_float, is_integer, product, require, same_dim, same_shape
 
 Samples = Iterator[tuple[tuple[str | None, ...], dict[str, Any]]]
@@ -303,6 +303,51 @@ def experts(
     )
     require(activation in ACTIVATIONS, f"unknown activation {activation!r}; known: {', '.join(ACTIVATIONS)}")
     return x
+
+
+def _expert_linear(x: np.ndarray, index: np.ndarray, w: np.ndarray, b: np.ndarray | None) -> np.ndarray:
+    result = np.zeros((*index.shape, w.shape[1]), x.dtype)
+    rows = np.broadcast_to(x, (*index.shape, x.shape[-1]))
+    for place in np.ndindex(index.shape):  # one by one: what a row gives depends on no other
+        e = index[place]
+        if 0 <= e < w.shape[0]:
+            result[place] = _linear(rows[place], w[e], None if b is None else b[e], None, activation="none")
+    return result
+
+
+def _expert_linear_axes(x: TensorType, index: TensorType, w: TensorType, b: TensorType | None = None) -> str:
+    return f"t {'1' if x.shape[1] == 1 else 'k'} c, t k, e n c, {'e n' if b is not None else ''} -> t k n"
+
+
+def _expert_linear_samples() -> Samples:
+    yield ("float32[3, 2, 4]", "int64[3, 2] < 5", "float32[5, 6, 4]", "float32[5, 6]"), {}
+    yield ("float32[3, 1, 4]", "int32[3, 2] < 5", "float32[5, 6, 4]", None), {}
+
+
+def _expert_linear_flops(result: TensorType, x: TensorType, *_: Any, **__: Any) -> Any:
+    return 2 * result.size * x.shape[2]
+
+
+@defop(meaning=_expert_linear, axes=_expert_linear_axes, flops=_expert_linear_flops, samples=_expert_linear_samples)
+def expert_linear(x: TensorType, index: TensorType, w: TensorType, b: TensorType | None = None) -> TensorType:
+    """A linear layer of the experts that tokens choose: x[t, j] @ w[e].T + b[e] with e = index[t, j].
+
+    What `experts` is made of where it isn't the common form: biases, other gates, none, or norms behind it. x [tokens, k, inputs], or
+    [tokens, 1, inputs] for all k choices of a token, index [tokens, k] integers, w [e, outputs, inputs], b [e, outputs]:
+    [tokens, k, outputs]. An index outside 0..e-1 gives zeros.
+    """
+    require(
+        x.rank == w.rank == 3 and is_float(x.dtype), f"needs floats x [t, k, c] and weights [e, n, c], got {x}, {w}"
+    )
+    require(index.rank == 2 and is_integer(index.dtype), f"index must be integers [t, k], got {index}")
+    require(
+        same_dim(x.shape[0], index.shape[0]) and (x.shape[1] == 1 or same_dim(x.shape[1], index.shape[1])),
+        f"{x} and index {index} don't fit",
+    )
+    require(x.dtype == w.dtype and same_dim(x.shape[2], w.shape[2]), f"{x} and weights {w} don't fit")
+    want = TensorType(w.shape[:2], x.dtype)
+    require(b is None or b == want, f"the bias must be {want}, got {b}")
+    return x.with_shape(*index.shape, w.shape[1])
 
 
 # --- The KV cache --------------------------------------------------------------------------------------------------

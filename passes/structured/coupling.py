@@ -175,6 +175,8 @@ class _Walk:
         """(operand, axis) pairs that operand 1 selects from, where it holds numbers of entries."""
         if node.op in (ops.take, ops.gather):
             return ((0, node.axis),)
+        if node.op is ops.expert_linear:
+            return tuple((i, 0) for i in (2, 3) if node.operands[i] is not None)
         return ((3, 0), (4, 0)) if node.op is ops.experts else ()
 
     def by_notation(self, node: Node) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import attrs
 import sympy
 
 from jisu.compiler import ops
@@ -25,6 +26,7 @@ from jisu.targets.cuda.kernels import (
     single_attention,
 )  # fmt: skip
 from jisu.targets.cuda.kernels.attention import QUERIES, Form, attend_token, attend_tokens, sharing
+from jisu.targets.cuda.kernels.layers import Layer
 from jisu.targets.cuda.kernels.tails import Encoding, Tail
 from jisu.targets.cuda.lowering import DeviceCall, DeviceFunction
 from jisu.targets.steps import Argument, Choosers, Kernel
@@ -207,6 +209,95 @@ def _draw(node: Node, target: Target) -> Kernel | None:
     return Kernel(function, tuple(Argument(i) for i in range(6)))
 
 
+@attrs.frozen
+class _Step:
+    """A layer of experts in a kernel's steps: numbers of its tensors."""
+
+    choice: experts.Choice
+    x: int
+    w: int
+    y: int
+    bias: tuple[int, ...] = ()
+    scores: tuple[int, ...] = ()
+
+
+def _through_experts(
+    steps: Sequence[_Step],
+    index: int,
+    scratch: int,
+    tokens: Dim,
+    chosen: int,
+    behind: tuple[DeviceCall, ...],
+    target: Target,
+) -> DeviceFunction | None:
+    """Layers of the same experts one after the other, then `behind`; None where kernels can't read them.
+
+    index: the number of the tensor of experts' numbers. scratch: that of the first of two that begin the function's own memory, behind the results
+    of all steps but the last.
+    """  # fmt: skip
+    first = steps[0].choice
+    count, by = first.count, first.products
+
+    def fits(require: Callable[..., None], *given: Target) -> bool:
+        """Whether a kind of products reads all layers."""
+        with contextlib.suppress(TargetError):
+            for step in steps:
+                require(step.choice.layer, *given)
+            return True
+        return False
+
+    if not fits(by.require):  # rows that don't go into chunks
+        return None
+    pairs = tokens * chosen
+    order, names = scratch, scratch + 1
+    # Few pairs have an expert each, mostly.
+    single = tuple(
+        DeviceCall(
+            experts.single(s.choice, target), (s.choice.layer.tiles(by.outputs), pairs, 1),
+            (s.x, s.w, *s.bias, index, *s.scores, s.y),
+        )
+        for s in steps
+    )  # fmt: skip
+    few = max(1, count // 4 // chosen)
+    variants: list[tuple[tuple[tuple[Dim, int], ...], tuple[DeviceCall, ...]]] = [
+        (((tokens, few),), (*single, *behind))
+    ]
+    forms = [(by.rows[0], False), (by.rows[-1], False)]  # rows of a group, and whether warp groups multiply it
+    if fits(hopper.require_hopper, target):  # the first one that is in the code that a GPU loads
+        forms.append((hopper.WIDE.rows, True))
+    if fits(by.require_many):
+        forms.append((by.tile.rows, False))
+    for rows, by_warp_groups in forms:
+        # Groups are mostly full where experts have about so many pairs.
+        most = () if rows == forms[-1][0] else ((tokens, max(1, count * rows // chosen)),)
+        blocks = ceiling(pairs, rows) + count
+        group = experts.grouped(first, rows, target)
+        calls = [DeviceCall(group, (1, 1, 1), (index, order, names, ("size", pairs), ("size", blocks)))]
+        for s in steps:
+            layer = s.choice.layer
+            numbers = (index,) if s.choice.zeros else ()
+            rest: Arguments = (*s.bias, order, names, *s.scores, *numbers, s.y)
+            if by_warp_groups:
+                kernel = experts.of_groups_hopper(s.choice, target)
+                height = count * layer.outputs[0] * layer.per_weight_row
+                matrices = hopper.map_of_w(layer, hopper.WIDE, ("step", s.w), height)
+                tiles = blocks * layer.tiles(hopper.WIDE.outputs)
+                grid: tuple[Dim, Dim] = (least(tiles, target.cores), 1)
+                arguments: Arguments = (matrices, s.x, *rest, ("size", blocks))
+            else:
+                kernel = experts.of_groups(s.choice, rows, target)
+                tiled = rows == by.tile.rows
+                grid = (blocks, layer.tiles(by.tile.outputs)) if tiled else (layer.tiles(by.outputs), blocks)
+                arguments = (s.x, s.w, *rest)
+            calls.append(DeviceCall(kernel, (*grid, 1), arguments))
+        variants.append((most, (*calls, *behind)))
+    own = ((pairs + (count + 1) * forms[-1][0]) * 4, (ceiling(pairs, by.rows[0]) + count) * 4)
+    between = tuple(
+        pairs * s.choice.layer.outputs[0] * s.choice.layer.number_bytes for s in (steps if behind else steps[:-1])
+    )
+    return DeviceFunction(tuple(variants), (*own, *between))
+
+
 def _experts(node: Node, target: Target) -> Kernel | None:
     x, index, _, up, down = node.operands
     assert x is not None and index is not None and up is not None and down is not None
@@ -222,74 +313,40 @@ def _experts(node: Node, target: Target) -> Kernel | None:
         return None
     count, chosen, hidden, width = map(fixed, sizes)
     how = experts.Mixture(count, chosen, hidden, width, x.dtype, node.activation, index.dtype, apart=not packed)
-    by = how.products
     try:
-        by.require(how.up)
-        by.require(how.down)
         require_activation(node.activation)
-    except TargetError:  # rows that don't go into chunks
+    except TargetError:
         return None
     tokens = x.shape[0]
-    pairs = tokens * how.chosen
-    x_, index_, scores, ups, downs, result, inner, outer, order, names = range(10)  # numbers of the step's tensors
+    x_, index_, scores, ups, downs, result, order, _, inner, outer = range(10)  # numbers of the step's tensors
     blocks_of_sums = -(-how.hidden // (experts.SUMMING * how.per_chunk))
     summed = DeviceCall(experts.summed(how, target), (tokens, blocks_of_sums, 1), (index_, outer, result))
-    # Few pairs have an expert each, mostly.
-    single = (
-        DeviceCall(
-            experts.single(how, False, target), (how.up.tiles(by.outputs), pairs, 1), (x_, ups, index_, inner)
-        ),
-        DeviceCall(
-            experts.single(how, True, target), (how.down.tiles(by.outputs), pairs, 1),
-            (inner, downs, index_, scores, outer),
-        ),
-    )  # fmt: skip
-    few = max(1, how.count // 4 // how.chosen)
-    variants: list[tuple[tuple[tuple[Dim, int], ...], tuple[DeviceCall, ...]]] = [(((tokens, few),), (*single, summed))]
-
-    def fits(require: Callable[..., None], *given: Target) -> bool:
-        """Whether a kind of products reads both layers."""
-        with contextlib.suppress(TargetError):
-            require(how.up, *given)
-            require(how.down, *given)
-            return True
-        return False
-
-    forms = [(by.rows[0], False), (by.rows[-1], False)]  # rows of a group, and whether warp groups multiply it
-    if fits(hopper.require_hopper, target):  # the first one that is in the code that a GPU loads
-        forms.append((hopper.WIDE.rows, True))
-    if fits(by.require_many):
-        forms.append((by.tile.rows, False))
-    for rows, by_warp_groups in forms:
-        # Groups are mostly full where experts have about so many pairs.
-        most = () if rows == forms[-1][0] else ((tokens, max(1, how.count * rows // how.chosen)),)
-        blocks = ceiling(pairs, rows) + how.count
-        group = experts.grouped(how, rows, target)
-        calls = [DeviceCall(group, (1, 1, 1), (index_, order, names, ("size", pairs), ("size", blocks)))]
-        for last, source, weights, rest in ((False, x_, ups, (inner,)), (True, inner, downs, (scores, outer))):
-            layer = how.layer(last)
-            arguments: Arguments = (source, weights, order, names, *rest)
-            if by_warp_groups:
-                kernel = experts.of_groups_hopper(how, last, target)
-                height = how.count * layer.outputs[0] * layer.per_weight_row
-                matrices = hopper.map_of_w(layer, hopper.WIDE, ("step", weights), height)
-                tiles = blocks * layer.tiles(hopper.WIDE.outputs)
-                grid: tuple[Dim, Dim] = (least(tiles, target.cores), 1)
-                arguments = (matrices, source, order, names, *rest, ("size", blocks))
-            else:
-                kernel = experts.of_groups(how, last, rows, target)
-                tiled = rows == by.tile.rows
-                grid = (blocks, layer.tiles(by.tile.outputs)) if tiled else (layer.tiles(by.outputs), blocks)
-            calls.append(DeviceCall(kernel, (*grid, 1), arguments))
-        variants.append((most, (*calls, summed)))
-    most_rows = forms[-1][0]
-    scratch = (
-        pairs * how.inner * how.up.number_bytes,
-        pairs * how.hidden * how.up.number_bytes,
-        (pairs + (how.count + 1) * most_rows) * 4,
-        (ceiling(pairs, by.rows[0]) + how.count) * 4,
+    steps = (
+        _Step(how.choice(False), x_, ups, inner),
+        _Step(how.choice(True), inner, downs, outer, scores=(scores,)),
     )
-    return Kernel(DeviceFunction(tuple(variants), scratch), tuple(Argument(i) for i in range(5)))
+    function = _through_experts(steps, index_, order, tokens, chosen, (summed,), target)
+    return None if function is None else Kernel(function, tuple(Argument(i) for i in range(5)))
+
+
+def _expert_linear(node: Node, target: Target) -> Kernel | None:
+    x, index, w, bias = node.operands
+    assert x is not None and index is not None and w is not None
+    sizes = (*w.shape, index.shape[1])
+    if (
+        x.dtype not in FLOATS
+        or index.dtype not in ("int64", "int32")
+        or not all(isinstance(s, int) and s for s in sizes)
+    ):
+        return None
+    count, outputs, inputs, chosen = map(fixed, sizes)
+    layer = Layer(inputs, (outputs,), x.dtype, bias=bias is not None)
+    choice = experts.Choice(layer, count, chosen if x.shape[1] == 1 else 1, index.dtype, zeros=True)
+    operands = (0, 1, 2, *present(node, 3))
+    result = len(operands)
+    step = _Step(choice, 0, 2, result, bias=tuple(range(3, result)))
+    function = _through_experts((step,), 1, result + 1, x.shape[0], chosen, (), target)
+    return None if function is None else Kernel(function, tuple(Argument(i) for i in operands))
 
 
 TAILED = {**choose_layers.TAILED, ops.attention_cached: _attention_cached}
@@ -300,6 +357,7 @@ CHOOSERS: Choosers = {
     ops.draw: _draw,
     ops.experts: _experts,
     ops.packed_experts: _experts,
+    ops.expert_linear: _expert_linear,
     ops.encode_rows: _encode_rows,
     ops.fake_quantize: _fake_quantize,
     ops.attention: _attention,

@@ -46,7 +46,7 @@ WEIGHTED = frozenset({
     ops.levels_linear, ops.levels_projections, ops.sparse_linear,
 })  # fmt: skip
 """Products of rows, the first operand, with weights."""
-GENERAL = frozenset({ops.matmul, ops.experts, ops.packed_experts, ops.conv})
+GENERAL = frozenset({ops.matmul, ops.experts, ops.packed_experts, ops.expert_linear, ops.conv})
 """Other products: they take the MXUs at their peak for their FLOPs."""
 LOOKED_UP = frozenset({ops.take, ops.gather, *ops.LOOKUPS})
 FEW = {ops.rotary: 4}
@@ -289,7 +289,7 @@ class _Program:
 
     def _general(self, node: Node) -> tuple[Any, ...]:
         count, held = self.number(axes.flops(node)), self._held(node)
-        if node.op in (ops.experts, ops.packed_experts):
+        if node.op in (ops.experts, ops.packed_experts, ops.expert_linear):
             # Of the experts, only those that tokens choose are read.
             index, first = node.operands[1], node.operands[0]
             assert index is not None and first is not None

@@ -448,6 +448,34 @@ def _mixture(
     b.spread((tokens,), product((tokens, index.shape[1], inner, h)) * 6, token)
 
 
+def _expert_linear(b: Builder, pull: Pull, node: Node, targets: Sequence[Flat]) -> None:
+    x, index, w, bias = node.operands
+    assert x is not None and index is not None and w is not None
+    (target,) = targets
+    dtype = compute_dtype(x.dtype)
+    rows, matrix = pull.leaves[x], pull.leaves[w]
+    count, _, depth = w.shape
+    shared = x.shape[1] == 1
+
+    def point(place: list[Expr]) -> None:
+        t, j, n = place
+        e = b.let(tirx.Cast("int64", pull.fresh()(index, [t, j])), "e")
+        inside = tirx.all(e >= i64(0), e < b.dim(count))
+        with b.when(inside):
+            row = b.let(rows.offset([t, i64(0) if shared else j, i64(0)]), "row")
+            own = b.let(matrix.offset([e, n, i64(0)]), "own")
+            value = line_product(
+                b, b.dim(depth), dtype, lambda d: load(b, rows, row + d), lambda d: load(b, matrix, own + d), dtype == "float32"
+            )  # fmt: skip
+            if bias is not None:
+                value = value + load(b, pull.leaves[bias], pull.leaves[bias].offset([e, n]))
+            b.store(target, place, narrow(b, b.let(value), x.dtype))
+        with b.when(tirx.Not(inside)):
+            b.store(target, place, narrow(b, literal(0, dtype), x.dtype))
+
+    b.points(node.shape, node.tensor.size * depth * 2, point)
+
+
 BODIES: Mapping[Op, Callable[[Builder, Pull, Node, Sequence[Flat]], None]] = {
     ops.rms_norm: _norm,
     ops.layer_norm: _norm,
@@ -457,4 +485,5 @@ BODIES: Mapping[Op, Callable[[Builder, Pull, Node, Sequence[Flat]], None]] = {
     ops.cache_append: _cache_append,
     ops.experts: _experts,
     ops.packed_experts: _packed_experts,
+    ops.expert_linear: _expert_linear,
 }

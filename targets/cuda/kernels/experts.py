@@ -50,6 +50,39 @@ _EXACT = Products(
 
 
 @attrs.frozen
+class Choice:
+    """A layer of `count` experts, whose matrices are each a `layer`: every pair goes through the one of its expert.
+
+    per: pairs per row of x. index: the dtype of experts' numbers. scored: whether results are multiplied by scores. zeros: whether a pair whose
+    number is no expert's has zeros as results; else nobody reads what it has. A bias has a row per expert.
+    """
+
+    layer: Layer
+    count: int
+    per: int
+    index: str = "int64"
+    scored: bool = False
+    zeros: bool = False
+
+    @property
+    def products(self) -> Products:
+        """What multiplies it."""
+        return _EXACT if self.layer.dtype == "float32" else _ROUNDED
+
+    @property
+    def name(self) -> str:
+        """What distinguishes its kernels."""
+        return f"{'down' if self.scored else 'each' if self.zeros else 'up'}_{self.layer.name}"
+
+    def names(self, *chosen: str) -> list[str]:
+        """Parameters of kernels: x, the experts' weights and biases, by what rows are found, scores, experts' numbers, y."""
+        also = ["index"] if self.zeros and "index" not in chosen else []
+        return [
+            *("x", "w"), *(["b"] if self.layer.bias else []), *chosen, *(["scores"] if self.scored else []), *also, "y",
+        ]  # fmt: skip
+
+
+@attrs.frozen
 class Mixture:
     """`count` experts, of which each token chooses `chosen`. hidden, inner: the widths of tokens and of experts' channels. index: the dtype
     of experts' numbers. apart: whether an expert's gates stand before its ups, instead of by turns."""
@@ -74,14 +107,11 @@ class Mixture:
         """An expert's last layer."""
         return Layer(self.inner, (self.hidden,), self.dtype)
 
-    def layer(self, down: bool) -> Layer:
-        """One of both."""
-        return self.down if down else self.up
-
-    @property
-    def products(self) -> Products:
-        """What multiplies both."""
-        return _EXACT if self.dtype == "float32" else _ROUNDED
+    def choice(self, down: bool) -> Choice:
+        """One of both, as pairs go through it."""
+        if down:
+            return Choice(self.down, self.count, 1, self.index, scored=True)
+        return Choice(self.up, self.count, self.chosen, self.index)
 
     @property
     def per_chunk(self) -> int:
@@ -91,14 +121,14 @@ class Mixture:
 
 @attrs.frozen(eq=False)
 class _Pairs(Rows):
-    """Rows of a tile that are pairs: `order` has their numbers, -1 where there is none, or is None for a tile of one pair. per: pairs per row of x.
-    most: rows of the tile. scores: what results are multiplied by."""
+    """Rows of a tile that are pairs: `order` has their numbers, -1 where there is none, or is None for a tile of one pair. most: rows of the tile.
+    scores: what results are multiplied by. index: experts' numbers, where a result may be zero for these."""
 
+    choice: Choice
     order: Val | None
-    per: int
     most: int
     scores: Val | None
-    dtype: str
+    index: Val | None
 
     def place(self, number: Val) -> Val:
         f = self.f
@@ -109,83 +139,94 @@ class _Pairs(Rows):
 
     def source(self, number: Val) -> Val:
         pair = self.first if self.order is None else self.f.maximum(self.place(number), 0)
-        return pair / self.per
+        return pair / self.choice.per
 
     def there(self, place: Val) -> Val:
         return place >= 0
 
     @property
     def weighs(self) -> bool:
-        return self.scores is not None
+        return self.scores is not None or self.index is not None
 
     def weighed(self, value: Val, place: Val) -> Val:
-        if self.scores is None:
-            return value
-        return self.f.rounded(value, self.dtype) * self.f.load_f32(self.scores, place, self.dtype, lanes=1)
+        f, dtype = self.f, self.choice.layer.dtype
+        if self.scores is not None:
+            value = f.rounded(value, dtype) * f.load_f32(self.scores, place, dtype, lanes=1)
+        if self.index is not None:
+            inside = _inside(f, self.choice.count, _expert(f, self.choice.index, self.index, place))
+            value = f.select(inside, value, f.const(0.0, "float"))
+        return value
 
 
-def _expert(f: Device, how: Mixture, index: Val, pair: Val) -> Val:
-    """The number of a pair's expert, i64."""
-    loaded = f.load({"int64": "i64", "int32": "i32"}[how.index], f.at(index, pair, how.index))
-    return loaded if how.index == "int64" else f.cast("sext", loaded, "i64")
+def _expert(f: Device, dtype: str, index: Val, pair: Val) -> Val:
+    """The number of a pair's expert, i64. dtype: that of numbers."""
+    loaded = f.load({"int64": "i64", "int32": "i32"}[dtype], f.at(index, pair, dtype))
+    return loaded if dtype == "int64" else f.cast("sext", loaded, "i64")
 
 
-def _inside(f: Device, how: Mixture, expert: Val) -> Val:
+def _inside(f: Device, count: int, expert: Val) -> Val:
     """Whether a number is one of an expert."""
-    return f.op(f"and i1 {(expert >= 0).name}, {(expert < how.count).name}", "i1")
+    return f.op(f"and i1 {(expert >= 0).name}, {(expert < count).name}", "i1")
 
 
-def _part(f: Device, layer: Layer, weights: Val, y: Val, expert: Val, tile: Val, outputs: int) -> Part:
+def _nearest(f: Device, count: int, expert: Val) -> Val:
+    """The number itself, or one of an expert where it isn't."""
+    return f.minimum(f.maximum(expert, 0), count - 1)
+
+
+def _bias(f: Device, layer: Layer, given: Mapping[str, Val], expert: Val) -> Val | None:
+    """Where an expert's bias begins."""
+    return f.at(given["b"], expert * layer.outputs[0], layer.dtype) if layer.bias else None
+
+
+def _part(f: Device, layer: Layer, given: Mapping[str, Val], expert: Val, tile: Val, outputs: int) -> Part:
     """What a block works on: a tile of an expert's matrix."""
     (n,) = layer.outputs
     rows = n * layer.per_weight_row
-    own = f.at(weights, expert * (rows * layer.row_bytes), "i8")
+    own = f.at(given["w"], expert * (rows * layer.row_bytes), "i8")
     ups = f.at(own, n * layer.row_bytes, "i8") if layer.apart else None
-    return Part(own, ups, None, None, None, None, y, f.i64(rows), tile * outputs, f.i64(n), None)
+    bias = _bias(f, layer, given, expert)
+    return Part(own, ups, None, None, None, bias, given["y"], f.i64(rows), tile * outputs, f.i64(n), None)
 
 
-def single(how: Mixture, down: bool, target: Target) -> DeviceKernel:
+def single(choice: Choice, target: Target) -> DeviceKernel:
     """A layer of every pair by itself. Grid: `Layer.tiles(Products.outputs)`, pairs.
 
-    Parameters: x, the experts' weights, experts' numbers, for `down` scores, y. x has a row per token, for `down` one per pair, y one per
-    pair. A pair whose number is no expert's gets some expert's results.
+    Parameters: `Choice.names` by experts' numbers. y has a row per pair.
     """
-    layer, by = how.layer(down), how.products
+    layer, by = choice.layer, choice.products
     by.require(layer)
-    names = ["x", "w", "index", *(["scores"] if down else []), "y"]
-    name = f"expert_{'down' if down else 'up'}_{layer.name}"
-    f = Device(name, [("ptr", n) for n in names], target, by.threads(layer))
+    names = choice.names("index")
+    f = Device(f"expert_{choice.name}", [("ptr", n) for n in names], target, by.threads(layer))
     given = {n: f.memory(p) for n, p in zip(names, f.params(), strict=True)}
     pair = f.block("y")
-    expert = f.minimum(f.maximum(_expert(f, how, given["index"], pair), 0), how.count - 1)
-    own = _Pairs(f, pair, pair, None, 1 if down else how.chosen, 1, given.get("scores"), how.dtype)
-    part = _part(f, layer, given["w"], given["y"], expert, f.block(), by.outputs)
-    by.few(f, layer, by.rows[0], given["x"], part, own)
+    expert = _nearest(f, choice.count, _expert(f, choice.index, given["index"], pair))
+    own = _pairs(f, choice, None, pair, 1, given)
+    by.few(f, layer, by.rows[0], given["x"], _part(f, layer, given, expert, f.block(), by.outputs), own)
     return f.built()
 
 
-def of_groups(how: Mixture, down: bool, rows: int, target: Target) -> DeviceKernel:
+def of_groups(choice: Choice, rows: int, target: Target) -> DeviceKernel:
     """A layer of every group of up to `rows` pairs: one of `Products.rows`, or those of its tile.
 
     Grid: `Layer.tiles(Products.outputs)`, groups; of tiles groups, `Layer.tiles(Products.tile.outputs)`.
 
-    Parameters: x, the experts' weights, the groups' pairs and experts (see `grouped`), for `down` scores, y; rows of x and y as for `single`.
-    Raises TargetError for a layer that it can't read.
+    Parameters: `Choice.names` by the groups' pairs and experts (see `grouped`); rows of x and y as for `single`. Raises TargetError for a layer that
+    it can't read.
     """
-    layer, by = how.layer(down), how.products
+    layer, by = choice.layer, choice.products
     tiled = rows == by.tile.rows
     (by.require_many if tiled else by.require)(layer)
-    names = ["x", "w", "order", "experts", *(["scores"] if down else []), "y"]
-    name = f"experts{rows}_{'down' if down else 'up'}_{layer.name}"
+    names = choice.names("order", "experts")
     threads = by.tile.threads if tiled else by.threads(layer)
-    f = Device(name, [("ptr", n) for n in names], target, threads)
+    f = Device(f"experts{rows}_{choice.name}", [("ptr", n) for n in names], target, threads)
     given = {n: f.memory(p) for n, p in zip(names, f.params(), strict=True)}
     group, tile = (f.block(), f.block("y")) if tiled else (f.block("y"), f.block())
     expert = f.cast("sext", f.load("i32", f.at(given["experts"], group, "int32")), "i64")
-    own = _pairs_of(f, how, down, group, rows, given)
+    own = _pairs(f, choice, given["order"], group * rows, rows, given)
 
     def multiply() -> None:
-        part = _part(f, layer, given["w"], given["y"], expert, tile, by.tile.outputs if tiled else by.outputs)
+        part = _part(f, layer, given, expert, tile, by.tile.outputs if tiled else by.outputs)
         if tiled:
             by.many(f, layer, by.tile, given["x"], part, own)
         else:
@@ -195,24 +236,24 @@ def of_groups(how: Mixture, down: bool, rows: int, target: Target) -> DeviceKern
     return f.built()
 
 
-def _pairs_of(f: Device, how: Mixture, down: bool, group: Val, rows: int, given: Mapping[str, Val]) -> _Pairs:
-    """The pairs of a group, by the kernel's parameters."""
-    per = 1 if down else how.chosen
-    return _Pairs(f, group * rows, group * rows, given["order"], per, rows, given.get("scores"), how.dtype)
+def _pairs(f: Device, choice: Choice, order: Val | None, first: Val, rows: int, given: Mapping[str, Val]) -> _Pairs:
+    """The pairs of a tile of so many rows, by the kernel's parameters."""
+    index = given["index"] if choice.zeros else None
+    return _Pairs(f, first, first, choice, order, rows, given.get("scores"), index)
 
 
-def of_groups_hopper(how: Mixture, down: bool, target: Target) -> DeviceKernel:
+def of_groups_hopper(choice: Choice, target: Target) -> DeviceKernel:
     """`of_groups` of up to `hopper.WIDE.rows` pairs, for sm_90a. Grid: as many blocks as there are tiles (groups times `Layer.tiles(hopper.WIDE.outputs)`) or
     multiprocessors.
 
-    Parameters: all experts' weights as one tensor map, then those of `of_groups` without them, and the number of groups. Raises TargetError for a
-    layer that it can't read.
+    Parameters: all experts' weights as one tensor map, those of `of_groups` without them, and the number of groups. Raises TargetError for a layer that
+    it can't read.
     """
-    layer = how.layer(down)
+    layer = choice.layer
     hopper.require_hopper(layer, target)
-    names = ["w", "x", "order", "experts", *(["scores"] if down else []), "y"]
+    names = ["w", *(n for n in choice.names("order", "experts") if n != "w")]
     kinds = [(MAP if n == "w" else "ptr", n) for n in names] + [("i64", "groups")]
-    f = Device(f"experts_hopper_{'down' if down else 'up'}_{layer.name}", kinds, target, hopper.THREADS)
+    f = Device(f"experts_hopper_{choice.name}", kinds, target, hopper.THREADS)
     *pointers, groups = f.params()
     given = {n: p if n == "w" else f.memory(p) for n, p in zip(names, pointers, strict=True)}
     (n,) = layer.outputs
@@ -223,37 +264,45 @@ def of_groups_hopper(how: Mixture, down: bool, target: Target) -> DeviceKernel:
         own = expert * (n * layer.per_weight_row)
         first = tile * hopper.WIDE.outputs
         part = Part(
-            given["w"], None, None, None, None, None, given["y"], f.i64(n * layer.per_weight_row), first, f.i64(n), None
-        )
+            given["w"], None, None, None, None, _bias(f, layer, given, expert), given["y"], f.i64(n * layer.per_weight_row), first,
+            f.i64(n), None,
+        )  # fmt: skip
         gates = own + (first / 2 if layer.apart else first)
         weights = ((given["w"], gates), *([(given["w"], gates + n)] if layer.apart else []))
-        return hopper.Piece(part, _pairs_of(f, how, down, group, hopper.WIDE.rows, given), weights, expert >= 0)
+        return hopper.Piece(
+            part,
+            _pairs(f, choice, given["order"], group * hopper.WIDE.rows, hopper.WIDE.rows, given),
+            weights,
+            expert >= 0,
+        )
 
     work = hopper.Work(groups * layer.tiles(hopper.WIDE.outputs), piece)
     hopper.multiply_hopper(f, layer, hopper.WIDE, hopper.Gathered(given["x"]), work)
     return f.built()
 
 
-def grouped(how: Mixture, rows: int, target: Target) -> DeviceKernel:
+def grouped(choice: Choice, rows: int, target: Target) -> DeviceKernel:
     """Groups of up to `rows` pairs of one expert. Grid: 1.
 
     Parameters: experts' numbers, the groups' pairs int32[groups, rows] (-1 behind the last of a group), the groups' experts int32[groups] (-1
-    for none), the numbers of pairs and of groups. Pairs of an expert keep their order; those of none are in no group. Each of some
-    threads counts a stretch of the pairs, so that all know where theirs go.
+    for none), the numbers of pairs and of groups. Pairs of an expert keep their order; those of none are in no group, or with `Choice.zeros` in one of
+    some expert. Each of some threads counts a stretch of the pairs, so that all know where theirs go.
     """
     stretches = _GROUPING
-    while stretches > 1 and stretches * how.count * 4 > _COUNTED_BYTES:
+    while stretches > 1 and stretches * choice.count * 4 > _COUNTED_BYTES:
         stretches //= 2
     parameters = [("ptr", n) for n in ("index", "order", "experts")] + [("i64", n) for n in ("pairs", "groups")]
-    f = Device(f"grouped{rows}_{how.count}_{how.index}", parameters, target, _GROUPING)
+    f = Device(
+        f"grouped{rows}_{choice.count}_{choice.index}{'_all' if choice.zeros else ''}", parameters, target, _GROUPING
+    )
     *pointers, pairs, count = f.params()
     index, order, experts = map(f.memory, pointers)
     thread, none = f.thread(), f.const(-1, "i32")
-    counts = f.shared(stretches * how.count * 4)
-    begins = f.shared((how.count + 1) * 4)
+    counts = f.shared(stretches * choice.count * 4)
+    begins = f.shared((choice.count + 1) * 4)
 
     def place(stretch: Val, expert: Val) -> Val:
-        return f.at(counts, stretch * how.count + expert, "int32")
+        return f.at(counts, stretch * choice.count + expert, "int32")
 
     def fill(base: Val, size: Val, value: Val) -> None:
         f.loop(thread, size, _GROUPING, [], lambda i, _: f.store(value, f.at(base, i, "int32")))  # type: ignore[func-returns-value]
@@ -264,8 +313,11 @@ def grouped(how: Mixture, rows: int, target: Target) -> DeviceKernel:
         begin = f.minimum(thread * length, pairs)
 
         def one(pair: Val, _: list[Val]) -> None:
-            expert = _expert(f, how, index, pair)
-            f.when(_inside(f, how, expert), lambda: do(pair, expert))
+            expert = _expert(f, choice.index, index, pair)
+            if choice.zeros:
+                do(pair, _nearest(f, choice.count, expert))
+            else:
+                f.when(_inside(f, choice.count, expert), lambda: do(pair, expert))
 
         end = f.select(thread < stretches, f.minimum(begin + length, pairs), begin)
         f.loop(begin, end, 1, [], one)
@@ -296,7 +348,7 @@ def grouped(how: Mixture, rows: int, target: Target) -> DeviceKernel:
             f.store(total, at)
             return [total]
 
-        f.loop(0, how.count, 1, [f.const(0, "i32")], next_one)
+        f.loop(0, choice.count, 1, [f.const(0, "i32")], next_one)
 
     def begin_of(expert: Val) -> Val:
         return f.cast("sext", f.load("i32", f.at(begins, expert, "int32")), "i64")
@@ -315,17 +367,17 @@ def grouped(how: Mixture, rows: int, target: Target) -> DeviceKernel:
         slot = begin_of(expert) * rows + f.cast("sext", own, "i64")
         f.store(f.cast("trunc", pair, "i32"), f.at(order, slot, "int32"))
 
-    fill(counts, f.i64(stretches * how.count), f.const(0, "i32"))
+    fill(counts, f.i64(stretches * choice.count), f.const(0, "i32"))
     fill(order, count * rows, none)
     fill(experts, count, none)
     f.barrier()
     each(add)
     f.barrier()
-    f.loop(thread, how.count, _GROUPING, [], share)
+    f.loop(thread, choice.count, _GROUPING, [], share)
     f.barrier()
     f.when(thread.cmp("eq", 0), gather)
     f.barrier()
-    f.loop(thread, how.count, _GROUPING, [], name_groups)
+    f.loop(thread, choice.count, _GROUPING, [], name_groups)
     each(put)
     return f.built()
 
@@ -342,7 +394,7 @@ def summed(how: Mixture, target: Target) -> DeviceKernel:
     def add() -> None:
         def one(choice: Val, sums: list[Val]) -> list[Val]:
             pair = token * how.chosen + choice
-            inside = _inside(f, how, _expert(f, how, index, pair))
+            inside = _inside(f, how.count, _expert(f, how.index, index, pair))
             values = f.unpacked(f.load16("<4 x i32>", f.at(x, pair * how.hidden + first, how.dtype)), how.dtype)
             # A result of no expert may be anything.
             return [f.select(inside, s + v, s) for s, v in zip(sums, values, strict=True)]

@@ -210,6 +210,38 @@ def _packed_experts(
     return experts(x, index, scores, gate_up, out, activation=activation)
 
 
+def _expert_linear(x: Value, index: Value, w: Value, b: Value | None) -> Value:
+    """`jisu.compiler.ops.expert_linear`, one choice of a token after the other or one expert after the other, as `experts`."""
+    count, (tokens, chosen), width, shared = w.shape[0], index.shape, w.shape[1], x.shape[1] == 1
+    index, body = index.astype("int32"), x.body
+    given = [x, index, w, *([] if b is None else [b])]
+
+    def layer(rows: Value, e: Value, w: Value, bias: list[Value]) -> Value:
+        """rows [m, c] through expert e, int32 []."""
+        zero = body_of(e)
+        own = [v.dynamic_slice([e, zero], (1, width)) for v in bias]
+        return finish(rows_dot(rows, _looked_up(w, e)), own[0] if own else None, None, "none", rows.dtype)
+
+    def body_of(e: Value) -> Value:
+        return e.body.full(0, (), "int32")
+
+    def one_choice(i: Value, result: Value, x: Value, index: Value, w: Value, *bias: Value) -> list[Value]:
+        t, j, zero = i / chosen, i % chosen, body_of(i)
+        e = index.dynamic_slice([t, j], (1, 1))
+        row = x.dynamic_slice([t, zero if shared else j, zero], (1, 1, x.shape[2])).reshape(1, x.shape[2])
+        out = ((e >= 0) & (e < count)).select(layer(row, e.reshape(), w, list(bias)), 0)
+        return [result.dynamic_update(out.reshape(1, 1, width), [t, j, zero]), x, index, w, *bias]
+
+    def one_expert(e: Value, result: Value, x: Value, index: Value, w: Value, *bias: Value) -> list[Value]:
+        own = layer(x.reshape(tokens * x.shape[1], x.shape[2]), e, w, list(bias)).reshape(tokens, x.shape[1], width)
+        mine = index.equals(e).reshape(tokens, chosen, 1)
+        return [mine.select(own.broadcast(result.shape), result), x, index, w, *bias]
+
+    few = tokens * chosen < count
+    zeros = body.full(0, (tokens, chosen, width), x.dtype)
+    return body.loop(tokens * chosen if few else count, [zeros, *given], one_choice if few else one_expert)[0]
+
+
 EMITTERS: Mapping[Op, Callable[..., Any]] = {
     ops.matmul: plain(matmul),
     ops.linear: plain(linear),
@@ -223,4 +255,5 @@ EMITTERS: Mapping[Op, Callable[..., Any]] = {
     ops.packed_take: plain(_packed_take),
     ops.experts: plain(experts),
     ops.packed_experts: plain(_packed_experts),
+    ops.expert_linear: plain(_expert_linear),
 }
