@@ -41,7 +41,8 @@ class Attention:
     Else all keys are seen. cached: keys lie in a cache [batch, groups, keys, d], where row r holds the newest slot n with n % keys == r; with `page`
     in pages [pages, groups, page, d] behind a table int32 [batch, keys / page]. Else they are [batch, keys, groups, d].
     records: of a cache, bits of the codes (8 or 4) that are in the place of numbers, uint8, with the tails of their records beside them: uint8
-    [batch, keys, groups * 4], or by pages. Codes are [batch, groups / p, keys, p * d * records / 8], p being `beside` (and so are pages).
+    [batch, keys, groups * 4 and zeros to whole lanes], or by pages. Codes are [batch, groups / p, keys, p * d * records / 8], p being `beside`
+    (and so are pages).
     """
 
     batch: int
@@ -79,6 +80,11 @@ class Attention:
         return self.lanes_of(channels) * (self.records or 8) // 8
 
     @property
+    def tails(self) -> int:
+        """Bytes of the tails of a slot's records."""
+        return padded(self.groups * TAIL)
+
+    @property
     def inputs(self) -> tuple[tuple[str, TensorType], ...]:
         """What the kernel takes, by name."""
         b, g, d = self.batch, self.groups, self.d
@@ -94,7 +100,7 @@ class Attention:
         q = ("q", TensorType((b, self.queries, g * self.repeats, d), self.dtype))
         both = (("k", TensorType(held(d), self.stored)), ("v", TensorType(held(self.e), self.stored)))
         slots = (self.pages, self.page) if self.page else (b, self.keys)
-        tails = [(f"{n}_tails", TensorType((*slots, g * TAIL), "uint8")) for n in "kv" if self.records]
+        tails = [(f"{n}_tails", TensorType((*slots, self.tails), "uint8")) for n in "kv" if self.records]
         return (*where, *table, q, *both, *tails)
 
     @property
@@ -392,7 +398,7 @@ def _copied_tails(a: Attention) -> str:
 
 
 def _held_tails(a: Attention) -> str:
-    held = f"pltpu.VMEM((2, PIECES, PIECE, {a.groups * TAIL}), jnp.uint8),"
+    held = f"pltpu.VMEM((2, PIECES, PIECE, {a.tails}), jnp.uint8),"
     return _lines(16, held, held) + "\n" if a.records else ""
 
 
@@ -403,7 +409,7 @@ def _grid(a: Attention) -> str:
     return f'''
 def grid(tails, g):
     """Per head of a block and key, [8, STEP]: scales, and what a level of 0, code {2 ** (a.records - 1)}, stands for."""
-    shape = (32, {a.groups * TAIL})
+    shape = (32, {a.tails})
     row, column = lax.broadcasted_iota(jnp.int32, shape, 0), lax.broadcasted_iota(jnp.int32, shape, 1)
     # Row 8 * i + h is byte i of head h.
     picked = column == {TAIL} * (g * HEADS + (row & 7)) + (row >> 3)
@@ -434,10 +440,7 @@ def _sums_of_queries(a: Attention) -> str:
 def _grids(a: Attention) -> str:
     if not a.records:
         return ""
-    return (
-        _lines(8, *(f"{n}_scale, {n}_zero = grid({n}_tails[slot].reshape(STEP, {a.groups * TAIL}), g)" for n in "kv"))
-        + "\n"
-    )
+    return _lines(8, *(f"{n}_scale, {n}_zero = grid({n}_tails[slot].reshape(STEP, {a.tails}), g)" for n in "kv")) + "\n"
 
 
 _NIBBLES = """

@@ -167,7 +167,7 @@ class _Held:
         whole = TensorType((b, g // self.heads, slots, self.heads * self.wide), cache.dtype)
         if not self.tail:
             return (placeholder(cache.name, whole),)
-        tails = TensorType((b, 1, slots, self.groups * self.tail), cache.dtype)
+        tails = TensorType((b, 1, slots, padded(self.groups * self.tail)), cache.dtype)
         return placeholder(f"{cache.name}.codes", whole), placeholder(f"{cache.name}.tails", tails)
 
     def rows(self, new: Node) -> tuple[Node, ...]:
@@ -177,7 +177,8 @@ class _Held:
         found = _reshaped(found, b, chunk, g // self.heads, self.heads * self.wide)
         if not self.tail:
             return (found,)
-        return found, _reshaped(_columns(new, self.width, size), b, chunk, 1, self.groups * self.tail)
+        tails = _reshaped(_columns(new, self.width, size), b, chunk, 1, self.groups * self.tail)
+        return found, _widened(tails, padded(self.groups * self.tail))
 
     def whole(self, stored: tuple[Node, ...], width: int) -> Node:
         """[b, g, rows, width], or their records, of what is stored."""
@@ -187,7 +188,8 @@ class _Held:
             apart = _reshaped(found, b, self.groups // self.heads, slots, self.heads, self.wide)
             found = _reshaped(ops.transpose(apart, perm=(0, 1, 3, 2, 4)), b, self.groups, slots, self.wide)
         found = _columns(found, 0, width)
-        single = (ops.transpose(_reshaped(t, b, slots, self.groups, self.tail), perm=(0, 2, 1, 3)) for t in tails)
+        each = (_columns(t, 0, self.groups * self.tail) for t in tails)
+        single = (ops.transpose(_reshaped(t, b, slots, self.groups, self.tail), perm=(0, 2, 1, 3)) for t in each)
         return ops.concat(found, *single, axis=3) if tails else found
 
 
@@ -199,7 +201,7 @@ def _caches(graph: Graph, chip: Chip, sizes: Mapping[str, int]) -> Graph:
     other heads' channels are, and of each result those of the own head are taken. So no kernel has to know of it, and nothing is multiplied that
     wasn't before, as a matrix unit has 128 rows and columns.
 
-    Those of records [b, g, rows, n + 4] become their codes [b, g / p, rows, p * n] and tails [b, 1, rows, g * 4], and the kernel puts queries
+    Those of records [b, g, rows, n + 4] become their codes [b, g / p, rows, p * n] and tails [b, 1, rows, g * 4 and zeros], and the kernel puts queries
     into their lanes, for each head's scores have scales of their own. Tensors lie in whole lanes: n + 4 bytes of 128 channels would take 256, as
     many as numbers in bfloat16 do, and tails of single rows 128.
 
