@@ -522,7 +522,7 @@ def test_records_in_programs(page: int, keys: int, length: int, scheme: str) -> 
         for value, whole in zip(state, want[1:], strict=True):
             np.testing.assert_array_equal(value, whole)
     text = emit(laid, {}, kernels.chooser(V5E, smallest=0))
-    assert text.count("@tpu_custom_call") == laid_out
+    assert text.count("@tpu_custom_call") == laid_out and ("_apart" in text) == laid_out
     assert [i.name for i in laid.inputs][-2 - 2 * laid_out :] == (
         ["k.cache.codes", "k.cache.tails", "v.cache.codes", "v.cache.tails"] if laid_out else ["k.cache", "v.cache"]
     )
