@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -267,19 +269,32 @@ def draw_inputs(a: Attention, seed: int = 0) -> list[np.ndarray]:
     return found
 
 
-def apart(records: np.ndarray, heads: int = 1) -> tuple[np.ndarray, np.ndarray]:
-    """Codes [b, g / heads, rows, heads * n] and tails [b, rows, g * 4] of records [b, g, rows, n + 4]."""
+def in_lanes(rows: np.ndarray, heads: int, wide: int) -> np.ndarray:
+    """[b, g / heads, slots, heads * wide] of [b, g, slots, n]: heads beside each other, zeros behind each."""
+    b, g, slots, n = rows.shape
+    rows = np.concatenate([rows, np.zeros((b, g, slots, wide - n), rows.dtype)], -1)
+    return rows.reshape(b, g // heads, heads, slots, wide).swapaxes(2, 3).reshape(b, g // heads, slots, -1)
+
+
+def out_of_lanes(rows: np.ndarray, g: int, n: int) -> np.ndarray:
+    """What `in_lanes` was given."""
+    b, count, slots, _ = rows.shape
+    return rows.reshape(b, count, slots, g // count, -1).swapaxes(2, 3).reshape(b, g, slots, -1)[..., :n]
+
+
+def apart(records: np.ndarray, heads: int, wide: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Codes as `in_lanes` says, and tails [b, rows, g * 4 and zeros] of records [b, g, rows, n + 4]."""
     b, g, slots, size = records.shape
     codes, tails = np.split(records, [size - TAIL], axis=-1)
-    beside = codes.reshape(b, g // heads, heads, slots, size - TAIL).swapaxes(2, 3).reshape(b, g // heads, slots, -1)
-    return beside, tails.swapaxes(1, 2).reshape(b, slots, g * TAIL)
+    single = in_lanes(tails.swapaxes(1, 2).reshape(b, 1, slots, g * TAIL), 1, attention.padded(g * TAIL))
+    return in_lanes(codes, heads, wide or size - TAIL), single[:, 0]
 
 
-def records_of(codes: np.ndarray, tails: np.ndarray) -> np.ndarray:
-    """What `apart` took apart."""
-    (b, rows, slots, _), g = codes.shape, tails.shape[-1] // TAIL
-    single = codes.reshape(b, rows, slots, g // rows, -1).swapaxes(2, 3).reshape(b, g, slots, -1)
-    return np.concatenate([single, tails.reshape(b, slots, g, TAIL).swapaxes(1, 2)], -1)
+def records_of(codes: np.ndarray, tails: np.ndarray, g: int, n: int) -> np.ndarray:
+    """What `apart` took apart, of n bytes of codes."""
+    b, slots, _ = tails.shape
+    single = tails[..., : g * TAIL].reshape(b, slots, g, TAIL).swapaxes(1, 2)
+    return np.concatenate([out_of_lanes(codes, g, n), single], -1)
 
 
 def meaning(a: Attention, arrays: Sequence[np.ndarray]) -> np.ndarray:
@@ -287,7 +302,8 @@ def meaning(a: Attention, arrays: Sequence[np.ndarray]) -> np.ndarray:
     given = dict(zip([name for name, _ in a.inputs], arrays, strict=True))
     q, k, v = given["q"], given["k"], given["v"]
     if a.records:
-        k, v = (records_of(given[n], given[f"{n}_tails"]) for n in "kv")
+        sizes = (n * a.records // 8 for n in (a.d, a.e))
+        k, v = (records_of(given[n], given[f"{n}_tails"], a.groups, size) for n, size in zip("kv", sizes, strict=True))
     how: dict[str, Any] = {"scale": a.scale, "window": a.window, "softcap": a.softcap}
     attend, cached = ops.attention.meaning, ops.attention_cached.meaning
     assert attend is not None and cached is not None
@@ -349,6 +365,8 @@ EXAMPLES = [
     Attention(1, 12, 4, 1, 128, 64, 768, 0.1, cached=True, softcap=20.0, records=4),
     Attention(2, 90, 4, 2, 64, 64, 128, 0.1, cached=True, window=30, records=4),
     Attention(1, 1, 3, 2, 256, 96, 64, 0.1, cached=True, records=4),
+    Attention(1, 1, 12, 1, 64, 64, 64, 0.1, cached=True, records=4),
+    Attention(2, 1, 4, 2, 64, 32, 64, 0.1, cached=True, page=32, pages=5, records=8),
     Attention(1, 20, 2, 2, 64, 32, 60, 0.1, window=15, dtype="float32"),
     Attention(2, 1, 2, 4, 64, 64, 64, 0.1, cached=True, page=8, pages=20, dtype="float32"),
 ]
@@ -489,7 +507,7 @@ def test_records_in_programs(page: int, keys: int, length: int, scheme: str) -> 
     *numbers, first, second = arrays
     split = []
     for cache in (first, second):
-        codes, tails = apart(cache, 2 if scheme == "int4" else 1)
+        codes, tails = apart(cache, 2, 64)
         split += [codes, tails[:, None]]
     want = interpret(graph, [*numbers, *where, first, second])
     laid_out = page != 16
@@ -498,14 +516,56 @@ def test_records_in_programs(page: int, keys: int, length: int, scheme: str) -> 
         seen, *state = (np.asarray(v) for v in values)
         assert_close(seen, want[0])
         if laid_out:
-            state = [records_of(c, t[:, 0]) for c, t in zip(state[::2], state[1::2], strict=True)]
+            sizes = (c.shape[-1] - TAIL for c in (first, second))
+            parts = zip(state[::2], state[1::2], sizes, strict=True)
+            state = [records_of(c, t[:, 0], 2, size) for c, t, size in parts]
         for value, whole in zip(state, want[1:], strict=True):
             np.testing.assert_array_equal(value, whole)
     text = emit(laid, {}, kernels.chooser(V5E, smallest=0))
-    assert text.count("@tpu_custom_call") == laid_out
+    assert text.count("@tpu_custom_call") == laid_out and ("_apart" in text) == laid_out
     assert [i.name for i in laid.inputs][-2 - 2 * laid_out :] == (
         ["k.cache.codes", "k.cache.tails", "v.cache.codes", "v.cache.tails"] if laid_out else ["k.cache", "v.cache"]
     )
+
+
+@pytest.mark.parametrize(
+    ("groups", "d", "e", "page", "length", "heads", "wide"),
+    [
+        (4, 64, 64, 0, 40, 2, (64, 64)),
+        (4, 64, 64, 16, 40, 2, (64, 64)),
+        (2, 64, 32, 0, 150, 2, (64, 64)),  # a ring
+        (3, 64, 64, 0, 40, 1, (128, 128)),
+        (2, 80, 96, 16, 40, 1, (128, 128)),
+        (4, 64, 128, 0, 40, 1, (128, 128)),
+    ],
+)
+def test_caches_of_floats_fill_the_lanes(
+    groups: int, d: int, e: int, page: int, length: int, heads: int, wide: tuple[int, int]
+) -> None:
+    """Caches hold what they did, several heads in a row or zeros behind one, and attention gives what it gave."""
+    rng, keys, repeats = np.random.default_rng(0), 96, 2
+    q, new = tensor("q", 2, 3, groups * repeats, d), [tensor(n, 2, 3, groups, s) for n, s in (("k", d), ("v", e))]
+    lead = (2 * keys // page + 1, groups, page) if page else (2, groups, keys)
+    caches = [tensor(f"{n.name}.cache", *lead, size) for n, size in zip(new, (d, e), strict=True)]
+    at, start = tensor("length", 1, dtype="int64"), tensor("start", 2, dtype="int64")
+    table = tensor("table", 2, keys // page, dtype="int32") if page else None
+    k, v = (ops.cache_append(c, n, at, table, ring=not page) for c, n in zip(caches, new, strict=True))
+    seen = ops.attention_cached(q, k, v, at, start, table, scale=0.1, window=20)
+    graph = Graph((q, *new, at, start, *([] if table is None else [table]), *caches), (seen, k, v))
+    laid = lay_out(graph, V5E)
+    assert [i.shape[1::2] for i in laid.inputs[-2:]] == [(groups // heads, heads * w) for w in wide]
+    numbers = [rng.standard_normal(tuple(map(fixed, n.shape))).astype(bfloat16) for n in (q, *new, *caches)]
+    where = [np.array([length]), np.array([0, 5])]
+    where += [rng.permutation(2 * keys // page)[: 2 * (keys // page)].reshape(2, -1).astype(np.int32)] if page else []
+    want = interpret(graph, [*numbers[:3], *where, *numbers[3:]])
+    held = [in_lanes(c, heads, w) for c, w in zip(numbers[3:], wide, strict=True)]
+    given = [*numbers[:3], *where, *held]
+    for values in (interpret(laid, given), run(laid, given)[0]):
+        got, *state = (np.asarray(value) for value in values)
+        assert_close(got, want[0])
+        for value, whole, size in zip(state, want[1:], (d, e), strict=True):
+            np.testing.assert_array_equal(out_of_lanes(value, groups, size), whole)
+    assert emit(laid, {}, kernels.chooser(V5E, smallest=0)).count("@tpu_custom_call") == 1
 
 
 def test_records_of_small_floats_stay_whole() -> None:
@@ -554,12 +614,12 @@ def decoder(layout: CacheLayout | None = None, integers: bool = False) -> Step:
 
 
 def floats(results: Sequence[Any]) -> list[np.ndarray]:
-    """Results of a step, caches of records decoded."""
+    """Results of a step, caches of records of two key heads decoded."""
     arrays = [np.asarray(r) for r in results]
     if all(a.dtype != np.uint8 for a in arrays):
         return arrays
     pairs = zip(arrays[1::2], arrays[2::2], strict=True)
-    return [arrays[0], *(decode(records_of(c, t[:, 0]), "int8") for c, t in pairs)]
+    return [arrays[0], *(decode(records_of(c, t[:, 0], 2, 16), "int8") for c, t in pairs)]
 
 
 def bucket(step: Step, rows: int, capacity: int, page: int = 16) -> dict[str, int]:
@@ -628,6 +688,39 @@ def test_models_with_kernels_compile_for_chips(chip: Chip, page: int, integers: 
         assert made.hlo.count("tpu_custom_call") >= 6 and made.memory["code"] > 0
 
 
+def copied(hlo: str) -> list[str]:
+    """What libtpu's program brings from one layout into another, of a MiB and more: in HBM, and in VMEM, where it keeps what is small."""
+    found = re.findall(r"= (\w+\[[\d,]+\])\S* (?:copy|transpose)\(", hlo)
+    return [t for t in found if math.prod(map(int, re.findall(r"\d+", t.partition("[")[2]))) >= 1 << 20]
+
+
+def over_cache(scheme: str, page: int, groups: int, d: int, batch: int = 4, keys: int = 4096) -> Graph:
+    """A step of attention alone, its caches appended to."""
+    q, new = tensor("q", batch, 1, 16, d), [tensor(n, batch, 1, groups, d) for n in "kv"]
+    lead = (batch * keys // page, groups, page) if page else (batch, groups, keys)
+    kind = ("bfloat16", d) if scheme == "none" else ("uint8", record_bytes(scheme, d))
+    caches = [tensor(f"{n.name}.cache", *lead, kind[1], dtype=kind[0]) for n in new]
+    length, start = tensor("length", 1, dtype="int64"), tensor("start", batch, dtype="int64")
+    table = tensor("table", batch, keys // page, dtype="int32") if page else None
+    rows = new if scheme == "none" else [ops.encode_rows(n, scheme=scheme) for n in new]
+    k, v = (ops.cache_append(c, n, length, table) for c, n in zip(caches, rows, strict=True))
+    seen = ops.attention_cached(q, k, v, length, start, table, scale=0.1, scheme=scheme)
+    return lay_out(Graph((q, *new, length, start, *([] if table is None else [table]), *caches), (seen, k, v)), V5E)
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize("d", [64, 80, 128])
+@pytest.mark.parametrize("page", [0, 64])
+@pytest.mark.parametrize("scheme", ["none", "int8", "int4"])
+def test_no_cache_is_copied(scheme: str, page: int, d: int) -> None:
+    """Of heads that don't fill the lanes neither, and not the tails of records."""
+    graph = over_cache(scheme, page, 8, d)
+    made = export.compile_for("v5e", emit(graph, {}, kernels.chooser(V5E)), signature(graph, {}))
+    assert made.hlo.count('custom_call_target="tpu_custom_call"') == 1
+    assert copied(made.hlo) == []
+
+
 def large_layer(batch: int, narrow: bool) -> Graph:
     """Decoding in a layer of 8 billion weights' model: laid out weights, a paged cache that is updated in place; narrow: both of int8."""
     heads, groups, d, page, pages = 32, 8, 128, 64, 32
@@ -678,4 +771,4 @@ def test_no_weight_or_cache_is_copied(chip: Chip, narrow: bool) -> None:
     graph = large_layer(8, narrow)
     made = export.compile_for(chip.short, emit(graph, {}, kernels.chooser(chip)), signature(graph, {}))
     assert made.hlo.count('custom_call_target="tpu_custom_call"') == 7
-    assert made.memory["temporary"] <= 1 << 20
+    assert made.memory["temporary"] <= 1 << 20 and copied(made.hlo) == []

@@ -22,6 +22,7 @@ from jisu.commands.explain import _show_simulated
 from jisu.compiler import ops
 from jisu.compiler.errors import CompileError, TargetError
 from jisu.compiler.graph import Graph, Node, placeholder, weight
+from jisu.compiler.rows import record_bytes
 from jisu.compiler.text import parse
 from jisu.compiler.types import TensorType, symbol
 from jisu.targets.tpu.chip import Chip
@@ -420,6 +421,29 @@ def test_a_window_bounds_what_is_read() -> None:
     text = str(decoder(layers=1)).replace("window=0", "window=128")
     found = simulated(parse(text), {"sequence": 1, "capacity": 4097}, V5E, cached=4096)
     assert found.kv_read == 127 * 2 * 2 * 128 * 2
+
+
+@pytest.mark.parametrize(
+    ("scheme", "d", "beyond"),
+    [
+        ("none", 64, 0),
+        ("none", 80, 4 * 48 * 2),
+        ("none", 128, 0),
+        ("int8", 64, 128 - 4 * 4),
+        ("int8", 80, 4 * 48 + 128 - 4 * 4),
+    ],
+)
+def test_lanes_of_a_cache_that_hold_nothing_are_read(scheme: str, d: int, beyond: int) -> None:
+    """beyond: bytes that keys of four heads take in a slot, besides their own."""
+    q, length = placeholder("q", TensorType((1, 1, 8, d), "bfloat16")), placeholder("length", TensorType((1,), "int64"))
+    kind = ("bfloat16", d) if scheme == "none" else ("uint8", record_bytes(scheme, d))
+    caches = [placeholder(n, TensorType((1, 4, 1024, kind[1]), kind[0])) for n in "kv"]
+    start = placeholder("start", TensorType((1,), "int64"))
+    graph = Graph(
+        (q, *caches, length, start), (ops.attention_cached(q, *caches, length, start, scale=0.1, scheme=scheme),)
+    )
+    found = simulated(graph, {}, V5E, cached=1000)
+    assert found.hbm_bytes - found.least_bytes == 2 * 1000 * beyond
 
 
 def test_large_results_go_through_hbm() -> None:

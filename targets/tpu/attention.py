@@ -11,8 +11,11 @@ Queries that share keys are rows of one block: a decode step with 8 queries per 
 
 A cache may hold records (`jisu.compiler.rows`) in two arrays: codes, and the scales and offsets of all key heads of a slot side by side, as rows
 of one array would take twice the lanes. Codes are multiplied as they are, exactly; a key's scale and offset then apply to its score, a value's
-to its weight. Of codes of 4 bits, whose rows of d / 2 bytes would not fill the lanes either, a row holds those of several key heads. It is
+to its weight. Where a head's codes don't fill the lanes, a row holds those of several key heads. It is
 multiplied whole: queries have zeros where other heads' codes are, and of the sums of values those of the own head are taken.
+
+Caches have rows of whole lanes (`layout.lay_out`): XLA stores an array whose last axis is shorter the other way around, with its rows behind each
+other in the lanes, and would copy the whole of it before each call of a kernel.
 """
 
 from __future__ import annotations
@@ -38,7 +41,8 @@ class Attention:
     Else all keys are seen. cached: keys lie in a cache [batch, groups, keys, d], where row r holds the newest slot n with n % keys == r; with `page`
     in pages [pages, groups, page, d] behind a table int32 [batch, keys / page]. Else they are [batch, keys, groups, d].
     records: of a cache, bits of the codes (8 or 4) that are in the place of numbers, uint8, with the tails of their records beside them: uint8
-    [batch, keys, groups * 4], or by pages. Codes of 4 bits are [batch, groups / p, keys, p * d / 2], p being `beside` (and so are pages).
+    [batch, keys, groups * 4 and zeros to whole lanes], or by pages. Codes are [batch, groups / p, keys, p * d * records / 8], p being `beside`
+    (and so are pages).
     """
 
     batch: int
@@ -65,11 +69,20 @@ class Attention:
 
     def heads_of(self, channels: int) -> int:
         """Key heads whose codes lie in one row, of keys or values of so many channels."""
-        return beside(self.groups, channels) if self.records == 4 else 1
+        return beside(self.groups, channels * self.records // 8) if self.records else 1
 
     def lanes_of(self, channels: int) -> int:
         """What such a row has of numbers."""
         return self.heads_of(channels) * channels
+
+    def width_of(self, channels: int) -> int:
+        """What it has of elements: numbers, or bytes of codes."""
+        return self.lanes_of(channels) * (self.records or 8) // 8
+
+    @property
+    def tails(self) -> int:
+        """Bytes of the tails of a slot's records."""
+        return padded(self.groups * TAIL)
 
     @property
     def inputs(self) -> tuple[tuple[str, TensorType], ...]:
@@ -77,8 +90,7 @@ class Attention:
         b, g, d = self.batch, self.groups, self.d
 
         def held(channels: int) -> tuple[int, ...]:
-            heads = g // self.heads_of(channels)
-            width = self.lanes_of(channels) // 2 if self.records == 4 else channels
+            heads, width = g // self.heads_of(channels), self.width_of(channels)
             if self.page:
                 return self.pages, heads, self.page, width
             return (b, heads, self.keys, width) if self.cached else (b, self.keys, heads, width)
@@ -88,7 +100,7 @@ class Attention:
         q = ("q", TensorType((b, self.queries, g * self.repeats, d), self.dtype))
         both = (("k", TensorType(held(d), self.stored)), ("v", TensorType(held(self.e), self.stored)))
         slots = (self.pages, self.page) if self.page else (b, self.keys)
-        tails = [(f"{n}_tails", TensorType((*slots, g * TAIL), "uint8")) for n in "kv" if self.records]
+        tails = [(f"{n}_tails", TensorType((*slots, self.tails), "uint8")) for n in "kv" if self.records]
         return (*where, *table, q, *both, *tails)
 
     @property
@@ -97,9 +109,14 @@ class Attention:
         return TensorType((self.batch, self.queries, self.groups * self.repeats, self.e), self.dtype)
 
 
-def beside(groups: int, channels: int) -> int:
-    """How many key heads' codes of 4 bits, of so many channels, lie side by side in a row: as many as fill its lanes."""
-    return max(n for n in (1, 2, 4, 8) if groups % n == 0 and (n == 1 or n * channels // 2 <= _LANES))
+def beside(groups: int, width: int) -> int:
+    """How many key heads' elements, so many each, lie side by side in a cache's row: as many as fill its lanes."""
+    return max(n for n in (1, 2, 4, 8) if groups % n == 0 and (n == 1 or n * width <= _LANES))
+
+
+def padded(width: int, heads: int = 1) -> int:
+    """Elements that a key head takes in rows of whole lanes that so many share."""
+    return round_up(width, _LANES // heads)
 
 
 @attrs.frozen
@@ -123,7 +140,8 @@ def choose_blocks(a: Attention, chip: Chip) -> Blocks:
     rows = a.queries * a.repeats
     tile = min(round_up(rows, chip.sublane_tile(a.dtype)), _ROWS)
     whole_rows = max(a.heads_of(a.d), a.heads_of(a.e))
-    heads = whole_rows if rows > _ROWS // 4 else max(n for n in range(1, _HEADS + 1) if a.groups % n == 0)
+    counts = range(whole_rows, _HEADS + 1, whole_rows)
+    heads = whole_rows if rows > _ROWS // 4 else max(n for n in counts if a.groups % n == 0)
     if not a.cached:
         piece = min(round_up(a.keys, chip.lanes), _KEYS)
         return Blocks(tile, round_up(rows, tile), heads, piece, 1, round_up(a.keys, piece))
@@ -159,8 +177,7 @@ def source(a: Attention, chip: Chip, blocks: Blocks | None = None) -> str:
     in_pages = f" in {n.pieces} pages" if a.page else ""
 
     def packed(channels: int) -> str:
-        width = a.lanes_of(channels) // 2 if a.records == 4 else channels
-        return f"(2, {n.pieces}, {n.heads // a.heads_of(channels)}, {n.piece}, {width})"
+        return f"(2, {n.pieces}, {n.heads // a.heads_of(channels)}, {n.piece}, {a.width_of(channels)})"
 
     more = ("k_tails", "v_tails") if a.records else ()
     hbm, vmem = ("".join(f", {name}{suffix}" for name in more) for suffix in ("_hbm", ""))
@@ -381,7 +398,7 @@ def _copied_tails(a: Attention) -> str:
 
 
 def _held_tails(a: Attention) -> str:
-    held = f"pltpu.VMEM((2, PIECES, PIECE, {a.groups * TAIL}), jnp.uint8),"
+    held = f"pltpu.VMEM((2, PIECES, PIECE, {a.tails}), jnp.uint8),"
     return _lines(16, held, held) + "\n" if a.records else ""
 
 
@@ -392,7 +409,7 @@ def _grid(a: Attention) -> str:
     return f'''
 def grid(tails, g):
     """Per head of a block and key, [8, STEP]: scales, and what a level of 0, code {2 ** (a.records - 1)}, stands for."""
-    shape = (32, {a.groups * TAIL})
+    shape = (32, {a.tails})
     row, column = lax.broadcasted_iota(jnp.int32, shape, 0), lax.broadcasted_iota(jnp.int32, shape, 1)
     # Row 8 * i + h is byte i of head h.
     picked = column == {TAIL} * (g * HEADS + (row & 7)) + (row >> 3)
@@ -423,10 +440,7 @@ def _sums_of_queries(a: Attention) -> str:
 def _grids(a: Attention) -> str:
     if not a.records:
         return ""
-    return (
-        _lines(8, *(f"{n}_scale, {n}_zero = grid({n}_tails[slot].reshape(STEP, {a.groups * TAIL}), g)" for n in "kv"))
-        + "\n"
-    )
+    return _lines(8, *(f"{n}_scale, {n}_zero = grid({n}_tails[slot].reshape(STEP, {a.tails}), g)" for n in "kv")) + "\n"
 
 
 _NIBBLES = """
@@ -436,31 +450,28 @@ _NIBBLES = """
 def _numbers(a: Attention) -> str:
     lines = []
     for name, tile, width, channels in (("k", "keys", "D", a.d), ("v", "values", "E", a.e)):
-        if a.records == 4:
-            heads = a.heads_of(channels)
-            again = f" if h % {heads} == 0 else {name}" if heads > 1 else ""
-            row = f"h // {heads}" if heads > 1 else "h"
-            lines.append(f"{name} = levels({tile}[slot, :, {row}].reshape(STEP, {width} // 2)){again}")
-        else:
-            text = f"{tile}[slot, :, h].reshape(STEP, {width})"
-            lines.append(f"{name} = levels({text})" if a.records else f"{name} = {text}")
+        heads = a.heads_of(channels)
+        again = f" if h % {heads} == 0 else {name}" if heads > 1 else ""
+        row = f"h // {heads}" if heads > 1 else "h"
+        text = f"{tile}[slot, :, {row}].reshape(STEP, {width}{' // 2' if a.records == 4 else ''})"
+        lines.append(f"{name} = levels({text}){again}" if a.records else f"{name} = {text}")
     return _lines(12, *lines)
 
 
 def _shared(a: Attention) -> str:
-    return ", those of several heads where their codes share a row" if a.records == 4 else ""
+    return ", those of several heads where their codes share a row" if a.records else ""
 
 
 def _spread_queries(a: Attention) -> str:
     """Queries with zeros in the lanes of other heads' codes."""
-    heads = a.heads_of(a.d)
+    heads, halves = a.heads_of(a.d), 8 // (a.records or 8)
     if heads == 1:
         return ""
     return (
         _lines(
             4,
-            "# A row of codes holds the lower halves of its heads' channels, then the upper ones.",
-            f"q = q.reshape(BATCH, GROUPS // {heads}, {heads}, QUERIES * REPEATS, 2, 1, {a.d // 2})",
+            "# A row of codes holds those of its heads one after the other; of two in a byte the lower ones first, then the upper ones.",
+            f"q = q.reshape(BATCH, GROUPS // {heads}, {heads}, QUERIES * REPEATS, {halves}, 1, {a.d // halves})",
             f"own = jnp.eye({heads}, dtype=bool).reshape(1, 1, {heads}, 1, 1, {heads}, 1)",
             "q = jnp.where(own, q, 0).reshape(BATCH, GROUPS, QUERIES * REPEATS, D)",
         )
@@ -470,13 +481,13 @@ def _spread_queries(a: Attention) -> str:
 
 def _own_values(a: Attention) -> str:
     """Of the sums of all values of a row, those of the own head."""
-    heads = a.heads_of(a.e)
+    heads, halves = a.heads_of(a.e), 8 // (a.records or 8)
     if heads == 1:
         return ""
     return (
         _lines(
             4,
-            f"result = result.reshape(BATCH, GROUPS // {heads}, {heads}, QUERIES * REPEATS, 2, {heads}, {a.e // 2})",
+            f"result = result.reshape(BATCH, GROUPS // {heads}, {heads}, QUERIES * REPEATS, {halves}, {heads}, {a.e // halves})",
             f"result = jnp.stack([result[:, :, i, :, :, i] for i in range({heads})], axis=2)",
         )
         + "\n"

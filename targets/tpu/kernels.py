@@ -367,22 +367,66 @@ def _attention(chip: Chip, node: Node, sizes: Mapping[str, int], smallest: int, 
     except CompileError:  # rows that aren't whole tiles: StableHLO reads such a cache
         return None
     name = _attention_name(spec, chip)
-    shown = [(f"o{i}", o.tensor.at(sizes)) for i, o in enumerate(node.operands) if o is not None]
+    taken = [o for o in node.operands if o is not None]
+    apart = [_stored(o, spec.heads_of(n)) for o, n in zip(taken[1:3], (d, values), strict=True)] if records else []
+    laid_out = bool(records) and all(apart)
+    if laid_out:
+        name += "_apart"
+        taken[1:3] = [part for both in apart if both for part in both]
+    shown = [(f"o{i}", o.tensor.at(sizes)) for i, o in enumerate(taken)]
 
     def compute(*given: Value) -> list[Value]:
         body = given[0].body
         if not cached:
             where = [body.full(keys - queries, (batch,), "int32"), body.full(0, (batch,), "int32")]
             return [part.call(body, f"{name}.pallas", *where, *given)]
-        length, start = (v.astype("int32") for v in given[3:5])
-        pages = [given[5].maximum(0).minimum(spec.pages - 1)] if page else []
-        both = list(zip(given[1:3], (d, values), strict=True))
-        tails = [v.part(3, v.shape[3] - TAIL, v.shape[3]).transpose(0, 2, 1, 3) for v, _ in both if records]
-        flat = [t.reshape(*t.shape[:2], groups * TAIL) for t in tails]
-        numbers = [_side_by_side(v.part(3, 0, v.shape[3] - TAIL) if records else v, spec.heads_of(n)) for v, n in both]
-        return [part.call(body, f"{name}.pallas", length.broadcast((batch,)), start, *pages, given[0], *numbers, *flat)]
+        q, *caches = given[: 5 if laid_out else 3]
+        length, start, *pages = given[1 + len(caches) :]
+        pages = [p.maximum(0).minimum(spec.pages - 1) for p in pages]
+        tails: list[Value] = []
+        if laid_out:
+            caches, tails = caches[::2], caches[1::2]
+        elif records:
+            tails = [v.part(3, v.shape[3] - TAIL, v.shape[3]).transpose(0, 2, 1, 3) for v in caches]
+            codes = [v.part(3, 0, v.shape[3] - TAIL) for v in caches]
+            caches = [_side_by_side(v, spec.heads_of(n)) for v, n in zip(codes, (d, values), strict=True)]
+            tails = [t.reshape(*t.shape[:2], groups * TAIL) for t in tails]
+            tails = [t.padded(-1, spec.tails) for t in tails]
+        flat = [t.reshape(t.shape[0], page or keys, spec.tails) for t in tails]
+        where = [length.astype("int32").broadcast((batch,)), start.astype("int32")]
+        return [part.call(body, f"{name}.pallas", *where, *pages, q, *caches, *flat)]
 
-    return splice.kernel(name, shown, [(f"{name}.pallas", part)], compute, platform)
+    made = splice.kernel(name, shown, [(f"{name}.pallas", part)], compute, platform)
+    return attrs.evolve(made, takes=tuple(taken)) if laid_out else made
+
+
+def _stored(records: Node, heads: int) -> tuple[Node, Node] | None:
+    """Codes [b, g / heads, slots, heads * n] and tails [b, 1, slots, g * 4 and zeros] that `layout` put together, or None where records are made otherwise.
+
+    The kernel takes what is stored: left to itself, XLA takes records of several heads apart by copies of whole caches.
+    """
+    path = [ops.reshape, ops.transpose, ops.reshape] if heads > 1 else []
+    if records.op is not ops.concat or len(records.parents) != 2:
+        return None
+    codes, tails = (_behind(o, p) for o, p in zip(records.parents, (path, [ops.transpose, ops.reshape]), strict=True))
+    if codes is None or tails is None:
+        return None
+    tails = tails.parents[0] if tails.op is ops.slice_ else tails
+    b, g, slots, size = records.shape
+    shapes = (
+        (b, fixed(g) // heads, slots, heads * (fixed(size) - TAIL)),
+        (b, 1, slots, attention.padded(fixed(g) * TAIL)),
+    )
+    return (codes, tails) if (codes.shape, tails.shape) == shapes else None
+
+
+def _behind(node: Node, path: Sequence[Any]) -> Node | None:
+    """The operand behind ops of these kinds, the last one's first."""
+    for op in path:
+        if node.op is not op:
+            return None
+        node = node.parents[0]
+    return node
 
 
 def _side_by_side(codes: Value, heads: int) -> Value:

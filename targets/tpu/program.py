@@ -8,7 +8,8 @@ What is assumed, for nothing of it was measured:
 - Floats are stored as bfloat16 (or what `floats` says). Rows are padded to sublanes, so that one row costs as much as eight.
 - What an op computes stays in VMEM for the next one; only what is larger than SPILL of VMEM goes through HBM, and comes back, once per use.
 - All other ops are fused with their neighbours, as XLA does: they cost the vector unit one operation per declared FLOP, no traffic.
-- Attention reads each key and value once, of the visible ones only, and takes two products and a softmax.
+- Attention reads each key and value once, of the visible ones only, and takes two products and a softmax. Caches that our kernel reads lie in whole
+  lanes: heads of 80 channels take 128, which the least bytes don't count.
 - Caches are updated in place: an append writes the new rows alone.
 """
 
@@ -27,8 +28,10 @@ from jisu.compiler.cost import INTEGER, VIEWS
 from jisu.compiler.errors import TargetError
 from jisu.compiler.graph import INPUT, WEIGHT, Graph, Node
 from jisu.compiler.types import TensorType, TupleType, is_float, product, round_up, substitute
+from jisu.targets.tpu.attention import beside, padded
 from jisu.targets.tpu.chip import Chip, itemsize
 from jisu.targets.tpu.events import HBM, VMEM, Copy, Event, Matmul, Vector, Wait
+from jisu.targets.tpu.kernels import attends
 from jisu.targets.tpu.systolic import ceil_div
 from jisu.targets.tpu.timing import LABEL, Span, Timeline, simulate, trace
 
@@ -319,8 +322,9 @@ class _Program:
         old = max(total - s, 0) if cached else 0
         # Blocks of keys that none of a block's queries sees are left out: half of the new ones' square.
         visible = round_up(total - (s - 1) // 2 if causal else total, self.chip.sublanes)
-        read = b * g * old * (self._row(node, d) + self._row(node, dv))
-        self.kv_read += read
+        kept = b * g * old * (self._row(node, d) + self._row(node, dv))
+        self.kv_read += kept
+        read = b * old * (self._stored(node, g, d, dv) + self._stored(node, g, dv, d)) if cached else kept
         grouped = s * h // g
         scores = b * g * round_up(grouped, self.chip.sublanes) * visible
         panels = max(ceil_div(read, PANEL), 1)
@@ -347,6 +351,17 @@ class _Program:
         """Bytes of a cached row of so many numbers."""
         scheme = self._scheme(node)
         return int(size * itemsize(self.floats)) if scheme == "none" else rows.record_bytes(scheme, size)
+
+    def _stored(self, node: Node, groups: int, size: int, other: int) -> int:
+        """Bytes of a slot's rows of so many numbers, of all key heads, as our kernel reads them: in whole lanes (`layout.lay_out`). other: numbers
+        of values' rows for keys', and the other way around."""
+        scheme = self._scheme(node)
+        if not attends(node):
+            return groups * self._row(node, size)
+        if scheme == "none":
+            return int(groups * padded(size, beside(groups, max(size, other))) * itemsize(self.floats))
+        width = rows.record_bytes(scheme, size) - rows.TAIL
+        return groups * padded(width, beside(groups, width)) + padded(groups * rows.TAIL)
 
     def _append(self, node: Node) -> None:
         cache, new = node.operands[:2]

@@ -44,13 +44,14 @@ INLINE = 4
 class Kernel:
     """What a node calls instead of what its op's emitter would write.
 
-    name: of a function that takes the node's operands (those that are there) and returns its results. text: it and whatever it needs,
-    as they stand in the module: `func.func private @name(…) … { … }`, with symbols that no other kernel has. Nodes share a kernel by
-    naming it alike, with the same text.
+    name: of a function that takes the node's operands (those that are there), or the values of the nodes `takes`, which they follow from, and
+    returns its results. text: it and whatever it needs, as they stand in the module: `func.func private @name(…) … { … }`, with symbols
+    that no other kernel has. Nodes share a kernel by naming it alike, with the same text.
     """
 
     name: str
     text: str
+    takes: tuple[Node, ...] | None = None
 
 
 Chooser: TypeAlias = "Callable[[Node, Mapping[str, int]], Kernel | None]"
@@ -189,6 +190,8 @@ class _Module:
         if kernel is not None:
             if self.texts.setdefault(kernel.name, kernel.text) != kernel.text:
                 raise CompileError(f"two kernels are named {kernel.name!r}; name a kernel by what it was made for")
+            if kernel.takes is not None:
+                operands = [self.values[n] for n in kernel.takes]
             return self.call(kernel.name, node, operands, name, where)
         if node.op not in EMITTERS:
             raise CompileError(f"{node.op.name} has no StableHLO; give it an emitter in targets/tpu/stablehlo")

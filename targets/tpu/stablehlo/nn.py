@@ -138,7 +138,12 @@ def _append(cache: Value, new: Value, length: Value, table: Value | None, *, rin
         return cache.scatter(slots.expand(-1), new.transpose(1, 0, 2, 3), [2], unique=True)
     pages = table.transpose(1, 0).take(slots / page, 0)  # [chunk, b]
     inside = (slots % page).expand(-1).broadcast((chunk, batch))
-    return cache.scatter(body.stack([pages, inside], -1), new.transpose(1, 0, 2, 3), [0, 2])
+    if cache.dtype != "uint8":
+        return cache.scatter(body.stack([pages, inside], -1), new.transpose(1, 0, 2, 3), [0, 2])
+    # Row by row: XLA brings bytes that are written across a page's heads into another layout first, all that there are.
+    where, heads = (chunk, batch, cache.shape[1]), body.iota((cache.shape[1],), 0)
+    places = [pages.expand(-1).broadcast(where), heads.broadcast(where), inside.expand(-1).broadcast(where)]
+    return cache.scatter(body.stack(places, -1), new.transpose(1, 0, 2, 3), [0, 1, 2])
 
 
 def _cached_rows(cache: Value, table: Value | None) -> Value:
