@@ -18,7 +18,9 @@ from jisu.compiler.gpu import DRIVER, Driver
 from jisu.targets.target import Target, host
 from jisu.targets.worker import _BARE_LINKERS, find_linker
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # every core has a process already: PyTorch's threads would wait for one another
+if (
+    "PYTEST_XDIST_WORKER" in os.environ
+):  # every core has a process already: PyTorch's threads would wait for one another
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 settings.register_profile(

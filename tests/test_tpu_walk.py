@@ -473,7 +473,7 @@ def test_a_programs_trace_names_its_ops(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
 def test_compiled_models_are_simulated(name: str) -> None:
     """Entries as a compiler leaves them, weights in panels; and what `explain` shows of them."""
-    program = jisu.compile(make(name))
+    program = jisu.compile(make(name, head_dim=64))
     graph = parse(program.ir())
     few = simulated_entries({"append": graph}, {"batch": 1}, V5E, sequence="sequence", positions=160)
     assert [(entry["tokens"], entry["cached"]) for entry in few] == [(160, 0), (1, 159)]
@@ -481,7 +481,7 @@ def test_compiled_models_are_simulated(name: str) -> None:
     assert (prefill["phase"], decode["phase"]) == ("prefill", "decode")
     assert prefill["tokens"] == 512 and decode["cached"] == 256 and decode["label"] == "simulated"
     assert prefill["simulated_s"] > decode["simulated_s"] > 0
-    assert decode["hbm_bytes"] <= 1.5 * decode["least_bytes"]
+    assert decode["least_bytes"] <= decode["hbm_bytes"] <= 1.05 * decode["least_bytes"]
     written = StringIO()
     _show_simulated(Console(file=written, width=200), decode)
     told = " ".join(written.getvalue().split())

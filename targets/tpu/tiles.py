@@ -37,7 +37,7 @@ HEADROOM = 8
 ERROR = 0.15
 """How far `Tiles.cycles` may be from the simulated events, relatively."""
 SLACK = 0.06
-"""How much slower a schedule may be than the fastest one, if it moves fewer bytes."""
+"""How much slower a schedule may be than the fastest one, if it saves at least as large a share of the bytes."""
 _MOST_ROWS, _MOST_COLUMNS = 1024, 4096
 _BLOCK = 512
 """Rows, columns and inner size of the largest block: none of them has more multiplications, nor more than twice as many results."""
@@ -396,7 +396,7 @@ def row_multiple(product: Product, chip: Chip) -> int:
 
 
 def choose_tiles(product: Product, chip: Chip, *, prefetched: bool = False, frugal: bool = False) -> Tiles:
-    """The tiles with the least simulated time. CompileError: not even the smallest fit; it names the tensor and its bytes.
+    """The tiles with the least simulated time, or nearly (`SLACK`). CompileError: not even the smallest fit; it names the tensor and its bytes.
 
     prefetched: where weights are in VMEM beforehand. frugal: w is padded to whole lanes and no further, so that one that is stored like this needs no copy.
     """
@@ -418,8 +418,7 @@ def choose_tiles(product: Product, chip: Chip, *, prefetched: bool = False, frug
         raise refused or CompileError(f"no tiles for {product}")
     limit = (1 + SLACK) * min(cycles for cycles, *_ in fitting)
     near = [found for found in fitting if found[0] <= limit]
-    fewest = min(moved for _, moved, *_ in near) * 1.001
-    return min((f for f in near if f[1] <= fewest), key=lambda f: (f[0], f[2]))[-1]
+    return min(near, key=lambda f: (f[0] * f[1], f[2]))[-1]
 
 
 def make_tiles(
