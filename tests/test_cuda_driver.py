@@ -368,7 +368,8 @@ ONLY_EMULATED = {
     "test_places_of_the_other_pair_show", "test_what_is_wrong_shows", "test_what_is_wrong_with_gathered_rows_shows",
     "test_what_is_right_does_not", "test_steps_are_graphs", "test_tensors_of_torch_on_the_gpu", "test_no_doubles",
     "test_what_attention_lacks_shows", "test_shared_memory_that_nobody_asked_for", "test_tiles_that_threads_store",
-    "test_tensors_of_torch_that_are_updated",
+    "test_tensors_of_torch_that_are_updated", "test_threads_that_commit_different_products",
+    "test_a_launch_that_can_not_begin_leaves_nothing",
 }  # fmt: skip
 """Tests of what the emulation finds, or its driver counts."""
 
