@@ -177,7 +177,7 @@ class Driver:
         return made
 
 
-def checked_grid(grid: tuple[int, ...], kernel: str) -> tuple[int, ...]:
+def checked_grid(grid: tuple[int, int, int], kernel: str) -> tuple[int, int, int]:
     """The blocks of a launch; raises InputError where there are more than GPUs take."""
     if any(size > most for size, most in zip(grid, _MOST_BLOCKS, strict=True)):
         raise InputError(

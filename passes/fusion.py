@@ -6,6 +6,7 @@ test suite proves every rule on its own (`jisu.testing.check_rule`).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import attrs
@@ -412,7 +413,7 @@ def _angles(m: Match) -> str | None:
     return None if same_shape(m["cos"].shape, m["sin"].shape) else "cos and sin differ in shape"
 
 
-def _rotary(interleaved: bool) -> Any:
+def _rotary(interleaved: bool) -> Callable[[Match], Node | None]:
     def build(m: Match) -> Node | None:
         value, c, s = m["x"], m["cos"], m["sin"]
         heads_second = c.shape[1] == 1 and same_dim(c.shape[2], value.shape[2])
@@ -437,7 +438,7 @@ def _doubled(m: Match) -> Match:
 
 
 def _turned_by_half_angles(m: Match) -> Node | None:
-    return _rotary(False)(_doubled(m))  # type: ignore[no-any-return]
+    return _rotary(False)(_doubled(m))
 
 
 _half_angles = Guard(

@@ -36,9 +36,9 @@ from jisu.runtime.cuda_memory import (
     Staging,
     allocated,
     clear,
-    copy,
     download,
     pinned,
+    transfer,
     upload,
 )
 from jisu.runtime.executable import Held, check_apart, hold, owner
@@ -335,7 +335,7 @@ class DeviceExecutable:
     @_there
     def write(self, to: DeviceArray, value: Any) -> None:
         """Copy a result to an array on the GPU, and wait."""
-        copy(self._driver, to.address, _address(value), to.nbytes, self._stream)
+        transfer(self._driver, to.address, _address(value), to.nbytes, self._stream)
         self._wait()
 
     def call_there(
@@ -385,7 +385,7 @@ class DeviceExecutable:
                 continue
             result = next(made)
             if buffer is not None:
-                copy(self._driver, result.address, buffer.array.address, result.nbytes, stream)
+                transfer(self._driver, result.address, buffer.array.address, result.nbytes, stream)
             results.append(result.owner if torch else result)
         download(self._driver, self._seen.ctypes.data, self._fault.address, 4, stream)
         lent = [x for x in given if is_lent(x)]
@@ -480,7 +480,7 @@ class DeviceExecutable:
             if buffer is None:
                 continue
             if isinstance(held, DeviceArray):
-                copy(self._driver, buffer.array.address, held.address, held.nbytes, stream)
+                transfer(self._driver, buffer.array.address, held.address, held.nbytes, stream)
                 continue
             source, piece = held.address, buffer.pinned(self._driver)
             if piece is not None:

@@ -98,7 +98,8 @@ class Kernels:
 
         calls: list[Call] = []
         for launch in (launch for step in plan.steps for launch in self._chosen(step, env).launches):
-            grid = checked_grid(tuple(substitute(d, env) for d in launch.grid), launch.kernel)
+            x, y, z = (substitute(d, env) for d in launch.grid)
+            grid = checked_grid((x, y, z), launch.kernel)
             if 0 in grid:
                 continue
             function = self._function(launch.kernel)
@@ -110,7 +111,7 @@ class Kernels:
             # One by one: only the driver knows where each one lies. Before a tensor map the assembler leaves room that no rule tells.
             values = [ctypes.create_string_buffer(raw, len(raw)) for raw in map(value, launch.arguments)]
             parameters = (ctypes.c_void_p * (len(values) + 1))(*map(ctypes.addressof, values), None)
-            calls.append(Call(function, grid, launch.threads, launch.shared, values, parameters, early))  # type: ignore[arg-type]
+            calls.append(Call(function, grid, launch.threads, launch.shared, values, parameters, early))
         return calls
 
     def _chosen(self, step: Sequence[Variant], env: Mapping[str, int]) -> Variant:

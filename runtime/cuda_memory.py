@@ -94,7 +94,7 @@ class DeviceArray:
             elif copy:
                 kept = allocated(self._driver, self.order, self.shape, self.dtype, "a copy of a tensor")
                 address = kept.address
-                _copied(self._driver, "cuMemcpyDtoDAsync_v2", address, self.address, self.nbytes, self.order.stream)
+                transfer(self._driver, address, self.address, self.nbytes, self.order.stream)
             if wanted == here and stream != -1:
                 self.order.before(self._driver, ctypes.c_void_p(0 if stream in (None, 1) else stream))
         versioned = max_version is not None and max_version[0] >= dlpack.VERSION[0]
@@ -153,7 +153,7 @@ def download(driver: Driver, to: int, source: int, nbytes: int, stream: ctypes.c
     _copied(driver, "cuMemcpyDtoHAsync_v2", to, source, nbytes, stream)
 
 
-def copy(driver: Driver, to: int, source: int, nbytes: int, stream: ctypes.c_void_p) -> None:
+def transfer(driver: Driver, to: int, source: int, nbytes: int, stream: ctypes.c_void_p) -> None:
     """From one place in the GPU's memory to another."""
     _copied(driver, "cuMemcpyDtoDAsync_v2", to, source, nbytes, stream)
 

@@ -221,8 +221,8 @@ class Executable:
         """Run an entry on `inputs` (`Held` ones, arrays, or anything with DLPack; copied where strided or unaligned).
 
         Returns one array per output, in memory that no later call touches; an output that the program updates in place (a
-        cache) is the input that was given for it, written back to where that had to be copied. Raises IndexOutOfRangeError for an index outside its table,
-        ZeroDivisionError as InputError, InputError for arguments that don't fit, TensorMemoryError where memory is short.
+        cache) is the input that was given for it, written back to where that had to be copied. Raises IndexOutOfRangeError for
+        an index outside its table, ZeroDivisionError as InputError, InputError for arguments that don't fit, TensorMemoryError where memory is short.
         """
         called = self._callable(entry)
         if not isinstance(weights, Prepared):

@@ -235,13 +235,13 @@ def angles(how: str) -> Graph:
         angle = ops.concat(angle, ops.neg(angle), axis=2)
     elif how != "once":
         angle = ops.concat(angle, angle, axis=2)
-    found = (ops.cos(angle), ops.sin(angle))
+    found: tuple[Node, ...] = (ops.cos(angle), ops.sin(angle))
     if how == "scaled":
-        found = tuple(ops.mul(x, 1.25) for x in found)  # type: ignore[assignment]
+        found = tuple(ops.mul(x, 1.25) for x in found)
     elif how == "heads":
-        found = tuple(ops.reshape(x, shape=(b, s, 1, 12)) for x in found)  # type: ignore[assignment]
+        found = tuple(ops.reshape(x, shape=(b, s, 1, 12)) for x in found)
     elif how == "part":
-        found = tuple(ops.slice_(x, starts=(0, 0, 0), stops=(b, s, 6), steps=(1, 1, 1)) for x in found)  # type: ignore[assignment]
+        found = tuple(ops.slice_(x, starts=(0, 0, 0), stops=(b, s, 6), steps=(1, 1, 1)) for x in found)
     return Graph((ids, start, length, frequencies), tuple(ops.cast(x, dtype=dtype) for x in found))
 
 

@@ -15,7 +15,7 @@ from jisu.compiler.graph import Node
 from jisu.compiler.launches import TensorMap
 from jisu.compiler.levels import WORD
 from jisu.compiler.ops.quantize import layer_parts
-from jisu.compiler.types import Dim, product
+from jisu.compiler.types import Dim, fixed, product
 from jisu.targets.cpu.isa import require_activation
 from jisu.targets.cuda.device import PAIRS, DeviceKernel
 from jisu.targets.cuda.kernels import hopper, levels, products, semi_structured, single, thin
@@ -192,7 +192,7 @@ def _linear(node: Node, target: Target, then: Then | None = None) -> Kernel | No
     if not one_output_per_panel(w, 2):
         return None
     layer = Layer(
-        int(x.shape[-1]), (node.outputs,), node.dtype, activation=node.activation,
+        fixed(x.shape[-1]), (node.outputs,), node.dtype, activation=node.activation,
         bias=node.operands[2] is not None, residual=node.operands[3] is not None,
     )  # fmt: skip
     return _layer(layer, product(x.shape[:-1]), (0, 1, *present(node, 2, 3)), target, then)
@@ -213,7 +213,7 @@ def _projections(node: Node, target: Target) -> Kernel | None:
     assert x is not None
     if not one_output_per_panel(w, 2):
         return None
-    layer = Layer(int(x.shape[-1]), tuple(node.outputs), x.dtype, bias=node.biased)
+    layer = Layer(fixed(x.shape[-1]), tuple(node.outputs), x.dtype, bias=node.biased)
     return _layer(layer, product(x.shape[:-1]), tuple(range(len(node.operands))), target)
 
 
@@ -225,7 +225,7 @@ def together(nodes: Sequence[Node], target: Target) -> Kernel | None:
     if not all(one_output_per_panel(node.operands[1], -2) for node in nodes):
         return None
     layer = Layer(
-        int(x.shape[-1]), tuple(node.outputs for node in nodes), x.dtype, bias=bias is not None,
+        fixed(x.shape[-1]), tuple(node.outputs for node in nodes), x.dtype, bias=bias is not None,
         scheme=nodes[0].scheme, group=nodes[0].group, scales=scales.dtype, zeros=zeros is not None,
     )  # fmt: skip
     given = sum(operand is not None for operand in (codes, scales, zeros, bias))
@@ -238,7 +238,7 @@ def _quantized(node: Node, target: Target, then: Then | None = None) -> Kernel |
     if not one_output_per_panel(codes, -2):
         return None
     layer = Layer(
-        int(x.shape[-1]), (node.outputs,), node.dtype, node.gated, False, node.activation, bias is not None, residual is not None,
+        fixed(x.shape[-1]), (node.outputs,), node.dtype, node.gated, False, node.activation, bias is not None, residual is not None,
         node.scheme, node.group, scales.dtype, zeros is not None,
     )  # fmt: skip
     return _layer(layer, product(x.shape[:-1]), (0, 1, 2, *present(node, 3, 4, 5)), target, then)
@@ -276,7 +276,7 @@ def _semi_structured(node: Node, target: Target) -> Kernel | None:
     if x.dtype not in PAIRS:
         return None
     layer = Layer(
-        int(x.shape[-1]), (node.outputs,), node.dtype, node.gated, False, node.activation, bias is not None, residual is not None,
+        fixed(x.shape[-1]), (node.outputs,), node.dtype, node.gated, False, node.activation, bias is not None, residual is not None,
         "" if scales is None else node.scheme, node.group, "float16" if scales is None else scales.dtype, zeros is not None, True,
     )  # fmt: skip
     return _layer(layer, product(x.shape[:-1]), (0, 1, 2, *present(node, 3, 4, 5, 6)), target)

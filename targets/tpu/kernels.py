@@ -96,11 +96,11 @@ def _single(kind: str, node: Node, outputs: int, bias: int, *grid: int | None) -
 
 
 def _linear(node: Node) -> _Layer:
-    return _single("rows", node, fixed(node.operands[1].shape[0]), 2)  # type: ignore[union-attr]
+    return _single("rows", node, fixed(node.parents[1].shape[0]), 2)
 
 
 def _gated(node: Node) -> _Layer:
-    n = fixed(node.operands[1].shape[0])  # type: ignore[union-attr]
+    n = fixed(node.parents[1].shape[0])
     return _Layer("rows", (_Product(n, 1, activation=node.activation), _Product(n, 2)), True)
 
 

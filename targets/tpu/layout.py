@@ -163,6 +163,7 @@ class _Held:
         return not self.tail and self.heads == 1 and self.wide == self.width
 
     def inputs(self, cache: Node) -> tuple[Node, ...]:
+        """What is given in place of a cache: it as it is stored, or of records codes and tails."""
         b, g, slots, _ = cache.shape
         whole = TensorType((b, g // self.heads, slots, self.heads * self.wide), cache.dtype)
         if not self.tail:

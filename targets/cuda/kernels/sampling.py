@@ -104,7 +104,11 @@ class _Row:
             bin_ = thread + i * THREADS
             total, *high = (f.cast("zext", f.load("i32", f.at(sums, bin_, "int32")), "i64") for sums in held)
             total = total + (high[0] << _LOW) if high else total
-            f.when(total > 0, lambda total=total, bin_=bin_: f.increase(total, self._bin(bin_)))  # type: ignore[misc]
+
+            def pass_on(total: Val = total, bin_: Val = bin_) -> None:
+                f.increase(total, self._bin(bin_))
+
+            f.when(total > 0, pass_on)
 
     def _bin(self, number: Val) -> Val:
         return self.f.at(self.of["counters"], self.row * (PART + 1) + number, "int64")

@@ -218,15 +218,15 @@ def _expert_linear(x: Value, index: Value, w: Value, b: Value | None) -> Value:
 
     def layer(rows: Value, e: Value, w: Value, bias: list[Value]) -> Value:
         """rows [m, c] through expert e, int32 []."""
-        zero = body_of(e)
+        zero = zero_of(e)
         own = [v.dynamic_slice([e, zero], (1, width)) for v in bias]
         return finish(rows_dot(rows, _looked_up(w, e)), own[0] if own else None, None, "none", rows.dtype)
 
-    def body_of(e: Value) -> Value:
+    def zero_of(e: Value) -> Value:
         return e.body.full(0, (), "int32")
 
     def one_choice(i: Value, result: Value, x: Value, index: Value, w: Value, *bias: Value) -> list[Value]:
-        t, j, zero = i / chosen, i % chosen, body_of(i)
+        t, j, zero = i / chosen, i % chosen, zero_of(i)
         e = index.dynamic_slice([t, j], (1, 1))
         row = x.dynamic_slice([t, zero if shared else j, zero], (1, 1, x.shape[2])).reshape(1, x.shape[2])
         out = ((e >= 0) & (e < count)).select(layer(row, e.reshape(), w, list(bias)), 0)
